@@ -31,6 +31,7 @@ from support.first_gpu.training import NUM_STEPS, WAIT, run_flags
 from support.launches import REPOSITORY, TIME_LIMIT, Step, clean_environment
 from support.systems import SYSTEMS
 
+from megatron_smlp.provenance import made_by
 from megatron_smlp.training.agreement import StepAgreement
 
 FOR_CUDA = {"environment", "fp16", "transformer_engine"}
@@ -51,7 +52,7 @@ def command(*flags: str) -> subprocess.CompletedProcess[str]:
 
 # Started one after the other: no single wait is long, on a machine that others use too.
 GROUPS = (
-    "reference_,train_,text,tp2,pp2,ep2,dp2,environment,operators,kernels,kernel_times,"
+    "reference_,train_,text,tp2,pp2,ep2,dp2,environment,operators,kernels,kernel_times,size_,"
     "recompute,dropout,async_save,fp16,transformer_engine",
     "evaluate,generate,convert,exported,serve",
 )
@@ -65,6 +66,7 @@ def _is_of(name: str, group: str) -> bool:
 FAST = (
     *("environment", "reference_smlp_deterministic", "train_smlp_deterministic", "operators"),
     *("kernel_times", "fp16", "transformer_engine", "text", "reference_layouts", "dp2"),
+    "size_gmlp",
 )
 
 
@@ -105,6 +107,7 @@ def test_the_report_says_what_to_send_and_with_which_versions(
     printed = report["printed"]
     assert f"* torch: {torch.__version__.split('+')[0]}" in printed
     assert "## What to send to the maintainers" in printed
+    assert f"* package: {made_by()['sources']}\n* cases: " in printed
     assert "the CPU in place of a GPU" in printed
     passed = len(report["cases"]) - len(FOR_CUDA)
     assert passed > 0
@@ -182,7 +185,7 @@ def test_a_bad_case_fails_and_the_others_go_on(cases: dict[str, Case], tmp_path:
     assert report.failed == list(BAD)
     text = report.markdown()
     assert "1 passed, 4 failed, 1 not run" in text
-    assert "`raising.log`, `refusing.log`, `crashing.log`, `hanging.log`" in text
+    assert "## The end of crashing.log\n\n    the last words\n" in text
     assert "* not run: waiting: case raising did not pass" in text
 
 

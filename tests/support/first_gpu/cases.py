@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from support.first_gpu import real_size
 from support.first_gpu import tool_cases as tools
 from support.first_gpu.device_cases import environment, kernel_times, operators
 from support.first_gpu.kernel_cases import kernels
@@ -54,6 +55,10 @@ def _all() -> dict[str, Case]:
     ]
     cases += [Case(f.__name__, f) for f in (operators, kernel_times, recompute, dropout)]
     cases += [Case("kernels", kernels, limit=300)]
+    cases += [
+        Case(f"size_{name}", partial(real_size.real_size, system=name), limit=180)
+        for name in real_size.SYSTEMS
+    ]
     cases += [Case(f.__name__, f, needs=(references[SPARSE],)) for f in (async_save, fp16)]
     cases += [Case("transformer_engine", transformer_engine, limit=300), Case("text", tools.text)]
     on_checkpoint = (tools.evaluate, tools.generate, tools.convert)

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 from support.first_gpu.notes import Notes, Place
 from support.first_gpu.sabotage import installed
 from support.launches import REPOSITORY
 
+CLOCKS = "name,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu,mig.mode.current"
+
 
 def environment(place: Place, notes: Notes) -> None:
-    """Note what is installed."""
+    """Note what runs: the sources, by their checksums, what is installed, the machine."""
     import torch
 
     from megatron_smlp.platform import cpu
+    from megatron_smlp.provenance import made_by
 
+    made = made_by()
+    notes.data = {"commit": made["commit"] or "none: no repository", "package": made["sources"]}
+    notes.data["cases"] = checksum(Path(__file__).parents[1])
     packages = ("torch", "megatron-core", "transformer-engine", "apex", "flash-attn", "triton")
-    notes.data = {"python": sys.version.split()[0]} | {name: version(name) for name in packages}
+    notes.data |= {"python": sys.version.split()[0]} | {name: version(name) for name in packages}
     notes.data["CUDA of torch"] = str(torch.version.cuda)
     if place.on_cpu:
         notes.not_run("devices: --device cpu, the CPU stands in for a GPU")
@@ -28,7 +36,9 @@ def environment(place: Place, notes: Notes) -> None:
         of = torch.cuda.get_device_properties(number)
         memory = f"{of.total_memory / 2**30:.0f} GiB, capability {of.major}.{of.minor}"
         notes.data[f"device {number}"] = f"{of.name}, {memory}"
-    notes.data["driver"] = driver()
+    notes.data["driver"] = nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader")
+    notes.data["clocks and power"] = nvidia_smi(f"--query-gpu={CLOCKS}", "--format=csv")
+    notes.data["topology"] = nvidia_smi("topo", "-m")
     before = torch.cuda.current_device, torch.empty
     cpu.apply()
     notes.check((torch.cuda.current_device, torch.empty) == before, "no name is a CPU's")
@@ -46,14 +56,23 @@ def version(package: str) -> str:
         return "not installed"
 
 
-def driver() -> str:
-    """Its version, as nvidia-smi says it."""
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+def checksum(folder: Path) -> str:
+    """Of the names and texts of a folder's Python files: twelve digits, as of the package."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        text = path.read_bytes()
+        digest.update(f"{path.relative_to(folder)}\n{len(text)}\n".encode() + text)
+    return digest.hexdigest()[:12]
+
+
+def nvidia_smi(*arguments: str) -> str:
+    """What it answers."""
+    command = ["nvidia-smi", *arguments]
     try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError) as error:
         return f"unknown ({error})"
-    return done.stdout.split("\n")[0]
+    return done.stdout.strip()
 
 
 def operators(place: Place, notes: Notes) -> None:

@@ -10,11 +10,13 @@ from support.first_gpu.notes import Place
 from support.first_gpu.running import Result, log_of
 
 MARKS = {"passed": "", "failed": "**failed:** ", "not run": "not run: "}
+LAST_LINES = 60
+"""Of the log of a case that failed."""
 SEND = """\
 ## What to send to the maintainers
 
-This file and `report.json` beside it, with the logs of the cases that failed{logs}. They hold
-versions, names of devices and paths of this machine, and nothing of your data."""
+This file: it is all in one. It holds versions, names of devices and paths of this machine, and
+nothing of your data."""
 
 
 class Report:
@@ -48,8 +50,9 @@ class Report:
         seconds = sum(result.seconds for result in self.results.values())
         words = ", ".join(f"{counts[verdict]} {verdict}" for verdict in MARKS)
         parts = [f"# First run on {self._machine()}", f"{words}, in {seconds:.0f} seconds."]
-        parts += [self._environment(), self._table(), *map(_details, self.results.values())]
-        return "\n\n".join([*parts, self._what_to_send()])
+        parts += [SEND, self._environment(), self._table()]
+        parts += [*map(_details, self.results.values()), *map(self._log, self.failed)]
+        return "\n\n".join([*parts, self._data()])
 
     def _machine(self) -> str:
         machine = "the CPU in place of a GPU" if self.place.on_cpu else "a GPU"
@@ -59,15 +62,33 @@ class Report:
     def _environment(self) -> str:
         environment = self.results.get("environment")
         data = environment.notes.data if environment else {}
-        return "\n".join(f"* {name}: {value}" for name, value in data.items())
+        texts = {name: str(value) for name, value in data.items()}
+        return "\n".join(
+            f"* {name}:\n\n{_indented(text)}\n" if "\n" in text else f"* {name}: {text}"
+            for name, text in texts.items()
+        )
 
     def _table(self) -> str:
         rows = [f"| {r.name} | {r.verdict} | {r.seconds:.0f} |" for r in self.results.values()]
         return "\n".join(["| case | | seconds |", "|---|---|---:|", *rows])
 
-    def _what_to_send(self) -> str:
-        logs = [f"`{log_of(name, self.place).name}`" for name in self.failed]
-        return SEND.format(logs=f": {', '.join(logs)}" if logs else " (none did)")
+    def _log(self, name: str) -> str:
+        """The end of what a case that failed has printed."""
+        path = log_of(name, self.place)
+        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        return f"## The end of {path.name}\n\n" + _indented(
+            "\n".join(text.splitlines()[-LAST_LINES:])
+        )
+
+    def _data(self) -> str:
+        """What the cases measured, for a program, a line each."""
+        measured = {name: result.notes.data for name, result in self.results.items()}
+        lines = [json.dumps({name: data}) for name, data in measured.items() if data]
+        return "## Data\n\n" + _indented("\n".join(lines))
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"    {line}" for line in text.splitlines())
 
 
 def _details(result: Result) -> str:
