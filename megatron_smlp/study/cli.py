@@ -50,7 +50,6 @@ def build_parser() -> argparse.ArgumentParser:
             command.add_argument(flag, type=Path, default=default, metavar="FOLDER", help=help_text)
     run, evaluate = of_command["run"], of_command["evaluate"]
     run.add_argument("--processes", type=_processes, default=1, metavar="N", help="of each run")
-    run.set_defaults(waits=True)
     run.add_argument("--retry", action="store_true", help="try the runs that failed once more")
     run.add_argument(
         "--expiry", type=seconds, default=state.EXPIRY, metavar="SECONDS",
@@ -105,12 +104,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return work(args, *states[0])
     if args.command == "report":
         return _report_sizes(args, states)
-    codes = []
-    for is_last in (False, True) if args.command == "run" and not args.speed else (True,):
-        args.waits = is_last  # for other workers, once no size has a free run left
-        for known, results in states:
+    if args.command == "run" and not args.speed:
+        for known, results in states:  # other workers are waited for once no size has a free run
             print(f"== {known.study.name}", flush=True)
-            codes.append(work(args, known, results))
+            _run(args, known, results, waits=False)
+    codes = []
+    for known, results in states:
+        print(f"== {known.study.name}", flush=True)
+        codes.append(work(args, known, results))
     return max(codes)
 
 
@@ -201,7 +202,7 @@ def _plan(args: argparse.Namespace, known: State, results: Results) -> int:
     return 0
 
 
-def _run(args: argparse.Namespace, known: State, results: Results) -> int:
+def _run(args: argparse.Namespace, known: State, results: Results, *, waits: bool = True) -> int:
     from megatron_smlp.study.fingerprints import lines_on_sources, make_fingerprints
 
     StudyData(args.data).check_vocabulary(known.study.vocab_size)
@@ -214,7 +215,7 @@ def _run(args: argparse.Namespace, known: State, results: Results) -> int:
     for line in lines_on_sources(known, results, processes=args.processes):
         print(f"note: {line}", file=sys.stderr)
     worker = Worker(state=known, data=data, processes=args.processes, again=again)
-    worker.work(waits=args.waits)
+    worker.work(waits=waits)
     if failure := known.failure(known.plan()):
         print(f"{failure}. See tools/study.py status {args.study}", file=sys.stderr)
     return 1 if failure else 0

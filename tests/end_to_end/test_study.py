@@ -182,16 +182,15 @@ def check_that_pieces_are_one_run(folder: Path, runs: pandas.DataFrame, data: Pa
 SIZES = {
     "D32": {},
     "D48": {"fixed": {"hidden-size": 48, "lr": 1.4e-3}, "evaluations": 1},
-    "D64": {"fixed": {"hidden-size": 64}, "horizons": [2560], "design": None, "seeds": [31]},
+    "D64": {"fixed": {"hidden-size": 64}, "horizons": [2560], "seeds": [31]},
 }
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_study_of_several_sizes(tmp_path: Path, data: Path):
-    """Two workers train two sizes at three rates, and the one that they predict."""
-    design = {"lr": [0.5, 1, 2], "seeds": [21, 22, 23]}
-    study = write_study(tmp_path, **TINY | {"seeds": None, "design": design, "sizes": SIZES})
+    """Two workers train two sizes, and the one that they predict."""
+    study = write_study(tmp_path, **TINY | {"seeds": [11, 12], "sizes": SIZES})
     workers = [worker(study, data) for _ in range(2)]
     assert [one.wait() for one in workers] == [0, 0]
     run_command([*TOOL, "report", *words(study, data)])
@@ -200,7 +199,7 @@ def test_a_study_of_several_sizes(tmp_path: Path, data: Path):
         runs = pandas.read_csv(results / f"small-{size}" / "runs.csv")
         assert set(runs["status"]) == {"done"}
         assert {json.loads(flags)["hidden_size"] for flags in runs["flags"]} == {widths}
-        assert len(runs) == (2 if size == "D64" else 2 * 3 * 3)
+        assert len(runs) == (2 if size == "D64" else 2 * 2 * 3)
         assert (results / f"small-{size}" / "report.md").exists()
     text = (results / "report.md").read_text(encoding="utf-8")
     [row] = [line for line in text.splitlines() if line.startswith("| D48 | 48 | transformer |")]

@@ -149,7 +149,9 @@ def test_bytes_are_those_of_what_is_predicted(
     texts = ["Größe 日本語の文", "🙂🙃 naïve", "ещё раз " * 9, "x"]
     known = tokenizer_of(tokenizer)
     data = preprocessed(tokenizer, tmp_path, texts)
-    found = measure(Even(), known, str(data), stride=5, suffix_from=0, limit=limit)
+    found = measure(
+        Even(), known, str(data), stride=5, suffix_from=0, limit=limit, breaks_down=True
+    )
     tokens = open_index(str(data)).tokens.tolist()
     cut = [*windows(len(tokens), longest=Even.longest, stride=5, limit=limit)]
     predicted = [token for window in cut for token in tokens[window.scored : window.end]]
@@ -162,6 +164,14 @@ def test_bytes_are_those_of_what_is_predicted(
     if limit is None:
         first = len(ours.decode(tokens[:1]).encode())
         assert found["bytes"] == expected == sum(len(text.encode()) for text in texts) - first
+        sizes = [len(text.encode()) - first * (text == texts[0]) for text in texts]
+        by_document = found["breakdown"]["document"]
+        assert [document["bytes"] for document in by_document] == sizes
+        lengths = open_index(str(data)).lengths.tolist()
+        assert [document["tokens"] for document in by_document] == [lengths[0] - 1, *lengths[1:]]
+        for document in by_document:  # each token costs one nat
+            bits = document["tokens"] / document["bytes"] / math.log(2)
+            assert document["bits_per_byte"] == pytest.approx(bits)
     else:
         assert found["bytes"] == pytest.approx(expected, abs=3 * limit)
         assert "word_perplexity" not in found
