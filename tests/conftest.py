@@ -91,11 +91,19 @@ def parse(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
     forget_arguments()
 
 
-@pytest.fixture
-def registry() -> Iterator[Any]:
-    """What plugins register; what a test loads is gone after it."""
-    from megatron_smlp import plugin_files, plugins
+@pytest.fixture(autouse=True)
+def forgotten_plugins() -> Iterator[None]:
+    """What a test loads of plugins is gone after it (and no import of torch)."""
+    files = sys.modules.get("megatron_smlp.plugin_files")
+    take_back = files.snapshot() if files else None
+    yield
+    if take_back:
+        take_back()
 
-    take_back = plugin_files.snapshot()
-    yield plugins.register
-    take_back()
+
+@pytest.fixture
+def registry(forgotten_plugins: None) -> Any:
+    """What plugins register."""
+    from megatron_smlp import plugins
+
+    return plugins.register
