@@ -130,9 +130,9 @@ def test_an_architecture_alternates(tmp_path: Path):
     assert [layer.mixer for layer in slots] == ["gated_conv", "attention", "gated_conv"]
 
 
-@pytest.mark.parametrize("name", ["gated_conv", "threshold"])
+@pytest.mark.parametrize("name", ["gated_conv", "threshold", "last_tokens"])
 def test_the_page_shows_the_file(name: str):
-    page = {"gated_conv": "own-mixer.md", "threshold": "own-router.md"}[name]
+    page = {"gated_conv": "own-mixer.md"}.get(name, "own-router.md")
     text = (REPOSITORY / "plugins" / f"{name}.py").read_text(encoding="utf-8")
     assert text in (REPOSITORY / "docs" / page).read_text(encoding="utf-8")
 
