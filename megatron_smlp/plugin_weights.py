@@ -9,7 +9,7 @@ import torch
 from megatron.core import tensor_parallel
 from torch import nn
 
-from megatron_smlp.plugins import Weight
+from megatron_smlp.plugins import weights_of
 
 
 def own_weights(module: nn.Module, *, dtype: torch.dtype, group: Any, whole: bool = False) -> None:
@@ -21,7 +21,7 @@ def own_weights(module: nn.Module, *, dtype: torch.dtype, group: Any, whole: boo
     """
     parts, part = (1, 0) if whole else (group.size(), group.rank())
     device = torch.cuda.current_device() if torch.cuda.is_available() else None
-    for weight in (it for it in module.modules() if isinstance(it, Weight)):
+    for weight in weights_of(module):
         weight.draw(parts=parts, part=part)
         weight.to(device=device, dtype=dtype)
         if parts > 1 and weight.cut is not None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -156,8 +156,19 @@ class Weight(nn.Module):
         return self.weight if self.read is None else self.read(self.weight)
 
 
+def weights_of(module: nn.Module) -> list[Weight]:
+    """Return the parameters of a plugin's module."""
+    return [part for part in module.modules() if isinstance(part, Weight)]
+
+
 class _WithWeights(nn.Module):
     """What holds parameters of a plugin."""
+
+    def draw(self) -> Self:
+        """Draw the first values of all parameters, where no host does."""
+        for weight in weights_of(self):
+            weight.draw()
+        return self
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, Weight) and (hasattr(type(self), name) or name in self.__dict__):
@@ -221,13 +232,6 @@ class Mixer(_WithWeights):
         """Each of `inner`: <float>[B, T', width], or [B, T', width, outputs] where it has several a
         feature -> <float>[B, T', width]; T' <= T."""
         raise NotImplementedError
-
-    def draw(self) -> Mixer:
-        """Draw the first values of all parameters, where no host does."""
-        for module in self.modules():
-            if isinstance(module, Weight):
-                module.draw()
-        return self
 
     @classmethod
     def cost(
@@ -408,12 +412,6 @@ class Registry:
         yield "token router", self.token_routers
         yield "feature router", self.feature_routers
         yield "architecture", self.architectures
-
-    def kinds(self) -> Iterator[type]:
-        """Return all registered classes."""
-        for title, table in self.tables():
-            if title != "architecture":
-                yield from table.values()
 
     def __call__[Kind: type](self, name: str) -> Callable[[Kind], Kind]:
         """Register a class: `@register("name")`.

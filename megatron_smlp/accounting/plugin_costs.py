@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megatron_smlp.accounting.costs import Cost, ModelShape, column, norm_cost, row
@@ -30,10 +30,9 @@ def counted(kind: type[Mixer], *, features: int, length: int, values: Mapping[st
     """Run a mixer on the meta device.
 
     Raises:
-        ValueError: it cannot run without numbers.
+        ValueError: see `_flops`.
     """
     import torch
-    from torch.utils.flop_counter import FlopCounterMode
 
     from megatron_smlp.plugins import masked_product, mix
 
@@ -58,33 +57,54 @@ def counted(kind: type[Mixer], *, features: int, length: int, values: Mapping[st
         kept.setdefault(tensor.untyped_storage()._cdata, tensor.numel())
         return tensor
 
-    counter = FlopCounterMode(display=False)
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), counter:
-            mix(mixer, projected)
-    except (RuntimeError, NotImplementedError) as error:
-        raise ValueError(
-            f"{kind.__name__}.forward cannot run on the meta device, where its FLOPs are counted "
-            f"({' '.join(str(error).split())[:150]}): make tensors on the device of its inputs."
-        ) from error
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        flops = _flops(f"{kind.__name__}.forward", lambda: mix(mixer, projected))
     numbers = sum(count for storage, count in kept.items() if storage not in parameters)
-    return Counted(mixer, counter.get_total_flops(), above, numbers)
+    return Counted(mixer, flops, above, numbers)
 
 
 def feature_router_cost(shape: ModelShape, kind: type[FeatureRouter], *, num_experts: int) -> Cost:
-    """Return the cost of a plugin's rule, of the scores of all chunks; each rank has all of it."""
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
+    """Return the cost of a plugin's rule, of the scores of all chunks; each rank has all of it.
 
+    Raises:
+        ValueError: see `_flops`.
+    """
+    import torch
+
+    with torch.device("meta"):
+        rule = kind(
+            num_experts=num_experts, prefix_length=shape.prefix_length, values=_values(shape, kind)
+        )
+        means = torch.empty(1, shape.prefix_length, shape.num_feature_chunks)
+    flops = _flops(f"{kind.__name__}.scores", lambda: rule.scores(means))
+    parameters = sum(parameter.numel() for parameter in rule.parameters())
+    return Cost(replicated=parameters, summed=parameters, flops=flops)
+
+
+def _values(shape: ModelShape, kind: type) -> dict[str, Any]:
     from megatron_smlp.plugins import options_of
 
-    values = {name: shape.plugin_values[name] for name in options_of(kind)}
+    return {name: shape.plugin_values[name] for name in options_of(kind)}
+
+
+def _flops(what: str, run: Callable[[], Any]) -> int:
+    """Run something on the meta device, and return the FLOPs that torch counts.
+
+    Raises:
+        ValueError: it cannot run without numbers.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
     counter = FlopCounterMode(display=False)
-    with torch.device("meta"), counter:
-        rule = kind(num_experts=num_experts, prefix_length=shape.prefix_length, values=values)
-        rule.scores(torch.empty(1, shape.prefix_length, shape.num_feature_chunks))
-    parameters = sum(parameter.numel() for parameter in rule.parameters())
-    return Cost(replicated=parameters, summed=parameters, flops=counter.get_total_flops())
+    try:
+        with counter:
+            run()
+    except (RuntimeError, NotImplementedError) as error:
+        raise ValueError(
+            f"{what} cannot run on the meta device, where its FLOPs are counted "
+            f"({' '.join(str(error).split())[:150]}): make tensors on the device of its inputs."
+        ) from error
+    return counter.get_total_flops()
 
 
 def plugin_cost(shape: ModelShape, kind: type[Mixer]) -> Cost:
@@ -94,9 +114,9 @@ def plugin_cost(shape: ModelShape, kind: type[Mixer]) -> Cost:
     Raises:
         ValueError: see `counted`.
     """
-    from megatron_smlp.plugins import Weight, options_of
+    from megatron_smlp.plugins import weights_of
 
-    values = {name: shape.plugin_values[name] for name in options_of(kind)}
+    values = _values(shape, kind)
     features = kind.features(
         hidden_size=shape.hidden_size, ffn_hidden_size=shape.ffn_hidden_size, values=values
     )
@@ -107,7 +127,7 @@ def plugin_cost(shape: ModelShape, kind: type[Mixer]) -> Cost:
     }
     mixer, square, above, kept = counted(kind, **sizes)
     flops, square = kind.cost(**sizes) or (square - above, square)
-    weights = [module for module in mixer.modules() if isinstance(module, Weight)]
+    weights = weights_of(mixer)
     cut = sum(it.weight.numel() for it in weights if it.cut is not None and not kind.whole)
     every = sum(it.weight.numel() for it in weights) - cut
     # The last projection reads what was mixed.

@@ -51,33 +51,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _checks(plugin: str, folder: Path, *, quick: bool) -> Iterator[Check]:
+def of_classes() -> Iterator[Check]:
+    """Yield the checks of every registered class by itself."""
     from megatron_smlp.checking import feature_routers, mixers, routers
-    from megatron_smlp.checking.runs import EXPERTS, FEATURES, Runs
     from megatron_smlp.plugins import register
 
-    mixing = {**register.token_mixers, **register.channel_mixers}
-    if not any(table for _, table in register.tables()):
+    for table, checks in (
+        (register.token_mixers, mixers.checks),
+        (register.channel_mixers, mixers.checks),
+        (register.token_routers, routers.checks),
+        (register.feature_routers, feature_routers.checks),
+    ):
+        for name, kind in table.items():
+            yield from checks(name, kind)
+
+
+def _checks(plugin: str, folder: Path, *, quick: bool) -> Iterator[Check]:
+    from megatron_smlp.checking.runs import MODELS, Runs
+    from megatron_smlp.plugins import register
+
+    tables = dict(register.tables())
+    if not any(tables.values()):
         raise UsageError(f"{plugin} registers nothing: decorate a class by @register(NAME).")
-    for name, kind in mixing.items():
-        yield from mixers.checks(name, kind)
-    for name, rule in register.token_routers.items():
-        yield from routers.checks(name, rule)
-    for name, router in register.feature_routers.items():
-        yield from feature_routers.checks(name, router)
+    yield from of_classes()
     if quick:
         return
+    mixing = [*register.token_mixers, *register.channel_mixers]
     if mixing and not register.architectures:
         raise UsageError(
             f"{plugin} registers no architecture, so that nothing can be trained: add "
-            f'register.architecture("{next(iter(mixing))}", mixer="{next(iter(mixing))}").'
+            f'register.architecture("{mixing[0]}", mixer="{mixing[0]}").'
         )
-    for number, name in enumerate(register.architectures):
-        model = ["--architecture", name]
-        yield from Runs(name, plugin=plugin, model=model, folder=folder / f"a{number}").checks()
-    for number, name in enumerate(register.token_routers):
-        model = ["--architecture", "transformer", "--token-router", name, *EXPERTS.split()]
-        yield from Runs(name, plugin=plugin, model=model, folder=folder / f"r{number}").checks()
-    for number, name in enumerate(register.feature_routers):
-        model = ["--feature-router", name, *FEATURES.split()]
-        yield from Runs(name, plugin=plugin, model=model, folder=folder / f"f{number}").checks()
+    for title, flags in MODELS.items():
+        for name in tables[title]:
+            model = flags.format(name=name).split()
+            own = folder / title.replace(" ", "_") / name
+            yield from Runs(name, plugin=plugin, model=model, folder=own).checks()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_smlp.checking.rows import Check, DoubleStays, Row, close
-from megatron_smlp.plugins import FeatureRouter, Weight
+from megatron_smlp.plugins import FeatureRouter, weights_of
 
 BATCH, PREFIX, CHUNKS, EXPERTS = 3, 6, 8, 4
 
@@ -26,10 +26,8 @@ def checks(name: str, kind: type[FeatureRouter]) -> Iterator[Check]:
 def _built(kind: type[FeatureRouter]) -> FeatureRouter:
     torch.manual_seed(1)
     rule = kind(num_experts=EXPERTS, prefix_length=PREFIX, values={})
-    for module in rule.modules():
-        if isinstance(module, Weight):
-            module.draw()
-            torch.nn.init.normal_(module.weight)  # first values near 0 would hide what they do
+    for weight in weights_of(rule.draw()):
+        torch.nn.init.normal_(weight.weight)  # first values near 0 would hide what they do
     return rule.double()
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_smlp.accounting.plugin_costs import counted
 from megatron_smlp.checking.rows import Check, DoubleStays, Row, close
-from megatron_smlp.plugins import ChannelMixer, Mixer, Weight, options_of
+from megatron_smlp.plugins import ChannelMixer, Mixer, options_of, weights_of
 
 BATCH, LENGTH, WIDTH = 2, 12, 8
 
@@ -159,7 +159,7 @@ def _split(name: str, kind: type[Mixer]) -> Row:
     parts = []
     for part in range(2):
         half = built(kind, width=WIDTH // 2)
-        for mine, its in zip(_weights(half), _weights(whole), strict=True):
+        for mine, its in zip(weights_of(half), weights_of(whole), strict=True):
             values = its.weight.detach()
             with torch.no_grad():
                 cut = values if its.cut is None else values.chunk(2, dim=its.cut)[part]
@@ -208,10 +208,6 @@ def _flops(name: str, kind: type[Mixer]) -> Row:
         advice="`cost` says another number of FLOPs than the products have: forward FLOPs are 2 "
         "a multiply-add, of one sequence, without the host's projections" if wrong else "",
     )  # fmt: skip
-
-
-def _weights(mixer: Mixer) -> list[Weight]:
-    return [module for module in mixer.modules() if isinstance(module, Weight)]
 
 
 def _apart(one: Tensor, other: Tensor) -> float:

@@ -22,10 +22,18 @@ SIZES = """
     --mock-data --tokenizer-type NullTokenizer --vocab-size 255 --split 9,1,0
     --eval-iters 0 --log-interval 1 --hidden-dropout 0 --attention-dropout 0
 """
-EXPERTS = """
-    --num-experts 4 --moe-ffn-hidden-size 32 --moe-token-dispatcher-type alltoall
-    --moe-aux-loss-coeff 0.01
-"""
+MODELS = {
+    "architecture": "--architecture {name}",
+    "token router": """
+        --architecture transformer --token-router {name} --num-experts 4 --moe-ffn-hidden-size 32
+        --moe-token-dispatcher-type alltoall --moe-aux-loss-coeff 0.01
+    """,
+    "feature router": """
+        --architecture smlp --feature-router {name} --num-dense-layers 2 --num-feature-experts 4
+        --num-feature-chunks 8 --prefix-fraction 0.25
+    """,
+}
+"""Flags of a model with something of a plugin's, by what it is (plugins.Registry.tables)."""
 STEPS, SAVED = 4, 2
 LAYOUTS = {
     "TP 2, sequence parallel": "--tensor-model-parallel-size 2 --sequence-parallel",
@@ -36,10 +44,6 @@ LAYOUTS = {
     "recomputed activations": "--recompute-granularity full --recompute-method uniform "
     "--recompute-num-layers 1",
 }
-FEATURES = """
-    --architecture smlp --num-dense-layers 2 --num-feature-experts 4 --num-feature-chunks 8
-    --prefix-fraction 0.25
-"""
 OF_EXPERTS = {"EP 2": "--expert-model-parallel-size 2"}
 LIMITS = {"loss": 2e-5, "grad_norm": 2e-4}
 """Relative differences of fp32, whose sums are of another order in another layout."""

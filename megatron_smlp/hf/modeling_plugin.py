@@ -111,21 +111,15 @@ class SMLPHostedPrediction(SMLPPartialPrediction):
     def rule(self) -> Any:
         return self.router["rule"]
 
-    def _scores(self, gate: Tensor, layout: Layout, cache: SMLPCache | None) -> Tensor:
-        """gate: <float>[B, T, F] -> <fp32>[B, C, E]; the cache keeps the means of the prefix."""
-        means = self._split(gate).float().mean(dim=-1).transpose(1, 2)  # [B, T, C]
-        counts = layout.positions < self.prefix
-        if layout.valid is not None:
-            counts = counts & layout.valid
+    def _of_prefix(self, means: Tensor, places: Tensor, counts: Tensor) -> Tensor:
+        """Return the means of the prefix, <fp32>[B, P, C]; see the base class."""
+        means = means.transpose(1, 2)
         prefix = means.new_zeros(len(means), self.prefix, means.shape[-1])
-        places = layout.positions.clamp(max=self.prefix - 1)[..., None].expand_as(means)
-        prefix = prefix.scatter_add(1, places, means * counts[..., None])
-        if cache is not None:
-            before = cache.layers[self.cache_index].scores
-            prefix = prefix if before is None else before + prefix
-            cache.layers[self.cache_index].scores = prefix
-        with maybe_autocast(means.device.type, enabled=False):
-            return self.rule.scores(prefix)
+        return prefix.scatter_add(1, places[..., None].expand_as(means), means * counts[..., None])
+
+    def _scored(self, kept: Tensor) -> Tensor:
+        scores: Tensor = self.rule.scores(kept)
+        return scores
 
     def _chosen(self, scores: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
         experts = self.rule.choose(scores.detach())

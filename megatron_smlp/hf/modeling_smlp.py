@@ -660,21 +660,31 @@ class SMLPPartialPrediction(SMLPSpatialGating):
 
     def _scores(self, gate: Tensor, layout: Layout, cache: SMLPCache | None) -> Tensor:
         """gate: <float>[B, T, F]. Returns a: <fp32>[B, C, E], over the prefix tokens so far."""
-        prefix = self.prefix
         before = None if cache is None else cache.layers[self.cache_index].scores
-        if before is not None and layout.start is not None and layout.start >= prefix:
-            return before
-        means = self._split(gate).float().mean(dim=-1)
-        counts = layout.positions < prefix
-        if layout.valid is not None:
-            counts = counts & layout.valid
-        weights = self.prefix_router.float()[layout.positions.clamp(max=prefix - 1)]
-        with maybe_autocast(means.device.type, enabled=False):
-            scores = torch.einsum("bct,bte->bce", means, weights * counts[..., None])
-        if cache is not None:
-            scores = scores if before is None else before + scores
-            cache.layers[self.cache_index].scores = scores
-        return scores
+        with maybe_autocast(gate.device.type, enabled=False):
+            if before is not None and layout.start is not None and layout.start >= self.prefix:
+                return self._scored(before)
+            means = self._split(gate).float().mean(dim=-1)
+            counts = layout.positions < self.prefix
+            if layout.valid is not None:
+                counts = counts & layout.valid
+            found = self._of_prefix(means, layout.positions.clamp(max=self.prefix - 1), counts)
+            if cache is not None:
+                found = found if before is None else before + found
+                cache.layers[self.cache_index].scores = found
+            return self._scored(found)
+
+    def _of_prefix(self, means: Tensor, places: Tensor, counts: Tensor) -> Tensor:
+        """Return what is summed over the calls of a prefix, and kept: the scores.
+
+        means: <fp32>[B, C, T]; places: <int64>[B, T], under P; counts: <bool>[B, T], which count.
+        """
+        weights = self.prefix_router.float()[places]
+        return torch.einsum("bct,bte->bce", means, weights * counts[..., None])
+
+    def _scored(self, kept: Tensor) -> Tensor:
+        """Return the scores, <fp32>[B, C, E], of what is kept."""
+        return kept
 
     def _chosen(self, scores: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
         """Return e(i), <int64>[B, C], and s_i, <fp32>[B, C]."""

@@ -38,6 +38,10 @@ IN_TILES = 512
 """Leaves of bf16 on a CPU with AMX: a masked dense product up to T = 512."""
 
 
+def _leaf_length(values: Tensor) -> int:
+    return block_length(values, in_tiles=IN_TILES)
+
+
 class _Square(NamedTuple):
     """One product below the leaves: every row of it lies below every column."""
 
@@ -81,7 +85,7 @@ def _leaf_steps(values: Tensor) -> Iterator[tuple[slice, int, slice]]:
     All heads share a product where their leaves lie evenly in memory.
     """
     num_heads, length, _ = values.shape
-    groups = list(_leaves(length, block_length(values, in_tiles=IN_TILES)))
+    groups = list(_leaves(length, _leaf_length(values)))
     if len(groups) == 1:
         return iter([(slice(0, num_heads), *groups[0])])
     return ((slice(head, head + 1), *group) for head in range(num_heads) for group in groups)
@@ -117,7 +121,7 @@ def _mix(weight: Tensor, values: Tensor) -> Tensor:
     values = gemm_ready(values)
     out = values.new_empty(values.shape)
     _multiply_leaves(weight, values, out=out, transposed=False)
-    squares = _squares(values.shape[1], block_length(values, in_tiles=IN_TILES))
+    squares = _squares(values.shape[1], _leaf_length(values))
     for matrix, read, written in by_head(weight, values, out):
         for rows, columns in squares:
             block = matrix[..., rows, columns].to(values.dtype)
@@ -144,7 +148,7 @@ def _gradients(weight: Tensor, gradient: Tensor, values: Tensor) -> tuple[Tensor
     of_weight = values.new_empty(num_heads, length, length)
     _multiply_leaves(weight, gradient, out=of_values, transposed=True)
     _set_leaf_gradients(gradient, values, out=of_weight)
-    squares = _squares(length, block_length(values, in_tiles=IN_TILES))
+    squares = _squares(length, _leaf_length(values))
     stacks = by_head(weight, gradient, values, of_weight, of_values)
     for matrix, given, read, for_matrix, for_values in stacks:
         for rows, columns in squares:

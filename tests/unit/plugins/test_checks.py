@@ -7,7 +7,7 @@ import pytest
 from support.launches import REPOSITORY
 
 from megatron_smlp import plugin_files, plugins
-from megatron_smlp.checking import feature_routers, mixers, routers
+from megatron_smlp.checking import cli
 
 GOOD = (REPOSITORY / "plugins" / "gated_conv.py").read_text(encoding="utf-8")
 RULE = (REPOSITORY / "plugins" / "threshold.py").read_text(encoding="utf-8")
@@ -20,16 +20,7 @@ def advice(registry: plugins.Registry, tmp_path: Path, text: str) -> str:
     path = tmp_path / "tried.py"
     path.write_text(text, encoding="utf-8")
     plugin_files.load(str(path))
-    checks = [
-        check
-        for table in (registry.token_mixers, registry.channel_mixers)
-        for name, kind in table.items()
-        for check in mixers.checks(name, kind)
-    ]
-    for name, rule in registry.token_routers.items():
-        checks += routers.checks(name, rule)
-    for name, router in registry.feature_routers.items():
-        checks += feature_routers.checks(name, router)
+    checks = list(cli.of_classes())
     assert checks
     return next((row.advice for check in checks if not (row := check()).passed), "")
 
