@@ -123,7 +123,7 @@ def snapshot() -> Callable[[], None]:
     ]
     lists: list[list[Any]] = [
         *(systems.SCORING, systems.WITH_BALANCE_LOSS, systems.BY_PREFIX),
-        *(register.listeners, register.updates),
+        *(register.listeners, register.updates, register.schedules),
     ]
     copies = [dict(table) for table in tables], [list(names) for names in lists]
 

@@ -15,6 +15,7 @@ of a token, C chunks of features, P prefix length.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
@@ -29,6 +30,7 @@ __all__ = [
     "FeatureRouter",
     "Mixer",
     "Option",
+    "State",
     "TokenMixer",
     "TokenRouter",
     "Weight",
@@ -43,6 +45,10 @@ __all__ = [
 
 Init = Callable[[Tensor], Any]
 """Draws the first values of a parameter in place: <fp32>, on the CPU."""
+
+
+State = dict[str, Tensor] | None
+"""What a token mixer keeps between two calls of a generation; see TokenMixer."""
 
 
 def zeros(values: Tensor) -> None:
@@ -248,23 +254,33 @@ def projections_of(kind: type[Mixer]) -> dict[str, int]:
     return {f"inner_{name}": outputs for name, outputs in kind.inner.items()}
 
 
-def mix(mixer: Mixer, projected: Sequence[Tensor]) -> Tensor:
+def mix(mixer: Mixer, projected: Sequence[Tensor], **state: dict[str, Tensor]) -> Tensor:
     """Run a mixer on what a host's projections give, <float>[B, T', outputs * width] each."""
     counts = mixer.inner.values()
-    mixed: Tensor = mixer(
-        *(
-            part if outputs == 1 else part.unflatten(-1, (-1, outputs))
-            for part, outputs in zip(projected, counts, strict=True)
-        )
+    parts = (
+        part if outputs == 1 else part.unflatten(-1, (-1, outputs))
+        for part, outputs in zip(projected, counts, strict=True)
     )
+    mixed: Tensor = mixer(*parts, **state)
     return mixed
 
 
 class TokenMixer(Mixer):
-    """Mixes tokens, causally: output t reads inputs 0..t."""
+    """Mixes tokens, causally: output t reads inputs 0..t.
+
+    Generation mixes all tokens so far again at each step, unless `forward(*inner, state=None)`
+    takes a state. In generation that is a dict of tensors whose axis 0 is B, empty before the first
+    token: `forward` is given the tokens behind those that it knows, and leaves what the next call
+    needs. In training it is None.
+    """
 
     learned_positions: ClassVar[bool] = True
     """Whether the model's input has learned positions; else they are the mixer's affair."""
+
+
+def keeps_state(kind: type[Mixer]) -> bool:
+    """Whether its `forward` takes a state."""
+    return "state" in inspect.signature(kind.forward).parameters
 
 
 class ChannelMixer(Mixer):
@@ -404,6 +420,7 @@ class Registry:
     architectures: dict[str, Architecture] = field(default_factory=dict)
     listeners: list[Callable[[], Any]] = field(default_factory=list)
     updates: list[Callable[..., None]] = field(default_factory=list)
+    schedules: list[Callable[[float], float]] = field(default_factory=list)
 
     def tables(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Return each table with what its entries are called."""
@@ -470,6 +487,13 @@ class Registry:
         """Register a function that changes state once a step, behind the optimizer's update:
         `f(models, skipped=bool)`, on every rank; see training.events.Update."""
         self.updates.append(function)
+        return function
+
+    def schedule[Function: Callable[[float], float]](self, function: Function) -> Function:
+        """Register a factor of the learning rate: `f(done)`, with done from 0 in the first step to
+        1 at --lr-decay-iters. It multiplies what --lr-decay-style and the warm-up say: with
+        `constant` it is the schedule."""
+        self.schedules.append(function)
         return function
 
     def _add(self, table: dict[str, Any], name: str, value: Any) -> None:

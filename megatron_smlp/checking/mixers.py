@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_smlp.accounting.plugin_costs import counted
 from megatron_smlp.checking.rows import Check, DoubleStays, Row, close
-from megatron_smlp.plugins import ChannelMixer, Mixer, options_of, weights_of
+from megatron_smlp.plugins import ChannelMixer, Mixer, keeps_state, options_of, weights_of
 
 BATCH, LENGTH, WIDTH = 2, 12, 8
 
@@ -26,6 +26,8 @@ def checks(name: str, kind: type[Mixer]) -> Iterator[Check]:
     for check in (_repeats, _causal_in_training, _causal, _shorter, _gradients, _split):
         if not (kind.whole and check is _split):
             yield partial(_in_double, check, name, kind)
+    if keeps_state(kind):
+        yield partial(_in_double, _continues, name, kind)
     yield partial(_half, name, kind)
     yield partial(_flops, name, kind)
 
@@ -120,6 +122,25 @@ def _shorter(name: str, kind: type[Mixer]) -> Row:
         _apart(short, whole[:, :shortest]), 1e-12,
         "a short sequence is mixed otherwise than the beginning of a long one: forward is given T' "
         "tokens, at most `length`",
+    )  # fmt: skip
+
+
+def _continues(name: str, kind: type[Mixer]) -> Row:
+    """Go on by its state, a token or several at a time, and compare with all tokens at once."""
+    mixer = built(kind).eval()
+    given = inputs(kind)
+    compared = f"3, 1, 1 and {LENGTH - 5} tokens by its state, and {LENGTH} at once"
+    state: dict[str, Tensor] = {}
+    mixed = []
+    for call in zip(*(part.split([3, 1, 1, LENGTH - 5], dim=1) for part in given), strict=True):
+        mixed.append(mixer(*call, state=state))
+        for key, values in state.items():
+            if values.shape[:1] != (BATCH,):
+                advice = f"state[{key!r}] has {list(values.shape)}: its axis 0 has to be the batch"
+                return Row(subject=name, compared=compared, apart="-", advice=advice)
+    return close(
+        name, compared, _apart(torch.cat(mixed, dim=1), mixer(*given)), 1e-12,
+        "with a state the outputs are others: leave in it what the tokens behind these need",
     )  # fmt: skip
 
 

@@ -4,7 +4,8 @@ A plugin's class stands between plain linears, and is the one that was trained:
 
     out = mixer(x W_1, x W_2, ...) W                  x = LN(input);  W_i: D x m_i F,  W: F x D
 
-Generation keeps what the projections gave, and mixes all tokens again at each step.
+Generation keeps what the projections gave, and mixes all tokens again at each step; or the state
+of a class that has one.
 In an exported folder the last lines import the plugins' files, which register themselves.
 """
 
@@ -21,6 +22,7 @@ from megatron_smlp.hf.modeling_smlp import (
     Layout,
     Routing,
     SMLPCache,
+    SMLPCacheLayer,
     SMLPForCausalLM,
     SMLPModel,
     SMLPPartialPrediction,
@@ -30,7 +32,15 @@ from megatron_smlp.hf.modeling_smlp import (
     so_far,
     to_residual,
 )
-from megatron_smlp.plugins import Mixer, Weight, mix, options_of, projections_of, register
+from megatron_smlp.plugins import (
+    Mixer,
+    Weight,
+    keeps_state,
+    mix,
+    options_of,
+    projections_of,
+    register,
+)
 
 
 def _values(config: SMLPConfig, kind: type) -> dict[str, Any]:
@@ -63,14 +73,32 @@ class SMLPHostedMixer(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """hidden: <float>[B, T, D] -> <float>[B, T, D], and no loss."""
         inner = [project(getattr(self, name), hidden) for name in projections_of(type(self.mixer))]
-        if self.state is not None and isinstance(cache, SMLPCache):
+        if self.state is None or not isinstance(cache, SMLPCache):
+            mixed = mix(self.mixer, inner)
+        elif keeps_state(type(self.mixer)):
+            mixed = self._continued(inner, layout, cache.layers[self.state])
+        else:
             widths = [part.shape[-1] for part in inner]
             together = torch.cat(inner, dim=-1)[:, None]
             inner = list(so_far(together, self.state, layout, cache)[:, 0].split(widths, dim=-1))
-        mixed = mix(self.mixer, inner)
-        if self.state is not None:
-            mixed = rows_of_call(mixed, layout)
+            mixed = rows_of_call(mix(self.mixer, inner), layout)
         return project(self.linear_out, mixed.to(hidden.dtype)), None
+
+    def _continued(self, inner: list[Tensor], layout: Layout, kept: SMLPCacheLayer) -> Tensor:
+        """inner: [B, T, m F] of the new tokens -> <float>[B, T, F]."""
+        if layout.valid is None:
+            return mix(self.mixer, inner, state=kept.state)
+        # A state may not see padding: each sample goes on by its own tokens.
+        length = layout.valid.shape[1]
+        rows, states = [], []
+        for row, count in enumerate(layout.valid.sum(dim=1).tolist()):
+            state = {name: values[row : row + 1] for name, values in kept.state.items()}
+            new = [part[row : row + 1, : max(1, count)] for part in inner]
+            mixed = mix(self.mixer, new, state=state if count else dict(state))
+            rows.append(nn.functional.pad(mixed, (0, 0, 0, length - mixed.shape[1])))
+            states.append(state)
+        kept.state = {name: torch.cat([it[name] for it in states]) for name in states[0]}
+        return torch.cat(rows)
 
 
 class SMLPHostedRouter(nn.Module):

@@ -141,14 +141,15 @@ class SMLPCacheLayer(DynamicLayer):
     """States of one mixer by absolute position, in a buffer that doubles when it is full, up to
     `longest`, behind which there are no positions.
 
-    Attention keeps keys and values, spatial gating its normalised gate inputs as `keys`. Partial
-    prediction also keeps its routing scores <float>[B, C, E], a sum over the prefix so far.
+    Attention keeps keys and values, spatial gating its normalised gate inputs as `keys`. What is a
+    sum over all tokens so far is in `state`: partial prediction's routing scores <float>[B, C, E],
+    a plugin's own.
     """
 
     def __init__(self, longest: float) -> None:
         super().__init__()
         self.longest, self.length = longest, 0
-        self.scores: Tensor | None = None
+        self.state: dict[str, Tensor] = {}
 
     def write(self, keys: Tensor, values: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         """keys, values: <float>[B, h, T, width] -> those of positions < L, [B, h, L, width]."""
@@ -182,8 +183,8 @@ class SMLPCacheLayer(DynamicLayer):
 
     @property
     def is_croppable(self) -> bool:
-        """Whether tokens can be forgotten: routing scores are sums that hold them."""
-        return self.scores is None
+        """Whether tokens can be forgotten: a state is a sum that holds them."""
+        return not self.state
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens; what is written next takes their places."""
@@ -191,14 +192,15 @@ class SMLPCacheLayer(DynamicLayer):
             return
         if tokens_to_remove > 0 or not self.is_croppable:
             raise ValueError(
-                f"crop({tokens_to_remove}): give minus the number of tokens to forget; with "
-                "partial prediction, whose routing sums up the prefix, none can be"
+                f"crop({tokens_to_remove}): give minus the number of tokens to forget; "
+                "with partial prediction, whose routing sums up the prefix, and with a plugin's "
+                "state none can be"
             )
         self.length = max(0, self.length + tokens_to_remove)
 
     def reset(self) -> None:
         super().reset()
-        self.length, self.scores = 0, None
+        self.length, self.state = 0, {}
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -206,13 +208,11 @@ class SMLPCacheLayer(DynamicLayer):
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.is_initialized:
             super().batch_select_indices(indices.to(self.keys.device))
-        if self.scores is not None:
-            self.scores = self.scores[indices.to(self.scores.device)]
+        self.state = {name: x[indices.to(x.device)] for name, x in self.state.items()}
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        if self.scores is not None:
-            self.scores = self.scores.repeat_interleave(repeats, dim=0)
+        self.state = {n: x.repeat_interleave(repeats, dim=0) for n, x in self.state.items()}
 
 
 class SMLPCache(Cache):
@@ -660,7 +660,7 @@ class SMLPPartialPrediction(SMLPSpatialGating):
 
     def _scores(self, gate: Tensor, layout: Layout, cache: SMLPCache | None) -> Tensor:
         """gate: <float>[B, T, F]. Returns a: <fp32>[B, C, E], over the prefix tokens so far."""
-        before = None if cache is None else cache.layers[self.cache_index].scores
+        before = None if cache is None else cache.layers[self.cache_index].state.get("scores")
         with maybe_autocast(gate.device.type, enabled=False):
             if before is not None and layout.start is not None and layout.start >= self.prefix:
                 return self._scored(before)
@@ -671,7 +671,7 @@ class SMLPPartialPrediction(SMLPSpatialGating):
             found = self._of_prefix(means, layout.positions.clamp(max=self.prefix - 1), counts)
             if cache is not None:
                 found = found if before is None else before + found
-                cache.layers[self.cache_index].scores = found
+                cache.layers[self.cache_index].state["scores"] = found
             return self._scored(found)
 
     def _of_prefix(self, means: Tensor, places: Tensor, counts: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from megatron_smlp.flags.check import megatrons_refusals
 from megatron_smlp.megatron_patches import torch_adam
 from megatron_smlp.model import model_config
 from megatron_smlp.platform import cpu
+from megatron_smlp.plugins import register
 from megatron_smlp.training.same_everywhere import run_store
 
 
@@ -108,7 +110,21 @@ def _optimizer(args: argparse.Namespace, model: list[Any]) -> tuple[Any, Any]:
         dump_param_to_param_group_map=args.dump_param_to_param_group_map,
     )
     torch_adam.fuse_steps(optimizer)
-    return optimizer, get_optimizer_param_scheduler(optimizer)
+    return optimizer, _with_plugins(get_optimizer_param_scheduler(optimizer))
+
+
+def _with_plugins(schedule: Any) -> Any:
+    """Multiply the learning rate by the factors that plugins have registered."""
+    plain = schedule.get_lr
+
+    def rate(group: dict[str, Any]) -> float:
+        done = min(1.0, schedule.num_steps / schedule.lr_decay_steps)
+        return math.prod((factor(done) for factor in register.schedules), start=plain(group))
+
+    if register.schedules:
+        schedule.get_lr = rate
+        schedule.step(increment=0)
+    return schedule
 
 
 def _connect(parts: Parts) -> None:

@@ -33,7 +33,7 @@ def test_what_ships_passes(registry: plugins.Registry, tmp_path: Path, text: str
 @pytest.mark.parametrize(
     ("right", "wrong", "said"),
     [
-        pytest.param("self.taps - 1, 0))  #", "self.taps - 2, 1))  #", "reads a later", id="leak"),
+        pytest.param("before, 0))", "before - 1, 1))", "reads a later", id="leak"),
         pytest.param("range(self.taps))\n", "range(self.taps)) - value.mean(1, keepdim=True)\n",
                      "reads a later token", id="mean over T"),
         pytest.param("cut=0", "cut=None", "cut is wrong", id="not split"),
@@ -47,8 +47,13 @@ def test_what_ships_passes(registry: plugins.Registry, tmp_path: Path, text: str
         pytest.param("return gate", "return gate.missing", "forward raises", id="raises"),
         pytest.param("return gate.sigmoid() *", "return (gate * 300 + 1e4 - 1e4).sin() *",
                      "bf16", id="bf16"),
-        pytest.param("late = pad", "value = value * length\n        late = pad",
+        pytest.param("late = cat", "value = value * length\n        late = cat",
                      "short sequence", id="by its length"),
+        pytest.param('state["late"] =', "_ =", "with a state", id="state not left"),
+        pytest.param("late[:, length:]\n", "late[:, : self.taps - 1]\n", "with a state",
+                     id="another state"),
+        pytest.param("late[:, length:]\n", "late[:, length:].transpose(0, 1)\n", "axis 0",
+                     id="batch of a state"),
     ],
 )  # fmt: skip
 def test_a_mixer_that_is_wrong(
@@ -59,7 +64,7 @@ def test_a_mixer_that_is_wrong(
 
 
 def test_fp32_inside_is_no_fault(registry: plugins.Registry, tmp_path: Path):
-    text = GOOD.replace("late = pad(value", "late = pad(value.float().to(torch.float32)")
+    text = GOOD.replace("pad(value,", "pad(value.float().to(torch.float32),")
     text = text.replace("from torch import Tensor", "import torch\nfrom torch import Tensor")
     assert not advice(registry, tmp_path, text.replace("* mixed", "* mixed.to(gate.dtype)"))
 

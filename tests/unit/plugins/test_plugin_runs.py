@@ -68,6 +68,10 @@ def halve(models, *, skipped):
         for model in models:
             for parameter in model.parameters():
                 parameter.zero_()
+
+@register.schedule
+def falling(done):
+    return 1 - done
 """
 
 
@@ -116,8 +120,8 @@ def test_an_export_needs_torch_and_transformers_alone(tmp_path: Path, monkeypatc
     assert done.returncode == 0, done.stderr
 
 
-def test_listeners_look_and_updates_change_the_model(tmp_path: Path):
-    """In this order in each step; with weights of zero all tokens are as likely."""
+def test_what_a_plugin_does_in_a_training(tmp_path: Path):
+    """Updates, then listeners in each step; with weights of zero all tokens are as likely."""
     path, log = tmp_path / "watched.py", tmp_path / "log"
     path.write_text(WATCHED.format(log=str(log)), encoding="utf-8")
     flags = "--architecture gmlp --train-iters 2 --bf16 --nonfinite-loss skip"
@@ -130,5 +134,6 @@ def test_listeners_look_and_updates_change_the_model(tmp_path: Path):
     lines = log.read_text(encoding="utf-8").splitlines()
     assert lines == [f"{what} {it}" for step in (1, 2)
                      for what, it in (("updated", False), ("stepped", step))]  # fmt: skip
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").open()]
-    assert losses[1] == pytest.approx(math.log(256), abs=1e-3) != losses[0]
+    steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+    assert steps[1]["loss"] == pytest.approx(math.log(256), abs=1e-3) != steps[0]["loss"]
+    assert [step["learning_rate"] for step in steps] == pytest.approx([2e-3, 1e-3])
