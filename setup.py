@@ -57,8 +57,13 @@ COMMANDS = ["smlp-pretrain = pretrain_smlp:run"] + [
     )
 ]
 
-# `--plugin aft` is plugins/aft.py.
-PLUGINS = [path.stem for path in sorted(Path(__file__).with_name("plugins").glob("*.py"))]
+# `--config configs/cpu/gmlp.yaml` and `--config plugins/aft.yaml` work outside of a checkout too,
+PRESETS = {f"megatron_smlp_presets.{name}": name for name in ("configs", "plugins")}
+# and `--plugin aft` is plugins/aft.py.
+PLUGINS = [
+    f"{path.stem} = megatron_smlp_presets.plugins.{path.stem}"
+    for path in sorted(Path(__file__).with_name("plugins").glob("*.py"))
+]
 
 setup(
     name="megatron-smlp",
@@ -69,18 +74,16 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.12,<3.14",
     py_modules=["pretrain_smlp"],
-    packages=[
-        *find_packages(include=["megatron_smlp", "megatron_smlp.*"]),
-        "megatron_smlp_plugins",
-    ],
-    package_dir={"megatron_smlp_plugins": "plugins"},
+    packages=[*find_packages(include=["megatron_smlp", "megatron_smlp.*"]), *PRESETS],
+    package_dir=PRESETS,
     package_data={
-        "megatron_smlp": ["py.typed", "flags/megatron_flags.txt", "evaluation/tasks/*.yaml"]
+        "megatron_smlp": ["py.typed", "flags/megatron_flags.txt", "evaluation/tasks/*.yaml"],
+        **{package: ["**/*.yaml"] for package in PRESETS},
     },
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,
     entry_points={
         "console_scripts": COMMANDS,
-        "megatron_smlp.plugins": [f"{name} = megatron_smlp_plugins.{name}" for name in PLUGINS],
+        "megatron_smlp.plugins": PLUGINS,
     },
 )

@@ -52,10 +52,22 @@ def read_settings(paths: Iterable[Path]) -> dict[str, Setting]:
     return reduce(_under, (_read(path, (), files) for path in paths), {})
 
 
+def _shipped(path: Path) -> Path:
+    """Return the file itself or, where there is none, the preset of this name that is installed:
+    configs/cpu/gmlp.yaml, plugins/aft.yaml."""
+    packages = Path(__file__).parents[2]
+    # A wheel's, or a checkout's.
+    for folder in (packages / "megatron_smlp_presets", packages):
+        if not path.exists() and path.parts[0] in ("configs", "plugins"):
+            path = folder / path if (folder / path).exists() else path
+    return path
+
+
 def _read(
     path: Path, including: tuple[Path, ...], files: dict[Path, dict[str, Setting]]
 ) -> dict[str, Setting]:
     """Read one file, unless `files` has it: it may be included many times."""
+    path = _shipped(path)
     if path.resolve() in [file.resolve() for file in including]:
         chain = " includes ".join(str(file) for file in (*including, path))
         raise UsageError(f"--config {path} includes itself: {chain}. Remove an `include:` line.")

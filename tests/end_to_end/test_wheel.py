@@ -41,7 +41,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     built, source, site = (tmp_path_factory.mktemp(name) for name in ("wheel", "source", "site"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "pretrain_smlp.py"):
         shutil.copy(REPOSITORY / name, source)
-    for name in ("megatron_smlp", "plugins"):
+    for name in ("configs", "megatron_smlp", "plugins"):
         shutil.copytree(REPOSITORY / name, source / name)
     subprocess.run([sys.executable, "-c", BUILD, str(built)], cwd=source, **QUIET)
     (wheel,) = built.glob("*.whl")
@@ -98,6 +98,8 @@ def test_every_job_runs_from_the_wheel(command: Callable[..., str], tmp_path: Pa
     assert (exported / "model.safetensors").is_file()
     plugged = MODEL.replace("--architecture gmlp", "--plugin aft --architecture aft")
     command("smlp-pretrain", *plugged.split(), *kind, *data)
+    for preset in ("configs/cpu/smlp_deterministic.yaml", "plugins/aft.yaml"):
+        command("smlp-pretrain", "--config", preset, "--dry-run", *kind, *data)
     assert "iteration" in command("smlp-inspect-checkpoint", "show", run)
     assert "perplexity" in command("smlp-evaluate", "--checkpoint", run / "iter_0000002", *data)
     assert "usage: " in command("smlp-pretrain", "--help")
@@ -107,7 +109,7 @@ def test_every_job_runs_from_the_wheel(command: Callable[..., str], tmp_path: Pa
 def test_the_other_commands_say_how_they_are_used(site: Path, command: Callable[..., str]) -> None:
     """Those of entry_points.txt that no job above has run."""
     (path,) = site.glob("*.dist-info/entry_points.txt")
-    lines = [line for line in path.read_text().splitlines() if "megatron_smlp_plugins" not in line]
+    lines = [line for line in path.read_text().splitlines() if "megatron_smlp_presets" not in line]
     names = {line.split(" = ")[0] for line in lines if " = " in line}
     assert len(names) == 18
     assert names > RUN
