@@ -1,5 +1,6 @@
 """Package metadata. Tool settings live in pyproject.toml, exact versions in requirements.lock."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -65,9 +66,12 @@ PLUGINS = [
     for path in sorted(Path(__file__).with_name("plugins").glob("*.py"))
 ]
 
+SOURCE = Path(__file__).with_name("megatron_smlp") / "__init__.py"
+(VERSION,) = re.findall('__version__ = "(.+)"', SOURCE.read_text(encoding="utf-8"))
+
 setup(
     name="megatron-smlp",
-    version="0.1.0",
+    version=VERSION,
     description="Sparse all-MLP language models (arXiv 2203.06850) at Megatron scale",
     long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

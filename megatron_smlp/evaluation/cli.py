@@ -198,7 +198,7 @@ def evaluate_tasks(options: argparse.Namespace, megatron_flags: Sequence[str]) -
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars are for terminals
     from megatron_smlp.evaluation.selection import select_tasks, split_names
 
-    require_package("lm_eval", purpose="--tasks", extra="'.[eval]'")
+    require_package("lm_eval", purpose="--tasks", extra="'megatron-smlp[eval]'")
     from megatron_smlp.library_logging import quiet_libraries
 
     with quiet_libraries():

@@ -41,7 +41,7 @@ class TaskEvaluation:
     """
 
     def __init__(self, args: argparse.Namespace, statistics: RouterStatistics) -> None:
-        require_package("lm_eval", purpose="--eval-tasks", extra="'.[eval]'")
+        require_package("lm_eval", purpose="--eval-tasks", extra="'megatron-smlp[eval]'")
         self.args = args
         self.statistics = statistics
         names = split_names(args.eval_tasks, flag="--eval-tasks")

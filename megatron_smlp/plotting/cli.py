@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         UsageError: matplotlib is not there, a run cannot be read, or --output not be made.
     """
     args = build_parser().parse_args(argv)
-    require_package("matplotlib", purpose="a plot", extra="'.[plots]'")
+    require_package("matplotlib", purpose="a plot", extra="'megatron-smlp[plots]'")
     if args.smooth is not None and args.smooth < 1:
         raise UsageError(f"--smooth {args.smooth}: 1 or more logged lines are expected.")
     from megatron_smlp.plotting.records import read_runs

@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.api_key is not None and not options.api_key.strip():
         raise UsageError(f"--api-key '{options.api_key}' is empty: give one, or leave it out")
     for package in ("fastapi", "pydantic", "uvicorn"):
-        require_package(package, purpose="serve.py", extra="'.[serve]'")
+        require_package(package, purpose="serve.py", extra="'megatron-smlp[serve]'")
     listening = _listen(options.host, options.port)
     from megatron_smlp.generation.language_model import load
     from megatron_smlp.library_logging import quiet_libraries

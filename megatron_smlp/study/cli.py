@@ -93,9 +93,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         UsageError: the study or its data are missing, wrong or not fair.
     """
-    for package in ("pandas", "scipy", "matplotlib"):
-        require_package(package, purpose="a study", extra="'.[study]'")
     args = build_parser().parse_args(argv)
+    for package in ("pandas", "scipy", "matplotlib"):
+        require_package(package, purpose="a study", extra="'megatron-smlp[study]'")
     # Leases are given back at the end, for the next one to have them at once.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     work, _ = COMMANDS[args.command]

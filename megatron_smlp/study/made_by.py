@@ -12,8 +12,10 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pandas
+if TYPE_CHECKING:
+    import pandas  # of an extra, which --help does without
 
 NOTE = "made-by.jsonl"
 NOT_KNOWN = ""
@@ -89,6 +91,6 @@ def _all_of(runs: Mapping[str, pandas.Series], key: str) -> Sequence[str]:
     found: list[str] = []
     while key in runs:
         text = runs[key]["sources"]
-        found += [NOT_KNOWN] if pandas.isna(text) else (text.split() or [NOT_KNOWN])
+        found += (text.split() or [NOT_KNOWN]) if isinstance(text, str) else [NOT_KNOWN]
         key = runs[key]["parent"]
     return found

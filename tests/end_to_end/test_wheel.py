@@ -1,11 +1,9 @@
 """The wheel, far from the checkout: its console scripts train, preprocess, convert and evaluate."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,12 +13,7 @@ from support.launches import REPOSITORY, clean_environment
 
 pytestmark = pytest.mark.slow
 
-# What an installer's script does: look the entry point up, and call it.
-START = (
-    "import sys; from importlib.metadata import entry_points; sys.argv.pop(0); "
-    "sys.exit(entry_points(group='console_scripts')[sys.argv[0]].load()())"
-)
-BUILD = "from setuptools import build_meta; import sys; print(build_meta.build_wheel(sys.argv[1]))"
+UV = shutil.which("uv") or str(REPOSITORY / ".cache" / "uv" / "bin" / "uv")
 MODEL = """
     --make-vocab-size-divisible-by 4 --split 80,20,0 --strict-accounting
     --num-layers 2 --hidden-size 16 --ffn-hidden-size 32 --seq-length 16 --micro-batch-size 2
@@ -36,29 +29,31 @@ QUIET: dict[str, Any] = {"capture_output": True, "text": True, "check": True}
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what the wheel holds."""
-    built, source, site = (tmp_path_factory.mktemp(name) for name in ("wheel", "source", "site"))
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fresh one, in which the wheel and what it asks for are installed."""
+    built, source, fresh = (tmp_path_factory.mktemp(name) for name in ("wheel", "source", "env"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "pretrain_smlp.py"):
         shutil.copy(REPOSITORY / name, source)
     for name in ("configs", "megatron_smlp", "plugins"):
         shutil.copytree(REPOSITORY / name, source / name)
-    subprocess.run([sys.executable, "-c", BUILD, str(built)], cwd=source, **QUIET)
+    subprocess.run([UV, "build", "--wheel", "--out-dir", built, source], **QUIET)
     (wheel,) = built.glob("*.whl")
-    zipfile.ZipFile(wheel).extractall(site)
-    return site
+    subprocess.run([UV, "venv", "--python", sys.executable, fresh], **QUIET)
+    lock = ("--constraint", REPOSITORY / "requirements.lock")
+    subprocess.run([UV, "pip", "install", "--python", fresh, *lock, wheel], **QUIET)
+    return fresh
 
 
 @pytest.fixture(scope="module")
-def command(site: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+def command(environment: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
     """`command("smlp-pretrain", flag, ...)` runs it in a folder of its own; its output."""
     folder = tmp_path_factory.mktemp("elsewhere")
 
-    def run(*arguments: object) -> str:
+    def run(name: str, *arguments: object) -> str:
         done = subprocess.run(
-            [sys.executable, "-c", START, *map(str, arguments)],
+            [environment / "bin" / name, *map(str, arguments)],
             cwd=folder,
-            env={**clean_environment(), "PYTHONPATH": str(site)},
+            env=clean_environment(),
             capture_output=True,
             text=True,
             timeout=300,
@@ -67,15 +62,13 @@ def command(site: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    where = "import megatron_smlp as m, pretrain_smlp as p; print(m.__file__, p.__file__)"
-    done = subprocess.run(
-        [sys.executable, "-c", where],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(site)},
-        **QUIET,
-    )
-    assert str(REPOSITORY) not in done.stdout
     return run
+
+
+def test_it_is_the_installed_one_that_runs(environment: Path, tmp_path: Path) -> None:
+    where = "import megatron_smlp as m, pretrain_smlp as p; print(m.__file__, p.__file__)"
+    done = subprocess.run([environment / "bin" / "python", "-c", where], cwd=tmp_path, **QUIET)
+    assert done.stdout.count(str(environment)) == 2
 
 
 def test_every_job_runs_from_the_wheel(command: Callable[..., str], tmp_path: Path) -> None:
@@ -106,21 +99,20 @@ def test_every_job_runs_from_the_wheel(command: Callable[..., str], tmp_path: Pa
     assert "documents" in command("smlp-inspect-dataset", "show", f"{pair}_text_document")
 
 
-def test_the_other_commands_say_how_they_are_used(site: Path, command: Callable[..., str]) -> None:
-    """Those of entry_points.txt that no job above has run."""
-    (path,) = site.glob("*.dist-info/entry_points.txt")
-    lines = [line for line in path.read_text().splitlines() if "megatron_smlp_presets" not in line]
-    names = {line.split(" = ")[0] for line in lines if " = " in line}
+def test_the_other_commands_say_how_they_are_used(
+    environment: Path, command: Callable[..., str]
+) -> None:
+    """Those that no job above has run."""
+    names = {path.name for path in (environment / "bin").glob("smlp-*")}
     assert len(names) == 18
     assert names > RUN
     for name in sorted(names - RUN):
         assert "usage: " in command(name, "--help"), name
 
 
-def test_the_tasks_of_the_harness_are_in_it(site: Path) -> None:
-    here, there = (
-        {path.name for path in (folder / "megatron_smlp" / "evaluation" / "tasks").glob("*.yaml")}
-        for folder in (REPOSITORY, site)
-    )
+def test_the_tasks_of_the_harness_are_in_it(environment: Path) -> None:
+    tasks = "megatron_smlp/evaluation/tasks/*.yaml"
+    here = {path.name for path in REPOSITORY.glob(tasks)}
+    there = {path.name for path in environment.glob(f"lib/python*/site-packages/{tasks}")}
     assert here == there
     assert "copa_paper.yaml" in there
