@@ -121,13 +121,15 @@ def main() -> None:
     parser.add_argument("flags", nargs="*", help="of pretrain_smlp.py, after --")
     arguments = parser.parse_args()
 
+    from megatron_smlp import plugin_files
     from megatron_smlp.training.captured_output import CapturedOutput
     from pretrain_smlp import patched_arguments, train
 
     recipe = RECIPE.format(root=ROOT, data=arguments.data.resolve()).split()
     folder = ROOT / "runs/gates" / arguments.run
     with CapturedOutput() as output:
-        args = patched_arguments([*recipe, "--log-dir", str(folder), *arguments.flags])
+        flags = plugin_files.take([*recipe, "--log-dir", str(folder), *arguments.flags])
+        args = patched_arguments(flags)
         output.open(args.log_dir, rank=args.rank)
         train(args, listeners=[Looking(arguments.run, arguments.csv)])
 
