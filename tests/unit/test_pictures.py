@@ -15,3 +15,10 @@ def test_pictures_are_of_the_tables(monkeypatch: pytest.MonkeyPatch):
     for name, picture in drawn.items():
         text = (FOLDER / name).read_text(encoding="utf-8")
         assert text == picture, f"{name}: python docs/pictures/draw.py"
+
+
+def test_the_readme_shows_what_the_quickstart_printed():
+    printed = (FOLDER / "quickstart.txt").read_text(encoding="utf-8")
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    shown = readme.split("```text\n")[1].split("```")[0]
+    assert shown in printed, "python docs/pictures/console.py"
