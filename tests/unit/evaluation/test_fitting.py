@@ -136,7 +136,8 @@ def test_an_option_that_is_cut_keeps_its_end(model: Any, own: Path, tasks: Path)
     if isinstance(model, ScorerModel):
         assert cut == pytest.approx(sum(model.scorer.score([Row(tokens, LENGTH)])[0].logprobs))
     else:
-        logits = model.model(model.model.dummy_inputs["input_ids"].new_tensor([tokens[:-1]])).logits
+        ids = model.model.dummy_inputs["input_ids"].new_tensor([tokens[:-1]])
+        logits = model.model(ids).logits.detach()
         targets = logits.new_tensor(tokens[1:]).long()
         assert cut == pytest.approx(
             float(logits[0].log_softmax(-1).gather(1, targets[:, None]).sum()), abs=1e-3
