@@ -75,6 +75,9 @@ class SMLPTransformerConfig(TransformerConfig, ModelOptions):
     balanced_experts: Tensor | None = None
     """HASH: <int64>[tokenizer_vocab_size], the table of --hash-table balanced."""
 
+    token_dispatch: str = "sorted"
+    """--token-dispatch."""
+
     hetereogenous_dist_checkpoint: bool = True
     """Checkpoints name each layer by its number, since layers of one model differ."""
 

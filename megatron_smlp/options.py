@@ -214,6 +214,11 @@ class RunOptions:
     data parallel ranks, for a resume under any layout. data_parallel: Megatron's own default,
     written without communication, for a resume with another data parallel size only."""
 
+    token_dispatch: Literal["sorted", "megatron"] = "sorted"
+    """How tokens reach their experts. sorted: the numbers of the experts are sorted, where a token
+    has one and none is dropped (layers/token_dispatch.py), with the same results in fewer operators
+    than megatron: its all-to-all dispatcher, which all others take in any case."""
+
     allow_untested_flag: list[str] | None = None
     """Names of flags of Megatron's to take although no test here gives them (docs/flags.md lists
     those that are tested). They may do nothing, or harm; with --save a save is planned before the

@@ -31,8 +31,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional
 
-from megatron_smlp.layers.one_rank_dispatcher import dispatch_on_one_rank
 from megatron_smlp.layers.projections import await_parameters, two_projections
+from megatron_smlp.layers.token_dispatch import replace_dispatcher
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -69,8 +69,8 @@ def _layer(
         config.moe_expert_capacity_factor = float(config.num_moe_experts)
     kind = ResidualRoutedMoELayer if _routes_on_residual(config) else MoELayer
     layer = kind(config, submodules=submodules, **kwargs)
-    if torch.cuda.is_available() and isinstance(layer.experts, Experts):
-        dispatch_on_one_rank(layer, layer.config, **kwargs)
+    if isinstance(layer.experts, Experts) and getattr(config, "token_dispatch", "") != "megatron":
+        replace_dispatcher(layer, kwargs["pg_collection"])
     return layer
 
 
@@ -112,19 +112,25 @@ class Experts(SequentialMLP):
     """
 
     def forward(
-        self, hidden_states: Tensor, tokens_per_expert: Tensor, weights: Tensor
+        self, hidden_states: Tensor, tokens_per_expert: Tensor, weights: Tensor | None
     ) -> tuple[Tensor, None]:
         """hidden_states: <float>[n, D], sorted by expert; tokens_per_expert: <int>[experts of this
-        rank], sum n, on either device; weights: <fp32>[n], w_e.
+        rank], sum n, on either device; weights: <fp32>[n], w_e, or None where the dispatcher
+        scales what comes back.
 
         Returns:
             w_e f_e(h): <float>[n, D] (a part of the sum, where experts are tensor parallel); and
             None in place of a bias.
         """
-        can_group = hidden_states.is_cuda and not self.cannot_group(hidden_states.dtype)
-        compute = self.grouped if can_group else self.one_by_one
+        compute = self.grouped if self.groups_on_device(hidden_states) else self.one_by_one
         output = compute(hidden_states, tokens_per_expert)
-        return (output * weights.unsqueeze(-1)).to(output.dtype), None
+        if weights is not None:
+            output = (output * weights.unsqueeze(-1)).to(output.dtype)
+        return output, None
+
+    def groups_on_device(self, hidden_states: Tensor) -> bool:
+        """Return whether these tokens' products read the ends of groups on the device."""
+        return hidden_states.is_cuda and not self.cannot_group(hidden_states.dtype)
 
     def one_by_one(self, hidden_states: Tensor, tokens_per_expert: Tensor) -> Tensor:
         """f_e(h): <float>[n, D]; the reference of `grouped`."""

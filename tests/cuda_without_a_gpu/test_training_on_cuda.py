@@ -55,7 +55,10 @@ LAYOUTS = {
     "tp2_gshard": ("gshard", TP),
     "pp2_hash": ("hash", f"{PP} {RECOMPUTE}"),
     "pp2_interleaved": ("amlp", f"{PP} --num-layers-per-virtual-pipeline-stage 1"),
-    "ep2": ("smlp_deterministic", "--expert-model-parallel-size 2"),
+    "ep2": (
+        "smlp_deterministic",
+        f"--expert-model-parallel-size 2 {DISTRIBUTED} {RECOMPUTE}",
+    ),
     "dp2": ("smlp_partial", DISTRIBUTED),
 }
 LAYOUTS_FAST = ("tp2_partial", "pp2_hash", "ep2", "dp2")

@@ -161,12 +161,29 @@ def install() -> None:
     assert not hasattr(torch.cuda, "_smlp_cpu_platform"), "the CPU platform is active"
     _answer_for_the_device()
     _answer_for_the_groups()
-    _Names().__enter__()
+    names = _Names()
+    names.__enter__()
+    _see_backward_passes(names)
     _Operators().__enter__()
     from megatron_smlp.flags import check_run
 
     check_run._check_compiler = lambda: None  # nothing is compiled here
     check_run._check_devices = lambda: None  # ranks share it
+
+
+def _see_backward_passes(names: _Names) -> None:
+    """Inside of `backward()`, a function of torch's own, `names` would see nothing: the parts of it
+    in Python, as Megatron's all-to-all, name devices too."""
+    run = torch.autograd._engine_run_backward
+
+    @functools.wraps(run)
+    def seen(*args: Any, **kwargs: Any) -> Any:
+        if names in torch.overrides._get_current_function_mode_stack():
+            return run(*args, **kwargs)
+        with names:
+            return run(*args, **kwargs)
+
+    torch.autograd._engine_run_backward = seen
 
 
 def _site() -> str:

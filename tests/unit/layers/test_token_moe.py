@@ -15,7 +15,7 @@ from support.in_process import layer_config
 from torch.nn import functional
 
 from megatron_smlp.architectures import SlottedLayer
-from megatron_smlp.layers.one_rank_dispatcher import OneRankDispatcher, dispatch_on_one_rank
+from megatron_smlp.layers.token_dispatch import OneRankDispatcher, TopOneDispatcher
 from megatron_smlp.layers.token_moe import Experts, token_moe_builder
 
 pytestmark = pytest.mark.usefixtures("megatron")
@@ -179,23 +179,21 @@ def test_experts_that_cannot_be_grouped_say_why_once(
     assert len(caplog.records) == bool(reason)
 
 
-@pytest.mark.parametrize("topk", [1, 2])
-def test_one_rank_sends_the_same_tokens_without_waiting(topk: int):
-    """OneRankDispatcher against Megatron's, of the same layer: outputs and gradients."""
-    moe = layer_of(moe_router_topk=topk)
-    hidden = torch.randn(5, 3, moe.config.hidden_size, requires_grad=True)
-    inputs = [hidden, *moe.parameters()]
+@pytest.mark.parametrize(("topk", "kind"), [(1, TopOneDispatcher), (2, OneRankDispatcher)])
+def test_one_rank_sends_the_same_tokens(topk: int, kind: type):
+    """Ours against Megatron's, of the same weights: outputs and gradients."""
 
-    def answers() -> list[torch.Tensor]:
+    def answers(dispatch: str) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        moe = layer_of(moe_router_topk=topk, token_dispatch=dispatch)
+        assert (type(moe.token_dispatcher) is kind) == (dispatch == "sorted")
+        hidden = torch.randn(5, 3, moe.config.hidden_size, requires_grad=True)
         output, _ = moe(hidden)
         direction = torch.linspace(-1, 1, output.numel()).view_as(output)
-        return [output, *torch.autograd.grad(output, inputs, direction)]
+        return [output, *torch.autograd.grad(output, [hidden, *moe.parameters()], direction)]
 
-    megatrons = answers()
-    dispatch_on_one_rank(moe, moe.config, pg_collection=process_groups())
-    assert type(moe.token_dispatcher) is OneRankDispatcher
-    for mine, theirs in zip(answers(), megatrons, strict=True):
-        assert torch.equal(mine, theirs)
+    for mine, megatrons in zip(answers("sorted"), answers("megatron"), strict=True):
+        assert torch.equal(mine, megatrons)
 
 
 @pytest.mark.parametrize("architecture", ["transformer", "smlp"])

@@ -1,0 +1,84 @@
+"""Our dispatcher of tokens with one expert each, and Megatron's: the same numbers to the bit, on
+gloo and where the CPU stands in for a CUDA device, whose operators and waits are counted."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.dispatches import LAYOUTS, compare
+from support.launches import REPOSITORY, launch, launch_calls, run_command, steps
+
+Answers = dict[str, list[dict[str, dict[str, Any]]]]
+SPLIT = "tp2_ep2_split_experts"
+MOST_OPERATORS, MOST_WAITS = 12, 1
+
+
+@pytest.fixture(scope="module", params=["gloo", "stand-in"])
+def answers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Answers:
+    """By layout, those of each rank: case -> what `compare` writes."""
+    folder: Path = tmp_path_factory.mktemp("dispatches")
+    if request.param == "gloo":
+        for layout, (processes, *_) in LAYOUTS.items():
+            launch_calls(compare, str(folder), layout, processes=processes, log=folder / "log")
+    else:
+        script = str(REPOSITORY / "tests" / "support" / "dispatches.py")
+        run_command([sys.executable, script, str(folder), *LAYOUTS], CUDA_VISIBLE_DEVICES="")
+    return {
+        layout: [
+            json.loads((folder / f"{layout}-{rank}.json").read_text(encoding="utf-8"))
+            for rank in range(processes)
+        ]
+        for layout, (processes, *_) in LAYOUTS.items()
+    }
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_results_are_megatrons_to_the_bit(answers: Answers, layout: str):
+    """Outputs, and gradients of tokens, routers and experts, also where an expert has no token, a
+    rank none, or all."""
+    expected = "MoEAlltoAllTokenDispatcher" if layout == SPLIT else "TopOneDispatcher"
+    for rank, cases in enumerate(answers[layout]):
+        for case, answer in cases.items():
+            assert answer["kind"] == expected
+            assert answer["same"], f"{layout}, rank {rank}, {case}"
+            assert min(answer["norms"]) > 0, f"{layout}, rank {rank}, {case}"
+
+
+def test_a_layer_asks_for_few_operators_and_one_number(answers: Answers):
+    """In a forward pass, from the router's choices to the layer's output, the experts aside."""
+    counted = {
+        layout: [case["sorted"] for cases in ranks for case in cases.values()]
+        for layout, ranks in answers.items()
+        if layout != SPLIT
+    }
+    megatrons = [case["megatron"] for case in answers["ep2"][0].values()]
+    if not any(operators for operators, _ in megatrons):
+        pytest.skip("nothing is counted without a device")
+    for pairs in counted.values():
+        assert all(
+            operators <= MOST_OPERATORS and waits <= MOST_WAITS for operators, waits in pairs
+        )
+    assert min(operators for operators, _ in megatrons) > MOST_OPERATORS
+
+
+MODEL = """
+    --mock-data --tokenizer-type NullTokenizer --vocab-size 500 --num-layers 2 --hidden-size 64
+    --ffn-hidden-size 128 --seq-length 32 --attention-dropout 0 --hidden-dropout 0
+    --micro-batch-size 2 --global-batch-size 16 --num-workers 0 --lr 3e-3 --log-interval 1
+    --eval-iters 0 --train-iters 3 --bf16 --architecture smlp --num-dense-layers 1
+    --num-feature-experts 4 --feature-router deterministic --token-router base --num-experts 8
+    --moe-token-dispatcher-type alltoall --expert-model-parallel-size 4
+    --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
+    --recompute-granularity full --recompute-method uniform --recompute-num-layers 1
+"""
+
+
+def test_a_training_is_the_same_to_the_bit(tmp_path: Path):
+    """BASE under EP 4, gradients reduced while others are computed, layers computed twice."""
+    runs = {name: f"{MODEL} --token-dispatch {name}" for name in ("sorted", "megatron")}
+    launch(runs, processes=4, folder=tmp_path)
+    ours, megatrons = (steps(tmp_path / name) for name in runs)
+    assert len(ours) == 3
+    assert ours == megatrons
