@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,9 +75,10 @@ class Versions:
         """Look at the runs that count; a trial only decided on a learning rate."""
         main = runs[runs["phase"] == "main"]
         by_key = {line["key"]: line for _, line in runs.iterrows()}
+        alike_to = cache(partial(alike, fingerprints))
         possible = {
             key: set.intersection(
-                *(alike(fingerprints, by_key[key]["system"], each) for each in _all_of(by_key, key))
+                *(alike_to(by_key[key]["system"], each) for each in _all_of(by_key, key))
             )
             for key in main["key"]
         }

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -92,7 +93,7 @@ class Tables:
         squares = [self.sampling_error(task, system) ** 2 for task in tasks for system in systems]
         return 100 * math.sqrt(sum(squares)) / len(tasks) if tasks else math.nan
 
-    @property
+    @cached_property
     def converged(self) -> pandas.DataFrame:
         """Runs whose learning rate has decayed: they are the points that are compared."""
         runs = self.runs
@@ -100,11 +101,17 @@ class Tables:
 
     def losses(self, system: str, horizon: int, field: str) -> dict[int, float]:
         """Return the final loss of each seed; infinite where it diverged, none where it failed."""
+        lines = self._ends.get((system, horizon), self.converged[:0])
         return {
-            int(line["seed"]): math.inf if line["status"] == DIVERGED else float(line[field])
-            for _, line in _where(self.converged, system=system, horizon=horizon).iterrows()
-            if line["status"] in (DONE, DIVERGED)
+            int(seed): math.inf if status == DIVERGED else float(loss)
+            for seed, status, loss in zip(lines["seed"], lines["status"], lines[field], strict=True)
+            if status in (DONE, DIVERGED)
         }
+
+    @cached_property
+    def _ends(self) -> Mapping[Any, pandas.DataFrame]:
+        """System and horizon -> the runs that end there."""
+        return dict(iter(self.converged.groupby(["system", "horizon"])))
 
     def curve(self, system: str, seed: int, field: str) -> tuple[list[float], list[float]]:
         """Return the tokens of each horizon's run and the losses of one seed, ascending."""
