@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from support.studies import state_of, write_study
 
+from megatron_smlp.study.figures import Drawing
 from megatron_smlp.study.state import State
 
 
@@ -12,3 +13,9 @@ from megatron_smlp.study.state import State
 def known(tmp_path: Path) -> State:
     tuning = {"seed": 1, "horizon": "50K", "lr": [0.5, 1, 2]}
     return state_of(write_study(tmp_path, tuning=tuning), runs=tmp_path / "runs")
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A report's figures, which take seconds, are others' to look at."""
+    monkeypatch.setattr(Drawing, "figures", lambda *_: iter(()))

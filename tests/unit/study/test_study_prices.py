@@ -76,6 +76,7 @@ def test_a_trial_that_is_mostly_warm_up_is_warned_of(
     assert ("WARNING: trials with over 20% of warm-up" in shown) is warns
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_hours_by_the_speed_that_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = write_study(tmp_path)
     known = state_of(path, runs=tmp_path / "runs")

@@ -100,33 +100,6 @@ def test_equal_deviations_of_systems_are_tested():
     assert np.mean(np.array(p[5]) < 0.05) > 0.5
 
 
-def test_intervals_cover_and_know_of_the_choice_of_the_rate():
-    rng, covered, errors = np.random.default_rng(3), [], []
-    for _ in range(400):
-        found = Rates.of(sample(TRUTH, rng=rng))
-        one = found.difference("a", "b")
-        covered.append(one.low < -0.03 < one.high)
-        errors.append(found.mean("a").mean - 3.97)
-    assert 0.94 < np.mean(covered) < 0.995
-    assert np.sqrt(np.mean(np.square(errors))) < 0.0085
-
-
-def test_a_minimum_is_nearer_to_the_truth_than_the_best_of_three_rates():
-    """Regret: the loss at the chosen rate over the best that the system has."""
-    rng, by_argmin, by_fit = np.random.default_rng(4), [], []
-    for _ in range(300):
-        truth = {name: (rng.uniform(-0.7, 0.7), 4.0) for name in "abcdefgh"}
-        points = sample(truth, rng=rng, at=(0.5, 1.0, 2.0))
-        fit = Rates.of(points)
-        for name, (best, _) in truth.items():
-            chosen = min(points[name], key=lambda point: point[1])[0]
-            by_argmin.append(CURVATURE * (math.log2(chosen) - best) ** 2)
-            by_fit.append(CURVATURE * (math.log2(fit.best(name)) - best) ** 2)
-    assert np.mean(by_argmin) > 2 * np.mean(by_fit)
-    assert np.mean(by_fit) < 0.0025
-    assert np.quantile(by_argmin, 0.95) > 0.012
-
-
 def test_a_minimum_outside_of_the_rates_is_named():
     truth = TRUTH | {"e": (1.6, 4.0), "f": (-1.5, 4.0)}
     assert Rates.of(sample(truth, rng=np.random.default_rng(5))).outside == ["e", "f"]

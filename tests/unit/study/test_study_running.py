@@ -348,6 +348,7 @@ def test_a_training_that_is_asked_to_stop_goes_on(
     assert ended(known, first) == (DONE, 4)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_failed_trial_does_not_stop_the_other_systems(
     known: State,
     trained: list[Path],

@@ -18,6 +18,7 @@ from megatron_smlp.study.state import State
 from megatron_smlp.study.statistics import of_error
 from megatron_smlp.study.study_file import read_studies
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 FFN = {"smlp_deterministic": 6, "transformer": 4, "switch": 4}
 
 

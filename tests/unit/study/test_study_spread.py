@@ -62,37 +62,6 @@ def test_two_that_disagree_are_welchs_test():
     assert (found.p, found.df) == pytest.approx((test.pvalue, test.df))
 
 
-@pytest.mark.parametrize(
-    ("sds", "pair", "low", "high"),
-    [
-        ([0.01] * 9, "ab", 0.92, 0.975),
-        ([0.01] * 4, "ab", 0.92, 0.975),
-        ([0.08] + [0.01] * 8, "ab", 0.86, 0.94),  # a pair with the outlier
-        ([0.08] + [0.01] * 8, "bc", 0.92, 0.98),  # a pair without
-    ],
-)
-def test_how_often_an_interval_covers(sds: list[float], pair: str, low: float, high: float):
-    """Three seeds a system. One deviation of all would cover 61 and 99 times where one is eight
-    times the others'."""
-    rng = np.random.default_rng(3)
-    found = [Spread.of(sample(sds, n=3, rng=rng)).difference(*pair) for _ in range(400)]
-    assert low < np.mean([each.low < 0 < each.high for each in found]) < high
-
-
-def test_what_is_visible_is_seen_with_its_power_and_is_less_than_of_pairs():
-    """At 0.013 nats some 0.032 by three seeds of nine systems, and 0.060 by those of a pair."""
-    rng, sd = np.random.default_rng(4), 0.013
-    error = 2**0.5 * sd / 3**0.5
-    shift = 0.0325  # noncentral Student's of 18 degrees of freedom, at 80 %
-    power = stats.nct.sf(stats.t.ppf(0.975, 18), 18, shift / error)
-    seen = []
-    for _ in range(400):
-        groups = sample([sd] * 9, n=3, rng=rng)
-        groups["a"] = [loss - shift for loss in groups["a"]]
-        seen.append(Spread.of(groups).difference("a", "b").high < 0)
-    assert np.mean(seen) == pytest.approx(power, abs=0.06)
-
-
 def test_one_seed_has_the_deviation_of_the_others():
     """It is shown, with the interval that it has; a verdict takes three."""
     groups = sample([0.01] * 4, n=3, rng=np.random.default_rng(6)) | {"e": [4.1]}

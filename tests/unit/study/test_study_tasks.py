@@ -102,7 +102,7 @@ def test_bits_per_byte_are_compared_over_seeds_and_over_books(
 ):
     """An interval over one of the two alone is not of other seeds and other books."""
     rng, covered = np.random.default_rng(1), {"seeds": [], "books": [], "both": []}
-    for _ in range(40):
+    for _ in range(30):
         cells = by_book(known, rng, seeds=seeds, books=books)
         for own, cell in zip(covered.values(), cells[3:6], strict=True):
             low, high = map(float, cell.partition(" (")[0].split(" to "))
