@@ -123,7 +123,7 @@ def stop_conversions(disk: str, kind: str, source: str) -> None:
     assert ended(start_converting(kind, source, target)) == 0
     expected = contents(target)
     shutil.rmtree(target)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL) * 2:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
         process = start_converting(kind, source, target)
         while not list(target.parent.glob(".out.partial-*")) and not target.exists():
             time.sleep(0.001)

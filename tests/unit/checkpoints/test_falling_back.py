@@ -157,12 +157,12 @@ def _read_slowly(run: str) -> None:
 
     torch.distributed.init_process_group("gloo")
     torch.distributed.barrier()
-    torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=2))
+    torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=1))
     name = ("plan", "problems_in")[torch.distributed.get_rank()]
     quick = getattr(integrity, name)
 
     def slow(*args: Any) -> Any:
-        time.sleep(4)
+        time.sleep(2)
         return quick(*args)
 
     setattr(integrity, name, slow)
