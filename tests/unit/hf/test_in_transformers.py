@@ -347,13 +347,13 @@ def test_experts_are_called_once_a_layer():
 AGAIN = """
 import sys, torch
 from transformers import AutoModel, AutoModelForCausalLM
-folder = sys.argv[1]
 ids = torch.arange(12)[None]
-states = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()(ids).last_hidden_state
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+for folder, again in (("saved", "again"), ("again", "no more")):
+    states = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()(ids).last_hidden_state
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    model.save_pretrained(again)
+    torch.save((states, model(ids).logits), folder + "/computed.pt")
 assert "megatron_smlp" not in sys.modules
-model.save_pretrained(folder + "/again")
-torch.save((states, model(ids).logits), folder + "/computed.pt")
 """
 
 
@@ -363,9 +363,8 @@ def test_the_code_goes_along_with_weights(tmp_path: Path):
     model, ids = make_model("smlp_deterministic"), torch.arange(12)[None]
     model.save_pretrained(tmp_path / "saved")
     environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    for folder in (tmp_path / "saved", tmp_path / "saved" / "again"):
-        command = [sys.executable, "-c", AGAIN, str(folder)]
-        subprocess.run(command, env=environment, cwd=tmp_path, check=True)
+    subprocess.run([sys.executable, "-c", AGAIN], env=environment, cwd=tmp_path, check=True)
+    for folder in (tmp_path / "saved", tmp_path / "again"):
         states, logits = torch.load(folder / "computed.pt")
         torch.testing.assert_close(states, model.model(ids).last_hidden_state)
         torch.testing.assert_close(logits, model(ids).logits)
