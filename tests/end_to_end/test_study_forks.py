@@ -42,23 +42,20 @@ def worker(commands: list[tuple[str, list[str]]]) -> subprocess.Popen[bytes]:
 
 
 def test_it_computes_and_fails_as_the_program(tmp_path: Path):
-    """The losses are the same to the bit, and so are the exit code and the last line of an end."""
-    cases, forks, codes = {"trains": "", "diverges": "--lr 1e38"}, [], []
-    for name, more in cases.items():
-        for kind in ("fork", "program"):
-            (tmp_path / kind / name).mkdir(parents=True)
-        forks.append((str(tmp_path / "fork" / name), words_of(tmp_path / "fork" / name, more)))
-        own = tmp_path / "program" / name
-        with (own / OUTPUT).open("ab") as log:
-            command = words_of(own, more)
-            codes.append(subprocess.call(command, env=clean_environment(), stdout=log, stderr=log))
-    assert codes == [0, NonFiniteLossError.exit_code]
+    """The losses are the same to the bit; an end has the program's code and last line."""
+    folders = {name: tmp_path / name for name in ("program", "trains", "diverges")}
+    for folder in folders.values():
+        folder.mkdir()
+    with (folders["program"] / OUTPUT).open("ab") as log:
+        command = words_of(folders["program"], "")
+        assert not subprocess.call(command, env=clean_environment(), stdout=log, stderr=log)
+    cases = {"trains": "", "diverges": "--lr 1e38"}
+    forks = [(str(folders[name]), words_of(folders[name], more)) for name, more in cases.items()]
+    codes = [0, NonFiniteLossError.exit_code]
     assert worker(forks).communicate(timeout=300)[0].decode() == f"{codes}\n"
-    fork, own = tmp_path / "fork", tmp_path / "program"
-    assert len(steps(own / "trains")) == 6
-    assert steps(fork / "trains") == steps(own / "trains")
-    assert last_lines(own / "diverges")[-1].startswith("pretrain_smlp.py: error: ")
-    assert last_lines(fork / "diverges")[-1] == last_lines(own / "diverges")[-1]
+    assert len(steps(folders["program"])) == 6
+    assert steps(folders["trains"]) == steps(folders["program"])
+    assert last_lines(folders["diverges"])[-1].startswith("pretrain_smlp.py: error: ")
 
 
 @pytest.mark.parametrize("is_killed", [True, pytest.param(False, marks=pytest.mark.slow)])
