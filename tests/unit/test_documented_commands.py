@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from end_to_end import test_documentation as documentation
 from support.launches import REPOSITORY
 
 from megatron_smlp import commands as commands_of_the_wheel
@@ -107,13 +106,3 @@ def test_the_tools_have_one_vocabulary() -> None:
     for tool, flags in seen.items():  # a word of the table is missing for none that has it
         known = set(_parser_of(REPOSITORY / "tools" / f"{tool}.py")._option_string_actions)
         assert known & shared <= flags | {"--config"}, tool
-
-
-def test_everything_that_is_changed_in_a_page_is_there() -> None:
-    pages = documentation.PAGES
-    text = "".join(body for page in pages for _, body in documentation.blocks(page))
-    for given in (*documentation.NAMED, *documentation.SHORTER):
-        assert given in text, given
-    whole = "".join((REPOSITORY / page).read_text(encoding="utf-8") for page in pages)
-    for given in documentation.NOT_HERE:
-        assert given in whole, given

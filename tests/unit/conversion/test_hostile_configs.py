@@ -56,8 +56,14 @@ def _refusals(folder: Path, tmp_path: Path) -> list[str]:
     return refusals
 
 
-@pytest.mark.parametrize("value", [[1, 2], "text", {}, None, 1.5, True, -1])
-@pytest.mark.parametrize("key", ["hidden_size", "num_layers", "vocab_size"])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("hidden_size", value) for value in ([1, 2], 1.5, -1)),
+        *(("num_layers", value) for value in ({}, -1)),
+        *(("vocab_size", value) for value in (None, "text", True, -1)),
+    ],
+)
 def test_a_size_that_is_none(folder: Path, tmp_path: Path, key: str, value: object) -> None:
     _say(folder, **{key: value})
     _refusals(folder, tmp_path)
