@@ -1,7 +1,4 @@
-"""The site of `make docs`: built without a warning, with every page, module and link in it.
-
-The whole of it is slow: the workflow's job builds it for every change.
-"""
+"""The site of `make docs`: built without a warning, with every page, module and link in it."""
 
 import re
 import shlex
@@ -35,21 +32,18 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return html
 
 
-@pytest.mark.slow
 def test_every_page_is_in_the_site(site: Path):
     pages = {path.relative_to(DOCS).with_suffix(".html") for path in DOCS.rglob("*.md")}
     assert len(pages) > 70
     assert {page for page in pages if not (site / page).is_file()} == set()
 
 
-@pytest.mark.slow
 def test_the_start_is_the_readme(site: Path):
     start = (site / "index.html").read_text(encoding="utf-8")
     assert "<h1>megatron_smlp" in start
     assert 'href="training.html"' in start
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("part", ["layers", "routers", "ops", "plugins", "hf"])
 def test_a_page_of_the_reference_has_every_module(site: Path, part: str):
     page = (site / "reference" / f"{part}.html").read_text(encoding="utf-8")
@@ -60,7 +54,6 @@ def test_a_page_of_the_reference_has_every_module(site: Path, part: str):
         assert file.stem == "__init__" or f'id="module-{module}"' in page, module
 
 
-@pytest.mark.slow
 def test_docstrings_are_read_as_they_are_written(site: Path):
     """Formulas stand in blocks, and arguments in lists: nothing is lost to markup."""
     page = (site / "reference" / "layers.html").read_text(encoding="utf-8")
