@@ -95,7 +95,7 @@ def compiled(case: Case, capability: int) -> dict[str, Any]:
     target = GPUTarget("cuda", capability, 32)
     options = {"num_warps": case.warps} | FUSED
     binary = triton.compile(_source(case), target=target, options=options)
-    used = _resources(binary.asm["cubin"])
+    used = resources(binary.asm["cubin"])
     text = binary.asm["ptx"]
     counts = {name: text.count(word) for name, word in INSTRUCTIONS.items() if word in text}
     return used | {"shared": binary.metadata.shared, "instructions": counts}
@@ -155,7 +155,7 @@ def _type(name: str, case: Case, constants: dict[str, Any]) -> str:
     return kind or case.pointer
 
 
-def _resources(cubin: bytes) -> dict[str, int]:
+def resources(cubin: bytes) -> dict[str, int]:
     """Registers of a thread and bytes of its stack, as NVIDIA's cuobjdump reads them."""
     from triton.backends import nvidia
 
