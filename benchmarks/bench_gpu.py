@@ -1,11 +1,12 @@
-"""All systems on one CUDA GPU in bf16: tokens/s, TFLOP/s and the share of the GPU's GEMM speed.
+"""All systems on one CUDA GPU in bf16: tokens/s, TFLOP/s, MFU and the share of measured GEMMs.
 
     make bench-gpu
 
 The models are those of configs/paper/regular (equal FLOPs a token), with fewer experts of the same
 width, so that weights and optimizer fit 80 GB: a token visits as many. A step is all that
 `megatron.training` does for BATCH samples of 1,024 tokens. FLOPs are the needed ones, 3 x forward
-with causal products as triangles. The peak is measured: the best of some large bf16 GEMMs.
+with causal products as triangles. MFU is against the data sheet, as metrics.jsonl has it; beside it
+is the share of what the best of some large bf16 GEMMs reaches here.
 
 Apex and Transformer Engine are used where they are installed, by the flags' own defaults. Without
 a CUDA device it says so and ends.
@@ -93,17 +94,22 @@ def has_cpu_platform() -> bool:
 def measure(system: str, repeats: int) -> Record:
     steps = WARM_UP + max(LOGGED, repeats)
     lines = train(f"{flags(system)} --train-iters {steps}")
-    return as_record(system, lines, peak=gemm_tflops())
+    return as_record(system, lines, gemms=gemm_tflops())
 
 
-def as_record(system: str, lines: list[dict[str, Any]], *, peak: float) -> Record:
-    """lines: of metrics.jsonl; peak: TFLOP/s."""
+def as_record(system: str, lines: list[dict[str, Any]], *, gemms: float) -> Record:
+    """lines: of metrics.jsonl; gemms: TFLOP/s of large products. The record's ratio is MFU, or of
+    a GPU whose data sheet is not known, the share of these."""
     counted = [line for line in lines if line["iteration"] > WARM_UP]
     names = ("seconds_per_iteration", "tokens_per_second", "tflops_per_device")
     seconds, tokens, tflops = (statistics.median(line[name] for line in counted) for name in names)
-    case = f"{system}: {tokens:,.0f} tokens/s, {tflops:.1f} of {peak:.1f} TFLOP/s{_extras()}"
-    mfu = tflops / peak
-    return Record(case=case, ours_ms=1e3 * seconds, peer_ms=1e3 * seconds * mfu, ratio=mfu)
+    shares = [line["mfu"] for line in counted if line["mfu"] is not None]
+    mfu = statistics.median(shares) if shares else None
+    said = "MFU unknown" if mfu is None else f"MFU {mfu:.1%}"
+    share = f"{tflops / gemms:.1%} of {gemms:.1f} TFLOP/s of large GEMMs"
+    case = f"{system}: {tokens:,.0f} tokens/s, {tflops:.1f} TFLOP/s, {said}, {share}{_extras()}"
+    ratio = tflops / gemms if mfu is None else mfu
+    return Record(case=case, ours_ms=1e3 * seconds, peer_ms=1e3 * seconds * ratio, ratio=ratio)
 
 
 def _extras() -> str:

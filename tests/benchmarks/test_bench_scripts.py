@@ -32,19 +32,22 @@ def test_the_gpus_models_are_accepted_and_fit_80_gb(parse: Callable[..., Any], s
     assert cost.parameters * BYTES_PER_PARAMETER < 50e9
 
 
-def test_the_gpus_record() -> None:
+@pytest.mark.parametrize(("mfu", "said", "ratio"), [(0.2, "20.0%", 0.2), (None, "unknown", 0.5)])
+def test_the_gpus_record(mfu: float | None, said: str, ratio: float) -> None:
     lines = [
         {
             "iteration": iteration,
             "seconds_per_iteration": seconds,
             "tokens_per_second": 1000 / seconds,
             "tflops_per_device": 200.0,
+            "mfu": mfu,
         }
         for iteration, seconds in ((5, 9.0), (10, 9.0), (15, 0.5), (20, 0.5))
     ]
-    record = bench_gpu.as_record("gmlp", lines, peak=400.0)
-    assert record["case"].startswith("gmlp: 2,000 tokens/s, 200.0 of 400.0 TFLOP/s")
-    assert (record["ours_ms"], record["peer_ms"], record["ratio"]) == (500.0, 250.0, 0.5)
+    record = bench_gpu.as_record("gmlp", lines, gemms=400.0)
+    of_gemms = "50.0% of 400.0 TFLOP/s of large GEMMs"
+    assert record["case"].startswith(f"gmlp: 2,000 tokens/s, 200.0 TFLOP/s, MFU {said}, {of_gemms}")
+    assert (record["ours_ms"], record["peer_ms"], record["ratio"]) == (500.0, 500 * ratio, ratio)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
