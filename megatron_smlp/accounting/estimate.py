@@ -55,6 +55,7 @@ _LAYOUT: dict[str, Any] = {
     "optimizer_checkpoint": "any_layout",
     "distrib_optim_fully_reshardable_mem_efficient": False,
     "overlap_grad_reduce": False,
+    "async_save": False,
     "bf16": False,
     "fp16": False,
     "grad_reduce_in_bf16": False,
@@ -85,6 +86,8 @@ _UNCOUNTED: dict[str, Any] = {
 """Flags that change memory or traffic in ways that are not counted, unless they have this value."""
 _GATHERED_BYTES = 12
 """Of a parameter: its fp32 value and Adam's two moments."""
+_PINNED = 2
+"""Of a copy in pinned memory, whose blocks torch rounds up to powers of two: at most."""
 _RESOLVED = ("add_bias_linear", "padded_vocab_size")
 _DEFAULTS = {**model_defaults(), "token_router": None, "position_embedding_type": None} | _LAYOUT
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -122,7 +125,9 @@ def estimate(values: dict[str, Any]) -> dict[str, Any]:
         may send it to; training may send it to fewer), forward_tflops_per_1024_tokens (full
         squares, the paper's convention), forward_needed_tflops_per_1024_tokens (causal products as
         triangles), per_gpu (bytes; see footprint.Footprint; save_host_bytes is what its rank takes
-        of the host's memory at a save or a load, where it gathers the optimizer's state).
+        of the host's memory at a save or a load, where it gathers the optimizer's state;
+        save_pinned_bytes what an --async-save of all that the rank holds takes of pinned memory, at
+        most, which torch keeps for the next one).
 
     Raises:
         ValueError: a size is missing, misspelt or does not fit the others.
@@ -132,6 +137,7 @@ def estimate(values: dict[str, Any]) -> dict[str, Any]:
     cost = model_cost(shape)
     paper, needed = forward_tflops_per_1024_tokens(cost, shape)
     per_gpu = footprint(shape, ParallelLayout.from_args(args))
+    saved = per_gpu.weight_bytes + per_gpu.optimizer_bytes
     return {
         "padded_vocab_size": shape.padded_vocab_size,
         "total_parameters": cost.parameters,
@@ -145,6 +151,7 @@ def estimate(values: dict[str, Any]) -> dict[str, Any]:
             "memory_bytes": per_gpu.memory_bytes,
             "communication_bytes": per_gpu.communication_bytes,
             "save_host_bytes": _GATHERED_BYTES * per_gpu.parameters if gathers(args) else 0,
+            "save_pinned_bytes": _PINNED * saved if args.async_save else 0,
         },
     }
 
@@ -304,6 +311,8 @@ def _table(result: dict[str, Any]) -> str:
     if gpu["save_host_bytes"]:
         lines.append(f"  {'memory at a save, at most':26}{giga['save_gpu_bytes']:>16}")
         lines.append(f"  {'host memory at a save':26}{giga['save_host_bytes']:>16}")
+    if gpu["save_pinned_bytes"]:
+        lines.append(f"  {'pinned memory, at most':26}{giga['save_pinned_bytes']:>16}")
     lines.append("sent by it in one optimizer step")
     kinds = ("tensor_parallel", "pipeline_parallel", "expert_parallel", "data_parallel")
     lines += [f"  {kind.replace('_', ' '):26}{giga[kind + '_bytes']:>16}" for kind in kinds]

@@ -20,7 +20,9 @@ them, is in causal_mix.py, layers/spatial_gating.py and layers/feature_moe.py: t
 reference, and what runs where the kernels cannot.
 """
 
+import logging
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -37,6 +39,11 @@ from megatron_smlp.ops.gelu_norm import (
     normed_gelu,
 )
 from megatron_smlp.ops.triton_ready import use_kernels
+
+_LOGGER = logging.getLogger(__name__)
+
+ALIGNED = 16
+"""Elements: a matrix whose rows begin at multiples of this is read in parts of 16 bytes."""
 
 
 class Routing(NamedTuple):
@@ -55,7 +62,19 @@ def gates_by_kernels(u: Tensor, heads: int, activation: Callable[[Tensor], Tenso
 
     u: <float>[T, B, 2 K]; heads: H; activation: what stands for GELU.
     """
-    return use_kernels("the causal gate", u, unsupported=_unsupported(u, heads, activation))
+    can = use_kernels("the causal gate", u, unsupported=_unsupported(u, heads, activation))
+    if can and len(u) % ALIGNED:
+        _say_length_once(len(u))
+    return can
+
+
+@cache
+def _say_length_once(length: int) -> None:
+    _LOGGER.warning(
+        "the causal gate reads its matrices number by number, and slower: %s does not divide %s "
+        "tokens; --seq-length %s is the next length that it does.",
+        *(ALIGNED, length, -(-length // ALIGNED) * ALIGNED),
+    )
 
 
 def _unsupported(u: Tensor, heads: int, activation: Callable[[Tensor], Tensor]) -> str:

@@ -122,7 +122,8 @@ def summary(args: argparse.Namespace, shape: ModelShape) -> Iterator[str]:
         yield f"input       {_hashes(args, shape)}"
     if note := _what_is_missing(args, shape):
         yield f"note        {note}"
-    yield f"layout      {layout(args)}; {dtype}"
+    engine = "; Transformer Engine" if args.transformer_impl != "local" else ""
+    yield f"layout      {layout(args)}; {dtype}{engine}"
     yield f"steps       {_steps(args)} tokens, micro-batch {args.micro_batch_size}"
 
 

@@ -453,6 +453,9 @@ def test_estimate_prints_json_and_a_table(tmp_path: Path, capsys: pytest.Capture
         assert main(["--config", str(config), "--use-distributed-optimizer", *words, "--json"]) == 0
         gpu = json.loads(capsys.readouterr().out)["per_gpu"]
         assert gpu["save_host_bytes"] == share * gpu["parameters"]
+    assert main(["--config", str(config), "--async-save", "--json"]) == 0
+    gpu = json.loads(capsys.readouterr().out)["per_gpu"]
+    assert gpu["save_pinned_bytes"] == 2 * (gpu["weight_bytes"] + gpu["optimizer_bytes"])
     assert main(["--config", str(tmp_path / "missing.yaml")]) == 2
     assert "missing.yaml: no such file" in capsys.readouterr().err
 

@@ -364,6 +364,15 @@ def test_batches_by_a_schedule_are_shown_as_such(parse: Parse):
     assert "steps       8 samples in batches by --step-batch-size-schedule '0:2'" in last
 
 
+def test_transformer_engines_layers_are_said(parse: Parse):
+    """An image that has it takes it, by Megatron's default."""
+    args = parse("--architecture gmlp")
+    assert not any("Engine" in line for line in summary(args, ModelShape.from_args(args)))
+    with args.thawed():
+        args.transformer_impl = "transformer_engine"
+    assert "fp32; Transformer Engine" in "".join(summary(args, ModelShape.from_args(args)))
+
+
 def test_a_spec_says_which_architecture_it_is(parse: Parse):
     """As Megatron's own script is told; the record and the checks are of what is built."""
     assert parse("--spec megatron_smlp.architectures gmlp").architecture == "gmlp"

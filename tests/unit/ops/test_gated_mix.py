@@ -11,6 +11,7 @@ from support.interpreted import interpreted
 from torch import Tensor
 from torch.nn import functional
 
+from megatron_smlp.ops import gated_mix as gated_mix_module
 from megatron_smlp.ops.gated_mix import Routing, gated_mix, gates_by_kernels
 
 GATES = {
@@ -128,3 +129,13 @@ def test_a_cpu_has_no_kernels_and_nothing_to_report(caplog: pytest.LogCaptureFix
     u = torch.zeros(4, 2, 6, dtype=torch.bfloat16)
     assert not gates_by_kernels(u, 1, functional.gelu)
     assert caplog.records == []
+
+
+def test_a_length_that_16_does_not_divide_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(gated_mix_module, "use_kernels", lambda *_, **__: True)
+    for length in (1024, 1000, 1000):
+        assert gates_by_kernels(torch.empty(length, 1, 8), 1, functional.gelu)
+    (record,) = caplog.records
+    assert "16 does not divide 1000 tokens; --seq-length 1008 is" in record.getMessage()
