@@ -66,6 +66,7 @@ IS_LLAMA = {
     "position_embedding_type": "rope",
     "normalization": "RMSNorm",
     "swiglu": True,
+    "qk_layernorm": False,
 }
 
 

@@ -103,6 +103,8 @@ OURS = Names(
     in_layer={
         "input_layernorm": ("mixer_norm",),
         QKV: tuple(f"mixer.{part}_proj" for part in "qkv"),
+        "self_attention.q_layernorm": ("mixer.q_norm",),
+        "self_attention.k_layernorm": ("mixer.k_norm",),
         "self_attention.linear_proj": ("mixer.out_proj",),
         "self_attention.linear_fc1": ("mixer.up_proj",),
         "self_attention.linear_fc2": ("mixer.down_proj",),

@@ -95,9 +95,19 @@ NEEDS = (
         "Transformer Engine (--transformer-impl transformer_engine)",
         lambda args: args.transformer_impl != "local",
         (
-            *("layernorm_zero_centered_gamma", "qk_layernorm", "softmax_type", "window_size"),
+            *("layernorm_zero_centered_gamma", "softmax_type", "window_size"),
             *("moe_grouped_gemm", "attention_backend", "tp_comm_overlap", "fp8"),
         ),
+    ),
+    Need(
+        "--position-embedding-type learned_absolute",
+        lambda args: args.position_embedding_type == "learned_absolute",
+        ("reset_position_ids",),
+    ),
+    Need(
+        "Megatron's own layers (--transformer-impl local, without --cuda-graph-impl)",
+        lambda args: args.transformer_impl == "local" and args.cuda_graph_impl in (None, "none"),
+        ("reset_attention_mask",),
     ),
     Need("a CUDA device", lambda args: not cpu.needed(), ("cuda_graph_impl",)),
     Need(
@@ -193,10 +203,18 @@ def check_needs(args: argparse.Namespace) -> None:
     """
     if not _attends(args) and args.position_embedding_type not in POSITIONS_WITHOUT_ATTENTION:
         raise UsageError(
-            f"--position-embedding-type {args.position_embedding_type} acts on the queries and "
-            f"keys of attention, which --architecture {args.architecture} does not have: give "
-            f"{one_of(POSITIONS_WITHOUT_ATTENTION)}, or leave it out."
+            f"--position-embedding-type {args.position_embedding_type} turns queries and keys of "
+            f"--num-attention-heads, which --architecture {args.architecture} does not have: its "
+            f"mixers know positions by themselves. Give {one_of(POSITIONS_WITHOUT_ATTENTION)}, or "
+            "leave it out."
         )
+    for name in requested(args, ("reset_attention_mask", "reset_position_ids")):
+        if not all(mixer.attends for mixer in ARCHITECTURES[args.architecture].mixers):
+            raise UsageError(
+                f"{flag_of(name)} is for attention: in --architecture {args.architecture} a matrix "
+                "has one row for each position, the same in all samples, wherever documents begin. "
+                "Leave it out."
+            )
     for what, is_met, names in NEEDS:
         for name in requested(args, names):
             if not is_met(args):

@@ -27,7 +27,19 @@ def check_token_router(args: argparse.Namespace) -> None:
         return
     _check_experts_per_token(args)
     _check_numbers(args)
+    _check_groups(args)
     _check_prices(args)
+
+
+def _check_groups(args: argparse.Namespace) -> None:
+    """Refuse groups of which no choice could be made; others Megatron refuses."""
+    groups, chosen = args.moe_router_num_groups, args.moe_router_group_topk
+    topk = args.moe_router_topk
+    if groups and chosen and (topk % chosen or topk > chosen * (args.num_experts // groups)):
+        raise UsageError(
+            f"--moe-router-group-topk {chosen} of --moe-router-num-groups {groups}: it must divide "
+            f"--moe-router-topk {topk}, and the chosen groups must have as many experts."
+        )
 
 
 def _check_prices(args: argparse.Namespace) -> None:
@@ -74,7 +86,7 @@ def check_feature_router(args: argparse.Namespace) -> None:
 
 def _refuse_experts(args: argparse.Namespace) -> None:
     """Refuse Megatron's flags of experts, with which a dense model would be trained in silence."""
-    for name, value in args.explicit_flags.items():
+    for name, value in sorted(args.explicit_flags.items()):
         # None, False and "none" are what a configuration takes back what it includes by.
         is_of_experts = name == "num_experts" or name.startswith("moe_")
         if is_of_experts and value not in (None, False, "none"):

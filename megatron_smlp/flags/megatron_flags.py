@@ -34,7 +34,8 @@ TESTED: dict[str, str] = {
         moe-aux-loss-coeff moe-z-loss-coeff moe-router-dtype moe-token-drop-policy
         moe-per-layer-logging moe-router-topk moe-router-load-balancing-type
         moe-router-score-function moe-router-enable-expert-bias moe-router-bias-update-rate
-        moe-router-topk-scaling-factor moe-shared-expert-intermediate-size""",
+        moe-router-num-groups moe-router-group-topk moe-router-topk-scaling-factor
+        moe-shared-expert-intermediate-size""",
     "Batches and length": """
         micro-batch-size global-batch-size step-batch-size-schedule seq-length train-iters
         train-samples exit-interval exit-duration-in-mins exit-signal-handler skip-train
@@ -61,6 +62,7 @@ TESTED: dict[str, str] = {
         recompute-modules cuda-graph-impl manual-gc manual-gc-interval no-manual-gc-eval
         empty-unused-memory-level train-sync-interval""",
     "Data and tokenizer": """
+        reset-attention-mask reset-position-ids
         data-path split train-data-path valid-data-path test-data-path data-args-path
         per-split-data-args-path data-cache-path mock-data num-workers dataloader-type
         no-mmap-bin-files num-dataset-builder-threads mid-level-dataset-surplus
@@ -99,6 +101,8 @@ RENAMED = {
     "--pretrained-checkpoint": "--load DIR --finetune",
     "--decoder-seq-length": "--seq-length",
     "--yaml-cfg": "--config",
+    # Megatron's own drops by the tokens of each rank, and so by the layout.
+    "--moe-expert-capacity-factor": "--moe-train-capacity-factor with --token-router switch",
 }
 """What to give in place of flags that recipes have."""
 ALLOW = "--allow-untested-flag"

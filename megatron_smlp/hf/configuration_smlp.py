@@ -43,9 +43,10 @@ _TOP_K = ("token_router", ("topk",))
 _IS_FOR = {
     "toeplitz": ("architecture", _TOEPLITZ),
     "mixer_expansion": ("architecture", ("mixer",)),
-    **dict.fromkeys(("swiglu", "num_query_groups"), ("architecture", _ATTENTION)),
+    **dict.fromkeys(("swiglu", "num_query_groups", "qk_layernorm"), ("architecture", _ATTENTION)),
     **dict.fromkeys(("feature_router", "num_dense_layers"), ("architecture", ("smlp",))),
     **dict.fromkeys(("moe_router_topk", "moe_router_topk_scaling_factor"), _TOP_K),
+    **dict.fromkeys(("moe_router_num_groups", "moe_router_group_topk"), _TOP_K),
     "moe_router_enable_expert_bias": _TOP_K,
     "moe_shared_expert_intermediate_size": _TOP_K,
 }
@@ -53,6 +54,7 @@ _POSITIVE = (
     *("vocab_size", "hidden_size", "ffn_hidden_size", "num_layers", "num_attention_heads"),
     *("num_query_groups", "max_position_embeddings", "spatial_heads", "tiny_attention_width"),
     *("num_feature_experts", "rotary_base", "hash_count", "filter_size"),
+    *("moe_router_num_groups", "moe_router_group_topk"),
 )
 _OVER_ZERO = (
     *("moe_train_capacity_factor", "moe_eval_capacity_factor", "moe_router_topk_scaling_factor"),
@@ -121,12 +123,16 @@ class SMLPConfig(PreTrainedConfig):
         hidden_act: gelu (exact) or gelu_new (tanh approximation).
         swiglu: transformer only: FFNs and experts are SwiGLU instead: silu(a) b of two projections.
         normalization: LayerNorm or RMSNorm, of all norms but that of a gate, which is LayerNorm.
+        qk_layernorm: transformer: whether the queries and keys of each head have a norm of that
+            kind, before they are turned.
         position_embedding_type: transformer: learned_absolute (the default), rope or none; the
             others of ours have none.
         rotary_base: rope: the wavelengths' base.
         num_query_groups: transformer: heads of keys and values, each for as many queries; default:
             one per head.
         moe_router_topk: topk: experts of a token.
+        moe_router_num_groups, moe_router_group_topk: topk: experts are chosen among those of so
+            many of the groups, of the largest sums of their best scores; None: among all.
         moe_router_score_function: topk: softmax over the experts, or sigmoid of each.
         moe_router_enable_expert_bias: topk: whether a bias per expert, moved by its load and not by
             gradients, is added to the scores for the choice alone (sigmoid only).
@@ -190,10 +196,13 @@ class SMLPConfig(PreTrainedConfig):
     hidden_act: str = "gelu"
     swiglu: bool = False
     normalization: str = "LayerNorm"
+    qk_layernorm: bool = False
     position_embedding_type: str | None = None
     rotary_base: int = 10000
     num_query_groups: int | None = None
     moe_router_topk: int | None = None
+    moe_router_num_groups: int | None = None
+    moe_router_group_topk: int | None = None
     moe_router_score_function: str = "softmax"
     moe_router_enable_expert_bias: bool = False
     moe_router_bias_update_rate: float | int = 1e-3
@@ -367,6 +376,7 @@ class SMLPConfig(PreTrainedConfig):
             is_possible = 1 <= (self.moe_router_topk or 0) <= (self.num_experts or 0)
             what = f"lie between 1 and num_experts={self.num_experts}"
             self._require("moe_router_topk", is_possible, what)
+            self._check_groups()
             if self.moe_router_enable_expert_bias:
                 is_possible = self.moe_router_score_function == "sigmoid"
                 self._require("moe_router_score_function", is_possible, "be sigmoid, with a bias")
@@ -382,6 +392,15 @@ class SMLPConfig(PreTrainedConfig):
         for name, by_prices in (("base_eval", "prices"), ("base_gate", "price")):
             if getattr(self, name) == by_prices and self.base_prices == "none":
                 raise ValueError(f"{name}={by_prices}: the model has no prices (base_prices=none)")
+
+    def _check_groups(self) -> None:
+        groups, chosen = self.moe_router_num_groups or 1, self.moe_router_group_topk or 1
+        experts, topk = self.num_experts or 0, self.moe_router_topk or 0
+        what = f"divide num_experts={experts}"
+        self._require("moe_router_num_groups", experts % groups == 0, what)
+        is_possible = topk % chosen == 0 and topk <= chosen * (experts // groups)
+        what = f"divide moe_router_topk={topk}, and choose groups of as many experts"
+        self._require("moe_router_group_topk", chosen <= groups and is_possible, what)
 
     def _check_features(self) -> None:
         if self.architecture != "smlp":

@@ -380,6 +380,7 @@ class SMLPAttention(nn.Module):
         width: of all heads together.
         out_features: what the output projection maps to.
         leads_back: whether that leads back to the residual.
+        normed: whether queries and keys have a norm over d.
     """
 
     def __init__(
@@ -393,6 +394,7 @@ class SMLPAttention(nn.Module):
         leads_back: bool,
         num_groups: int | None = None,
         rotary_base: int | None = None,
+        normed: bool = False,
     ) -> None:
         super().__init__()
         bias = config.add_bias_linear
@@ -403,6 +405,9 @@ class SMLPAttention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, width, bias=bias)
         self.k_proj = nn.Linear(config.hidden_size, key_width, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, key_width, bias=bias)
+        head = width // num_heads
+        self.q_norm = _build_norm(config, head) if normed else nn.Identity()
+        self.k_norm = _build_norm(config, head) if normed else nn.Identity()
         if leads_back:
             self.out_proj = to_residual(config, width, bias=bias)
         else:
@@ -420,6 +425,7 @@ class SMLPAttention(nn.Module):
                 (self.v_proj, self.num_groups),
             )
         )
+        queries, keys = self.q_norm(queries), self.k_norm(keys)
         if self.rotary_base is not None:
             queries, keys = (rotated(x, layout, self.rotary_base) for x in (queries, keys))
         if cache is not None:
@@ -1101,6 +1107,8 @@ class SMLPTopKRouter(nn.Module):
     is 1: w_e = s_e / sum over the chosen of s, times moe_router_topk_scaling_factor. A token with
     one expert has w_e = s_e.
 
+    With moe_router_num_groups G they are chosen among the experts of moe_router_group_topk = g of G
+    groups in a row: those with the largest sum of the k / g best (of h W, with a softmax).
     With moe_router_enable_expert_bias the k are those of the largest s + b; b is not part of w, and
     training moves it by the experts' load (Megatron does; here it is kept as it is).
     Loss a E sum_e f_e P_e: f_e the share of the choices by s alone, P_e the mean of s / sum_e s.
@@ -1115,6 +1123,8 @@ class SMLPTopKRouter(nn.Module):
         self.loss_coeff = config.moe_aux_loss_coeff
         self.is_sigmoid = config.moe_router_score_function == "sigmoid"
         self.scale = config.moe_router_topk_scaling_factor or 1
+        self.num_groups = config.moe_router_num_groups or 1
+        self.group_choices = config.moe_router_group_topk or 1
         self.has_bias = config.moe_router_enable_expert_bias
         self.weight = nn.Parameter(torch.empty(self.num_experts, config.hidden_size))
         if self.has_bias:
@@ -1124,12 +1134,23 @@ class SMLPTopKRouter(nn.Module):
         """See SMLPSwitchRouter.forward; nothing is ever dropped."""
         logits = _in_fp32(tokens, self.weight)
         scores = logits.sigmoid() if self.is_sigmoid else logits.softmax(dim=-1)
-        preferred = scores + self.expert_bias if self.has_bias else scores
-        experts = preferred.topk(self.num_choices, dim=-1).indices
+        preferred = scores if self.is_sigmoid else logits
+        preferred = preferred + self.expert_bias if self.has_bias else preferred
+        experts = self._in_best_groups(preferred).topk(self.num_choices, dim=-1).indices
         weights = scores.gather(1, experts)
         if self.num_choices > 1:
             weights = weights / weights.sum(dim=-1, keepdim=True)
         return Routing(experts, weights * self.scale, self._loss(scores))
+
+    def _in_best_groups(self, scores: Tensor) -> Tensor:
+        """<float>[n, E] -> the same, -inf for experts of other groups."""
+        if self.num_groups == 1:
+            return scores
+        groups = scores.unflatten(1, (self.num_groups, -1))
+        best = groups.topk(self.num_choices // self.group_choices, dim=-1).values.sum(dim=-1)
+        chosen = best.topk(self.group_choices, dim=-1).indices
+        others = torch.ones_like(best, dtype=torch.bool).scatter(1, chosen, False)
+        return groups.masked_fill(others[..., None], -torch.inf).flatten(1)
 
     def _loss(self, scores: Tensor) -> Tensor | None:
         if not (self.training and len(scores) and self.loss_coeff):
@@ -1220,6 +1241,7 @@ def _attention(config: SMLPConfig, index: int) -> nn.Module:
         leads_back=True,
         num_groups=config.num_query_groups,
         rotary_base=config.rotary_base if config.position_embedding_type == "rope" else None,
+        normed=config.qk_layernorm,
     )
 
 
@@ -1265,9 +1287,9 @@ def _build_channel(config: SMLPConfig, index: int) -> nn.Module | None:
     return SMLPFeedForward(config, width=config.ffn_hidden_size, bias=config.add_bias_linear)
 
 
-def _build_norm(config: SMLPConfig) -> nn.Module:
+def _build_norm(config: SMLPConfig, width: int | None = None) -> nn.Module:
     kind = nn.RMSNorm if config.normalization == "RMSNorm" else nn.LayerNorm
-    return kind(config.hidden_size, eps=config.layer_norm_epsilon)
+    return kind(width or config.hidden_size, eps=config.layer_norm_epsilon)
 
 
 class SMLPLayer(GradientCheckpointingLayer):

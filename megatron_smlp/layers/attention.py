@@ -21,12 +21,14 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_smlp.layers.norms import norm_builder
 from megatron_smlp.ops.causal_attention import attend
 
 
 def attention_spec(config: TransformerConfig, backend: BackendSpecProvider, **_: Any) -> ModuleSpec:
     """Return the spec of Megatron's SelfAttention; without Transformer Engine with our core."""
     local = config.transformer_impl == "local"
+    norm = norm_builder(config) if config.qk_layernorm else None
     return ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
@@ -34,6 +36,8 @@ def attention_spec(config: TransformerConfig, backend: BackendSpecProvider, **_:
             linear_qkv=backend.column_parallel_linear(),
             core_attention=CausalCoreAttention if local else backend.core_attention(),
             linear_proj=backend.row_parallel_linear(),
+            q_layernorm=norm,
+            k_layernorm=norm,
         ),
     )
 
@@ -69,7 +73,8 @@ class CausalCoreAttention(DotProductAttention):
     ) -> Tensor:
         """query: <float>[T, B, n, d]; key, value: <float>[T, B, g, d] -> <float>[T, B, n d].
 
-        The mask is causal; an explicit one is for other models and is refused.
+        The mask is causal; with --reset-attention-mask it is <bool>[B, 1, T, T], True where a
+        position is not read.
         """
         mask_type = attn_mask_type or self.attn_mask_type
         if packed_seq_params is not None or attention_bias is not None:
@@ -83,6 +88,12 @@ class CausalCoreAttention(DotProductAttention):
         apart = forks and not self.config.sequence_parallel
         with get_cuda_rng_tracker().fork() if apart else contextlib.nullcontext():
             mixed = attend(
-                q, k, v, scale=self.softmax_scale, dropout=dropout, training=self.training
+                q,
+                k,
+                v,
+                scale=self.softmax_scale,
+                dropout=dropout,
+                training=self.training,
+                allowed=None if attention_mask is None else ~attention_mask,
             )
         return mixed.permute(2, 0, 1, 3).flatten(2)

@@ -36,6 +36,7 @@ def attend(
     scale: float | None = None,
     dropout: float = 0.0,
     training: bool = False,
+    allowed: Tensor | None = None,
 ) -> Tensor:
     """Mix values by the similarity of queries and keys.
 
@@ -46,6 +47,7 @@ def attend(
         dropout: probability with which a weight is dropped in training.
         training: whether gradients will be asked for. It decides between the two ways, and not
             autograd's state: a recomputed forward pass must round as the first one did.
+        allowed: <bool>[B, 1, T, T], in place of the causal mask: what position t may read.
 
     Returns:
         <float>[B, n, T, d].
@@ -53,21 +55,28 @@ def attend(
     dropout = dropout if training else 0.0
     in_blocks = query.device.type == "cpu" and query.shape[2] <= LONGEST
     with torch.autocast(query.device.type, enabled=False):
-        if training and in_blocks and dropout == 0.0:
+        if training and in_blocks and dropout == 0.0 and allowed is None:
             return attention_in_blocks(query, key, value, scale=scale)
-        return attention_reference(query, key, value, scale=scale, dropout=dropout)
+        return attention_reference(query, key, value, scale=scale, dropout=dropout, allowed=allowed)
 
 
 def attention_reference(
-    query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, dropout: float = 0.0
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float | None,
+    dropout: float = 0.0,
+    allowed: Tensor | None = None,
 ) -> Tensor:
     """Attend by torch's SDPA: the twin of `attention_in_blocks`. Same shapes and result."""
     return functional.scaled_dot_product_attention(
         query,
         key,
         value,
+        attn_mask=allowed,
         dropout_p=dropout,
-        is_causal=True,
+        is_causal=allowed is None,
         scale=scale,
         enable_gqa=key.shape[1] != query.shape[1],
     )

@@ -7,11 +7,13 @@
 
 h <float>[n, D] tokens after the norm; W <float>[D, E], kept as [E, D], without bias. k:
 --moe-router-topk; sigmoid: --moe-router-score-function; c: --moe-router-topk-scaling-factor; a:
---moe-aux-loss-coeff; b: --moe-router-enable-expert-bias, u: --moe-router-bias-update-rate. Softmax
-over the chosen scores is Mixtral's (arXiv 2401.04088); sigmoid, b and shared experts are
-DeepSeek-V3's (2412.19437; b: 2408.15664; shared experts, layers/token_moe.py: 2401.06066). Unlike
-DeepSeek-V3, experts are not grouped by devices, and nothing else balances a model with b unless
---moe-router-load-balancing-type aux_loss says so. Nothing is dropped.
+--moe-aux-loss-coeff; b: --moe-router-enable-expert-bias, u: --moe-router-bias-update-rate. With
+--moe-router-num-groups G and --moe-router-group-topk g, the k are chosen in g of G groups of
+experts in a row, those with the largest sums of their k / g best. Softmax over the chosen scores
+is Mixtral's (arXiv 2401.04088); sigmoid, b, groups and shared experts are DeepSeek-V3's
+(2412.19437; b: 2408.15664; shared experts, layers/token_moe.py: 2401.06066). Unlike in DeepSeek-V3,
+nothing else balances a model with b unless --moe-router-load-balancing-type aux_loss says so.
+Nothing is dropped.
 
 Choice, weights, loss and b are computed by megatron.core's TopKRouter, each rank for its own
 tokens; what is here counts them as those of our other rules, and keeps scores in fp32 as theirs.
@@ -69,6 +71,8 @@ class TopKTokenRouter(TokenRouter):
             scores,
             self.topk,
             use_pre_softmax=self.config.moe_router_pre_softmax,
+            num_groups=self.config.moe_router_num_groups,
+            group_topk=self.config.moe_router_group_topk,
             scaling_factor=self.config.moe_router_topk_scaling_factor,
             score_function=self.score_function,
             expert_bias=self.expert_bias,

@@ -160,10 +160,14 @@ def may_be_padded(args: argparse.Namespace) -> bool:
 
 def needs_every_batch(args: argparse.Namespace) -> bool:
     """Return whether every pipeline stage reads the batches: HASH routes by token ids, and no
-    router may count padding.
+    router may count padding, and attention within documents finds their ends.
     """
     has_routers = args.token_router != "none" or args.feature_router in BY_PREFIX
-    return bool(args.token_router in READING_IDS or (has_routers and may_be_padded(args)))
+    return bool(
+        args.token_router in READING_IDS
+        or args.reset_attention_mask
+        or (has_routers and may_be_padded(args))
+    )
 
 
 def needs_batch(args: argparse.Namespace, vp_stage: int | None) -> bool:

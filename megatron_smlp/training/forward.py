@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from megatron.core import mpu
 from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_tp_rank
-from megatron.training import get_args, get_timers
+from megatron.training import get_args, get_timers, get_tokenizer
 from torch import Tensor
 
 from megatron_smlp.partial_prediction import suffix_start, trained_from
@@ -75,7 +75,10 @@ class ForwardStep:
             self.statistics.begin(real_tokens(batch["loss_mask"]) if may_be_padded(args) else None)
             if args.feature_router in BY_PREFIX:
                 scale_balance_losses(model)
-            output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+            mask = None
+            if args.reset_attention_mask:
+                mask = other_documents(batch["tokens"], get_tokenizer().eod)
+            output = model(batch["tokens"], batch["position_ids"], mask, labels=batch["labels"])
         return output, partial(self._loss, batch["loss_mask"])
 
     def _attach_keys(self, model: Any, vp_stage: int | None) -> None:
@@ -137,6 +140,14 @@ class _PlaceInRun:
         self._started[vp_stage] = (before, number + 1)
         ranks, rank = mpu.get_data_parallel_world_size(), mpu.get_data_parallel_rank()
         return before + (number * ranks + rank) * int(args.micro_batch_size)
+
+
+def other_documents(tokens: Tensor, eod: int) -> Tensor:
+    """<int64>[B, T] -> <bool>[B, 1, T, T]: True, as Megatron has it, where position t may not read
+    s: it comes later, or is of a document that an end separates from t's."""
+    ends = (tokens == eod).long()
+    document = ends.cumsum(1) - ends
+    return ~(document[:, :, None] == document[:, None, :]).tril()[:, None]
 
 
 def real_tokens(loss_mask: Tensor | None) -> Tensor | None:

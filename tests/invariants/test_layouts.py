@@ -50,7 +50,10 @@ ARCHITECTURES = {
     "transformer_topk": f"{ATTENTION} --token-router topk {EXPERTS} --moe-layer-freq 2 "
     "--moe-router-score-function sigmoid --moe-router-enable-expert-bias "
     "--moe-shared-expert-intermediate-size 32 --group-query-attention --num-query-groups 2 "
-    "--position-embedding-type rope --swiglu --normalization RMSNorm --disable-bias-linear",
+    "--position-embedding-type rope --swiglu --normalization RMSNorm --disable-bias-linear "
+    "--qk-layernorm --moe-router-num-groups 2 --moe-router-group-topk 1",
+    "transformer_documents": f"{ATTENTION} --reset-attention-mask --reset-position-ids "
+    "--vocab-size 40 --null-tokenizer-eod-id 7",
     "gmlp_1_head": "--architecture gmlp --spatial-heads 1",
     "gmlp_4_heads": "--architecture gmlp --spatial-heads 4",
     "amlp": "--architecture amlp --spatial-heads 2 --tiny-attention-width 16",
@@ -104,6 +107,7 @@ FEWER = {
         *("tp2_sp", "ep2", "dp2", "pp2_interleaved", "pp2_recompute", "recompute_full", "tp2_pp2"),
     ),
     "transformer_topk": ("tp2_sp", "ep2", "dp2"),
+    "transformer_documents": ("tp2", "tp2_sp", "pp2", "pp2_interleaved", "recompute_full"),
     "smlp_partial": ("tp2_sp", "pp2", "ep2", "dp2", "tp2_pp2"),
     "feature_moe_toeplitz": ("tp2_sp", "pp2", "dp2_distributed_optimizer"),
     "mixer": ("tp2", "tp2_sp", "pp2_interleaved", "dp2_distributed_optimizer", "tp2_pp2"),
@@ -136,7 +140,7 @@ FAST = {
         *("transformer_switch", "transformer_topk", "gmlp_1_head", "smlp"),
         "feature_moe_toeplitz",
     ),
-    "pp2": ("amlp", "smlp"),
+    "pp2": ("amlp", "smlp", "transformer_documents"),
     "pp2_interleaved": ("transformer_switch", "smlp", "feature_moe_partial"),
     "pp2_recompute": ("transformer_hash", "feature_moe_partial"),
     "dp2": ("amlp",),

@@ -85,6 +85,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
         "position_embedding_type": "rope",
         "rotary_base": 500,
         "normalization": "RMSNorm",
+        "qk_layernorm": True,
         "swiglu": True,
         "token_router": "topk",
         "moe_layer_freq": [0, 1, 1],
@@ -92,6 +93,15 @@ SYSTEMS: dict[str, dict[str, Any]] = {
         "moe_router_score_function": "sigmoid",
         "moe_router_enable_expert_bias": True,
         "moe_shared_expert_intermediate_size": 12,
+    },
+    "grouped": {
+        "architecture": "transformer",
+        "position_embedding_type": "rope",
+        "num_query_groups": 2,
+        "qk_layernorm": True,
+        "token_router": "topk",
+        "moe_router_num_groups": 2,
+        "moe_router_group_topk": 1,
     },
     "smlp_unrouted": {**_SPARSE, "token_router": "hash", "hidden_act": "gelu_new"},
 }

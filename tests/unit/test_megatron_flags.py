@@ -175,7 +175,12 @@ def test_a_run_by_samples_decays_by_samples():
     "words",
     [
         # Flags that need something else.
-        f"--qk-layernorm {TRANSFORMER}",
+        "--qk-layernorm --architecture gmlp",
+        "--reset-attention-mask --architecture amlp",
+        "--reset-position-ids --architecture gmlp",
+        f"--reset-position-ids {TRANSFORMER} --position-embedding-type rope",
+        f"--moe-router-group-topk 2 --moe-router-num-groups 2 {TRANSFORMER} --token-router topk "
+        "--num-experts 4 --moe-router-topk 3",
         f"--apply-layernorm-1p {TRANSFORMER}",
         f"--window-size 4,0 {TRANSFORMER}",
         f"--attention-backend flash {TRANSFORMER}",
@@ -212,6 +217,11 @@ def test_a_run_by_samples_decays_by_samples():
         f"--position-embedding-type yarn {TRANSFORMER}",
         f"--softmax-type learnable {TRANSFORMER}",
         f"--moe-router-dtype fp64 {TRANSFORMER} {EXPERTS}",
+        *(
+            f"--moe-router-load-balancing-type {kind}_aux_loss {TRANSFORMER} --token-router topk "
+            "--num-experts 2"
+            for kind in ("seq", "global")
+        ),
         "--spec megatron.core foo --architecture gmlp",
         "--spec megatron_smlp.architectures amlp --architecture gmlp",
         # Graphs and reports of a device that is not there.

@@ -1,6 +1,7 @@
 """Our attention core against Megatron's own, which builds the T x T scores."""
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from torch import Tensor
 from megatron_smlp.layers import attention
 from megatron_smlp.layers.attention import CausalCoreAttention
 from megatron_smlp.layers.tiny_attention import TinyAttention
+from megatron_smlp.training.forward import other_documents
 
 pytestmark = pytest.mark.usefixtures("megatron")
 
@@ -40,6 +42,19 @@ def _gradients(core: DotProductAttention, inputs: list[Tensor], upstream: Tensor
     inputs = [x.detach().requires_grad_() for x in inputs]
     output = core(*inputs, attention_mask=None)
     return [output.detach(), *torch.autograd.grad(output, inputs, upstream)]
+
+
+def test_within_documents_it_is_attention_of_each_alone():
+    """An end belongs to the document that it ends."""
+    tokens = torch.tensor([[1, 1, 0, 1, 1, 1, 0, 0, 1, 1, 1, 1, 1]])
+    query, key, value = torch.randn(3, TOKENS, 1, HEADS, WIDTH)
+    core = _core(CausalCoreAttention)
+    whole = core(query, key, value, attention_mask=other_documents(tokens, 0))
+    starts = [0, 3, 7, 8, TOKENS]
+    for first, last in itertools.pairwise(starts):
+        part = slice(first, last)
+        alone = core(query[part], key[part], value[part], attention_mask=None)
+        torch.testing.assert_close(whole[part], alone)
 
 
 @pytest.mark.parametrize("groups", [4, 2, 1])

@@ -34,7 +34,8 @@ LAYERS = {
 MODERN = (
     "--architecture transformer --num-attention-heads 4 --group-query-attention "
     "--num-query-groups 2 --position-embedding-type rope --rotary-base 500 --swiglu "
-    "--normalization RMSNorm --disable-bias-linear --untie-embeddings-and-output-weights"
+    "--normalization RMSNorm --disable-bias-linear --untie-embeddings-and-output-weights "
+    "--qk-layernorm"
 )
 # Mixers that only differ from these beside the token router are compared with one of them, or none.
 MIXERS = {
@@ -50,7 +51,7 @@ MIXERS = {
     "gmlp_rms_norm": "--architecture gmlp --spatial-heads 2 --normalization RMSNorm",
     "mixer": "--architecture mixer --spatial-heads 2 --mixer-expansion",
     "no_positions": "--architecture transformer --num-attention-heads 4 "
-    "--position-embedding-type none --group-query-attention --num-query-groups 1",
+    "--position-embedding-type none --group-query-attention --num-query-groups 1 --qk-layernorm",
 }
 CAPACITY = "--moe-train-capacity-factor 0.75 --moe-eval-capacity-factor 1"
 ROUTERS = {
@@ -72,6 +73,7 @@ ROUTERS = {
     "--moe-z-loss-coeff 0.3",
     "topk_sigmoid_shared": "--token-router topk --moe-router-topk 3 "
     "--moe-router-score-function sigmoid --moe-shared-expert-intermediate-size 24",
+    "topk_of_groups": "--token-router topk --moe-router-num-groups 2 --moe-router-group-topk 1",
     "topk_by_bias": "--token-router topk --moe-router-score-function sigmoid "
     "--moe-router-enable-expert-bias --moe-router-topk-scaling-factor 1.5",
 }

@@ -1,12 +1,14 @@
 """The loss of partial prediction: training counts the suffix, validation reports both."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-from support.in_process import layer_config
+from support.in_process import layer_config, pretrained
+from support.launches import steps
 from torch import Tensor, nn
 
 from megatron_smlp.errors import UsageError
@@ -34,6 +36,16 @@ def mean(losses: Tensor, mask: Tensor, *, start: int) -> Tensor:
 
 def loss_of(report: Tensor) -> Tensor:
     return report[0] / report[1]
+
+
+def test_attention_within_documents_is_another_training(tmp_path: Path):
+    flags = "--architecture transformer --num-attention-heads 4 --log-interval 1 --vocab-size 20"
+    losses = []
+    for more in ("", "--reset-attention-mask", "--reset-position-ids"):
+        folder = tmp_path / (more or "plain")
+        with pretrained(f"{flags} --null-tokenizer-eod-id 3 {more} --log-dir {folder}"):
+            losses.append(steps(folder)[0].loss)
+    assert len(set(losses)) == 3
 
 
 @pytest.mark.parametrize(
