@@ -29,6 +29,7 @@ EXTRAS = {
     "plots": ["matplotlib>=3.9"],
     "study": ["matplotlib>=3.9", "pandas>=2.2", "scipy>=1.14"],
     "eval": ["lm_eval>=0.4.9,<0.5"],
+    "muon": ["emerging-optimizers>=0.3,<0.4"],  # --optimizer muon, by Megatron's own code
     "serve": ["fastapi>=0.115", "pydantic>=2.9", "uvicorn>=0.32"],
     "docs": ["sphinx>=9.1", "myst-parser>=5.0", "furo>=2025.12.19"],
     "dev": [

@@ -72,7 +72,7 @@ class ParallelLayout:
             micro_batch_size=args.micro_batch_size,
             num_micro_batches=quotient("--global-batch-size", batch, samples, "micro-batch * DP"),
             sequence_parallel=args.sequence_parallel,
-            distributed_optimizer=args.use_distributed_optimizer,
+            distributed_optimizer=args.use_distributed_optimizer or updates_by_layers(args),
             gathers_on_gpus=gathers(args)
             and not args.distrib_optim_fully_reshardable_mem_efficient,
             overlap_grad_reduce=args.overlap_grad_reduce,
@@ -105,6 +105,12 @@ class ParallelLayout:
         if self.recompute_granularity != "full":
             return ()
         return layers[: self.recompute_num_layers] if self.recompute_method == "block" else layers
+
+
+def updates_by_layers(args: argparse.Namespace) -> bool:
+    """Return whether each data parallel rank updates some whole matrices: Muon's distributed
+    optimizer, for which Megatron's validation clears the flag of Adam's."""
+    return getattr(args, "use_layer_wise_distributed_optimizer", False)
 
 
 def gathers(args: argparse.Namespace) -> bool:

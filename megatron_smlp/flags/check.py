@@ -25,7 +25,7 @@ from megatron_smlp.command_line import flag_of
 from megatron_smlp.data.tokenizers.factory import strings_of_tokens
 from megatron_smlp.data.tokenizers.folder import local_gpt2_files
 from megatron_smlp.errors import UsageError
-from megatron_smlp.flags.check_execution import check_cuda_graphs, check_recomputing
+from megatron_smlp.flags.check_execution import check_cuda_graphs, check_muon, check_recomputing
 from megatron_smlp.flags.check_model import check_model
 from megatron_smlp.flags.check_needs import check_choices, check_needs, refuse_unless
 from megatron_smlp.flags.check_routers import check_feature_router, check_token_router
@@ -58,6 +58,7 @@ def check(args: argparse.Namespace) -> None:
     check_model(args)
     check_feature_router(args)
     check_needs(args)
+    check_muon(args)
     check_recomputing(args)
     check_cuda_graphs(args)
     check_schedule(args)

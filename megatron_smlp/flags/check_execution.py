@@ -1,17 +1,49 @@
-"""What a step computes again (recomputation) or replays (CUDA graphs), and what cannot be."""
+"""How a step is made: what is computed again or replayed, what Muon updates, and what cannot be."""
 
 from __future__ import annotations
 
 import argparse
 from importlib.util import find_spec
 
-from megatron_smlp.errors import UsageError
+from megatron_smlp.command_line import flag_of
+from megatron_smlp.errors import UsageError, require_package
 from megatron_smlp.flags.check_model import slots_of
 from megatron_smlp.systems import ARCHITECTURES, MIXERS, mixer_of
 
 CORE = "core_attn"
 """What Megatron calls the part of a token mixer that recomputes, where one does."""
 RECOMPUTED_BY_TRANSFORMER_ENGINE = frozenset({"layernorm", "moe_act", "mla_up_proj"})
+
+
+WITHOUT_MUON = {
+    "fp16": "Megatron 0.19 has it in bf16 and in fp32",
+    "overlap_param_gather": "a rank updates whole matrices, and sends them when all are done",
+    "dump_param_to_param_group_map": "Megatron 0.19 writes none of its groups",
+}
+
+
+def check_muon(args: argparse.Namespace) -> None:
+    """Refuse Muon where its package is not there, and what it does not do or could not save.
+
+    Raises:
+        UsageError: with the flag.
+    """
+    if args.optimizer != "muon":
+        return
+    require_package("emerging_optimizers", purpose="--optimizer muon", extra="'.[muon]'")
+    for name, why in WITHOUT_MUON.items():
+        if getattr(args, name):
+            raise UsageError(f"{flag_of(name)} beside --optimizer muon: {why}. Leave it out.")
+    if args.use_distributed_optimizer and not args.bf16:
+        raise UsageError(
+            "--use-distributed-optimizer beside --optimizer muon needs --bf16: Megatron 0.19 has "
+            "no fp32 state of whole matrices to spread over ranks. Give both, or leave it out."
+        )
+    if args.optimizer_checkpoint == "data_parallel":
+        raise UsageError(
+            "--optimizer-checkpoint data_parallel is a format of Adam's parts, and --optimizer "
+            "muon has whole matrices: leave it out."
+        )
 
 
 def check_recomputing(args: argparse.Namespace) -> None:

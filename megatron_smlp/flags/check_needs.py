@@ -24,7 +24,8 @@ OFF = {"attention_backend": "auto", "cuda_graph_impl": "none"}
 KNOWN = {**DEFAULTS, **{name: flag.default for name, flag in MEGATRON_FLAGS.items()}}
 FILLED_IN = {name for name, flag in MEGATRON_FLAGS.items() if flag.filled_in}
 VALUES: dict[str, tuple[str, ...]] = {
-    "optimizer": ("adam", "sgd"),  # others move what lies above the diagonal of a T x T matrix
+    "optimizer": ("adam", "sgd", "muon"),
+    "muon_tp_mode": ("duplicated", "distributed"),  # blockwise: another update a TP size
     "ckpt_format": ("torch_dist",),
     "async_strategy": ("mcore",),  # nvrx writes without checksums, and not by one rename
     "dataloader_type": ("single", "cyclic"),
@@ -139,6 +140,15 @@ NEEDS = (
         "--wandb-exp-name, and --save or --wandb-save-dir",
         lambda args: args.wandb_exp_name and (args.save or args.wandb_save_dir),
         ("wandb_project",),
+    ),
+    Need(
+        "--optimizer muon",
+        lambda args: args.optimizer == "muon",
+        (
+            *("muon_momentum", "muon_nesterov", "muon_scale_mode", "muon_extra_scale_factor"),
+            *("muon_num_ns_steps", "muon_coefficient_type", "muon_fp32_matmul_prec"),
+            "muon_tp_mode",
+        ),
     ),
     Need("the package wandb", lambda args: find_spec("wandb"), ("wandb_project",)),
     # Megatron rounds its gradient to bf16 whatever the precision is.

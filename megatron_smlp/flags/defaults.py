@@ -28,6 +28,7 @@ def fill_in(args: argparse.Namespace) -> None:
     _fill_in_layers(args)
     _fill_in_token_router(args)
     _fill_in_schedule(args)
+    _fill_in_optimizer(args)
     _fill_in_saving(args)
     _fill_in_from_checkpoint(args)
     if args.tokenizer_type is None and args.vocab_file and args.merge_file:
@@ -119,6 +120,11 @@ def _fill_in_schedule(args: argparse.Namespace) -> None:
     # none is to be repeated.
     args.rerun_mode = "disabled"
     args.exit_signal_handler = True
+
+
+def _fill_in_optimizer(args: argparse.Namespace) -> None:
+    if args.optimizer == "muon" and "muon_tp_mode" not in args.explicit_flags:
+        args.muon_tp_mode = "duplicated"  # by Megatron's own the size would change the update
 
 
 def _fill_in_saving(args: argparse.Namespace) -> None:

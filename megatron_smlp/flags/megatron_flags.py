@@ -44,7 +44,9 @@ TESTED: dict[str, str] = {
         optimizer lr min-lr lr-decay-style lr-decay-iters lr-decay-samples lr-warmup-iters
         lr-warmup-samples lr-warmup-fraction lr-warmup-init lr-wsd-decay-style lr-wsd-decay-iters
         lr-wsd-decay-samples decoupled-lr weight-decay clip-grad adam-beta1 adam-beta2 adam-eps
-        sgd-momentum override-opt_param-scheduler use-checkpoint-opt_param-scheduler""",
+        sgd-momentum muon-momentum muon-nesterov muon-scale-mode muon-extra-scale-factor
+        muon-num-ns-steps muon-coefficient-type muon-fp32-matmul-prec muon-no-split-qkv
+        muon-tp-mode override-opt_param-scheduler use-checkpoint-opt_param-scheduler""",
     "Precision": """
         bf16 fp16 initial-loss-scale accumulate-allreduce-grads-in-fp32 grad-reduce-in-bf16
         cross-entropy-loss-fusion no-gradient-accumulation-fusion fp8-format fp8-param-gather

@@ -191,6 +191,7 @@ def _replace_tensor_types() -> None:
 
 def _replace_in_megatron() -> None:
     """Replace the few places in Megatron that check for CUDA or assume it."""
+    from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
     from megatron.core.tensor_parallel import mappings
     from megatron.core.tensor_parallel import random as tensor_parallel_random
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
@@ -207,6 +208,8 @@ def _replace_in_megatron() -> None:
     mappings._reduce_scatter_along_first_dim = _reducing_parts(
         mappings._reduce_scatter_along_first_dim
     )
+    # Nor does it gather what data parallel ranks update by whole layers.
+    LayerWiseDistributedOptimizer.allgather_params = LayerWiseDistributedOptimizer.broadcast_params
 
 
 def _move_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:

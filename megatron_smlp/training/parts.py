@@ -102,6 +102,8 @@ def _model(settings: Any, groups: ProcessGroupCollection, *, trains: bool) -> li
 def _optimizer(args: argparse.Namespace, model: list[Any]) -> tuple[Any, Any]:
     config, overrides = get_megatron_optimizer_config(args)
     config.timers = get_timers()
+    if args.optimizer == "muon":
+        leave_to_adam(model)
     optimizer = get_megatron_optimizer(
         config,
         model,
@@ -125,6 +127,15 @@ def _with_plugins(schedule: Any) -> Any:
         schedule.get_lr = rate
         schedule.step(increment=0)
     return schedule
+
+
+def leave_to_adam(model: list[Any]) -> None:
+    """Let Muon take the weights of Megatron's linear layers alone (decision 86): by this mark
+    Megatron tells what Adam updates, at --decoupled-lr where that is given."""
+    for module in (module for chunk in model for module in chunk.modules()):
+        if not type(module).__name__.endswith(("ParallelLinear", "GroupedLinear")):
+            for parameter in module.parameters(recurse=False):
+                parameter.is_embedding_or_output_parameter = True
 
 
 def _connect(parts: Parts) -> None:

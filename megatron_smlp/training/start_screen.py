@@ -20,6 +20,7 @@ from megatron_smlp.accounting.costs import (
     layer_cost,
     model_cost,
 )
+from megatron_smlp.accounting.ranks import updates_by_layers
 from megatron_smlp.systems import TOP_K, LayerSlots, mixer_of
 
 PRECISIONS = ("bf16", "fp16")
@@ -168,7 +169,7 @@ def layout(args: argparse.Namespace) -> str:
     ]
     if args.virtual_pipeline_model_parallel_size:
         texts[1] += f" x {args.virtual_pipeline_model_parallel_size} interleaved"
-    if args.use_distributed_optimizer:
+    if args.use_distributed_optimizer or updates_by_layers(args):
         texts.append("distributed optimizer")
     processes = f"{args.world_size} process" + ("es" if args.world_size > 1 else "")
     return f"{processes}: {', '.join(texts)}"

@@ -26,6 +26,8 @@ NAMES = ["torch", "torch.cuda", "torch.cuda.random",
          "megatron.core.transformer.moe.token_dispatcher"]
 PLACES = {name: importlib.import_module(name) for name in NAMES}
 PLACES |= {"torch.Tensor": torch.Tensor, "torch.nn.Module": torch.nn.Module}
+layers = importlib.import_module("megatron.core.optimizer.layer_wise_optimizer")
+PLACES[f"{layers.__name__}.LayerWiseDistributedOptimizer"] = layers.LayerWiseDistributedOptimizer
 
 def look():
     return {f"{place}.{name}": value for place, where in PLACES.items()

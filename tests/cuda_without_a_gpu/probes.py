@@ -10,8 +10,8 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import json
+import pkgutil
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -114,22 +114,23 @@ def megatrons_functions() -> dict[str, list[Any]]:
     origins = {name: watched(called, name) for name in called}
     # Where choices may be dropped, the host reads how many are left with Megatron's own functions.
     router = "--token-router switch --moe-train-capacity-factor 1.25"
-    train_a_step(SYSTEMS["smlp_partial"].replace("--token-router base", router))
+    muon = "--optimizer muon --use-distributed-optimizer"
+    train_a_step(f"{SYSTEMS['smlp_partial'].replace('--token-router base', router)} {muon}")
     return {name: [origins[name], count] for name, count in called.items()}
 
 
 def watched(called: dict[str, int], name: str) -> str:
     """Count the calls of a function, which stays; returns its module."""
     place, _, attribute = name.rpartition(".")
-    module = importlib.import_module(place)
-    function = getattr(module, attribute)
+    owner = pkgutil.resolve_name(place)
+    function = getattr(owner, attribute)
 
     @functools.wraps(function)
     def counted(*args: Any, **kwargs: Any) -> Any:
         called[name] += 1
         return function(*args, **kwargs)
 
-    setattr(module, attribute, counted)
+    setattr(owner, attribute, counted)
     return function.__module__
 
 

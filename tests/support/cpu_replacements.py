@@ -21,5 +21,6 @@ MEGATRONS = {
     "megatron.core.transformer.moe.moe_utils.maybe_move_tensor_to_cpu",
     "megatron.core.tensor_parallel.mappings._gather_along_first_dim",
     "megatron.core.tensor_parallel.mappings._reduce_scatter_along_first_dim",
+    "megatron.core.optimizer.layer_wise_optimizer.LayerWiseDistributedOptimizer.allgather_params",
 }
 """Megatron's own function runs."""

@@ -27,6 +27,7 @@ from megatron_smlp.training.start_screen import summary
 
 TRANSFORMER = "--architecture transformer --num-attention-heads 4"
 EXPERTS = "--token-router base --num-experts 2"
+MUON = "--architecture gmlp --optimizer muon"
 type Parse = Callable[..., Any]
 
 
@@ -179,6 +180,11 @@ def test_a_run_by_samples_decays_by_samples():
         "--reset-attention-mask --architecture amlp",
         "--reset-position-ids --architecture gmlp",
         f"--reset-position-ids {TRANSFORMER} --position-embedding-type rope",
+        "--muon-momentum 0.8 --architecture gmlp",
+        f"--overlap-param-gather {MUON} --use-distributed-optimizer --overlap-grad-reduce",
+        f"--dump-param-to-param-group-map groups {MUON}",
+        f"--use-distributed-optimizer {MUON}",
+        f"--optimizer-checkpoint data_parallel {MUON}",
         f"--moe-router-group-topk 2 --moe-router-num-groups 2 {TRANSFORMER} --token-router topk "
         "--num-experts 4 --moe-router-topk 3",
         f"--apply-layernorm-1p {TRANSFORMER}",
@@ -208,7 +214,8 @@ def test_a_run_by_samples_decays_by_samples():
         *(
             f"{flag} --architecture gmlp"
             for flag in (
-                *("--optimizer muon", "--optimizer lion", "--ckpt-format torch"),
+                *("--optimizer soap", "--optimizer lion", "--optimizer adaptive_muon"),
+                *("--muon-tp-mode blockwise --optimizer muon", "--ckpt-format torch"),
                 *("--async-strategy nvrx", "--dataloader-type external"),
                 *("--rerun-mode report_stats", "--rerun-mode validate_results"),
                 "--transformer-impl inference_optimized",
