@@ -35,6 +35,9 @@ DATA = "--mock-data --tokenizer-type NullTokenizer --vocab-size 50257"
 TP, PP = "--tensor-model-parallel-size 2", "--pipeline-model-parallel-size {stages}"
 PROBES = "cuda_without_a_gpu/test_probes.py"
 LAYOUTS = "invariants/test_layouts.py"
+MUON = "invariants/test_muon.py"
+MUON_FLAGS = "--optimizer muon --no-overlap-param-gather"
+GROUPS = "--moe-router-num-groups 4 --moe-router-group-topk 1"
 CUDA = "cuda_without_a_gpu/test_training_on_cuda.py"
 
 
@@ -64,6 +67,8 @@ ROWS = (
     Row("expert parallel", "--expert-model-parallel-size 2", LAYOUTS, 2),
     Row("context parallel", "--context-parallel-size 2", LAYOUTS, 2),
     Row("distributed optimizer", "--use-distributed-optimizer", LAYOUTS, 2),
+    Row("Muon", MUON_FLAGS, MUON),
+    Row("Muon, spread over ranks", f"{MUON_FLAGS} --use-distributed-optimizer", MUON, 2),
     Row("bf16", "--bf16", LAYOUTS),
     Row("fp16", "--no-bf16 --no-cross-entropy-loss-fusion --fp16", CUDA, is_for_gpus=True),
     Row(
@@ -76,6 +81,10 @@ ROWS = (
     Row("Toeplitz matrices", "--toeplitz", LAYOUTS),
     Row("rotary positions", "--position-embedding-type rope", LAYOUTS),
     Row("SwiGLU", "--swiglu", LAYOUTS),
+    Row("norms of queries and keys", "--qk-layernorm", LAYOUTS),
+    Row("attention within documents", "--reset-attention-mask", LAYOUTS, 2),
+    Row("positions of each document", "--reset-position-ids", LAYOUTS),
+    Row("experts in groups", GROUPS, LAYOUTS),
 )
 
 

@@ -191,6 +191,11 @@ class RunOptions:
     """Stop where the checkpoint to be loaded is damaged. By default the newest good one in the
     folder is loaded instead, and the run says so."""
 
+    branch_from: int | None = option(None, least=1)
+    """Decay from this iteration of --load on, over --lr-wsd-decay-iters (default: a quarter of it)
+    to --min-lr, and end there. All other flags are those of the run in --load, whose samples come
+    in the same order; --save is a folder of the branch's own."""
+
     keep_last: int | None = option(None, least=1)
     """Keep this many of the last checkpoints in --save and delete older ones, each time that a new
     one is there (default: keep all)."""

@@ -7,6 +7,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from megatron_smlp.checkpoints import integrity, tokenizer_copy
 from megatron_smlp.checkpoints.folders import (
     RELEASE,
@@ -15,6 +18,7 @@ from megatron_smlp.checkpoints.folders import (
     is_ours,
     iteration_folder,
     iteration_of,
+    iterations,
 )
 from megatron_smlp.checkpoints.model_record import flags_in
 from megatron_smlp.checkpoints.reader import TorchDistReader
@@ -73,6 +77,41 @@ class TorchDistCheckpoint(TorchDistReader):
             if path := getattr(args, name, None):
                 setattr(args, name, tokenizer_copy.found_tokenizer(path, self.folder.parent))
         return args
+
+
+class AveragedCheckpoint(TorchDistCheckpoint):
+    """The last of some iterations of a run, with the mean of their weights (decision 88).
+
+    Args:
+        count: how many there are.
+
+    Raises:
+        UsageError: the run keeps fewer up to `iteration`, or of other models.
+    """
+
+    def __init__(self, folder: str | Path, *, iteration: int | None, count: int) -> None:
+        super().__init__(folder, iteration=iteration)
+        run = self.folder.parent
+        kept = [number for number in iterations(run) if number <= self.iteration]
+        if not 2 <= count <= len(kept):
+            raise UsageError(
+                f"--average {count}: {run} holds {len(kept)} checkpoints up to iteration "
+                f"{self.iteration}: give at least 2, and at most as many."
+            )
+        self.earlier = [TorchDistCheckpoint(run, iteration=it) for it in kept[-count:-1]]
+        for other in self.earlier:
+            if other.specs != self.specs:
+                raise UsageError(f"--average: {other.folder} and {self.folder} are of two models.")
+
+    def read_into(self, target: Tensor, name: str, *, start: int = 0) -> None:
+        super().read_into(target, name, start=start)
+        if not target.is_floating_point():  # a table of HASH
+            return
+        total, part = target.float(), torch.empty_like(target)
+        for other in self.earlier:
+            other.read_into(part, name, start=start)
+            total += part
+        target.copy_(total / (1 + len(self.earlier)))
 
 
 def _find(folder: Path, iteration: int | None) -> Path:

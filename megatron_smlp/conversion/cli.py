@@ -31,6 +31,7 @@ CONVERSIONS = {
 # A flag's destination -> the formats, from and to, that it says something about.
 ONLY = {
     "ckpt_step": ("torch_dist", None),
+    "average": ("torch_dist", None),
     "drop_optimizer": ("torch_dist", "torch_dist"),
     **{f"target_{name}": (None, "torch_dist") for name in LAYOUT},
     "tokenizer_model": (None, "hf"),
@@ -68,6 +69,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--ckpt-step", type=int, metavar="N", help="read this iteration (default: the newest)"
     )
+    parser.add_argument(
+        "--average", type=int, metavar="N",
+        help="torch_dist: the mean of the weights of N checkpoints, that iteration's and those "
+        "before it; to torch_dist: a release, without optimizer state",
+    )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace what is in --save")
     parser.add_argument(
         "--no-check", dest="checks", action="store_false",
@@ -169,6 +175,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         save=options.save,
         source=options.source,
         iteration=options.ckpt_step,
+        average=options.average,
         overwrite=options.overwrite,
         checks=options.checks,
         shard_limit=shard_limit,

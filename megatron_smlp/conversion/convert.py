@@ -19,7 +19,7 @@ from megatron_smlp.checkpoints.folders import partial_folder
 from megatron_smlp.checkpoints.run_record import read_run_record
 from megatron_smlp.checkpoints.tensors import Source, Spec, check_scale, tensors_of
 from megatron_smlp.checkpoints.tokenizer_copy import keep_tokenizer
-from megatron_smlp.checkpoints.torch_dist import COMMON, TorchDistCheckpoint
+from megatron_smlp.checkpoints.torch_dist import COMMON, AveragedCheckpoint, TorchDistCheckpoint
 from megatron_smlp.checkpoints.writer import weights_state, write_checkpoint
 from megatron_smlp.conversion import (
     gpt2,
@@ -59,6 +59,8 @@ class Options:
     source: str = "torch_dist"
     """Format of `load`: torch_dist, hf or gpt2."""
     iteration: int | None = None
+    average: int | None = None
+    """How many checkpoints the weights are the mean of; None: they are those of one."""
     checks: bool = True
     shard_limit: int = 5 * 10**9
     """Bytes of one weights file of a Hugging Face folder."""
@@ -97,7 +99,7 @@ class Weights:
 def torch_dist_to_hf(options: Options, say: Say = print) -> None:
     """Convert a Megatron checkpoint to a folder for transformers: a Llama, or our own model."""
     with one_process():
-        checkpoint = TorchDistCheckpoint(options.load, iteration=options.iteration)
+        checkpoint = _checkpoint(options)
         source, flags = _padded(options, checkpoint, checkpoint.specs, checkpoint.flags)
         ours = huggingface.config_of(flags)
         record = read_run_record(checkpoint.folder)
@@ -128,7 +130,7 @@ def torch_dist_to_hf(options: Options, say: Say = print) -> None:
                 of=ours,
                 parameters=sum(parameter.numel() for parameter in model.parameters()),
                 license=options.license,
-                training=training_facts(checkpoint.folder, record),
+                training=training_facts(checkpoint.folder, record, average=options.average),
                 has_tokenizer=bool(tokenizer),
             )
             if options.checks:
@@ -157,7 +159,7 @@ def to_torch_dist(options: Options, say: Say = print) -> None:
 def torch_dist_to_torch_dist(options: Options, say: Say = print) -> None:
     """Rewrite a Megatron checkpoint for another layout, or without optimizer state."""
     checkpoint = TorchDistCheckpoint(options.load, iteration=options.iteration)
-    if options.drops_optimizer or not checkpoint.iteration:
+    if options.drops_optimizer or options.average or not checkpoint.iteration:
         to_torch_dist(options, say)
         return
     with one_process():
@@ -196,6 +198,12 @@ def upcycle(options: Options, say: Say = print) -> None:
                 say(check_loss(before, _read_back(folder, tokens), tokens, why_not=reason))
     count = len(sparse.specs)
     say(f"{options.save}: {count} tensors written for Megatron, a release (iteration 0)")
+
+
+def _checkpoint(options: Options) -> TorchDistCheckpoint:
+    if options.average is None:
+        return TorchDistCheckpoint(options.load, iteration=options.iteration)
+    return AveragedCheckpoint(options.load, iteration=options.iteration, count=options.average)
 
 
 def _weights(options: Options) -> Weights:
@@ -245,7 +253,7 @@ def _of_files(
 
 
 def _of_checkpoint(options: Options) -> Weights:
-    checkpoint = TorchDistCheckpoint(options.load, iteration=options.iteration)
+    checkpoint = _checkpoint(options)
     record = read_run_record(checkpoint.folder)
     source, flags = _padded(options, checkpoint, checkpoint.specs, checkpoint.flags, record=record)
     where = str(checkpoint.folder)

@@ -69,12 +69,15 @@ def write_card(
     (folder / NAME).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
-def training_facts(checkpoint: Path, record: Mapping[str, Any] | None) -> dict[str, str]:
+def training_facts(
+    checkpoint: Path, record: Mapping[str, Any] | None, *, average: int | None = None
+) -> dict[str, str]:
     """Return what is known of the training that a checkpoint comes from, in words.
 
     Args:
         checkpoint: its `iter_` folder.
         record: its run.json; of a release, or of none, nothing is known.
+        average: how many checkpoints' weights it is the mean of; no loss is known of that.
     """
     iteration = (record or {}).get("iteration")
     if not record or not iteration:
@@ -83,6 +86,8 @@ def training_facts(checkpoint: Path, record: Mapping[str, Any] | None) -> dict[s
     length = record.get("flags", {}).get("seq_length")
     if samples := record.get("consumed_train_samples"):
         facts["training tokens"] = f"{samples * length:,}" if length else f"{samples:,} samples"
+    if average:
+        return {**facts, "weights": f"the mean of {average} checkpoints, this the last"}
     folder = record.get("flags", {}).get("log_dir") or checkpoint.parent
     try:
         logged = read_records(Path(folder) / FILE_NAME)

@@ -17,6 +17,8 @@ from megatron_smlp.checkpoints.folders import (
     TRACKER,
     folder_at,
     is_checkpoint_folder,
+    is_same_folder,
+    iteration_folder,
     iteration_of,
     tracked_folder,
 )
@@ -77,6 +79,7 @@ def _check_load(args: argparse.Namespace) -> None:
             f"{unnamed} holds weights that {TRACKER} beside it does not name: write the word "
             f"{RELEASE} into that, or start from scratch with --no-resume."
         )
+    _check_branch(args)
     if args.ckpt_step and not args.load:
         where = f"{args.save} holds no checkpoint" if args.save else "there is no --load"
         where = "--no-resume leaves that of --save alone" if args.no_resume else where
@@ -85,6 +88,29 @@ def _check_load(args: argparse.Namespace) -> None:
             "the --save folder of the run, or leave --ckpt-step out."
         )
     _check_kept_schedule(args)
+
+
+def _check_branch(args: argparse.Namespace) -> None:
+    """Refuse a branch of nothing, into the folder that it leaves, or past the end of its data."""
+    if args.branch_from is None:
+        return
+    flag, length = f"--branch-from {args.branch_from}", args.explicit_flags.get("train_iters")
+    if not (args.load and length):
+        raise UsageError(
+            f"{flag} needs --load, the --save folder of the run that it leaves, and --train-iters "
+            "of that run: give both."
+        )
+    newest = tracked_folder(args.load)
+    own = ((read_run_record(newest) if newest else None) or {}).get("flags", {})
+    if is_same_folder(args.load, args.save) and own.get("branch_from") != args.branch_from:
+        raise UsageError(f"{flag} would go on in the folder that it leaves: give another --save.")
+    if args.ckpt_step and not iteration_folder(args.load, args.ckpt_step).is_dir():
+        raise UsageError(f"{flag}: {args.load} holds no checkpoint of that iteration.")
+    if args.train_iters > length:
+        raise UsageError(
+            f"{flag} with --lr-wsd-decay-iters {args.lr_wsd_decay_iters} ends at iteration "
+            f"{args.train_iters}, and the run's data at --train-iters {length}: lower one of them."
+        )
 
 
 def _check_kept_schedule(args: argparse.Namespace) -> None:

@@ -27,6 +27,7 @@ def fill_in(args: argparse.Namespace) -> None:
     """Set every default that is not a constant."""
     _fill_in_layers(args)
     _fill_in_token_router(args)
+    _fill_in_branch(args)
     _fill_in_schedule(args)
     _fill_in_optimizer(args)
     _fill_in_saving(args)
@@ -101,6 +102,15 @@ def _fill_in_token_router(args: argparse.Namespace) -> None:
         args.moe_token_drop_policy = "position"
 
 
+def _fill_in_branch(args: argparse.Namespace) -> None:
+    if args.branch_from and args.train_iters:
+        args.lr_decay_style = "WSD"
+        args.lr_wsd_decay_iters = args.lr_wsd_decay_iters or max(1, args.branch_from // 4)
+        args.train_iters = args.lr_decay_iters = args.branch_from + args.lr_wsd_decay_iters
+        if "lr_wsd_decay_style" not in args.explicit_flags:
+            args.lr_wsd_decay_style = "minus_sqrt"
+
+
 def _fill_in_schedule(args: argparse.Namespace) -> None:
     # Not less than the number of steps, each of which reads a sample or more.
     last_step = args.train_iters or args.train_samples
@@ -171,6 +181,8 @@ def _fill_in_from_checkpoint(args: argparse.Namespace) -> None:
 
 
 def _choose_checkpoint(args: argparse.Namespace) -> None:
+    if args.branch_from and (args.no_resume or not (args.save and tracked_folder(args.save))):
+        args.ckpt_step = args.branch_from
     is_save_folder = is_same_folder(args.load, args.save)
     resumes = args.save and not (is_save_folder or args.no_resume) and tracked_folder(args.save)
     if (is_restart := _is_automatic_restart(args)) or resumes:

@@ -96,9 +96,11 @@ def _training_samples(args: argparse.Namespace) -> int:
     """Return how many the run takes from its first step to its last."""
     if args.train_samples:
         return int(args.train_samples)
+    # A branch ends before, and reads in the order of the run that it leaves.
+    end = args.explicit_flags["train_iters"] if args.branch_from else args.train_iters
     # Samples that were read in larger batches before: without these it would run out of them.
-    rest = (args.train_iters - args.iteration) * args.global_batch_size
-    return max(args.train_iters * args.global_batch_size, args.consumed_train_samples + rest)
+    rest = (end - args.iteration) * args.global_batch_size
+    return max(end * args.global_batch_size, args.consumed_train_samples + rest)
 
 
 def _first(dataset: Any, count: int, split: Split) -> Any:

@@ -130,7 +130,7 @@ def _with_plugins(schedule: Any) -> Any:
 
 
 def leave_to_adam(model: list[Any]) -> None:
-    """Let Muon take the weights of Megatron's linear layers alone (decision 86): by this mark
+    """Let Muon take the weights of Megatron's linear layers alone (decision 87): by this mark
     Megatron tells what Adam updates, at --decoupled-lr where that is given."""
     for module in (module for chunk in model for module in chunk.modules()):
         if not type(module).__name__.endswith(("ParallelLinear", "GroupedLinear")):

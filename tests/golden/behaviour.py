@@ -49,7 +49,7 @@ LEFT_OUT |= {"config", "tokenizer_model"}
 def configs(folder: str = "") -> Iterator[Path]:
     """The files of one system each."""
     found = sorted((CONFIGS / folder).rglob("*.yaml"))
-    return (path for path in found if path.parent.name != "base")
+    return (path for path in found if path.parent.name not in ("base", "recipes"))
 
 
 @functools.cache

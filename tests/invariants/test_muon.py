@@ -1,4 +1,4 @@
-"""Muon (`--optimizer muon`, decision 86): every layout trains the same, saves, and goes on.
+"""Muon (`--optimizer muon`, decision 87): every layout trains the same, saves, and goes on.
 
 All runs of a system start from one checkpoint, or from its optimizer's state after two steps.
 """

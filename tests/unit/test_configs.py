@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 from rich.console import Console
 from support.cover import slow_unless_in
+from support.in_process import pretrained
 from support.language_models import save_tokenizer
-from support.launches import REPOSITORY, start_program
+from support.launches import REPOSITORY, start_program, steps
 from support.meta_models import built_parameters, expected_parameters
 
 from megatron_smlp.accounting.costs import ModelShape, layer_cost
 from megatron_smlp.accounting.estimate import estimate
+from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
 from megatron_smlp.errors import UsageError
 from megatron_smlp.flags.yaml_file import read_settings, read_yaml, spelling
 from megatron_smlp.training.start_screen import print_dry_run
@@ -64,7 +66,7 @@ def test_every_system_is_there_and_nothing_else():
 
 def all_configs() -> Iterator[Path]:
     for path in (REPOSITORY / "configs").rglob("*.yaml"):
-        if path.parent.name != "base":
+        if path.parent.name not in ("base", "recipes"):
             yield path
 
 
@@ -196,6 +198,30 @@ def test_shards_of_the_large_models(
             for args.rank in ranks:
                 expected = expected_parameters(args, stage=args.rank // of_stage)
                 assert built_parameters(args, monkeypatch) == expected, (args.rank, more)
+
+
+RECIPES = {
+    "llama": "2026_attention",
+    "llama_moe": "2026_attention",
+    "gmlp": "2026",
+    "smlp_deterministic": "2026",
+}
+SMALL = """--seq-length 32 --hidden-size 64 --ffn-hidden-size 128 --micro-batch-size 2
+    --global-batch-size 2 --train-iters 2 --eval-iters 0 --log-interval 1"""
+
+
+@pytest.mark.parametrize("system", RECIPES)
+def test_a_recipe_over_a_system_trains(system: str, tmp_path: Path):
+    files = f"--config {config('cpu', system)} --config {config('recipes', RECIPES[system])}"
+    experts = (
+        "--moe-ffn-hidden-size 64" if "num-experts" in read_yaml(config("cpu", system)) else ""
+    )
+    with pretrained(f"{files} {DATA} 300 {SMALL} {experts} --save {tmp_path}", base=""):
+        pass
+    assert len(steps(tmp_path)) == 2
+    names = TorchDistCheckpoint(tmp_path).all_specs
+    assert any("momentum_buffer" in name for name in names)
+    assert any("q_layernorm" in name for name in names) == ("llama" in system)
 
 
 class TestInclude:

@@ -10,7 +10,7 @@ import pytest
 from support import checkpoints
 from support.checkpoints import assert_ends_like, carry_on, flip_a_bit, pretrain
 from support.in_process import pretrained
-from support.launches import REPOSITORY
+from support.launches import REPOSITORY, records, steps
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_smlp import provenance
@@ -196,3 +196,51 @@ def test_what_has_no_flags_is_refused(run: Path, tmp_path: Path):
         carry_on(f"--load {tmp_path / 'nothing'} --use-checkpoint-args")
     with pytest.raises(UsageError, match="say which one by --load"):
         carry_on("--use-checkpoint-args")
+
+
+class TestABranch:
+    """`--branch-from`: the decay of a run at a constant rate, in a folder of its own."""
+
+    CONSTANT = "--train-iters 12 --lr 1e-2 --min-lr 1e-4 --lr-decay-style constant"
+    BRANCH = "--branch-from 4 --lr-wsd-decay-iters 4"
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def trunk(cls, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        run: Path = tmp_path_factory.mktemp("branch") / "trunk"
+        pretrain(f"{cls.CONSTANT} --save {run}")
+        return run
+
+    def test_it_decays_and_ends(self, trunk: Path, tmp_path: Path, capfd: Capture):
+        whole, parts = tmp_path / "whole", tmp_path / "parts"
+        flags = f"{self.CONSTANT} {self.BRANCH} --load {trunk}"
+        pretrain(f"{flags} --save {whole}")
+        rates = [r["learning_rate"] for r in records(whole) if "loss" in r]
+        assert rates == sorted(rates, reverse=True)
+        assert rates[0] == 1e-2
+        assert rates[-1] < 2e-3
+        # The rate of its first step is still the run's, and its data all the time.
+        assert steps(whole)[:2] == steps(trunk)[4:6]
+        assert len(steps(whole)) == 4
+        assert iterations(whole) == [6, 8]
+        pretrain(f"{flags} --save {parts} --exit-interval 6")
+        pretrain(f"{flags} --save {parts}")
+        carry_on(f"--load {parts} --use-checkpoint-args")
+        assert_ends_like(parts, whole, iteration=8)
+        assert "nothing is left to train" in capfd.readouterr().out
+        carry_on(f"--load {trunk} --use-checkpoint-args {self.BRANCH} --save {tmp_path / 'short'}")
+        assert_ends_like(tmp_path / "short", whole, iteration=8)
+        assert iterations(trunk) == [2, 4, 6, 8, 10, 12]
+
+    @pytest.mark.parametrize(
+        ("flags", "message"),
+        [
+            ("--branch-from 4 --load {0} --save {0}", "--branch-from 4 would go on in the folder"),
+            ("--branch-from 5 --load {0}", "--branch-from 5: .* holds no checkpoint"),
+            ("--branch-from 12 --load {0}", "--branch-from 12 with .* ends at iteration 15"),
+            ("--branch-from 4", "--branch-from 4 needs --load"),
+        ],
+    )
+    def test_what_is_no_branch(self, trunk: Path, flags: str, message: str):
+        with pytest.raises(UsageError, match=message):
+            pretrain(f"{self.CONSTANT} {flags.format(trunk)}")

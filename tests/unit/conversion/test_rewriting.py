@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.checkpoints import carry_on
-from support.conversions import assert_same, run
+from support.conversions import assert_same, folder_weights, run, weights
 from support.in_process import pretrained
 from support.launches import records
 from support.smlp_systems import make_config
@@ -115,3 +116,26 @@ def test_a_layout_that_does_not_fit_is_refused(layout: tuple[int, ...], words: s
     )
     with pytest.raises(UsageError, match=words):
         check_layout(flags, dict(zip(LAYOUT, layout, strict=True)))
+
+
+def test_the_mean_of_the_last_checkpoints(tmp_path: Path) -> None:
+    """Exported, and as a release, which a training begins with and an evaluation reads."""
+    saved, mean, exported = (tmp_path / name for name in ("run", "mean", "exported"))
+    with pretrained(f"{MODEL} --lr 1e-2 --save {saved} --save-interval 1"):
+        pass
+    said = run(convert.torch_dist_to_torch_dist, saved, mean, average=3)
+    assert said[-1].endswith("a release (iteration 0)")
+    kept = [weights(TorchDistCheckpoint(saved, iteration=number)) for number in (2, 3, 4)]
+    expected = {name: sum(one[name] for one in kept) / 3 for name in kept[0]}
+    found = weights(TorchDistCheckpoint(mean))
+    torch.testing.assert_close(found, expected)
+    assert all((found[name] - kept[-1][name]).abs().max() > 1e-5 for name in found if "fc1" in name)
+    run(convert.torch_dist_to_hf, saved, exported, average=3)
+    there = folder_weights(exported)["model.embed_tokens.weight"]
+    assert torch.equal(there, found["embedding.word_embeddings.weight"])
+    assert "the mean of 3 checkpoints" in (exported / "README.md").read_text(encoding="utf-8")
+    with pretrained(f"{MODEL} --load {mean} --skip-train --log-dir {tmp_path / 'log'}"):
+        assert [r for r in records(tmp_path / "log") if "validation_loss" in r]
+    for count in (1, 5):
+        with pytest.raises(UsageError, match=f"--average {count}: .* holds 4 checkpoints"):
+            run(convert.torch_dist_to_hf, saved, tmp_path / "more", average=count)
