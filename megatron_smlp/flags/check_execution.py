@@ -30,7 +30,9 @@ def check_muon(args: argparse.Namespace) -> None:
     """
     if args.optimizer != "muon":
         return
-    require_package("emerging_optimizers", purpose="--optimizer muon", extra="'megatron-smlp[muon]'")
+    require_package(
+        "emerging_optimizers", purpose="--optimizer muon", extra="'megatron-smlp[muon]'"
+    )
     for name, why in WITHOUT_MUON.items():
         if getattr(args, name):
             raise UsageError(f"{flag_of(name)} beside --optimizer muon: {why}. Leave it out.")
