@@ -77,7 +77,7 @@ def write(parts: Trained, folder: Path, *, iteration: int, cache: dict[str, Any]
     )
 
 
-UNTRIED = ("fp8", "decoupled_lr", "expert_tensor_parallel_size")
+UNTRIED = ("decoupled_lr", "expert_tensor_parallel_size")
 """Flags with which optimizer state has another form, that no test has saved."""
 
 

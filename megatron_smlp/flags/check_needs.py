@@ -18,7 +18,7 @@ from megatron_smlp.options import DEFAULTS, OUR_FLAGS
 from megatron_smlp.platform import cpu
 from megatron_smlp.systems import ARCHITECTURES, BY_PREFIX, POSITIONS, SPECS
 
-SPELLINGS = {"layernorm_zero_centered_gamma": "--apply-layernorm-1p", "fp8": "--fp8-format"}
+SPELLINGS = {"layernorm_zero_centered_gamma": "--apply-layernorm-1p"}
 """Spellings of flags that set something of another name."""
 OFF = {"attention_backend": "auto", "cuda_graph_impl": "none"}
 KNOWN = {**DEFAULTS, **{name: flag.default for name, flag in MEGATRON_FLAGS.items()}}
@@ -97,7 +97,7 @@ NEEDS = (
         lambda args: args.transformer_impl != "local",
         (
             *("layernorm_zero_centered_gamma", "softmax_type", "window_size"),
-            *("moe_grouped_gemm", "attention_backend", "tp_comm_overlap", "fp8"),
+            *("moe_grouped_gemm", "attention_backend", "tp_comm_overlap"),
         ),
     ),
     Need(

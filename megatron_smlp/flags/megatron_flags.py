@@ -49,7 +49,7 @@ TESTED: dict[str, str] = {
         muon-tp-mode override-opt_param-scheduler use-checkpoint-opt_param-scheduler""",
     "Precision": """
         bf16 fp16 initial-loss-scale accumulate-allreduce-grads-in-fp32 grad-reduce-in-bf16
-        cross-entropy-loss-fusion no-gradient-accumulation-fusion fp8-format fp8-param-gather
+        cross-entropy-loss-fusion no-gradient-accumulation-fusion
         no-check-for-nan-in-loss-and-grad""",
     "Layout": """
         tensor-model-parallel-size pipeline-model-parallel-size expert-model-parallel-size

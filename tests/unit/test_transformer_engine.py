@@ -22,7 +22,8 @@ LAYOUTS = {
     "alone": (1, ""),
     "tp2": (2, "--tensor-model-parallel-size 2 --sequence-parallel --tp-comm-overlap"),
 }
-FP8 = "--fp8-format hybrid --fp8-param-gather --use-distributed-optimizer"
+FP8 = """--fp8-format hybrid --fp8-param-gather --use-distributed-optimizer
+    --allow-untested-flag fp8-format fp8-param-gather"""
 GROUPED = "--moe-grouped-gemm"
 VARIANTS = {"plain": "", "grouped": GROUPED, "fp8": FP8, "grouped_fp8": f"{GROUPED} {FP8}"}
 SPARSE = [name for name, flags in SYSTEMS.items() if "--num-experts" in flags]
