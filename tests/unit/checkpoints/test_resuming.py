@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+from argparse import Namespace
 from importlib import metadata
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from megatron_smlp.checkpoints.folders import (
 )
 from megatron_smlp.checkpoints.run_record import read_run_record
 from megatron_smlp.errors import UsageError
+from megatron_smlp.training.data import _training_samples
 
 Capture = pytest.CaptureFixture[str]
 
@@ -231,6 +233,13 @@ class TestABranch:
         carry_on(f"--load {trunk} --use-checkpoint-args {self.BRANCH} --save {tmp_path / 'short'}")
         assert_ends_like(tmp_path / "short", whole, iteration=8)
         assert iterations(trunk) == [2, 4, 6, 8, 10, 12]
+
+    def test_its_samples_are_in_the_runs_order(self):
+        """Of several epochs, Megatron's order is that of their number."""
+        branch = Namespace(train_samples=None, train_iters=8, branch_from=4, global_batch_size=2)
+        branch.explicit_flags = {"train_iters": 12}
+        branch.iteration, branch.consumed_train_samples = 4, 8
+        assert _training_samples(branch) == 24
 
     @pytest.mark.parametrize(
         ("flags", "message"),
