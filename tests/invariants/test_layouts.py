@@ -274,10 +274,16 @@ def test_the_steps_move_far_more_than_the_tolerance(one: Runs, architecture: str
     assert statistics.median(norms) > 10 * TOLERANCE
 
 
-@pytest.mark.parametrize(("architecture", "layout"), _marked(_cases(TWO_PROCESSES)))
-def test_two_processes_train_as_one(two: Runs, architecture: str, layout: str):
+def _assert_as_one(runs: Runs, architecture: str, layout: str) -> None:
+    """The same steps, and as many choices of the same routers."""
     last = ON_THE_EDGE.get((architecture, layout), TOLERANCE)
-    _assert_same(two.steps(architecture, layout), two.steps(architecture, "plain"), last=last)
+    _assert_same(runs.steps(architecture, layout), runs.steps(architecture, "plain"), last=last)
+    _assert_same_routers(runs.routers(architecture, layout), runs.routers(architecture, "plain"))
+
+
+@pytest.mark.parametrize(("architecture", "layout"), _marked(_cases(TWO_PROCESSES)))
+def test_two_processes_train_and_count_as_one(two: Runs, architecture: str, layout: str):
+    _assert_as_one(two, architecture, layout)
 
 
 def test_experts_on_two_ranks_start_as_in_one_process(two: Runs):
@@ -302,21 +308,18 @@ def test_an_evaluation_of_other_micro_batches(two: Runs):
 
 
 @pytest.mark.parametrize(("architecture", "layout"), _marked(_cases(FOUR_PROCESSES)))
-def test_four_processes_train_as_one(four: Runs, architecture: str, layout: str):
-    _assert_same(four.steps(architecture, layout), four.steps(architecture, "plain"))
+def test_four_processes_train_and_count_as_one(four: Runs, architecture: str, layout: str):
+    _assert_as_one(four, architecture, layout)
 
 
 @pytest.mark.parametrize(("architecture", "layout"), _marked(_cases(RECOMPUTE)))
 def test_recomputing_activations_changes_nothing(one: Runs, architecture: str, layout: str):
-    _assert_same(one.steps(architecture, layout), one.steps(architecture, "plain"))
+    """And counts a pass once."""
+    _assert_as_one(one, architecture, layout)
 
 
 def _has_routers(architecture: str) -> bool:
     return architecture in ROUTED or "partial" in architecture
-
-
-def _router_cases(layouts: Mapping[str, str]) -> list[tuple[str, str]]:
-    return [case for case in _cases(layouts) if _has_routers(case[0])]
 
 
 def _assert_same_routers(ours: list[dict[str, Any]], plain: list[dict[str, Any]]) -> None:
@@ -331,21 +334,6 @@ def _assert_same_routers(ours: list[dict[str, Any]], plain: list[dict[str, Any]]
             # Two choices; shares are logged to six digits.
             allowed = {"abs": 2 / left["choices"] + 1e-6} if is_share else {"rel": 5e-3}
             assert left[name] == pytest.approx(right[name], **allowed), name
-
-
-@pytest.mark.parametrize(("architecture", "layout"), _marked(_router_cases(TWO_PROCESSES)))
-def test_two_processes_count_as_one(two: Runs, architecture: str, layout: str):
-    _assert_same_routers(two.routers(architecture, layout), two.routers(architecture, "plain"))
-
-
-@pytest.mark.parametrize(("architecture", "layout"), _marked(_router_cases(FOUR_PROCESSES)))
-def test_four_processes_count_as_one(four: Runs, architecture: str, layout: str):
-    _assert_same_routers(four.routers(architecture, layout), four.routers(architecture, "plain"))
-
-
-@pytest.mark.parametrize(("architecture", "layout"), _marked(_router_cases(RECOMPUTE)))
-def test_a_recomputed_pass_is_counted_once(one: Runs, architecture: str, layout: str):
-    _assert_same_routers(one.routers(architecture, layout), one.routers(architecture, "plain"))
 
 
 @pytest.mark.parametrize("layout", PRICED)

@@ -101,11 +101,7 @@ def test_resumed_run_ends_in_the_same_bits(results: Path, case: str) -> None:
     assert whole.keys() == parts.keys()
     assert any(name.startswith("optimizer.") for name in whole)
     assert [name for name in whole if not torch.equal(whole[name], parts[name])] == []
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_logged_steps_are_the_same(results: Path, case: str) -> None:
-    whole = steps(results / case / "whole")
-    assert len(whole) == 6
-    assert steps(results / case / "parts") == whole
-    assert min(step.loss for step in whole[1:]) < whole[0].loss  # the weights did move
+    logged = steps(results / case / "whole")
+    assert len(logged) == 6
+    assert steps(results / case / "parts") == logged
+    assert min(step.loss for step in logged[1:]) < logged[0].loss  # the weights did move
