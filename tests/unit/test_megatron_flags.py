@@ -260,16 +260,13 @@ def test_recomputation_of_what_no_layer_has(parse: Parse, words: str):
         parse(f"--architecture {words}")
 
 
-@pytest.mark.parametrize("architecture", [TRANSFORMER, "--architecture gmlp"])
 @pytest.mark.parametrize("name", TESTED["Experts"].split())
-def test_flags_of_experts_that_are_not_there(
-    parse: Parse, parser: ArgumentParser, name: str, architecture: str
-):
+def test_flags_of_experts_that_are_not_there(parse: Parse, parser: ArgumentParser, name: str):
     """They would train a dense model in silence."""
     action = parser._option_string_actions[f"--{name}"]
     value = "" if action.nargs == 0 else next(iter(action.choices or ["1"]))
     with pytest.raises(UsageError, match=f"^--{name}.* without --token-router"):
-        parse(f"{architecture} --{name} {value}")
+        parse(f"{TRANSFORMER} --{name} {value}")
 
 
 @pytest.mark.parametrize(

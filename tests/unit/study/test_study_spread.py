@@ -18,7 +18,9 @@ def sample(sds: list[float], *, n: int, rng: np.random.Generator) -> dict[str, l
 
 def test_two_systems_are_students_test():
     one, other = [4.0, 4.02, 3.99], [4.05, 4.03, 4.06, 4.01]
-    found = Spread.of({"a": one, "b": other}).difference("a", "b")
+    spread = Spread.of({"a": one, "b": other})
+    assert spread.p == pytest.approx(stats.bartlett(one, other).pvalue)
+    found = spread.difference("a", "b")
     test = stats.ttest_ind(one, other)
     assert (found.p, found.df, found.n) == (pytest.approx(test.pvalue), 5, 3)
     assert (found.low, found.high) == pytest.approx(tuple(test.confidence_interval(0.95)))
