@@ -5,29 +5,13 @@ import weakref
 
 import pytest
 import torch
-from support.smlp_systems import SYSTEMS, VOCABULARY, make_config, make_ids, make_model
+from support.smlp_systems import SYSTEMS, make_config, make_ids, make_model
 from torch.nn import functional
 
 from megatron_smlp.hf.configuration_smlp import SMLPConfig
 from megatron_smlp.hf.modeling_smlp import (
     SMLPForCausalLM,
 )
-
-
-@pytest.mark.parametrize("system", SYSTEMS)
-@torch.no_grad()
-def test_no_logit_depends_on_a_later_token(system: str):
-    """In evaluation; what partial prediction's suffix sees, the prefix, lies before it."""
-    model = make_model(system).double()
-    ids = make_ids(2, 30)
-    before = model(ids).logits
-    for position in (1, 5, 8, 9, 20, 29):
-        changed = ids.clone()
-        changed[:, position:] = (changed[:, position:] + 31) % VOCABULARY
-        after = model(changed).logits
-        difference = (after[:, :position] - before[:, :position]).abs().max()
-        assert difference < 1e-12
-        assert (after[:, position:] - before[:, position:]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
