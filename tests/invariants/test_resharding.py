@@ -95,6 +95,8 @@ SHORT: list[Case] = [
     ("transformer_bf16", "dp_distributed", "dp"),
     ("minhash", "one", "dp_parallel_load"),  # whose table one rank sends to the other
     ("smlp", "pp", "ep"),
+    ("smlp", "one", "ep"),
+    ("smlp", "ep_distributed", "one"),
     ("smlp", "ep_distributed", "tp"),
     ("smlp_partial", "pp", "tp_distributed"),
 ]
