@@ -101,7 +101,6 @@ def _namespace(config: SMLPConfig) -> argparse.Namespace:
         untie_embeddings_and_output_weights=not config.tie_word_embeddings,
         max_position_embeddings=config.max_position_embeddings,
         quick_geglu=False,
-        qk_layernorm=False,
         bias_swiglu_fusion=False,
     )
 
