@@ -49,7 +49,6 @@ class TestByHand:
         ("--moe-router-enable-expert-bias", "needs --moe-router-score-function sigmoid"),
         ("--moe-router-bias-update-rate 0.1", "needs --moe-router-enable-expert-bias"),
         ("--moe-router-topk-scaling-factor 0", "scaling-factor 0: must be over 0"),
-        ("--moe-router-num-groups 2", "--moe-router-num-groups is not among"),
         ("--moe-train-capacity-factor 1", "is for --token-router switch or gshard, not topk"),
     ],
 )
