@@ -62,7 +62,7 @@ class SMLPHostedMixer(nn.Module):
         features = kind.features(
             hidden_size=config.hidden_size, ffn_hidden_size=config.ffn_hidden_size, values=values
         )
-        self.state = state
+        self.state, self.keeps_state = state, keeps_state(kind)
         for name, outputs in projections_of(kind).items():
             setattr(self, name, nn.Linear(config.hidden_size, outputs * features, bias=bias))
         self.mixer = kind(width=features, length=config.max_position_embeddings, values=values)
@@ -75,7 +75,7 @@ class SMLPHostedMixer(nn.Module):
         inner = [project(getattr(self, name), hidden) for name in projections_of(type(self.mixer))]
         if self.state is None or not isinstance(cache, SMLPCache):
             mixed = mix(self.mixer, inner)
-        elif keeps_state(type(self.mixer)):
+        elif self.keeps_state:
             mixed = self._continued(inner, layout, cache.layers[self.state])
         else:
             widths = [part.shape[-1] for part in inner]
@@ -94,7 +94,8 @@ class SMLPHostedMixer(nn.Module):
         for row, count in enumerate(layout.valid.sum(dim=1).tolist()):
             state = {name: values[row : row + 1] for name, values in kept.state.items()}
             new = [part[row : row + 1, : max(1, count)] for part in inner]
-            mixed = mix(self.mixer, new, state=state if count else dict(state))
+            # A sample without new tokens keeps the state that it has.
+            mixed = mix(self.mixer, new, state=dict(state) if state and not count else state)
             rows.append(nn.functional.pad(mixed, (0, 0, 0, length - mixed.shape[1])))
             states.append(state)
         kept.state = {name: torch.cat([it[name] for it in states]) for name in states[0]}

@@ -75,6 +75,15 @@ def test_more_tokens_of_some_samples(model: Any):
     torch.testing.assert_close(logits[:, 0], expected, rtol=1e-5, atol=1e-5)
 
 
+@torch.no_grad()
+def test_a_row_of_padding_alone(model: Any):
+    ids, mask = make_ids(2, 6), torch.tensor([[0] * 5, [1] * 5])
+    out = model(ids[:, :5], attention_mask=mask, use_cache=True)
+    mask = torch.cat([mask, torch.ones(2, 1)], dim=1).long()
+    logits = model(ids[:, 5:], attention_mask=mask, cache=out.cache).logits[1]
+    torch.testing.assert_close(logits, model(ids[1:]).logits[0, 5:], rtol=1e-5, atol=1e-5)
+
+
 def test_beams_take_their_states_along(model: Any):
     ids = make_ids(2, 6)
     given: dict[str, Any] = {"max_new_tokens": 8, "num_beams": 3, "do_sample": False}
