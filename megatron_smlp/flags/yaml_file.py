@@ -55,12 +55,12 @@ def read_settings(paths: Iterable[Path]) -> dict[str, Setting]:
 def _shipped(path: Path) -> Path:
     """Return the file itself or, where there is none, the preset of this name that is installed:
     configs/cpu/gmlp.yaml, plugins/aft.yaml."""
+    if path.exists() or path.parts[0] not in ("configs", "plugins"):
+        return path
     packages = Path(__file__).parents[2]
     # A wheel's, or a checkout's.
-    for folder in (packages / "megatron_smlp_presets", packages):
-        if not path.exists() and path.parts[0] in ("configs", "plugins"):
-            path = folder / path if (folder / path).exists() else path
-    return path
+    presets = (folder / path for folder in (packages / "megatron_smlp_presets", packages))
+    return next((preset for preset in presets if preset.exists()), path)
 
 
 def _read(

@@ -1,6 +1,6 @@
 """Write one of each file format that later releases promise to read.
 
-    python tests/golden/formats.py
+    PYTHONPATH=tests:. python tests/golden/formats.py
 
 makes written_by_0.1.0/: a tokenizer, a dataset with its manifest, a checkpoint with its optimizer's
 state, its export, and expected.json, what these gave. From that release on the folder stays, and a
@@ -10,18 +10,17 @@ release that changes a format adds one of its own.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from support.launches import REPOSITORY, run_command, steps
+
 from megatron_smlp import __version__ as VERSION
 
 HERE = Path(__file__).parent
-REPOSITORY = HERE.parents[1]
 WRITTEN = HERE / f"written_by_{VERSION}"
 TOKENIZER = "--tokenizer-type HuggingFaceTokenizer --tokenizer-model tokenizer"
 TRAINING = """
@@ -35,26 +34,17 @@ TRAINING = """
 
 
 def run(tool: str, flags: str, *, folder: Path) -> None:
-    """Run a command of the project in a folder, so that what it writes names no other.
-
-    Raises:
-        RuntimeError: it failed, with its last lines.
-    """
-    command = [sys.executable, str(REPOSITORY / tool), *flags.split()]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    """Run a command of the project in a folder, so that what it writes names no other."""
+    run_command([sys.executable, str(REPOSITORY / tool), *flags.split()], cwd=folder)
 
 
 def trained(folder: Path, *, iterations: int) -> list[float]:
     """Train, or go on, up to so many iterations; the losses of those that it took."""
-    log = folder / "log" / "metrics.jsonl"
-    log.unlink(missing_ok=True)
+    log = folder / "log"
+    shutil.rmtree(log, ignore_errors=True)
     flags = f"--train-iters {iterations} --save run --log-dir log"
     run("pretrain_smlp.py", f"{TRAINING} {TOKENIZER} {flags}", folder=folder)
-    steps = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    return [step["loss"] for step in steps if "loss" in step]
+    return [step.loss for step in steps(log)]
 
 
 def logits(exported: Path) -> Any:

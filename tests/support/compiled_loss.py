@@ -25,6 +25,7 @@ import torch  # noqa: E402
 import triton  # noqa: E402
 from megatron.core.fusions import fused_cross_entropy as megatrons  # noqa: E402
 from support.compiled_kernels import CAPABILITIES, resources  # noqa: E402
+from support.hopper import HOPPER  # noqa: E402
 from torch._dynamo.device_interface import CudaInterface  # noqa: E402
 from torch._functorch.aot_autograd import aot_function  # noqa: E402
 from torch._inductor import compile_fx  # noqa: E402
@@ -41,20 +42,6 @@ TOKENS, VOCABULARY = (1024, 8), 50304
 SIZES = {"*fp32": 4, "*bf16": 2, "*i1": 1, "*i64": 8}
 POINTWISE, REDUCTION = {"XBLOCK": 1024}, {"XBLOCK": 1, "R0_BLOCK": 2048}
 """Blocks of the size that Inductor tries first."""
-HOPPER = SimpleNamespace(
-    name="NVIDIA H100 80GB HBM3",
-    major=9,
-    minor=0,
-    total_memory=80 << 30,
-    multi_processor_count=132,
-    warp_size=32,
-    regs_per_multiprocessor=65536,
-    max_threads_per_multi_processor=2048,
-    max_threads_per_block=1024,
-    shared_memory_per_block=48 << 10,
-    shared_memory_per_block_optin=227 << 10,
-    L2_cache_size=50 << 20,
-)
 ANSWERS: dict[str, Any] = {
     "is_available": True,
     "get_device_properties": HOPPER,

@@ -29,7 +29,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 os.environ["TORCHDYNAMO_DISABLE"] = "1"
@@ -37,6 +36,7 @@ os.environ["TORCHDYNAMO_DISABLE"] = "1"
 import torch
 import torch._dynamo  # it maps torch's functions when it is imported: before they are replaced
 import torch.distributed as dist
+from support.hopper import HOPPER
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
@@ -607,21 +607,13 @@ def _no_context(*_: Any, **__: Any) -> Iterator[None]:
 
 def _answer_for_the_device() -> None:
     stream = Stream()
-    hopper = SimpleNamespace(
-        name="NVIDIA H100 80GB HBM3",
-        major=9,
-        minor=0,
-        total_memory=80 << 30,
-        multi_processor_count=132,
-        warp_size=32,
-    )
     answers: dict[str, Any] = {
         "is_available": True,
         "is_initialized": True,
         "current_device": 0,
         "device_count": 1,
-        "get_device_name": hopper.name,
-        "get_device_properties": hopper,
+        "get_device_name": HOPPER.name,
+        "get_device_properties": HOPPER,
         "get_device_capability": (9, 0),
         "is_bf16_supported": True,
         "current_stream": stream,

@@ -91,11 +91,13 @@ def start_program(words: Sequence[str], *, log: Path) -> Any:
     return process
 
 
-def run_command(command: Sequence[str], **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run a command in the repository, one OpenMP thread a process; its output is the failure."""
+def run_command(
+    command: Sequence[str], *, cwd: Path = REPOSITORY, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a command, in the repository, one OpenMP thread a process; its output is the failure."""
     done = subprocess.run(
         command,
-        cwd=REPOSITORY,
+        cwd=cwd,
         env=clean_environment(**variables),
         capture_output=True,
         text=True,
