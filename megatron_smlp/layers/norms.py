@@ -19,6 +19,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional
 
+from megatron_smlp.ops.rms_norm import RowwiseRMSNorm
+
 try:
     from megatron.core.fusions.fused_layer_norm import HAVE_FUSED_LAYER_NORM as HAVE_APEX
     from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
@@ -34,7 +36,7 @@ class TorchNorm:
     """
 
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> Any:
-        kinds: dict[str, type[nn.Module]] = {"LayerNorm": nn.LayerNorm, "RMSNorm": nn.RMSNorm}
+        kinds: dict[str, type[nn.Module]] = {"LayerNorm": nn.LayerNorm, "RMSNorm": RMSNorm}
         if config.normalization not in kinds:
             raise ValueError(
                 f"--normalization {config.normalization} is not available without Transformer "
@@ -44,6 +46,16 @@ class TorchNorm:
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel
         return norm
+
+
+class RMSNorm(nn.RMSNorm):
+    """torch's, some rows at a time on a CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: <float>[..., D] -> the same shape and dtype."""
+        if x.device.type != "cpu":
+            return super().forward(x)
+        return RowwiseRMSNorm.apply(x, self.weight, self.eps)
 
 
 def norm_builder(config: TransformerConfig) -> Any:

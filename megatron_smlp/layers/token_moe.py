@@ -36,6 +36,9 @@ from megatron_smlp.layers.token_dispatch import replace_dispatcher
 
 _LOGGER = logging.getLogger(__name__)
 
+ROWS = 64
+"""What the rows of an expert are rounded up to on a CPU, in 16 bits."""
+
 
 def token_moe_builder(
     config: TransformerConfig, backend: BackendSpecProvider, *, router: Any = TopKRouter
@@ -136,7 +139,8 @@ class Experts(SequentialMLP):
         """f_e(h): <float>[n, D]; the reference of `grouped`."""
         groups = hidden_states.split(tokens_per_expert.tolist())
         outputs = [
-            expert(group)[0] for expert, group in zip(self.local_experts, groups, strict=True)
+            expert(_padded(group))[0][: len(group)]
+            for expert, group in zip(self.local_experts, groups, strict=True)
         ]
         return torch.cat(outputs)
 
@@ -217,6 +221,17 @@ class Experts(SequentialMLP):
         if reason:
             _say_once(reason)
         return reason
+
+
+def _padded(group: Tensor) -> Tensor:
+    """Return the rows, and rows of zeros up to a multiple of ROWS: <float>[n or more, D].
+
+    In 16 bits a CPU's library (oneDNN) compiles a kernel for each new number of rows, which takes
+    several times as long as the product; it keeps the last thousand. Loads differ in every step.
+    """
+    if group.is_cuda or group.dtype.itemsize != 2:
+        return group
+    return functional.pad(group, (0, 0, 0, -len(group) % ROWS))
 
 
 def _has_grouped_kernels() -> bool:

@@ -3,20 +3,26 @@
     loss = log(sum over v of exp(logits[v])) - logits[target]          in fp32
 
 Megatron's is written for a vocabulary that is split over ranks, operation by operation: with one
-rank on a CPU it reads and writes the fp32 logits a dozen times, where torch's does so half as
-often. A split vocabulary, label smoothing and GPUs (for which Megatron has
-`--cross-entropy-loss-fusion`) keep Megatron's.
+rank on a CPU it reads and writes the fp32 logits a dozen times. Here some rows at a time are in
+fp32, which a core's cache holds; the loss has the same bits as torch's of all rows. A split
+vocabulary, label smoothing and GPUs (for which Megatron has `--cross-entropy-loss-fusion`) keep
+Megatron's.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from megatron.core import parallel_state, tensor_parallel
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
+
+ELEMENTS = 2**18
+"""Logits that are in fp32 at a time: 1 MiB."""
 
 
 def apply() -> None:
@@ -38,8 +44,38 @@ def _whole_on_cpu(megatrons: Callable[..., Tensor]) -> Callable[..., Tensor]:
         group = tp_group or parallel_state.get_tensor_model_parallel_group()
         if label_smoothing or group.size() > 1 or vocab_parallel_logits.device.type != "cpu":
             return megatrons(vocab_parallel_logits, target, label_smoothing, tp_group)
-        logits = vocab_parallel_logits.float().flatten(0, -2)
-        loss = functional.cross_entropy(logits, target.flatten(), reduction="none")
+        loss: Tensor = _ByRows.apply(vocab_parallel_logits.flatten(0, -2), target.flatten())
         return loss.view(target.shape)
 
     return cross_entropy
+
+
+class _ByRows(torch.autograd.Function):
+    """logits: <float>[n, V], target: <int64>[n] -> <float32>[n]; the gradient in logits' dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor) -> Tensor:
+        ctx.save_for_backward(logits, target)
+        losses = [
+            functional.cross_entropy(wide.float(), correct, reduction="none")
+            for wide, correct in zip(*_in_rows(logits, target), strict=True)
+        ]
+        return torch.cat(losses)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        logits, target = ctx.saved_tensors
+        result = torch.empty_like(logits)
+        for some, correct, scale, into in zip(
+            *_in_rows(logits, target, gradient, result), strict=True
+        ):
+            excess = some.float().softmax(-1)  # softmax(logits) - [v is the target]
+            excess[torch.arange(len(correct)), correct] -= 1
+            into.copy_(excess.mul_(scale[:, None]))
+        return result, None
+
+
+def _in_rows(logits: Tensor, *others: Tensor) -> list[Sequence[Tensor]]:
+    rows = max(1, ELEMENTS // logits.shape[1])
+    return [tensor.split(rows) for tensor in (logits, *others)]

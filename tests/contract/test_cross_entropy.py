@@ -22,8 +22,13 @@ def rank() -> Iterator[None]:
         yield
 
 
+@pytest.mark.parametrize(("elements", "chunks"), [(2**18, 1), (500, 5), (1, 21)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_it_equals_megatrons(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_equals_megatrons(
+    dtype: torch.dtype, elements: int, chunks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where some rows at a time are in fp32: 21, five, and one."""
+    monkeypatch.setattr(cross_entropy, "ELEMENTS", elements)
     values = 5 * torch.randn(7, 3, 100)
     target, weights = torch.randint(100, (7, 3)), torch.rand(7, 3)
     called = []
@@ -40,7 +45,7 @@ def test_it_equals_megatrons(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
         loss = function(logits.clone(), target)  # Megatron's works in place
         (gradient,) = torch.autograd.grad((loss * weights).sum(), logits)
         results.append((loss, gradient))
-    assert len(called) == 1
+    assert len(called) == chunks
     (our_loss, our_gradient), (loss, gradient) = results
     assert our_loss.dtype == loss.dtype == torch.float32
     assert our_loss.shape == loss.shape == (7, 3)

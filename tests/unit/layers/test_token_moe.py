@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from megatron_smlp.architectures import SlottedLayer
 from megatron_smlp.layers.token_dispatch import OneRankDispatcher, TopOneDispatcher
-from megatron_smlp.layers.token_moe import Experts, token_moe_builder
+from megatron_smlp.layers.token_moe import ROWS, Experts, token_moe_builder
 
 pytestmark = pytest.mark.usefixtures("megatron")
 
@@ -108,6 +108,20 @@ def test_weighting_outputs_is_weighting_hidden_layers(
     assert ours[0].dtype == dtype
     for mine, theirs in zip(ours, megatrons, strict=True):
         torch.testing.assert_close(mine, theirs, **close)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rows"), [(torch.float32, [4, 0, 65]), (torch.bfloat16, [ROWS, 0, 2 * ROWS])]
+)
+def test_a_product_in_16_bits_has_one_of_few_shapes(dtype: torch.dtype, rows: list[int]):
+    """oneDNN compiles a kernel for each."""
+    experts = layer_of(params_dtype=dtype, num_moe_experts=3).experts
+    seen = []
+    for expert in experts.local_experts:
+        expert.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    hidden = torch.randn(69, experts.config.hidden_size, dtype=dtype)
+    assert len(experts.one_by_one(hidden, torch.tensor([4, 0, 65]))) == 69
+    assert seen == rows
 
 
 SWIGLU = {"gated_linear_unit": True, "activation_func": functional.silu}
