@@ -41,8 +41,8 @@ def take(argv: Sequence[str]) -> list[str]:
         UsageError: see `load`; or the flag has no value.
     """
     rest, named = [], named_in(config_paths(argv))
-    words = iter(argv)
-    for word in words:
+    arguments = iter(argv)
+    for word in arguments:
         flag, equals, value = word.partition("=")
         if word == ALLOW:
             ALLOWED.add(word)
@@ -51,7 +51,7 @@ def take(argv: Sequence[str]) -> list[str]:
         elif equals:
             named.append(value)
         else:
-            named.append(next(words, ""))
+            named.append(next(arguments, ""))
     for name in named:
         load(name)
     return rest

@@ -108,9 +108,9 @@ def options_of(kind: type) -> dict[str, Option]:
     """
     declared: dict[str, Option] = {}
     for base in reversed(kind.__mro__):
-        found = {name: it for name, it in vars(base).items() if isinstance(it, Option)}
-        hints = get_type_hints(base) if found else {}
-        for name, it in found.items():
+        options = {name: it for name, it in vars(base).items() if isinstance(it, Option)}
+        hints = get_type_hints(base) if options else {}
+        for name, it in options.items():
             hint = hints.get(name)
             choices = get_args(hint) if get_origin(hint) is Literal else None
             type_ = str if choices else hint

@@ -60,7 +60,7 @@ def rows(
 ) -> list[dict[str, float]]:
     """Return, for each number of GPUs, the MTBF and the best interval in seconds, and the goodput
     at that interval, at a third of it and at three times it."""
-    found = []
+    result = []
     for number in gpus:
         mtbf = gpu_hours * 3600 / number
         best = best_interval(save=save, mtbf=mtbf)
@@ -68,8 +68,8 @@ def rows(
             name: goodput(factor * best, save=save, restart=restart, mtbf=mtbf)
             for name, factor in (("third", 1 / 3), ("best", 1.0), ("triple", 3.0))
         }
-        found.append({"gpus": number, "mtbf": mtbf, "interval": best, **shares})
-    return found
+        result.append({"gpus": number, "mtbf": mtbf, "interval": best, **shares})
+    return result
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -89,13 +89,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     ):
         if not value > 0:
             raise UsageError(f"{flag} {value}: give a number over 0.")
-    found = rows(args.gpus, save=args.save_seconds, restart=restart, gpu_hours=args.mtbf_hours)
+    table = rows(args.gpus, save=args.save_seconds, restart=restart, gpu_hours=args.mtbf_hours)
     if args.json:
-        print(json.dumps(found))
+        print(json.dumps(table))
         return
     print(f"a save holds up {args.save_seconds:g} s, a restart takes {restart:g} s")
     print("  GPUs   a failure in   save every   goodput   at a third   at triple the interval")
-    for row in found:
+    for row in table:
         print(
             f"{row['gpus']:6.0f} {row['mtbf'] / 3600:12.1f} h {row['interval'] / 60:8.1f} min"
             f" {row['best']:9.2%} {row['third']:12.2%} {row['triple']:24.2%}"

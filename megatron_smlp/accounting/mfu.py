@@ -55,5 +55,5 @@ def dense_peak_tflops(device: str) -> float | None:
     """Return the dense bf16 peak of a device, by its name as CUDA gives it; None: not known."""
     if " MIG " in device:  # a slice of it
         return None
-    found = (peak for key, peak in DENSE_PEAK_TFLOPS.items() if re.search(rf"\b{key}\b", device))
-    return next(found, None)
+    peaks = (peak for key, peak in DENSE_PEAK_TFLOPS.items() if re.search(rf"\b{key}\b", device))
+    return next(peaks, None)

@@ -66,7 +66,7 @@ def _apart(name: str, kind: type[FeatureRouter]) -> Row:
         rule = _built(kind).eval()
         means = _means()
         whole = rule.scores(means)
-        samples = torch.cat([rule.scores(one[None]) for one in means])
+        samples = torch.cat([rule.scores(row[None]) for row in means])
         halves = torch.cat([rule.scores(part) for part in means.chunk(2, dim=-1)], dim=1)
     return close(
         name,

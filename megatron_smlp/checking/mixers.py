@@ -231,10 +231,10 @@ def _flops(name: str, kind: type[Mixer]) -> Row:
     )  # fmt: skip
 
 
-def _apart(one: Tensor, other: Tensor) -> float:
+def _apart(left: Tensor, right: Tensor) -> float:
     """Return the largest difference; NaN counts as infinite."""
-    if one.shape != other.shape:
+    if left.shape != right.shape:
         return float("inf")
-    if not one.numel():
+    if not left.numel():
         return 0.0
-    return torch.nan_to_num((one - other).abs(), nan=float("inf")).max().item()
+    return torch.nan_to_num((left - right).abs(), nan=float("inf")).max().item()

@@ -93,9 +93,9 @@ class Runs:
         self.metrics[title] = [record for record in records if "grad_norm" in record]
         return said
 
-    def _command(self, words: Sequence[str]) -> str:
+    def _command(self, argv: Sequence[str]) -> str:
         """Run it; return its last line of an error, empty where it ended well."""
-        done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
+        done = subprocess.run([sys.executable, *argv], capture_output=True, text=True, check=False)
         if not done.returncode:
             return ""
         lines = [line.strip() for line in f"{done.stdout}\n{done.stderr}".splitlines()]

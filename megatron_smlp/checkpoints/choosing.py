@@ -97,11 +97,11 @@ def _first_good(args: argparse.Namespace, folders: list[Path], say: Say) -> Path
     """Return the first one without a problem."""
     refused: list[str] = []
     for folder in folders:
-        found = problems(folder)
-        if not found:
+        damage = problems(folder)
+        if not damage:
             _tell(refused, folder, say)
             return folder
-        refused.append(f"{folder} is damaged ({'; '.join(found)})")
+        refused.append(f"{folder} is damaged ({'; '.join(damage)})")
         if args.strict_load or args.ckpt_step:
             break
     raise NoGoodCheckpointError(_refusal(args, refused))
@@ -136,10 +136,10 @@ def problems(folder: Path) -> list[str]:
     with first_rank_first(rank, silence=SILENCE):
         if rank == 0:
             plan = integrity.plan(folder)
-    sums, found = from_first_rank(plan)
-    if not found:
+    sums, texts = from_first_rank(plan)
+    if not texts:
         own = integrity.problems_in(folder, dict(sorted(sums.items())[rank::size]))
         with first_rank_first(rank, silence=SILENCE):
             pass  # all have read their share
-        found = [text for part in gathered(own) for text in part]
-    return sorted(found)
+        texts = [text for part in gathered(own) for text in part]
+    return sorted(texts)

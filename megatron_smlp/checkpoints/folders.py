@@ -79,9 +79,9 @@ def folder_at(run: str | Path, iteration: int | None) -> Path | None:
     return iteration_folder(run, iteration) if iteration else tracked_folder(run)
 
 
-def is_same_folder(one: str | None, other: str | None) -> bool:
+def is_same_folder(left: str | None, right: str | None) -> bool:
     """Return whether both are given, and one folder."""
-    return bool(one and other) and Path(str(one)).resolve() == Path(str(other)).resolve()
+    return bool(left and right) and Path(str(left)).resolve() == Path(str(right)).resolve()
 
 
 def checkpoint_of(path: str | Path) -> Path:
@@ -120,12 +120,12 @@ def loading_order(run: str | Path, step: int | None = None) -> list[int]:
     """
     if step:
         return [step]
-    found = iterations(run)[::-1]
+    newest_first = iterations(run)[::-1]
     tracked = tracked_iteration(run)
     if tracked is None:
-        return found
-    first = [n for n in found if n <= tracked]
-    return first + [n for n in found if n > tracked]
+        return newest_first
+    first = [n for n in newest_first if n <= tracked]
+    return first + [n for n in newest_first if n > tracked]
 
 
 def latest_iteration(run: str | Path) -> int | None:

@@ -91,7 +91,7 @@ def seal(folder: Path) -> None:
 
 def read_sums(folder: Path) -> tuple[dict[str, str], list[str]]:
     """Return the checksums of a checkpoint of ours, and the problems of their own two files."""
-    found: dict[str, dict[str, str]] = {}
+    lists: dict[str, dict[str, str]] = {}
     problems = []
     for name in (SUMS, MARKER):
         try:
@@ -103,8 +103,8 @@ def read_sums(folder: Path) -> tuple[dict[str, str], list[str]]:
             sums = None
         if sums is None:
             problems.append(f"{name} is damaged")
-        found[name] = sums or {}
-    sums, marker = found.get(SUMS, {}), found.get(MARKER)
+        lists[name] = sums or {}
+    sums, marker = lists.get(SUMS, {}), lists.get(MARKER)
     if not problems and marker != {SUMS: file_sum(folder / SUMS)}:
         # The marker, where the checksums are true and name every file.
         unnamed = {path.name for path in folder.iterdir()} - {SUMS, MARKER, *sums}
@@ -116,8 +116,8 @@ def read_sums(folder: Path) -> tuple[dict[str, str], list[str]]:
 def problems_in(folder: Path, sums: Sums) -> list[str]:
     """Return the problems of these files, a sentence each."""
     with ThreadPoolExecutor(THREADS) as pool:
-        found = pool.map(lambda item: _problem(folder / item[0], item[1]), sums.items())
-        return [text for text in found if text]
+        texts = pool.map(lambda item: _problem(folder / item[0], item[1]), sums.items())
+        return [text for text in texts if text]
 
 
 def _problem(path: Path, expected: str) -> str | None:

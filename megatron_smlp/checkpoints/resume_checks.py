@@ -56,10 +56,10 @@ def compare_run(args: argparse.Namespace, iteration: int, say: Callable[[str], N
     record = read_run_record(folder) if args.rank == 0 else None
     if record and (changed := _changes(record, args)):
         say(f"changed since iteration {iteration}: {', '.join(changed)}")
-    found = from_first_rank(_other_data(record, args) if record else [])
-    if not found or args.finetune:
+    differing = from_first_rank(_other_data(record, args) if record else [])
+    if not differing or args.finetune:
         return
-    what = f"{', '.join(found)} holds other data than at iteration {iteration} of {args.load}"
+    what = f"{', '.join(differing)} holds other data than at iteration {iteration} of {args.load}"
     if not args.allow_data_mismatch:
         raise UsageError(
             f"{what}: put the dataset back, or go on with the one that is there by "
@@ -82,15 +82,15 @@ def _changes(record: dict[str, Any], args: argparse.Namespace) -> list[str]:
     """
     names = {*record["given"], *args.explicit_flags} - START_FLAGS
     before = record["flags"]
-    found = []
+    texts = []
     for name in ["world_size", *sorted(names)]:
         now = plain(getattr(args, name, None))
         if name in before and before[name] != now:
             title = "ranks" if name == "world_size" else flag_of(name)
-            found.append(f"{title} {before[name]} -> {now}")
+            texts.append(f"{title} {before[name]} -> {now}")
     then, here = record.get("software", {}), software()
     if then.get("sources", here["sources"]) != here["sources"]:
-        found.append(
+        texts.append(
             " -> ".join(f"sources {x['sources']} (commit {x['commit']})" for x in (then, here))
         )
-    return found
+    return texts

@@ -31,8 +31,8 @@ def superfluous(
     """
     if last is None:
         return []
-    found = [n for n in iterations(run) if n <= newest and n not in damaged]
-    folders = {n: iteration_folder(run, n) for n in found}
+    complete = [n for n in iterations(run) if n <= newest and n not in damaged]
+    folders = {n: iteration_folder(run, n) for n in complete}
     whole = [n for n, path in folders.items() if looks_whole(path) and not path.is_symlink()]
     return [n for n in whole[:-last] if not (every and n % every == 0)]
 

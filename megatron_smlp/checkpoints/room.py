@@ -25,9 +25,9 @@ def missing_room(optimizer: Any) -> str:
     The memory is taken as `DistributedOptimizer.get_parameter_state_dp_zero` takes it, and is
     cached for it: there, in the middle of a collective, the other ranks would wait for ever.
     """
-    for each in getattr(optimizer, "chained_optimizers", [optimizer]):
-        for bucket in itertools.chain(*(b.buckets for b in getattr(each, "buffers", ()))):
-            ranks = each.data_parallel_group.size()
+    for single in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for bucket in itertools.chain(*(b.buckets for b in getattr(single, "buffers", ()))):
+            ranks = single.data_parallel_group.size()
             part = bucket.grad_data.numel() // ranks
             try:
                 _take(ranks + 1, part)  # one of each rank, and this one's copy

@@ -295,8 +295,8 @@ class Saving:
 
     def _agree(self, problems: Sequence[str | TakenOverError]) -> None:
         """Raise on every rank where one has a problem. Collective."""
-        for rank, found in enumerate(gathered(list(problems))):
-            if found and isinstance(found[0], TakenOverError):
-                raise found[0]
-            if found:
-                raise SaveError(f"{found[0]}{whose(rank, self.lease.hosts)}")
+        for rank, errors in enumerate(gathered(list(problems))):
+            if errors and isinstance(errors[0], TakenOverError):
+                raise errors[0]
+            if errors:
+                raise SaveError(f"{errors[0]}{whose(rank, self.lease.hosts)}")

@@ -287,7 +287,7 @@ def _set_rng(args: argparse.Namespace, saved: Any, parts: Trained) -> None:
     in_graphs = tensor_parallel.is_graph_safe_cuda_rng_tracker(tracker)
     tracker.set_states(
         {
-            name: tensor_parallel.convert_cuda_rng_state(each, to_graphable=in_graphs)
-            for name, each in state["rng_tracker_states"].items()
+            name: tensor_parallel.convert_cuda_rng_state(generator, to_graphable=in_graphs)
+            for name, generator in state["rng_tracker_states"].items()
         }
     )

@@ -43,14 +43,14 @@ class TorchDistCheckpoint(TorchDistReader):
     """
 
     def __init__(self, folder: str | Path, *, iteration: int | None = None) -> None:
-        found = _find(Path(folder), iteration)
-        _check_small_files(found)
-        self.flags = flags_in(found)
-        super().__init__(found)
+        checkpoint = _find(Path(folder), iteration)
+        _check_small_files(checkpoint)
+        self.flags = flags_in(checkpoint)
+        super().__init__(checkpoint)
         self.specs = {
             name: spec for name, spec in self.all_specs.items() if not name.startswith(NOT_WEIGHTS)
         }
-        check_scale(self.specs, self.flags, where=str(found))
+        check_scale(self.specs, self.flags, where=str(checkpoint))
 
     @cached_property
     def iteration(self) -> int:
@@ -116,17 +116,20 @@ class AveragedCheckpoint(TorchDistCheckpoint):
 
 def _find(folder: Path, iteration: int | None) -> Path:
     if iteration is None or (folder / ".metadata").is_file():
-        found, why = checkpoint_of(folder), f"{TRACKER} names it"
-        if iteration is not None and iteration_of(found) != iteration:
+        checkpoint, why = checkpoint_of(folder), f"{TRACKER} names it"
+        if iteration is not None and iteration_of(checkpoint) != iteration:
             raise UsageError(
-                f"--ckpt-step {iteration} chooses an iteration of a run, and {found} is one "
+                f"--ckpt-step {iteration} chooses an iteration of a run, and {checkpoint} is one "
                 "checkpoint: give the run's folder, or leave --ckpt-step out."
             )
     else:
-        found, why = iteration_folder(folder, iteration), f"--ckpt-step {iteration} asks for it"
-    if not found.is_dir():
-        raise UsageError(f"{found} does not exist, but {why}.")
-    return found
+        checkpoint, why = (
+            iteration_folder(folder, iteration),
+            f"--ckpt-step {iteration} asks for it",
+        )
+    if not checkpoint.is_dir():
+        raise UsageError(f"{checkpoint} does not exist, but {why}.")
+    return checkpoint
 
 
 def _check_small_files(folder: Path) -> None:

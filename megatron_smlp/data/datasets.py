@@ -75,12 +75,12 @@ class UnhurriedBuilder(BlendedMegatronDatasetBuilder):
         self, prefixes: list[str], split: Any, sizes_per_dataset: list[list[int]]
     ) -> list[list[Any]]:
         with ThreadPoolExecutor(self.config.num_dataset_builder_threads) as pool:
-            of_prefixes = pool.map(
+            by_prefix = pool.map(
                 lambda prefix, sizes: self._build_megatron_dataset_splits(prefix, split, sizes),
                 prefixes,
                 sizes_per_dataset,
             )
-            return [list(of_split) for of_split in zip(*of_prefixes, strict=True)]
+            return [list(datasets) for datasets in zip(*by_prefix, strict=True)]
 
     def _build_megatron_dataset_splits(
         self, dataset_path: str | None, split: Any, sizes: list[int], *_: bool

@@ -66,7 +66,7 @@ class Breakdown:
         (`sd`), in nats.
         """
         losses = np.concatenate(self._losses)
-        values = {name: np.concatenate(found) for name, found in self._values.items()}
+        values = {name: np.concatenate(arrays) for name, arrays in self._values.items()}
         powers = _powers(values["position"])
         bounds = {
             "position": powers, "frequency": FIFTHS, "repeat": REPEAT_BINS,
@@ -88,11 +88,11 @@ def repeats(tokens: Ints) -> Ints:
     """Return int64[len(tokens)]: the repeat that each token ends, at most LONGEST_REPEAT."""
     length = len(tokens)
     runs = np.zeros(length + 1, dtype=np.int64)  # runs[s + 1]: the common run that ends at s and t
-    found = np.zeros(length, dtype=np.int64)
+    longest = np.zeros(length, dtype=np.int64)
     for t in range(1, length):
         runs[1:] = np.where(tokens == tokens[t], runs[:-1] + 1, 0)
-        found[t] = runs[1 : t + 1].max()
-    return np.minimum(found, LONGEST_REPEAT)
+        longest[t] = runs[1 : t + 1].max()
+    return np.minimum(longest, LONGEST_REPEAT)
 
 
 def frequency_bins(counts: Ints, bins: int) -> Ints:

@@ -99,11 +99,11 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
             "--seq-length goes with --checkpoint DIR, the run that --hf came from, or with "
             "--data-path PREFIX"
         )
-    of_text = ("stride", "split", "suffix_from", "breakdown", "allow_tokenizer_mismatch")
-    of_tasks = ("data_dir", "include_path", "prompt_style", "too_long", "samples", "markdown")
+    text_flags = ("stride", "split", "suffix_from", "breakdown", "allow_tokenizer_mismatch")
+    task_flags = ("data_dir", "include_path", "prompt_style", "too_long", "samples", "markdown")
     for flags, excludes, instead in (
-        (of_text, options.tasks, "--data-path PREFIX"),
-        (of_tasks, options.data_path, "--tasks A,B"),
+        (text_flags, options.tasks, "--data-path PREFIX"),
+        (task_flags, options.data_path, "--tasks A,B"),
         (("device",), options.checkpoint, "--hf DIR"),
     ):
         for flag in flags:
@@ -187,8 +187,8 @@ def _suffix_from(given: float | None, facts: argparse.Namespace, *, longest: int
     """Return P of windows of `longest` tokens; partial prediction's own, unless one is given."""
     from megatron_smlp.partial_prediction import suffix_start
 
-    of_windows = {} if given is None else {"seq_length": longest}
-    start = suffix_start(argparse.Namespace(**vars(facts) | {"suffix_from": given} | of_windows))
+    length = {} if given is None else {"seq_length": longest}
+    start = suffix_start(argparse.Namespace(**vars(facts) | {"suffix_from": given} | length))
     return start if start < longest else 0  # its own, which nobody asked for of shorter windows
 
 

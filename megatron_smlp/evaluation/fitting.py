@@ -42,12 +42,12 @@ def misfits(task: Any, model: Any, *, limit: int | None) -> dict[int, Misfit]:
     """
     longest = getattr(model, "longest", None)
     task.build_all_requests(limit=limit)  # of all ranks: they have to agree
-    found: dict[int, Misfit] = {}
+    result: dict[int, Misfit] = {}
     for request in task.instances:
         check = CHECKS.get(request.request_type)
         if longest and check and (misfit := check(model, request.args, longest)):
-            found.setdefault(request.doc_id, misfit)
-    return found
+            result.setdefault(request.doc_id, misfit)
+    return result
 
 
 def _option(model: Any, args: tuple[str, str], longest: int) -> Misfit | None:

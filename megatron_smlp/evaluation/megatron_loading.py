@@ -160,8 +160,8 @@ def _build_and_load(args: argparse.Namespace, checkpoint: Path) -> list[Any]:
     args.moe_eval_capacity_factor = None  # a score must not depend on what else is in its batch
     one_process = "MASTER_ADDR" not in os.environ
     initialize_megatron(allow_no_cuda=True, store=HashStore() if one_process else None)
-    if found := problems(checkpoint):
-        raise NoGoodCheckpointError(f"--checkpoint {checkpoint} is damaged ({'; '.join(found)})")
+    if damage := problems(checkpoint):
+        raise NoGoodCheckpointError(f"--checkpoint {checkpoint} is damaged ({'; '.join(damage)})")
     groups = ProcessGroupCollection.use_mpu_process_groups()
     builder = GPTModelBuilder(model_config(args))
     stages: list[Any] = builder.build_distributed_models(groups, wrap_with_ddp=False)

@@ -53,8 +53,8 @@ def refuse(argv: Sequence[str]) -> None:
             first, *others = flags.split(",")
             dest = name or first.removeprefix("--").replace("-", "_")
             _add(parser, [first, *others], dest=dest, **facts)
-    words, _ = expand_config(parser, argv)
-    check_values(refuse_unknown(parser, words))
+    expanded, _ = expand_config(parser, argv)
+    check_values(refuse_unknown(parser, expanded))
 
 
 def spellings() -> set[str]:
@@ -113,7 +113,7 @@ def _facts(action: argparse.Action, *, with_choices: bool) -> dict[str, Any]:
         facts["nargs"] = action.nargs
     if action.type in TYPES.values():
         facts["type"] = action.type.__name__  # type: ignore[union-attr]
-    choices = [each.name if isinstance(each, Enum) else each for each in action.choices or ()]
+    choices = [value.name if isinstance(value, Enum) else value for value in action.choices or ()]
     if with_choices and choices and all(isinstance(choice, (str, int)) for choice in choices):
         facts["choices"] = choices
     return facts

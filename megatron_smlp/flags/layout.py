@@ -37,8 +37,8 @@ def _check_processes(args: argparse.Namespace, **sizes: int) -> None:
     needed = math.prod(sizes.values())
     if args.world_size % needed:
         flags = {f"{flag_of(name)}-parallel-size": size for name, size in sizes.items() if size > 1}
-        words = " x ".join(f"{flag} {size}" for flag, size in flags.items())
+        layout = " x ".join(f"{flag} {size}" for flag, size in flags.items())
         raise UsageError(
-            f"{words} needs a multiple of {needed} processes, and this run has {args.world_size}: "
+            f"{layout} needs a multiple of {needed} processes, and this run has {args.world_size}: "
             "start so many by torchrun --nproc-per-node, or lower the sizes."
         )

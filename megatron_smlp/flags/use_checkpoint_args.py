@@ -110,8 +110,8 @@ def without(
 
 
 def _value(options: dict[str, argparse.Action], arguments: Sequence[str], name: str) -> str | None:
-    found = None
+    value = None
     for action, group in _groups(options, arguments):
         if action and action.dest == name:
-            found = group[1] if len(group) > 1 else group[0].partition("=")[2]
-    return found
+            value = group[1] if len(group) > 1 else group[0].partition("=")[2]
+    return value

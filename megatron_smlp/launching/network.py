@@ -20,11 +20,11 @@ LOOPBACK = ("127.", "::1")
 def addresses() -> dict[str, list[str]]:
     """Interface -> its IP addresses, of those that have one."""
     families = (socket.AF_INET, socket.AF_INET6)
-    found = {
+    by_name = {
         name: [entry.address.partition("%")[0] for entry in entries if entry.family in families]
         for name, entries in psutil.net_if_addrs().items()
     }
-    return {name: own for name, own in found.items() if own}
+    return {name: own for name, own in by_name.items() if own}
 
 
 def own_address(given: str, *, towards: str, has_others: bool = True) -> str:
@@ -77,27 +77,27 @@ def resolved(name: str, *, variable: str) -> str:
         UsageError: nobody knows the name.
     """
     try:
-        found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+        candidates = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
     except OSError as error:
         raise UsageError(
             f"{variable}={name} is a name that this machine cannot resolve ({error.strerror}): "
             "give an address such as 10.0.0.1, or put the name into /etc/hosts."
         ) from error
-    return str(found[0][4][0])
+    return str(candidates[0][4][0])
 
 
 def _source_of_the_way_to(name: str) -> str:
     ip = resolved(name, variable="MASTER_ADDR")
     family = socket.AF_INET6 if ":" in ip else socket.AF_INET
-    with socket.socket(family, socket.SOCK_DGRAM) as way:  # nothing is sent
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:  # nothing is sent
         try:
-            way.connect((ip, 1))
+            probe.connect((ip, 1))
         except OSError as error:
             raise UsageError(
                 f"MASTER_ADDR={name} cannot be reached from this machine, which has "
                 f"{_list_of_addresses()}: {error.strerror}. Check the address and the routes."
             ) from error
-        return str(way.getsockname()[0])
+        return str(probe.getsockname()[0])
 
 
 def is_local(name: str) -> bool:

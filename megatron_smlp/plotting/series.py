@@ -135,13 +135,13 @@ def router_histories(run: Run, *, evaluation: bool = False) -> list[RouterHistor
     """Return all routers of a run, in training or in its validations, first layer first."""
     records = run.validation if evaluation else run.training
     field = "validation_routers" if evaluation else "routers"
-    found: dict[tuple[int, str], list[tuple[int, Record]]] = {}
+    by_layer: dict[tuple[int, str], list[tuple[int, Record]]] = {}
     for record in records:
         for router in record.get(field, []):
             key = (router["layer"], router["kind"])
-            found.setdefault(key, []).append((record["iteration"], router))
+            by_layer.setdefault(key, []).append((record["iteration"], router))
     histories = []
-    for (layer, kind), lines in sorted(found.items()):
+    for (layer, kind), lines in sorted(by_layer.items()):
         shares = np.array([router["load_share"] for _, router in lines])
         histories.append(
             RouterHistory(

@@ -28,9 +28,9 @@ def sample_keys(*, seed: int, first: int, count: int, device: torch.device) -> T
 
 def uniform(keys: Tensor, *, layer: int, positions: int) -> Tensor:
     """keys: <int64>[B] -> <fp32>[T * B] in [0, 1), in the order of positions, then of samples."""
-    of_layer = _hashed(keys + layer)
+    key = _hashed(keys + layer)
     places = torch.arange(positions, device=keys.device)[:, None]
-    bits = _shifted(_hashed(of_layer + places), 64 - _BITS)
+    bits = _shifted(_hashed(key + places), 64 - _BITS)
     return (bits.float() / 2**_BITS).flatten()
 
 

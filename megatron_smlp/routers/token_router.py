@@ -60,10 +60,10 @@ class TokenRouter(CountedRouter, TopKRouter):
             weights <fp32>[n, E], zero where a token does not go, and where it goes <bool>[n, E].
         """
         scores = self.apply_z_loss(self.gating(input).flatten(0, 1))
-        of_group = self.of_group(scores.detach())
+        whole = self.of_group(scores.detach())
         with torch.no_grad():
-            choices = self.choose(of_group)
-        self.count(choices, of_group, padding_mask)
+            choices = self.choose(whole)
+        self.count(choices, whole, padding_mask)
         wanted, kept = choices.wanted, choices.kept
         rows = self.own_rows(len(scores))
         weights = self.weigh(scores, wanted[rows])

@@ -45,8 +45,8 @@ class TopKTokenRouter(TokenRouter):
         """Route, and count; logits: <fp32>[T or T / TP, B, E]."""
         if self.counts:
             with torch.no_grad():
-                of_group = self.of_group(logits.detach().flatten(0, 1))
-                self.count(self.choose(of_group), of_group, padding_mask)
+                whole = self.of_group(logits.detach().flatten(0, 1))
+                self.count(self.choose(whole), whole, padding_mask)
         return TopKRouter.routing(self, logits, padding_mask)
 
     def choose(self, scores: Tensor) -> Choices:

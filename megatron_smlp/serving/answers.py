@@ -35,10 +35,10 @@ class Answer:
         before = max(0, len(self.text.rstrip(UNFINISHED)) - self.held_back - 1)
         self.ids.append(token.id)
         self.text = self.lm.continuation(self.prompt, self.ids)
-        found = [place for stop in self.stops if (place := self.text.find(stop, before)) >= 0]
-        if found:
-            self.text, self.finish_reason = self.text[: min(found)], "stop"
-        return bool(found)
+        places = [place for stop in self.stops if (place := self.text.find(stop, before)) >= 0]
+        if places:
+            self.text, self.finish_reason = self.text[: min(places)], "stop"
+        return bool(places)
 
     def news(self, *, ended: bool) -> str:
         """Return the text that has not been sent yet and that no later token changes."""

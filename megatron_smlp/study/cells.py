@@ -11,22 +11,22 @@ from megatron_smlp.study.statistics import Difference
 from megatron_smlp.study.verdicts import Comparison
 
 
-def visible(each: Comparison) -> str:
-    value = each.found.visible
+def visible(comparison: Comparison) -> str:
+    value = comparison.found.visible
     if value is None:
         return "n/a"
-    return number(math.exp(value) if each.is_ratio and math.isfinite(value) else value)
+    return number(math.exp(value) if comparison.is_ratio and math.isfinite(value) else value)
 
 
-def mean_of(found: Difference, losses: Sequence[float]) -> str:
+def mean_of(estimate: Difference, losses: Sequence[float]) -> str:
     """Return a mean with its interval, of these losses."""
     if not losses:
         return "missing"
-    if not math.isfinite(found.mean):
+    if not math.isfinite(estimate.mean):
         wrong = sum(not math.isfinite(loss) for loss in losses)
         return f"diverged ({wrong} of {len(losses)})" if wrong else "no minimum"
-    half = (found.high - found.low) / 2
-    return f"{found.mean:.3f}" + (f" ± {half:.3f}" if math.isfinite(half) else "")
+    half = (estimate.high - estimate.low) / 2
+    return f"{estimate.mean:.3f}" + (f" ± {half:.3f}" if math.isfinite(half) else "")
 
 
 def seeds(cells: Sequence[Mapping[int, float]]) -> str:
@@ -67,8 +67,8 @@ def not_reached(comparison: Comparison) -> str:
 
 def speedup(comparison: Comparison) -> tuple[float, float, float]:
     """Return the inverse of a ratio of costs, and its interval; 0: never reached."""
-    found = comparison.found
-    return _inverse(found.mean), _inverse(found.high), _inverse(found.low)
+    difference = comparison.found
+    return _inverse(difference.mean), _inverse(difference.high), _inverse(difference.low)
 
 
 def _inverse(value: float) -> float:

@@ -36,9 +36,9 @@ LEAST_EXPIRY = 10.0
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="study.py", description="Compare systems: a study of studies/*.yaml.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    of_command = {}
+    parsers = {}
     for name, (_, text) in COMMANDS.items():
-        of_command[name] = command = commands.add_parser(
+        parsers[name] = command = commands.add_parser(
             name, help=text, description=f"{name}: {text}."
         )
         command.add_argument("study", type=Path, metavar="STUDY", help="file of studies/")
@@ -48,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
             ("--results", None, "CSV files and report (default: studies/results/NAME/HARDWARE)"),
         ):
             command.add_argument(flag, type=Path, default=default, metavar="FOLDER", help=help_text)
-    run, evaluate = of_command["run"], of_command["evaluate"]
+    run, evaluate = parsers["run"], parsers["evaluate"]
     run.add_argument("--processes", type=_processes, default=1, metavar="N", help="of each run")
     run.add_argument("--retry", action="store_true", help="try the runs that failed once more")
     run.add_argument(
@@ -59,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--speed", action="store_true",
         help="only time the systems, in turns; nothing else should run on the machine",
     )  # fmt: skip
-    of_command["report"].add_argument(
+    parsers["report"].add_argument(
         "--accept-other-sources", action="store_true",
         help="compare runs also where other sources made them that are not known to compute the "
         "same",
@@ -138,8 +138,8 @@ def _read_state(args: argparse.Namespace, name: str, study: Study) -> tuple[Stat
     if args.results is None:
         for line in left_out(whole, own):
             print(f"note: {line}", file=sys.stderr)
-    found = {place: state.read_json(place / state.BEGUN) for place in (folder, results.folder)}
-    begun = {place: before for place, before in found.items() if before}
+    records = {place: state.read_json(place / state.BEGUN) for place in (folder, results.folder)}
+    begun = {place: before for place, before in records.items() if before}
     if begun and args.command != "run":
         identity = json.dumps(next(iter(begun.values()))["identity"], sort_keys=True)
     else:

@@ -25,9 +25,13 @@ def claim_lines(measured: Measured, claims: Sequence[Claim]) -> Iterator[str]:
 
 
 def _because(measured: Measured, claim: Claim) -> Iterator[str]:
-    is_one_against_all = len({each.one for each in claim.comparisons}) == 1
+    is_one_against_all = len({comparison.one for comparison in claim.comparisons}) == 1
     for said in (CONFIRMED, REFUTED, UNDECIDED):
-        pairs = [_titles(measured, each) for each in claim.comparisons if each.verdict == said]
+        pairs = [
+            _titles(measured, comparison)
+            for comparison in claim.comparisons
+            if comparison.verdict == said
+        ]
         if pairs and is_one_against_all:
             yield f"{said} against {', '.join(other for _, other in pairs)}"
         elif pairs:
@@ -43,21 +47,23 @@ def comparison_lines(measured: Measured, claims: Sequence[Claim]) -> Iterator[st
     )  # fmt: skip
     undecided = []
     for claim in claims:
-        for each in claim.comparisons:
-            found, (one, other) = each.found, _titles(measured, each)
-            of = f"{each.what}: {one} {'/' if each.is_ratio else '-'} {other}"
+        for comparison in claim.comparisons:
+            difference, (system, rival) = comparison.found, _titles(measured, comparison)
+            of = f"{comparison.what}: {system} {'/' if comparison.is_ratio else '-'} {rival}"
             yield row(
-                claim.name, of, number(found.mean), f"{number(found.low)} to {number(found.high)}",
-                number(found.df), f"{found.p:.3g}", f"{found.holm:.3g}",
-                f"{level(found):.3g}" if each.what.startswith("loss") else "",
-                found.n, number(found.error),
-                f"{'a factor of ' if each.is_ratio else ''}{visible(each)}", each.verdict,
+                claim.name, of, number(difference.mean),
+                f"{number(difference.low)} to {number(difference.high)}",
+                number(difference.df), f"{difference.p:.3g}", f"{difference.holm:.3g}",
+                f"{level(difference):.3g}" if comparison.what.startswith("loss") else "",
+                difference.n, number(difference.error),
+                f"{'a factor of ' if comparison.is_ratio else ''}{visible(comparison)}",
+                comparison.verdict,
             )  # fmt: skip
-            if each.verdict == UNDECIDED:
+            if comparison.verdict == UNDECIDED:
                 why = (
                     "costs of fitted curves have no interval"
-                    if is_design and each.what in (SECONDS, TOKENS)
-                    else why_undecided(found, null=float(each.is_ratio))
+                    if is_design and comparison.what in (SECONDS, TOKENS)
+                    else why_undecided(difference, null=float(comparison.is_ratio))
                 )
                 undecided.append(f"* {claim.name}, {of} is undecided: {why}.")
     yield from ["", *undecided] if undecided else []
@@ -80,25 +86,25 @@ def other_lines(measured: Measured, others: Claim) -> Iterator[str]:
 def deviation_lines(measured: Measured) -> Iterator[str]:
     """Yield by which deviation losses are compared."""
     for field in dict.fromkeys(map(measured.field, measured.systems)):
-        found = measured.at_end(field)
+        spread = measured.at_end(field)
         behind = " behind the prefix" * (field == SUFFIX_LOSS)
-        apart = found.outside if isinstance(found, Rates) else found.outliers
+        apart = spread.outside if isinstance(spread, Rates) else spread.outliers
         names = ", ".join(measured.systems[name].title for name in apart)
-        if isinstance(found, Rates):
+        if isinstance(spread, Rates):
             yield (
                 f"\nLosses{behind} are minima of parabolas in log2(rate), one seed a rate, of "
-                f"{found.curvature:.4f} nats per octave squared for all systems; runs deviate from "
-                f"them by {number(found.sd)} nats (df {found.df}); equal deviations of all "
-                f"{len(found.points)}: Bartlett's p = {found.p:.3g}."
+                f"{spread.curvature:.4f} nats per octave squared for all systems; runs deviate "
+                f"from them by {number(spread.sd)} nats (df {spread.df}); equal deviations of all "
+                f"{len(spread.points)}: Bartlett's p = {spread.p:.3g}."
                 + f" **Outside of its rates lies the fitted best of: {names}**."
                 * bool(names)
             )
-        elif found.df:
-            several = len(found.pooled) + len(found.outliers)
-            test = f"; equal deviations of all {several}: Bartlett's p = {found.p:.3g}"
+        elif spread.df:
+            several = len(spread.pooled) + len(spread.outliers)
+            test = f"; equal deviations of all {several}: Bartlett's p = {spread.p:.3g}"
             yield (
                 f"\nLosses{behind} are compared by seeds that are not paired, with one deviation "
-                f"of {len(found.pooled)} systems, {found.sd:.4f} nats (df {found.df})"
+                f"of {len(spread.pooled)} systems, {spread.sd:.4f} nats (df {spread.df})"
                 + test * (several > 1)
                 + f". Outliers, with their own deviation and Welch's df: {names}" * bool(names)
                 + "."
@@ -120,16 +126,16 @@ def primary_lines(measured: Measured, looks: Sequence[Look]) -> Iterator[str]:
     )
     heads = ("runs" if study.design else "seeds", "alpha of this look", "alpha spent")
     yield from table(*heads, "difference", "interval", "df", "p", "verdict")
-    for each in looks:
-        found = each.found
+    for look in looks:
+        difference = look.found
         yield row(
-            found.n, f"{each.alpha:.4f}", f"{each.spent:.4f}", number(found.mean),
-            f"{number(found.low)} to {number(found.high)}", number(found.df), f"{found.p:.3g}",
-            f"**{each.verdict}**",
+            difference.n, f"{look.alpha:.4f}", f"{look.spent:.4f}", number(difference.mean),
+            f"{number(difference.low)} to {number(difference.high)}", number(difference.df),
+            f"{difference.p:.3g}", f"**{look.verdict}**",
         )  # fmt: skip
     if not looks:
         yield "\nThe first look is not due yet."
 
 
-def _titles(measured: Measured, each: Comparison) -> tuple[str, str]:
-    return measured.systems[each.one].title, measured.systems[each.other].title
+def _titles(measured: Measured, comparison: Comparison) -> tuple[str, str]:
+    return measured.systems[comparison.one].title, measured.systems[comparison.other].title

@@ -43,8 +43,8 @@ class StudyData:
         """
         from tokenizers import Tokenizer
 
-        found = Tokenizer.from_file(str(self.folder / TOKENIZER / "tokenizer.json"))
-        if (own := found.get_vocab_size()) != size:
+        tokenizer = Tokenizer.from_file(str(self.folder / TOKENIZER / "tokenizer.json"))
+        if (own := tokenizer.get_vocab_size()) != size:
             raise UsageError(
                 f"vocab-size {size:,} of the study, and the tokenizer of --data {self.folder} has "
                 f"{own:,} entries: make data with VOCABULARY={size} examples/study_data.sh."
@@ -57,7 +57,7 @@ class StudyData:
             UsageError: something is missing.
         """
         try:
-            found = {split: content_of(self.prefix(split)) for split in SPLITS}
+            content = {split: content_of(self.prefix(split)) for split in SPLITS}
             files = sorted(path for path in (self.folder / TOKENIZER).iterdir() if path.is_file())
             digest = hashlib.sha256()
             for file in files:
@@ -67,4 +67,4 @@ class StudyData:
                 f"--data {self.folder}: {error.filename}: {error.strerror}: give a folder that "
                 "examples/study_data.sh made."
             ) from error
-        return found | {TOKENIZER: digest.hexdigest()}
+        return content | {TOKENIZER: digest.hexdigest()}

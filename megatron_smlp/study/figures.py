@@ -60,7 +60,7 @@ class Drawing:
             yield "evaluations", self.evaluations()
         if len(self._trials()):
             yield "learning-rates", self.learning_rates()
-        if any(math.isfinite(each.found.mean) for each in speedups):
+        if any(math.isfinite(comparison.found.mean) for comparison in speedups):
             yield "speed-up", self.speedups(speedups)
         if trunks["load_max"].notna().any():
             yield "expert-load", self.load()
@@ -121,8 +121,8 @@ class Drawing:
         longest = self.study.longest
         tokens, token_name = unit_for(AXES["tokens"], longest)
         flops = {
-            name: 3e12 / 1024 * one.costs["forward_tflops_per_1024_tokens"]
-            for name, one in self.systems.items()
+            name: 3e12 / 1024 * system.costs["forward_tflops_per_1024_tokens"]
+            for name, system in self.systems.items()
         }
         size, prefix = unit_for(AXES["flops"], longest * min(flops.values()))
         axes: dict[str, Callable[[str], float]] = {
@@ -164,11 +164,11 @@ class Drawing:
         its interval; none that diverged."""
         points = []
         for horizon in sorted(self.study.horizons):
-            found = self.measured.at(horizon, field).mean(name)
-            if math.isfinite(found.mean):
-                is_enough = found.n >= ENOUGH_FOR_BANDS and math.isfinite(found.high)
-                ends = (found.low, found.high) if is_enough else (math.nan, math.nan)
-                points.append((self.tables.tokens(horizon), found.mean, *ends))
+            estimate = self.measured.at(horizon, field).mean(name)
+            if math.isfinite(estimate.mean):
+                is_enough = estimate.n >= ENOUGH_FOR_BANDS and math.isfinite(estimate.high)
+                ends = (estimate.low, estimate.high) if is_enough else (math.nan, math.nan)
+                points.append((self.tables.tokens(horizon), estimate.mean, *ends))
         return np.array(points, dtype=np.float64).reshape(-1, 4)
 
     def _evaluations(self, name: str) -> pandas.DataFrame:
@@ -247,34 +247,34 @@ class Drawing:
         """Return rates and losses, at most one of each."""
         fit = self.measured.at_end(self.measured.field(name))
         if isinstance(fit, Rates):
-            rate, found = self.systems[name].flags["lr"] * fit.best(name), fit.mean(name)
-            return [rate], [found.mean]
+            rate, estimate = self.systems[name].flags["lr"] * fit.best(name), fit.mean(name)
+            return [rate], [estimate.mean]
         # Rates are written with fewer digits than they have.
         chosen = trials[np.isclose(trials["factor"], self.factors.get(name, math.nan))]
         return list(chosen["lr"]), list(chosen["loss"])
 
     def speedups(self, comparisons: Sequence[Comparison]) -> Figure:
         """Draw how many times sooner the subject comes to the loss at which each other one ends."""
-        shown = [each for each in comparisons if each.found.n]
+        shown = [comparison for comparison in comparisons if comparison.found.n]
         figure, panel = _single(6.8, 0.5 * len(shown) + 1.8)
-        for place, each in enumerate(reversed(shown)):
-            mean, low, high = speedup(each)
-            color = self.looks[each.other]["color"]
-            if each.unreached:
+        for place, comparison in enumerate(reversed(shown)):
+            mean, low, high = speedup(comparison)
+            color = self.looks[comparison.other]["color"]
+            if comparison.unreached:
                 panel.text(
-                    0.01, place, not_reached(each), fontsize=8, va="center",
+                    0.01, place, not_reached(comparison), fontsize=8, va="center",
                     transform=panel.get_yaxis_transform(),
                     bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
                 )  # fmt: skip
                 continue
             panel.plot([mean], [place], "o", color=color)
-            if math.isfinite(high) and low and not each.is_bound:
+            if math.isfinite(high) and low and not comparison.is_bound:
                 panel.plot([low, high], [place, place], color=color, linewidth=2)
             panel.annotate(
-                f"{'at least ' * each.is_bound}{mean:.2f}", (mean, place), xytext=(0, 6),
+                f"{'at least ' * comparison.is_bound}{mean:.2f}", (mean, place), xytext=(0, 6),
                 textcoords="offset points", fontsize=8, ha="center",
             )  # fmt: skip
-        titles = [self.systems[each.other].title for each in reversed(shown)]
+        titles = [self.systems[comparison.other].title for comparison in reversed(shown)]
         panel.set_yticks(range(len(shown)), labels=titles)
         panel.set_ylim(-0.6, len(shown) - 0.3)
         panel.axvline(1, color="0.35", linewidth=0.9, linestyle=":")
@@ -351,7 +351,7 @@ class Drawing:
         return set(self.tables.values(kind, self.tables.labels(kind)[0], name))
 
     def _against(self, first: str, name: str, kind: str, label: str) -> float:
-        sides = [self.tables.values(kind, label, each) for each in (name, first)]
+        sides = [self.tables.values(kind, label, system) for system in (name, first)]
         return paired(*sides).mean
 
     def _legend(

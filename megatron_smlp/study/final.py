@@ -56,8 +56,8 @@ def evaluate_finals(
     left = [(run, what) for run, what in missing if any(what)]
     with Progress(len(left)) as progress:
         for number, (run, (text, named)) in enumerate(left):
-            words = f"{number} of {len(left)} checkpoints; {run.title}"
-            watch = partial(progress.show, number, words)
+            counted = f"{number} of {len(left)} checkpoints; {run.title}"
+            watch = partial(progress.show, number, counted)
             lines = list(_of_text(known, run, data, watch)) if text else []
             if named:
                 lines += _of_tasks(known, run, watch, tasks=named, data_dir=data_dir)
@@ -84,23 +84,23 @@ def _is_final(known: State, run: PlannedRun) -> bool:
 def _of_text(
     known: State, run: PlannedRun, data: StudyData, watch: Callable[[], None]
 ) -> Iterator[Line]:
-    words = ["--data-path", data.prefix("valid"), "--limit", str(WINDOWS)]
-    found = _evaluated(known, run, [*words, "--breakdown"], watch, name="text")
-    for kind, bins in found["breakdown"].items():
-        for each in bins:
+    flags = ["--data-path", data.prefix("valid"), "--limit", str(WINDOWS)]
+    scores = _evaluated(known, run, [*flags, "--breakdown"], watch, name="text")
+    for kind, bins in scores["breakdown"].items():
+        for row in bins:
             if kind == DOCUMENT:
-                if each.get("bytes"):
-                    yield _line(kind, each["label"], each["bits_per_byte"], count=each["bytes"])
+                if row.get("bytes"):
+                    yield _line(kind, row["label"], row["bits_per_byte"], count=row["bytes"])
                 continue
-            error = each["sd"] / each["tokens"] ** 0.5
-            yield _line(kind, each["label"], each["loss"], stderr=error, count=each["tokens"])
+            error = row["sd"] / row["tokens"] ** 0.5
+            yield _line(kind, row["label"], row["loss"], stderr=error, count=row["tokens"])
     priced = run.flags.get("base_gate") == "price"
     rule = "prices" if priced else run.flags.get("base_eval", "greedy")
-    yield _line(ROUTING, rule, found["nll"] / found["tokens"], count=found["tokens"])
+    yield _line(ROUTING, rule, scores["nll"] / scores["tokens"], count=scores["tokens"])
     if run.flags.get("token_router") == "base" and not priced:
         other = "prices" if rule == "greedy" else "greedy"
-        found = _evaluated(known, run, [*words, "--base-eval", other], watch, name="routing")
-        yield _line(ROUTING, other, found["nll"] / found["tokens"], count=found["tokens"])
+        scores = _evaluated(known, run, [*flags, "--base-eval", other], watch, name="routing")
+        yield _line(ROUTING, other, scores["nll"] / scores["tokens"], count=scores["tokens"])
 
 
 def _of_tasks(
@@ -111,12 +111,12 @@ def _of_tasks(
     tasks: Sequence[str],
     data_dir: Path | None,
 ) -> Iterator[Line]:
-    words = ["--tasks", ",".join(tasks)]
-    words += ["--data-dir", str(data_dir)] if data_dir else []
-    for task, found in _evaluated(known, run, words, watch, name="tasks")["results"].items():
-        metric = PAPER_METRICS.get(task) or next(iter(found["metrics"]))
-        score = found["metrics"][metric]
-        yield _line(TASK, task, score["value"], stderr=score["stderr"], count=found["examples"])
+    flags = ["--tasks", ",".join(tasks)]
+    flags += ["--data-dir", str(data_dir)] if data_dir else []
+    for task, scores in _evaluated(known, run, flags, watch, name="tasks")["results"].items():
+        metric = PAPER_METRICS.get(task) or next(iter(scores["metrics"]))
+        score = scores["metrics"][metric]
+        yield _line(TASK, task, score["value"], stderr=score["stderr"], count=scores["examples"])
 
 
 def _line(kind: str, label: str, value: float, *, count: int, stderr: float | None = None) -> Line:
@@ -124,7 +124,7 @@ def _line(kind: str, label: str, value: float, *, count: int, stderr: float | No
 
 
 def _evaluated(
-    known: State, run: PlannedRun, words: Sequence[str], watch: Callable[[], None], *, name: str
+    known: State, run: PlannedRun, flags: Sequence[str], watch: Callable[[], None], *, name: str
 ) -> Any:
     """Return what tools/evaluate.py writes with these words.
 
@@ -137,7 +137,7 @@ def _evaluated(
     command = [
         *(sys.executable, "-c", "from megatron_smlp.commands import evaluate; evaluate()"),
         *("--checkpoint", str(known.folder_of(run) / CHECKPOINTS)),
-        *(*words, "--output", str(output)),
+        *(*flags, "--output", str(output)),
     ]
     code = run_command(command, folder=folder, stop=threading.Event(), watch=watch)
     if code:

@@ -50,8 +50,12 @@ def make_fingerprints(known: State, data: StudyData, results: Results, *, proces
                 train_iters=STEPS, log_interval=1, eval_interval=STEPS, eval_iters=1,
             )  # fmt: skip
             if not code:  # else the runs themselves will say why
-                found = {**about, "commit": now["commit"], "fingerprint": _digest(_logged(records))}
-                write_durably(folder / FOUND, json.dumps(found) + "\n")
+                record = {
+                    **about,
+                    "commit": now["commit"],
+                    "fingerprint": _digest(_logged(records)),
+                }
+                write_durably(folder / FOUND, json.dumps(record) + "\n")
 
 
 def _is_in(results: Results, about: Mapping[str, Any]) -> bool:
@@ -87,10 +91,10 @@ def lines_on_sources(known: State, results: Results, *, processes: int = 1) -> I
     if unknown := sum(count for (*_, sources), count in counts.items() if not sources):
         yield f"by which sources is not known of {unknown} runs that are over"
     for (system, commit, sources), count in counts.items():
-        for each in sources.split():
-            if each != now:
-                same = comparison(fingerprints, system, each, str(now))
+        for source in sources.split():
+            if source != now:
+                same = comparison(fingerprints, system, source, str(now))
                 yield (
-                    f"{count} runs of {system} that are over are of sources {each} (commit "
+                    f"{count} runs of {system} that are over are of sources {source} (commit "
                     f"{commit or 'not known'}), not of {now}: {same}"
                 )

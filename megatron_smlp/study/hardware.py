@@ -22,20 +22,20 @@ def _gpus() -> list[str]:
     """Return `8x` and the name in words; nothing where there is none, or none may be used."""
     entries = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     # CUDA looks at them up to the first that names none, such as -1.
-    visible = list(itertools.takewhile(lambda one: one and not one.startswith("-"), entries))
+    visible = list(itertools.takewhile(lambda entry: entry and not entry.startswith("-"), entries))
     is_given = "CUDA_VISIBLE_DEVICES" in os.environ
     if (is_given and not visible) or not shutil.which("nvidia-smi"):
         return []
     query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     names = subprocess.run(query, capture_output=True, text=True, check=False)
-    found = [] if names.returncode else names.stdout.split("\n")[:-1]
-    count = min(len(found), len(visible)) if is_given else len(found)
-    return [f"{count}x", *_words(found[0])] if found else []
+    models = [] if names.returncode else names.stdout.split("\n")[:-1]
+    count = min(len(models), len(visible)) if is_given else len(models)
+    return [f"{count}x", *_words(models[0])] if models else []
 
 
 def _processor() -> str:
-    found = re.search(r"^model name\s*:\s*(.+)$", _cpuinfo(), re.MULTILINE)
-    title = found[1] if found else platform.processor() or platform.machine()
+    match = re.search(r"^model name\s*:\s*(.+)$", _cpuinfo(), re.MULTILINE)
+    title = match[1] if match else platform.processor() or platform.machine()
     return "-".join(_words(title)) or "unknown"
 
 

@@ -52,35 +52,37 @@ def spent(n: int) -> float:
     return float(4 * stats.norm.sf(stats.norm.isf(ALPHA / 4) / math.sqrt(n / LOOKS[-1])))
 
 
-def looks(one: Sequence[float], other: Sequence[float]) -> list[Look]:
+def looks(left: Sequence[float], right: Sequence[float]) -> list[Look]:
     """Return the looks that were made, of losses in the order of the seeds; the last one decides.
 
     None follows one that decides, unless that is at the last.
     """
     made: list[Look] = []
     for n in LOOKS:
-        if len(one) < n or len(other) < n or (made and made[-1].verdict != UNDECIDED):
+        if len(left) < n or len(right) < n or (made and made[-1].verdict != UNDECIDED):
             break
-        found = _student(one[:n], other[:n])
+        difference = _student(left[:n], right[:n])
         alpha = spent(n) - (made[-1].spent if made else 0)
-        made.append(look(found, alpha=alpha, spent=spent(n)))
+        made.append(look(difference, alpha=alpha, spent=spent(n)))
     return made
 
 
-def look(found: Difference, *, alpha: float, spent: float) -> Look:
+def look(difference: Difference, *, alpha: float, spent: float) -> Look:
     """Return how a comparison ends at a look; level only at the last, when all is spent."""
-    if found.p < alpha:
-        said = CONFIRMED if found.mean < 0 else REFUTED
+    if difference.p < alpha:
+        said = CONFIRMED if difference.mean < 0 else REFUTED
     else:
         is_last = math.isclose(spent, ALPHA)
-        said = LEVEL if is_last and level(found) < ALPHA else UNDECIDED
-    widened = of_error(found.mean, found.error, df=found.df, n=found.n, alpha=alpha)
+        said = LEVEL if is_last and level(difference) < ALPHA else UNDECIDED
+    widened = of_error(
+        difference.mean, difference.error, df=difference.df, n=difference.n, alpha=alpha
+    )
     return Look(found=widened, spent=spent, alpha=alpha, verdict=said)
 
 
-def _student(one: Sequence[float], other: Sequence[float]) -> Difference:
+def _student(left: Sequence[float], right: Sequence[float]) -> Difference:
     """Return `one` minus `other`, of as many values."""
-    n, sides = len(one), np.array([one, other], dtype=np.float64)
+    n, sides = len(left), np.array([left, right], dtype=np.float64)
     mean = float(np.subtract(*sides.mean(axis=1)))
     if not np.isfinite(sides).all():
         return unknown(mean, n)

@@ -44,21 +44,21 @@ def noted(folder: Path) -> dict[str, str]:
 def alike(fingerprints: pandas.DataFrame, system: str, sources: str) -> set[str]:
     """Return the sources that compute the same for a system, these among them."""
     own = fingerprints[fingerprints["system"] == system]
-    found: set[str] = set()
+    reached: set[str] = set()
     more = {sources}
-    while more > found:
-        found = more
-        same = own[own["sources"].isin(found)][["machine", "fingerprint"]]
-        more = found | set(own.merge(same)["sources"])
-    return found
+    while more > reached:
+        reached = more
+        same = own[own["sources"].isin(reached)][["machine", "fingerprint"]]
+        more = reached | set(own.merge(same)["sources"])
+    return reached
 
 
-def comparison(fingerprints: pandas.DataFrame, system: str, one: str, other: str) -> str:
+def comparison(fingerprints: pandas.DataFrame, system: str, left: str, right: str) -> str:
     """Return in words whether two states of the sources compute the same for a system."""
-    if other in alike(fingerprints, system, one):
+    if right in alike(fingerprints, system, left):
         return "the first steps are the same, to the bit"
     own = fingerprints[fingerprints["system"] == system]
-    machines = [set(own[own["sources"] == each]["machine"]) for each in (one, other)]
+    machines = [set(own[own["sources"] == source]["machine"]) for source in (left, right)]
     return "the first steps differ" if machines[0] & machines[1] else "not compared"
 
 
@@ -78,21 +78,23 @@ class Versions:
         alike_to = cache(partial(alike, fingerprints))
         possible = {
             key: set.intersection(
-                *(alike_to(by_key[key]["system"], each) for each in _all_of(by_key, key))
+                *(alike_to(by_key[key]["system"], source) for source in _all_of(by_key, key))
             )
             for key in main["key"]
         }
         every = sorted(set().union(*possible.values())) or [NOT_KNOWN]
-        most = max(every, key=lambda one: sum(one in some for some in possible.values()))
+        most = max(
+            every, key=lambda candidate: sum(candidate in some for some in possible.values())
+        )
         others = [key for key, some in possible.items() if most not in some]
         return cls(sources=most, others=main[main["key"].isin(others)])
 
 
 def _all_of(runs: Mapping[str, pandas.Series], key: str) -> Sequence[str]:
     """Return the sources of a run and of those that it continues."""
-    found: list[str] = []
+    sources: list[str] = []
     while key in runs:
         text = runs[key]["sources"]
-        found += (text.split() or [NOT_KNOWN]) if isinstance(text, str) else [NOT_KNOWN]
+        sources += (text.split() or [NOT_KNOWN]) if isinstance(text, str) else [NOT_KNOWN]
         key = runs[key]["parent"]
-    return found
+    return sources

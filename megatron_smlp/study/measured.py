@@ -53,10 +53,10 @@ class Measured:
         """Return the losses at the longest horizon."""
         return self.at(self.study.longest, field)
 
-    def slope(self, one: str, other: str) -> Difference:
+    def slope(self, system: str, rival: str) -> Difference:
         """Return by how much `one` minus `other` grows per doubling of the tokens, by the runs that
         have a finite loss at every horizon."""
-        horizons, field = sorted(self.study.horizons), self.field(one, other)
+        horizons, field = sorted(self.study.horizons), self.field(system, rival)
         x = [math.log2(self.tables.tokens(horizon)) for horizon in horizons]
         losses = {}
         for name in self.trained_on(field):
@@ -66,21 +66,21 @@ class Measured:
                 for seed in own[-1]
                 if np.isfinite(values := [at.get(seed, math.inf) for at in own]).all()
             }
-        if len(horizons) < 2 or not (losses.get(one) and losses.get(other)):
+        if len(horizons) < 2 or not (losses.get(system) and losses.get(rival)):
             return unknown(math.nan, 0)
         if self.study.design is None:
             slopes = {
                 name: {seed: float(np.polyfit(x, values, 1)[0]) for seed, values in own.items()}
                 for name, own in losses.items()
             }
-            return self.compared(slopes).difference(one, other)
+            return self.compared(slopes).difference(system, rival)
         at_each = (
             {name: {seed: values[place] for seed, values in own.items()}
              for name, own in losses.items()}
             for place in range(len(horizons))
         )  # fmt: skip
         fits = [fit for fit in map(self.compared, at_each) if isinstance(fit, Rates)]
-        return Rates.slope(fits, x, one, other)
+        return Rates.slope(fits, x, system, rival)
 
     def field(self, *names: str) -> str:
         """Return the loss that these are compared by: of what all are trained to predict."""

@@ -22,12 +22,12 @@ def read_records(folder: Path) -> list[Record]:
 
 def validation_at(folder: Path, iteration: int) -> Record | None:
     """Return the evaluation at an iteration; None: the run did not come so far."""
-    found = [
+    values = [
         record
         for record in read_records(folder)
         if record["iteration"] == iteration and VALIDATION_LOSS in record
     ]
-    return found[-1] if found else None
+    return values[-1] if values else None
 
 
 def last_step(folder: Path) -> tuple[int, float]:

@@ -198,13 +198,13 @@ def _tuning(
             if not any(run.key in failed for run in trials)
         }
         every = [run for trials in runs.values() for run in trials]
-        best = {name: _best(factors[name], found) for name, found in known.items()}
+        best = {name: _best(factors[name], values) for name, values in known.items()}
         is_at_edge = any(best[name] in (min(factors[name]), max(factors[name])) for name in best)
-        is_done = all(loss is not None for found in known.values() for loss in found)
+        is_done = all(loss is not None for values in known.values() for loss in values)
         if not is_done or not is_at_edge or extension == tuning.extend_at_edge:
             break
-        for name, found in known.items():
-            factors[name].append(next_factor(factors[name], _finite(found)))
+        for name, values in known.items():
+            factors[name].append(next_factor(factors[name], _finite(values)))
     return every, best if is_done else {}
 
 

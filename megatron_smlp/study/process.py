@@ -170,7 +170,7 @@ class _Fork(ForkServerProcess):
         return self.exitcode
 
 
-def _train(words: Sequence[str], log: str) -> None:
+def _train(argv: Sequence[str], log: str) -> None:
     """Be the program that `_program` starts: of these words, and ended as it is."""
     import pretrain_smlp
 
@@ -181,7 +181,7 @@ def _train(words: Sequence[str], log: str) -> None:
             os.dup2(output.fileno(), stream)
     end_with_parent(signal.SIGTERM)  # the server's; what it is forked for has another
     threading.Thread(target=_end_with_worker, daemon=True).start()
-    sys.argv = ["pretrain_smlp.py", *words]
+    sys.argv = ["pretrain_smlp.py", *argv]
     pretrain_smlp.run()
 
 

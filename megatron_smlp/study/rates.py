@@ -102,12 +102,14 @@ class Rates:
         """Return a system's fitted minimum."""
         return self._weighted({name: 1})
 
-    def difference(self, one: str, other: str) -> Difference:
+    def difference(self, system: str, rival: str) -> Difference:
         """Return `one` minus `other`; its `n` is the runs of the system that has fewer."""
-        return self._weighted({one: 1, other: -1})
+        return self._weighted({system: 1, rival: -1})
 
     @classmethod
-    def slope(cls, fits: Sequence[Rates], x: Sequence[float], one: str, other: str) -> Difference:
+    def slope(
+        cls, fits: Sequence[Rates], x: Sequence[float], system: str, rival: str
+    ) -> Difference:
         """Return the slope over x of `one` minus `other`, of the same runs at each x.
 
         What a run deviates by at one x it does at the next as well, so that with the covariance S
@@ -117,20 +119,20 @@ class Rates:
 
         and a system's curvature is another by the same share at all x.
         """
-        gaps = [fit.difference(one, other) for fit in fits]
+        gaps = [fit.difference(system, rival) for fit in fits]
         if not all(math.isfinite(gap.error) for gap in gaps):
             return unknown(math.nan, min(gap.n for gap in gaps))
         weights = np.asarray(x) - np.mean(x)
         weights /= weights @ weights
-        gradients = np.array([fit._gradient(one) - fit._gradient(other) for fit in fits])
+        gradients = np.array([fit._gradient(system) - fit._gradient(rival) for fit in fits])
         residuals = np.array([fit.residuals for fit in fits])
         first = fits[0]
         covariance = residuals @ residuals.T / first.df * (gradients @ first.inverse @ gradients.T)
         slope = float(weights @ [gap.mean for gap in gaps])
         error = math.sqrt(max(0.0, float(weights @ covariance @ weights)))
         bent = weights @ [fit._bent(own) for fit, own in zip(fits, gradients, strict=True)]
-        found = of_error(slope, error, df=first.df, n=gaps[0].n)
-        return with_error(found, float(np.linalg.norm(bent)))
+        estimate = of_error(slope, error, df=first.df, n=gaps[0].n)
+        return with_error(estimate, float(np.linalg.norm(bent)))
 
     def _weighted(self, weights: Mapping[str, int]) -> Difference:
         n = min(len(self.points.get(name, ())) for name in weights)
@@ -139,8 +141,8 @@ class Rates:
         gradient = np.sum([by * self._gradient(name) for name, by in weights.items()], axis=0)
         mean = sum(weight * self._minimum(name) for name, weight in weights.items())
         error = self.sd * math.sqrt(float(gradient @ self.inverse @ gradient))
-        found = of_error(mean, error, df=self.df, n=n)
-        return with_error(found, float(np.linalg.norm(self._bent(gradient))))
+        estimate = of_error(mean, error, df=self.df, n=n)
+        return with_error(estimate, float(np.linalg.norm(self._bent(gradient))))
 
     def _bent(self, gradient: Floats) -> Floats:
         """Return <float64>[systems], by how much what has this gradient is another where a system's

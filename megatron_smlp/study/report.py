@@ -118,7 +118,7 @@ class Page:
         }  # fmt: skip
         content = {
             "study": dataclasses.asdict(self.study),
-            **{name: [dataclasses.asdict(each) for each in own] for name, own in lists.items()},
+            **{name: [dataclasses.asdict(record) for record in own] for name, own in lists.items()},
             "losses": {
                 name: {
                     str(horizon): measured.tables.losses(name, horizon, measured.field(name))

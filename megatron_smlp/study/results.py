@@ -125,7 +125,7 @@ class Results:
         if not new:
             return
         logged = [(run, ending, _records(known, run)) for run, ending in new.values()]
-        runs = [_run_line(known, *each) for each in logged]
+        runs = [_run_line(known, *lines) for lines in logged]
         curves = [line for run, _, records in logged for line in _curve_lines(run, records)]
         all_runs = _joined(self.runs, runs, RUN_COLUMNS).astype({"horizon": "Int64"})
         all_curves = _joined(self.curves, curves, CURVE_COLUMNS)
@@ -141,8 +141,8 @@ class Results:
 
     def fingerprints_of(self, known: state.State) -> pandas.DataFrame:
         """Return those of fingerprints.csv, and those that were made since."""
-        found = map(state.read_json, known.folder.glob(f"{FINGERPRINTS}/*/*/{FOUND}"))
-        new = pandas.DataFrame(found, columns=list(FINGERPRINT_COLUMNS))
+        records = map(state.read_json, known.folder.glob(f"{FINGERPRINTS}/*/*/{FOUND}"))
+        new = pandas.DataFrame(records, columns=list(FINGERPRINT_COLUMNS))
         table = pandas.concat([self.fingerprints, new]) if len(self.fingerprints) else new
         order = ["system", "machine", "sources"]
         return table.drop_duplicates([*order, "fingerprint"]).sort_values(order)
@@ -224,10 +224,14 @@ def _curve_lines(run: PlannedRun, records: list[Record]) -> Iterator[dict[str, A
             continue
         line = {RENAMED.get(name, name): value for name, value in record.items()}
         routers = record.get("validation_routers") or record.get("routers") or []
-        loads = [share * len(one["load_share"]) for one in routers for share in one["load_share"]]
+        loads = [
+            share * len(router["load_share"])
+            for router in routers
+            for share in router["load_share"]
+        ]
         line |= {"load_min": min(loads), "load_max": max(loads)} if loads else {}
         for name, worst in (("entropy", min), ("drop_rate", max), ("closed_rate", max)):
-            values = [float(one[name]) for one in routers if one.get(name) is not None]
+            values = [float(router[name]) for router in routers if router.get(name) is not None]
             line |= {name: worst(values)} if values else {}
         yield {"key": run.key, **{name: line.get(name) for name in CURVE_COLUMNS[1:]}}
 

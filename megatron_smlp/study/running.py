@@ -83,7 +83,7 @@ class Worker:
                         # Another worker may have ended it since the plan was made. Its checkpoints
                         # do not tell: those that nothing goes on from are removed at its end.
                         still_to_do = self.state.to_do(self.state.plan(), again=self.again)
-                        if any(run.key == one.key for one in still_to_do):
+                        if any(run.key == other.key for other in still_to_do):
                             self._make(run, lease, plan, progress)
                     return True
         return False
@@ -137,10 +137,10 @@ class Worker:
     def _path_flags(self, run: PlannedRun) -> list[str]:
         folder = self.state.folder_of(run)
         own = folder / CHECKPOINTS
-        words = [*self.data.flags, "--save", str(own), "--log-dir", str(folder), "--keep-last", "1"]
+        flags = [*self.data.flags, "--save", str(own), "--log-dir", str(folder), "--keep-last", "1"]
         if run.parent is not None and latest_iteration(own) is None:
-            words += ["--load", str(self.state.folder_of(run.parent) / CHECKPOINTS)]
-        return words
+            flags += ["--load", str(self.state.folder_of(run.parent) / CHECKPOINTS)]
+        return flags
 
     def _end(self, run: PlannedRun, *, code: int, attempts: int, worker_seconds: float) -> None:
         folder = self.state.folder_of(run)
@@ -176,10 +176,12 @@ class Worker:
         if run.parent is None:
             return
         plan = self.state.plan()
-        children = [one for one in plan.runs if one.parent and one.parent.key == run.parent.key]
+        children = [
+            child for child in plan.runs if child.parent and child.parent.key == run.parent.key
+        ]
         # Not where the plan has changed meanwhile and knows none of them.
-        is_known = run.key in {one.key for one in children}
-        if is_known and all(self.state.status(one) in (DONE, DIVERGED) for one in children):
+        is_known = run.key in {child.key for child in children}
+        if is_known and all(self.state.status(child) in (DONE, DIVERGED) for child in children):
             shutil.rmtree(self.state.folder_of(run.parent) / CHECKPOINTS, ignore_errors=True)
 
     def _counts(self, plan: Plan) -> tuple[int, str]:
@@ -187,10 +189,10 @@ class Worker:
         statuses = [self.state.status(run) for run in plan.runs]
         pairs = zip(plan.runs, statuses, strict=True)
         over = _iterations(run for run, status in pairs if status in (DONE, DIVERGED, FAILED))
-        words = f"{statuses.count(DONE)} of {len(plan.runs) + len(plan.pending)} runs done"
+        text = f"{statuses.count(DONE)} of {len(plan.runs) + len(plan.pending)} runs done"
         for name in (DIVERGED, FAILED):
-            words += f", {statuses.count(name)} {name}" if statuses.count(name) else ""
-        return over, words
+            text += f", {statuses.count(name)} {name}" if statuses.count(name) else ""
+        return over, text
 
 
 def _iterations(runs: Iterable[PlannedRun]) -> int:

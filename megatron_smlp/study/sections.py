@@ -118,9 +118,9 @@ def loss_lines(measured: Measured) -> Iterator[str]:
         yield row(f"{system.title}{behind}", *cells, seeds(losses), fitted or spread)
 
 
-def _best(measured: Measured, found: Rates, name: str) -> str:
-    outside = " (outside)" if name in found.outside else ""
-    return number(measured.systems[name].flags["lr"] * found.best(name)) + outside
+def _best(measured: Measured, rates: Rates, name: str) -> str:
+    outside = " (outside)" if name in rates.outside else ""
+    return number(measured.systems[name].flags["lr"] * rates.best(name)) + outside
 
 
 def time_lines(measured: Measured, times: Sequence[Comparison]) -> Iterator[str]:
@@ -134,12 +134,12 @@ def time_lines(measured: Measured, times: Sequence[Comparison]) -> Iterator[str]
         "interval is of the seeds' tokens and, for time, of the rounds of the timing.\n"
     )
     yield from table("to the loss of", "times less", "95 % interval", "seeds")
-    for each in times:
-        mean, low, high = speedup(each)
-        bound = "≥ " if each.is_bound else ""
-        shown = not_reached(each) if each.unreached else f"{bound}{number(mean)}"
-        interval_of = "n/a" if each.is_bound else f"{number(low)} to {number(high)}"
-        yield row(measured.systems[each.other].title, shown, interval_of, each.found.n)
+    for comparison in times:
+        mean, low, high = speedup(comparison)
+        bound = "≥ " if comparison.is_bound else ""
+        shown = not_reached(comparison) if comparison.unreached else f"{bound}{number(mean)}"
+        interval_of = "n/a" if comparison.is_bound else f"{number(low)} to {number(high)}"
+        yield row(measured.systems[comparison.other].title, shown, interval_of, comparison.found.n)
 
 
 def crossing_lines(measured: Measured) -> Iterator[str]:
@@ -170,9 +170,9 @@ def crossing(measured: Measured, name: str) -> str:
         [plain_mean([side[seed][place] for seed in common]) for place in range(len(horizons))]
         for side in whole
     )
-    found = crossings(own, other, [measured.tables.tokens(horizon) for horizon in horizons])
-    if found:
-        return ", ".join(f"{tokens / 1e6:.3g}M" for tokens in found)
+    tokens_at = crossings(own, other, [measured.tables.tokens(horizon) for horizon in horizons])
+    if tokens_at:
+        return ", ".join(f"{tokens / 1e6:.3g}M" for tokens in tokens_at)
     if not math.isfinite(own[-1] + other[-1]):
         return "unknown"
     where = "below" if own[-1] < other[-1] else "above"
@@ -251,10 +251,13 @@ def document_lines(measured: Measured) -> Iterator[str]:
                      "over both", "seeds")  # fmt: skip
     values = [{name: tables.values(DOCUMENT, label, name) for name in names} for label in labels]
     means = {
-        name: {seed: plain_mean([one[name][seed] for one in values]) for seed in values[0][name]}
+        name: {
+            seed: plain_mean([document[name][seed] for document in values])
+            for seed in values[0][name]
+        }
         for name in names
     }
-    whole, fits = measured.compared(means), [measured.compared(one) for one in values]
+    whole, fits = measured.compared(means), [measured.compared(document) for document in values]
     for name in names:
         by_seed = whole.difference(name, subject)
         gaps = [fit.difference(name, subject).mean for fit in fits]

@@ -114,12 +114,12 @@ class Sizes:
         means = {name: at.mean(name).mean for name in size.trained_on(VALIDATION_LOSS)}
         known = {name: mean for name, mean in means.items() if math.isfinite(mean)}
         order = sorted(known, key=known.__getitem__)
-        words: list[str] = []
+        parts: list[str] = []
         for place, name in enumerate(order):
             if place:
-                words.append("<" if at.difference(order[place - 1], name).p < ALPHA else "~")
-            words.append(f"{self.titles[name]} {means[name]:.3f}")
-        return " ".join(words) or "n/a"
+                parts.append("<" if at.difference(order[place - 1], name).p < ALPHA else "~")
+            parts.append(f"{self.titles[name]} {means[name]:.3f}")
+        return " ".join(parts) or "n/a"
 
     def _at_equal_time(self, size: Measured, horizon: int) -> str:
         names = size.trained_on(VALIDATION_LOSS)

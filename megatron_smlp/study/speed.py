@@ -67,8 +67,8 @@ def _product(system: System) -> dict[str, float]:
     are as many as those of a training's process."""
     dtype = next((name for name in DTYPES if system.flags.get(name)), "fp32")
     command = [sys.executable, "-m", "megatron_smlp.study.gemm", DTYPES[dtype]]
-    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-    return {"gemm_tflops": float(found[0]), "threads": int(found[1])}
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    return {"gemm_tflops": float(printed[0]), "threads": int(printed[1])}
 
 
 def _time(known: State, system: System, data: StudyData, *, processes: int) -> dict[str, float]:

@@ -62,13 +62,13 @@ class Spread:
         error, df = self._error(name)
         return of_error(mean, error, df=df, n=len(losses))
 
-    def difference(self, one: str, other: str) -> Difference:
+    def difference(self, system: str, rival: str) -> Difference:
         """Return `one` minus `other`; its `n` is that of the system with fewer seeds."""
-        sides = [self.mean(name) for name in (one, other)]
+        sides = [self.mean(name) for name in (system, rival)]
         mean, n = sides[0].mean - sides[1].mean, min(side.n for side in sides)
-        errors = [self._error(name) for name in (one, other)]
+        errors = [self._error(name) for name in (system, rival)]
         error = math.hypot(*(error for error, _ in errors))
-        own = {one, other} & {*self.outliers}
+        own = {system, rival} & {*self.outliers}
         return of_error(mean, error, df=welch(errors) if own else self.df, n=n)
 
     def _error(self, name: str) -> tuple[float, float]:

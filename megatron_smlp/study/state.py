@@ -65,8 +65,8 @@ class State:
 
     def _endings(self) -> dict[str, dict[str, Any]]:
         """Return how every run that is over ended, by its hash."""
-        found = (read_json(path) for path in self.folder.glob(f"*/*/*/{ENDED}"))
-        return {**self.kept, **{ending["key"]: ending for ending in found if ending}}
+        endings = (read_json(path) for path in self.folder.glob(f"*/*/*/{ENDED}"))
+        return {**self.kept, **{ending["key"]: ending for ending in endings if ending}}
 
     def failure(self, plan: Plan) -> str:
         """Return which runs failed and how many wait for them, in a line; empty: none did."""
@@ -74,7 +74,9 @@ class State:
         failed = [run for run in plan.runs if run.key in keys]
         untuned = {run.system for run in failed if run.phase == "tuning"}
         waiting = [run for run in plan.pending if run.system in untuned]
-        waiting += [run for run in self.to_do(plan) if any(one.key in keys for one in run.parents)]
+        waiting += [
+            run for run in self.to_do(plan) if any(parent.key in keys for parent in run.parents)
+        ]
         names = "; ".join(
             run.title + ("" if self.status(run) == FAILED else " (not tried again here yet)")
             for run in failed
@@ -120,8 +122,8 @@ class State:
     def failures(self, plan: Plan) -> dict[str, int]:
         """Return the runs that failed here, by their hash, and when: another failure of the same
         run has another time."""
-        found = {run.key: self._failed_at(run) for run in plan.runs}
-        return {key: at for key, at in found.items() if at is not None}
+        failed_at = {run.key: self._failed_at(run) for run in plan.runs}
+        return {key: at for key, at in failed_at.items() if at is not None}
 
     def _failed_at(self, run: PlannedRun) -> int | None:
         path = self.folder_of(run) / ENDED
@@ -141,8 +143,8 @@ class State:
         for run in plan.runs:
             is_again = run.key in again and self._failed_at(run) == again[run.key]
             if self.ending(run) is None or is_again:
-                for one in reversed(self._lacking(run)):
-                    needed.setdefault(one.key, one)
+                for missing in reversed(self._lacking(run)):
+                    needed.setdefault(missing.key, missing)
         return list(needed.values())
 
     def _lacking(self, run: PlannedRun) -> list[PlannedRun]:

@@ -71,10 +71,10 @@ class Difference:
         return self.sd / math.sqrt(self.n) if self.n else math.nan
 
 
-def paired(one: Mapping[int, float], other: Mapping[int, float]) -> Difference:
+def paired(left: Mapping[int, float], right: Mapping[int, float]) -> Difference:
     """Return `one` minus `other`, a value a seed; an infinite one leaves nothing to decide."""
-    seeds = sorted(set(one) & set(other))
-    values = np.array([one[seed] - other[seed] for seed in seeds], dtype=np.float64)
+    seeds = sorted(set(left) & set(right))
+    values = np.array([left[seed] - right[seed] for seed in seeds], dtype=np.float64)
     n = len(values)
     if n == 0 or not np.isfinite(values).all():
         mean = math.nan if n == 0 else float(np.mean(values))
@@ -92,38 +92,38 @@ def unknown(mean: float, n: int) -> Difference:
     return Difference(mean=mean, low=-math.inf, high=math.inf, p=1.0, n=n, sd=math.nan, df=math.nan)
 
 
-def visible(found: Difference, *, comparisons: int = 1) -> float:
+def visible(difference: Difference, *, comparisons: int = 1) -> float:
     """Return the smallest difference that as many seeds with this deviation find with POWER; of a
     claim of so many comparisons, whose first must have ALPHA over that number."""
-    if not math.isfinite(found.sd):
+    if not math.isfinite(difference.sd):
         return math.inf
-    critical = stats.t.ppf(1 - ALPHA / comparisons / 2, found.df)
+    critical = stats.t.ppf(1 - ALPHA / comparisons / 2, difference.df)
     shift = optimize.brentq(
-        lambda shift: stats.nct.sf(critical, found.df, shift) - POWER, 0, 10 * critical
+        lambda shift: stats.nct.sf(critical, difference.df, shift) - POWER, 0, 10 * critical
     )
-    return float(shift * found.error)
+    return float(shift * difference.error)
 
 
-def plus(one: Difference, other: Difference) -> Difference:
+def plus(left: Difference, right: Difference) -> Difference:
     """Return the sum of two independent means; `n` is that of `one`, and `sd` as if of as many."""
-    if not math.isfinite(other.high - other.low):
-        return unknown(one.mean + other.mean, one.n)
-    moved = replace(one, mean=one.mean + other.mean)
-    return with_error(moved, other.error, df=other.df)
+    if not math.isfinite(right.high - right.low):
+        return unknown(left.mean + right.mean, left.n)
+    moved = replace(left, mean=left.mean + right.mean)
+    return with_error(moved, right.error, df=right.df)
 
 
-def with_error(found: Difference, error: float, *, df: float = math.inf) -> Difference:
+def with_error(difference: Difference, error: float, *, df: float = math.inf) -> Difference:
     """Return a mean that has another, independent error as well.
 
     Args:
         error: standard error; NaN, where it is not known, leaves nothing to decide.
         df: its degrees of freedom.
     """
-    if not math.isfinite(found.high - found.low + error):
-        return unknown(found.mean, found.n)
-    mean, n = found.mean, found.n
-    parts = [(found.error, found.df), (error, df)]
-    return of_error(mean, math.hypot(found.error, error), df=welch(parts), n=n)
+    if not math.isfinite(difference.high - difference.low + error):
+        return unknown(difference.mean, difference.n)
+    mean, n = difference.mean, difference.n
+    parts = [(difference.error, difference.df), (error, df)]
+    return of_error(mean, math.hypot(difference.error, error), df=welch(parts), n=n)
 
 
 def welch(parts: Sequence[tuple[float, float]]) -> float:
@@ -161,11 +161,11 @@ def with_holm[K](
     """Return the comparisons of one claim with p-values that hold for all of them together, and
     with what is visible: at plain alpha if the claim is that all hold, else at Holm's first step.
     """
-    adjusted = holm([each.p for each in differences.values()])
+    adjusted = holm([difference.p for difference in differences.values()])
     count = 1 if is_conjunction else len(differences)
     return {
-        name: replace(each, holm=p, visible=visible(each, comparisons=count))
-        for (name, each), p in zip(differences.items(), adjusted, strict=True)
+        name: replace(difference, holm=p, visible=visible(difference, comparisons=count))
+        for (name, difference), p in zip(differences.items(), adjusted, strict=True)
     }
 
 
@@ -194,12 +194,14 @@ def verdicts[K](
     Args:
         margin: within which two are level, where less is not shown; 0: never.
     """
-    plain = {name: verdict(each, null=null) for name, each in differences.items()}
+    plain = {name: verdict(difference, null=null) for name, difference in differences.items()}
     if is_conjunction and set(plain.values()) == {CONFIRMED}:
         return plain
     return {
-        name: _or_level(verdict(replace(each, p=each.holm), null=null), each, margin)
-        for name, each in differences.items()
+        name: _or_level(
+            verdict(replace(difference, p=difference.holm), null=null), difference, margin
+        )
+        for name, difference in differences.items()
     }
 
 
@@ -268,12 +270,12 @@ def is_upper_bound(losses: Sequence[float], target: float) -> bool:
     return first is not None and (first == 0 or not math.isfinite(losses[first - 1]))
 
 
-def log_ratio(one: Mapping[int, float], other: Mapping[int, float]) -> Difference:
+def log_ratio(left: Mapping[int, float], right: Mapping[int, float]) -> Difference:
     """Return the mean logarithm of `one` / `other` by seed; `exponential` makes a ratio of it.
 
     A seed that is infinite leaves the interval open.
     """
-    logs = [{seed: math.log(value) for seed, value in side.items()} for side in (one, other)]
+    logs = [{seed: math.log(value) for seed, value in side.items()} for side in (left, right)]
     return paired(logs[0], logs[1])
 
 
@@ -283,19 +285,19 @@ def exponential(logarithms: Difference) -> Difference:
     return replace(logarithms, mean=mean, low=low, high=high)
 
 
-def crossings(one: Sequence[float], other: Sequence[float], costs: Sequence[float]) -> list[float]:
+def crossings(own: Sequence[float], rival: Sequence[float], costs: Sequence[float]) -> list[float]:
     """Return the costs at which two curves over the same costs cross, by linear interpolation.
 
     Points where either is not finite are left out. Curves that touch cross there if they part on
     the other side.
     """
-    gaps = np.asarray(one, dtype=np.float64) - np.asarray(other, dtype=np.float64)
+    gaps = np.asarray(own, dtype=np.float64) - np.asarray(rival, dtype=np.float64)
     points = [pair for pair in zip(costs, gaps, strict=True) if math.isfinite(pair[1])]
-    found, leaving = [], None
+    places, leaving = [], None
     for left, right in itertools.pairwise(points):
         if left[1]:
             leaving = (left, right)  # points where the gap is 0 may follow
         if leaving is not None and leaving[0][1] * right[1] < 0:
             (cost, gap), (next_cost, next_gap) = leaving
-            found.append(float(cost + gap / (gap - next_gap) * (next_cost - cost)))
-    return found
+            places.append(float(cost + gap / (gap - next_gap) * (next_cost - cost)))
+    return places

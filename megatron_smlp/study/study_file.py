@@ -305,7 +305,7 @@ def _read(kind: type, content: Any) -> Any:
 
 
 def _refuse(name: str, known: list[str]) -> Any:
-    spelt = [one.replace("_", "-") for one in known]
+    spelt = [key.replace("_", "-") for key in known]
     hint = did_you_mean(name.replace("_", "-"), spelt)
     raise ValueError(f"unknown key {name!r}: {hint or f'the keys are {", ".join(spelt)}.'}")
 
@@ -315,7 +315,7 @@ def _check(study: Study) -> None:
     tuning, design = study.tuning, study.design
     named = {study.subject, *study.variants, *study.titles, *(study.primary or ()), *study.seeds}
     named |= {name for names in study.ablations for name in names}
-    named |= {name for each in (tuning, design) if each for name in each.lr}
+    named |= {name for block in (tuning, design) if block for name in block.lr}
     named -= {OTHERS}
     for name in sorted(named):
         if name not in study.systems:

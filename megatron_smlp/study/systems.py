@@ -76,8 +76,8 @@ class System:
         rule = self.flags.get("token_router")
         if rule == "base":
             priced = self.flags.get("base_gate") == "price"
-            way = "prices" if priced else self.flags.get("base_eval", "greedy")
-            return f"BASE: {way}, nothing is dropped"
+            routing = "prices" if priced else self.flags.get("base_eval", "greedy")
+            return f"BASE: {routing}, nothing is dropped"
         if self.flags.get("moe_train_capacity_factor"):
             return "the training's rule, without a capacity: nothing is dropped"
         return "as in training" if self.is_sparse else "dense"

@@ -91,16 +91,16 @@ def claims_of(measured: Measured) -> list[Claim]:
 def others_of(measured: Measured) -> Claim:
     """Return the study's pairs that are of no claim, with a verdict on each and none on all."""
     pairs = [pair for pair in measured.study.ablations if not _is_of_a_part(measured, pair)]
-    found = _claim_of_losses(measured, pairs, name="other", text="", is_conjunction=False)
-    return replace(found, verdict="")
+    claim = _claim_of_losses(measured, pairs, name="other", text="", is_conjunction=False)
+    return replace(claim, verdict="")
 
 
 def _is_of_a_part(measured: Measured, pair: Pair) -> bool:
     """Return whether the second is the first without a MoE, which is a claim of the paper: sMLP
     without any is gMLP."""
-    one, other = (measured.systems[name] for name in pair)
-    is_gated = other.flags.get("architecture") in ("smlp", "gmlp")
-    return measured.study.paper and one.is_smlp and is_gated and other.moes < one.moes
+    system, rival = (measured.systems[name] for name in pair)
+    is_gated = rival.flags.get("architecture") in ("smlp", "gmlp")
+    return measured.study.paper and system.is_smlp and is_gated and rival.moes < system.moes
 
 
 def _lower_loss(measured: Measured) -> Claim:
@@ -118,18 +118,18 @@ def _claim_of_losses(
     measured: Measured, pairs: Iterable[Pair], *, name: str, text: str, is_conjunction: bool = True
 ) -> Claim:
     names = {VALIDATION_LOSS: "loss", SUFFIX_LOSS: "loss behind the prefix"}
-    found = {}
+    differences = {}
     for pair in pairs:
         field = measured.field(*pair)
-        found[pair] = (names[field], measured.at_end(field).difference(*pair))
+        differences[pair] = (names[field], measured.at_end(field).difference(*pair))
     return _claim(
-        found, null=0.0, name=name, text=text, is_conjunction=is_conjunction, margin=MARGIN,
-        notes=measured.gaps(name for pair in found for name in pair),
+        differences, null=0.0, name=name, text=text, is_conjunction=is_conjunction, margin=MARGIN,
+        notes=measured.gaps(name for pair in differences for name in pair),
     )  # fmt: skip
 
 
 def _claim(
-    found: Mapping[Pair, tuple[str, Difference]],
+    differences: Mapping[Pair, tuple[str, Difference]],
     *,
     null: float,
     name: str,
@@ -140,15 +140,16 @@ def _claim(
 ) -> Claim:
     """Make a claim of comparisons in which less is better."""
     adjusted = with_holm(
-        {pair: each for pair, (_, each) in found.items()}, is_conjunction=is_conjunction
+        {pair: difference for pair, (_, difference) in differences.items()},
+        is_conjunction=is_conjunction,
     )
     said = verdicts(adjusted, null=null, is_conjunction=is_conjunction, margin=margin)
     comparisons = tuple(
-        Comparison(one=one, other=other, what=what, found=adjusted[one, other],
-                   verdict=said[one, other])
-        for (one, other), (what, _) in found.items()
+        Comparison(one=system, other=rival, what=what, found=adjusted[system, rival],
+                   verdict=said[system, rival])
+        for (system, rival), (what, _) in differences.items()
     )  # fmt: skip
-    whole = verdict_of_all([each.verdict for each in comparisons])
+    whole = verdict_of_all([comparison.verdict for comparison in comparisons])
     return Claim(name=name, text=text, comparisons=comparisons, verdict=whole, notes=tuple(notes))
 
 
@@ -157,10 +158,10 @@ def _best_moe(measured: Measured) -> str | None:
     the most seeds: the one seed of another may be its luckiest."""
     at_end = measured.at_end(VALIDATION_LOSS)
     names = [name for name, system in measured.systems.items() if system.kind == "moe"]
-    found = {name: mean for name in names if (mean := at_end.mean(name)).n}
-    most = max((mean.n for mean in found.values()), default=0)
-    whole = [name for name, mean in found.items() if mean.n == most]
-    return min(whole, default=None, key=lambda name: found[name].mean)
+    means = {name: mean for name in names if (mean := at_end.mean(name)).n}
+    most = max((mean.n for mean in means.values()), default=0)
+    whole = [name for name, mean in means.items() if mean.n == most]
+    return min(whole, default=None, key=lambda name: means[name].mean)
 
 
 def _less_time(measured: Measured) -> Claim:
@@ -205,7 +206,7 @@ def cost_ratio(measured: Measured, pair: Pair, *, unit: str) -> Comparison:
     most this, so that it can confirm a claim but not refute one: its interval begins at 0, and p is
     1 if it then holds 1.
     """
-    one, other = pair
+    system, rival = pair
     end = measured.tables.tokens(measured.study.longest)
     reached, is_bound = {}, False
     sides = [measured.curves(name, measured.field(*pair)) for name in pair]
@@ -215,20 +216,20 @@ def cost_ratio(measured: Measured, pair: Pair, *, unit: str) -> Comparison:
         if math.isfinite(target) and end in tokens:
             reached[seed] = cost_to_reach(tokens, losses, target)
             is_bound |= is_upper_bound(losses, target)
-    found = log_ratio(reached, dict.fromkeys(reached, end))
+    ratio_of = log_ratio(reached, dict.fromkeys(reached, end))
     if unit == SECONDS:
-        found = plus(found, _log_step_ratio(measured, *pair))
-    ratio = exponential(found)
+        ratio_of = plus(ratio_of, _log_step_ratio(measured, *pair))
+    ratio = exponential(ratio_of)
     if is_bound:
         ratio = replace(ratio, low=0.0, p=1.0 if ratio.high >= 1 else ratio.p)
     return Comparison(
-        one=one, other=other, what=unit, verdict="", found=ratio, is_bound=is_bound,
+        one=system, other=rival, what=unit, verdict="", found=ratio, is_bound=is_bound,
         unreached=sum(map(math.isinf, reached.values())),
     )  # fmt: skip
 
 
-def _log_step_ratio(measured: Measured, one: str, other: str) -> Difference:
-    return log_ratio(measured.tables.step_seconds(one), measured.tables.step_seconds(other))
+def _log_step_ratio(measured: Measured, system: str, rival: str) -> Difference:
+    return log_ratio(measured.tables.step_seconds(system), measured.tables.step_seconds(rival))
 
 
 def costs_to_losses(measured: Measured) -> list[Comparison]:
@@ -251,7 +252,7 @@ def _better_at_tasks(measured: Measured) -> Claim:
     subject, others = measured.study.subject, _sparse_rivals(measured)
     tasks = measured.tables.labels(TASK)
     # A rival that was not scored is compared as well: above it, nothing is known.
-    found = {
+    differences = {
         (subject, name): ("wrong answers in %", _fewer_wrong(measured, subject, name))
         for name in others
         if tasks
@@ -259,7 +260,7 @@ def _better_at_tasks(measured: Measured) -> Claim:
     notes = [f"of {', '.join(tasks)}", *measured.unscored([subject, *others])]
     notes = notes if tasks else ["no task was scored: study.py evaluate"]
     return _claim(
-        found, null=0.0, name="C4", notes=notes,
+        differences, null=0.0, name="C4", notes=notes,
         text="zero-shot, as a mean over tasks, above every sparse Transformer",
     )  # fmt: skip
 
@@ -268,24 +269,24 @@ def _sparse_rivals(measured: Measured) -> list[str]:
     return [name for name in measured.rivals() if measured.systems[name].is_sparse]
 
 
-def _fewer_wrong(measured: Measured, one: str, other: str) -> Difference:
+def _fewer_wrong(measured: Measured, system: str, rival: str) -> Difference:
     tables = measured.tables
-    tasks = tables.common_tasks(one, other)
-    shares = {name: list(tables.wrong_answers(name, tasks).values()) for name in (one, other)}
-    found = Spread.of(shares).difference(one, other)
-    return with_error(found, tables.questions_error(tasks, one, other))
+    tasks = tables.common_tasks(system, rival)
+    shares = {name: list(tables.wrong_answers(name, tasks).values()) for name in (system, rival)}
+    difference = Spread.of(shares).difference(system, rival)
+    return with_error(difference, tables.questions_error(tasks, system, rival))
 
 
 def _faster_steps(measured: Measured) -> Claim:
     subject = measured.study.subject
-    found = {
+    ratios = {
         (subject, name): ("step time", exponential(_log_step_ratio(measured, subject, name)))
         for name in _sparse_rivals(measured)
         if measured.tables.has_speed(subject, name)
     }
-    notes = () if found else ("no quiet timing: tools/study.py run --speed",)
+    notes = () if ratios else ("no quiet timing: tools/study.py run --speed",)
     text = "the most words a second of all sparse systems"
-    return _claim(found, null=1.0, name="C3", text=text, notes=notes)
+    return _claim(ratios, null=1.0, name="C3", text=text, notes=notes)
 
 
 def primary_looks(measured: Measured) -> list[Look]:
@@ -297,9 +298,9 @@ def primary_looks(measured: Measured) -> list[Look]:
     field = measured.field(*study.primary)
     if study.design is None:
         return looks(*(_in_order(measured, name, field) for name in study.primary))
-    found = measured.at_end(field).difference(*study.primary)
+    difference = measured.at_end(field).difference(*study.primary)
     is_whole = not any(map(measured.lacking, study.primary))
-    return [look(found, alpha=ALPHA, spent=ALPHA)] if is_whole else []
+    return [look(difference, alpha=ALPHA, spent=ALPHA)] if is_whole else []
 
 
 def _in_order(measured: Measured, name: str, field: str) -> list[float]:

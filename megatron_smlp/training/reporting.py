@@ -293,8 +293,8 @@ def _loss_fields(title: str, losses: dict[str, float]) -> dict[str, float]:
     perplexities. Of several validation sets: validation_books_loss."""
     fields: dict[str, float] = {}
     for name, loss in losses.items():
-        words = [word for word in name.split() if word not in ("lm", "loss")]
-        stem = "_".join([*title.split(), *words])
+        parts = [word for word in name.split() if word not in ("lm", "loss")]
+        stem = "_".join([*title.split(), *parts])
         fields |= {f"{stem}_loss": loss, f"{stem}_perplexity": perplexity(loss)}
     return fields
 

@@ -39,21 +39,21 @@ def find_inputs(patterns: Sequence[str]) -> list[Path]:
 
 def _named_files(patterns: Sequence[str]) -> list[Path]:
     """Return each file as often as the patterns name it."""
-    found: list[Path] = []
+    files: list[Path] = []
     for pattern in patterns:
         path = Path("/dev/stdin" if pattern == "-" else pattern)
         if path.is_dir():
-            found += _files_in(path)
+            files += _files_in(path)
         elif path.exists():
-            found.append(path)
+            files.append(path)
         else:
             # `Path.glob` takes no absolute pattern.
             matches = sorted(map(Path, glob.glob(pattern, recursive=True)))  # noqa: PTH207
             if not matches:
                 raise DataError(f"--input {pattern}: no such file, folder or match")
             for match in matches:
-                found += _files_in(match) if match.is_dir() else [match]
-    return found
+                files += _files_in(match) if match.is_dir() else [match]
+    return files
 
 
 def _files_in(folder: Path) -> list[Path]:

@@ -107,9 +107,9 @@ def _parquet_chunks(path: Path, *, keys: Sequence[str], begin: Position) -> Iter
     names = table.schema_arrow.names
     for key in keys:
         if (count := names.count(key)) != 1:
-            found = f"{count} columns" if count else "no column"
+            matches = f"{count} columns" if count else "no column"
             raise DataError(
-                f"--json-keys {key}: {path} has {found} of this name, of {', '.join(names)}"
+                f"--json-keys {key}: {path} has {matches} of this name, of {', '.join(names)}"
             )
     row = 0
     try:
