@@ -88,9 +88,9 @@ def _ours(args: argparse.Namespace, source: Path, prefix: Path) -> tuple[float, 
         text=True,
         check=True,
     )
-    found = re.search(r"([\d.]+) MB/s, start-up ([\d.]+) s", done.stdout)
-    assert found, done.stdout
-    return float(found[1]), float(found[2])
+    match = re.search(r"([\d.]+) MB/s, start-up ([\d.]+) s", done.stdout)
+    assert match, done.stdout
+    return float(match[1]), float(match[2])
 
 
 def _load(vocab: str, merges: str) -> None:

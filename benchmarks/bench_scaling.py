@@ -136,11 +136,11 @@ class Point:
         return training_flops_per_token(model_cost(shape), shape)[1]
 
     def flags(self, *, steps: int) -> str:
-        words = [
+        parts = [
             f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
             for name, value in self.values.items()
         ]
-        return " ".join([*words, f"--train-iters {steps}", FLAGS])
+        return " ".join([*parts, f"--train-iters {steps}", FLAGS])
 
 
 FLAGS = f"""
@@ -163,7 +163,7 @@ def step_milliseconds(cases: Sequence[Point], *, repeats: int, threads: int) -> 
     """Every run's median step. Those of one number of processes share one launch."""
     from support.launches import launch, records
 
-    found = {}
+    milliseconds = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for processes in (1, 2):
@@ -176,8 +176,8 @@ def step_milliseconds(cases: Sequence[Point], *, repeats: int, threads: int) -> 
             for case in here:
                 steps = [r for r in records(folder / case.name) if "loss" in r][WARM_UP:]
                 seconds = statistics.median(step["seconds_per_iteration"] for step in steps)
-                found[case] = 1e3 * seconds
-    return found
+                milliseconds[case] = 1e3 * seconds
+    return milliseconds
 
 
 def as_records(measured: Mapping[Point, float]) -> Iterator[Record]:
@@ -267,11 +267,11 @@ def summarise(records: Sequence[Record], sweeps: Sequence[str], plots: Path | No
         size = "tokens in a sequence, T" if is_memory else SWEEPS[sweep][0]
         cost = "kept KiB per token and layer" if is_memory else "µs per token"
         panels["memory" if is_memory else "time"].append(Sweep(size, cost, lines))
-    for name, found in panels.items():
-        if found and plots is not None:
+    for name, panel in panels.items():
+        if panel and plots is not None:
             plots.mkdir(parents=True, exist_ok=True)
             path = plots / f"scaling_{name}.png"
-            scaling_figure(found).savefig(path)
+            scaling_figure(panel).savefig(path)
             print(f"wrote {path}")
 
 

@@ -29,11 +29,11 @@ CASES = {
 }
 
 
-def seconds(words: str, *, threads: int) -> float:
+def seconds(flags: str, *, threads: int) -> float:
     """Of one call; ends where the first step is logged."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(ROOT / "pretrain_smlp.py"), *words.split()]
-        if "train-iters" in words:
+        command = [sys.executable, str(ROOT / "pretrain_smlp.py"), *flags.split()]
+        if "train-iters" in flags:
             command += ["--log-dir", folder]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         metrics = Path(folder) / "metrics.jsonl"
@@ -63,8 +63,8 @@ def main() -> None:
     arguments = parser.parse_args()
     records = []
     for case in arguments.cases:
-        words, allowed = CASES[case]
-        calls = [seconds(words, threads=arguments.threads) for _ in range(arguments.repeats)]
+        flags, allowed = CASES[case]
+        calls = [seconds(flags, threads=arguments.threads) for _ in range(arguments.repeats)]
         best = min(calls)
         name = f"{case}, {allowed:g} s allowed"
         records.append(

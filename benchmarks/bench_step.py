@@ -82,7 +82,7 @@ def peer_gpt2(length: int) -> Any:
 PEERS: dict[str, Callable[[int], Any]] = {"gmlp": peer_gmlp, "transformer": peer_gpt2}
 
 
-def words(case: str) -> str:
+def flags(case: str) -> str:
     """The command line of our side."""
     system, precision, length = case.split()
     tokens = int(length.removeprefix("T="))
@@ -98,7 +98,7 @@ def measure(case: str, repeats: int) -> Record:
     system, precision, length = case.split()
     tokens = int(length.removeprefix("T="))
     ours, theirs = steps_in_turns(
-        words(case),
+        flags(case),
         lambda _: peer_step(PEERS[system](tokens), length=tokens, precision=precision),
         repeats=repeats,
     )

@@ -55,7 +55,7 @@ def flops_per_step(args: argparse.Namespace) -> float:
     return per_token * float(args.global_batch_size * args.seq_length)
 
 
-def words(case: str) -> str:
+def flags(case: str) -> str:
     """The flags of a case."""
     return f"--config {ROOT}/configs/cpu/{case.split()[0]}.yaml {FLAGS}"
 
@@ -67,7 +67,7 @@ def measure(case: str, repeats: int) -> Record:
         flops.append(flops_per_step(args))
         return yardstick()
 
-    ours, gemms = steps_in_turns(words(case), peer, repeats=repeats)
+    ours, gemms = steps_in_turns(flags(case), peer, repeats=repeats)
     share = flops[0] / (CALLS * 2 * WIDTH**3)
     return paired(case, ours, [share * milliseconds for milliseconds in gemms])
 

@@ -43,8 +43,8 @@ TIMES = 20
 
 def counters() -> tuple[int, int]:
     """Bytes and packets that this process has sent by the connections that it has."""
-    words = ["ss", "--tcp", "--info", "--processes", "--numeric", "--oneline", "--no-header"]
-    lines = subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()
+    command = ["ss", "--tcp", "--info", "--processes", "--numeric", "--oneline", "--no-header"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     mine = [line for line in lines if f"pid={os.getpid()}," in line]
     sums = [
         sum(int(match[1]) for line in mine if (match := re.search(rf"\b{name}:(\d+)", line)))
@@ -97,10 +97,10 @@ def measured(size: int) -> list[dict[str, Sent]]:
     ]
     for process in ranks:
         process.start()
-    found = dict(results.get() for _ in ranks)
+    by_rank = dict(results.get() for _ in ranks)
     for process in ranks:
         process.join()
-    return [found[rank] for rank in range(size)]
+    return [by_rank[rank] for rank in range(size)]
 
 
 def far(sizes: Sequence[int], values: Sequence[float], *, degree: int) -> float:
@@ -109,13 +109,13 @@ def far(sizes: Sequence[int], values: Sequence[float], *, degree: int) -> float:
 
 
 def main() -> None:
-    found = {size: measured(size) for size in SIZES}
+    by_size = {size: measured(size) for size in SIZES}
     print(f"a rank sends, bytes (packets); {FAR} is extrapolated")
     print(f"{'ranks':<30}" + "".join(f"{size:>18}" for size in (*SIZES, FAR)))
-    for name in found[SIZES[0]][0]:
+    for name in by_size[SIZES[0]][0]:
         for who, first, last in (("rank 0", 0, 1), ("the most of another", 1, None)):
             cells = [
-                tuple(max(sent[name][at] for sent in found[size][first:last]) for at in (0, 1))
+                tuple(max(sent[name][at] for sent in by_size[size][first:last]) for at in (0, 1))
                 for size in SIZES
             ]
             degree = 2 if (name, first) == ("start", 0) else 1

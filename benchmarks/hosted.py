@@ -38,9 +38,9 @@ class _TakingTurns(Listener):
 
 
 def steps_in_turns(
-    words: str, make_peer: Callable[[argparse.Namespace], Callable[[], object]], *, repeats: int
+    flags: str, make_peer: Callable[[argparse.Namespace], Callable[[], object]], *, repeats: int
 ) -> tuple[list[float], list[float]]:
-    """Train by `pretrain_smlp.py WORDS` in this process, once per process.
+    """Train by `pretrain_smlp.py FLAGS` in this process, once per process.
 
     Everything that the loop does for a step is in our time.
 
@@ -53,7 +53,7 @@ def steps_in_turns(
     with CapturedOutput():
         from pretrain_smlp import patched_arguments, train
 
-        args = patched_arguments([*words.split(), "--train-iters", str(WARM_UP + repeats)])
+        args = patched_arguments([*flags.split(), "--train-iters", str(WARM_UP + repeats)])
         turns = _TakingTurns(make_peer(args))
         train(args, listeners=[turns])
     ours, theirs = (

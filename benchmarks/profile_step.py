@@ -35,8 +35,8 @@ KINDS = {
 }
 
 
-WORDS = dict.fromkeys(bench_step.CASES, bench_step.words) | dict.fromkeys(
-    bench_systems.CASES, bench_systems.words
+FLAGS_OF = dict.fromkeys(bench_step.CASES, bench_step.flags) | dict.fromkeys(
+    bench_systems.CASES, bench_systems.flags
 )
 """What gives the flags of each case."""
 
@@ -75,13 +75,13 @@ class _Profiling:
 
     def table(self) -> dict[str, float]:
         """Milliseconds of a step by kind; they add up to the step."""
-        found: Counter[str] = Counter()
+        by_kind: Counter[str] = Counter()
         for event in self.profile.key_averages():
             kind = kind_of(event.key)
             if kind:
-                found[kind] += event.self_cpu_time_total / 1e3 / STEPS
+                by_kind[kind] += event.self_cpu_time_total / 1e3 / STEPS
         whole = 1e3 * self.seconds / STEPS
-        return {**dict(found.most_common()), "rest": whole - found.total(), "step": whole}
+        return {**dict(by_kind.most_common()), "rest": whole - by_kind.total(), "step": whole}
 
 
 def measure(case: str, threads: int) -> None:
@@ -93,7 +93,7 @@ def measure(case: str, threads: int) -> None:
     def peer(_: argparse.Namespace) -> Callable[[], None]:
         return profiling
 
-    steps_in_turns(WORDS[case](case), peer, repeats=WARM_UP + STEPS)
+    steps_in_turns(FLAGS_OF[case](case), peer, repeats=WARM_UP + STEPS)
     table = profiling.table()
     print(f"{case}\n" + "\n".join(_lines(table)), file=sys.stderr, flush=True)
 
@@ -106,7 +106,7 @@ def _lines(table: dict[str, float]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    add_only(parser, WORDS)
+    add_only(parser, FLAGS_OF)
     arguments = parser.parse_args()
     import_once()
     for case in arguments.cases:

@@ -44,11 +44,11 @@ def hardware() -> str:
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())
-        name = found[1] if found else name
-    words = re.sub(r"\(R\)|\(TM\)|CPU|Processor|@.*", " ", name)
+        match = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())
+        name = match[1] if match else name
+    text = re.sub(r"\(R\)|\(TM\)|CPU|Processor|@.*", " ", name)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return re.sub(r"[^a-z0-9]+", "-", f"{words} {cores} cores".lower()).strip("-")
+    return re.sub(r"[^a-z0-9]+", "-", f"{text} {cores} cores".lower()).strip("-")
 
 
 def environment() -> dict[str, Any]:

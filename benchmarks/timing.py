@@ -74,10 +74,10 @@ def add_only(parser: argparse.ArgumentParser, cases: Iterable[str]) -> None:
     names = list(cases)
 
     def chosen(only: str) -> list[str]:
-        found = [only] if only in names else [name for name in names if only in name]
-        if not found:
+        selected = [only] if only in names else [name for name in names if only in name]
+        if not selected:
             raise argparse.ArgumentTypeError(f"{only}: no case holds this; the cases are {names}")
-        return found
+        return selected
 
     parser.add_argument(
         "--only", dest="cases", type=chosen, default=names, metavar="NAME",

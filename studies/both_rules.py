@@ -46,16 +46,20 @@ def pages() -> Iterator[Page]:
 def by_pairs(page: Page, claim: Claim) -> list[tuple[Comparison, Difference, str]]:
     """Return a claim's comparisons of losses with what the earlier rule says of them."""
     study, tables = page.study, page.measured.tables
-    compared = [each for each in claim.comparisons if each.what.startswith("loss")]
+    compared = [
+        comparison for comparison in claim.comparisons if comparison.what.startswith("loss")
+    ]
     differences = {}
-    for place, each in enumerate(compared):
-        field = page.measured.field(each.one, each.other)
-        sides = (tables.losses(name, study.longest, field) for name in (each.one, each.other))
+    for place, comparison in enumerate(compared):
+        field = page.measured.field(comparison.one, comparison.other)
+        sides = (
+            tables.losses(name, study.longest, field) for name in (comparison.one, comparison.other)
+        )
         differences[place] = paired(*sides)
     adjusted = with_holm(differences, is_conjunction=False).values() if differences else ()
     return [
-        (each, then, verdict(replace(then, p=then.holm)))
-        for each, then in zip(compared, adjusted, strict=True)
+        (comparison, then, verdict(replace(then, p=then.holm)))
+        for comparison, then in zip(compared, adjusted, strict=True)
     ]
 
 
@@ -65,13 +69,14 @@ def lines() -> Iterator[str]:
     for page in pages():
         for claim in (*page.claims, replace(page.others, name=PAIRS)):
             both = by_pairs(page, claim)
-            for each, then, said in both:
-                alike += said == each.verdict
-                if said != each.verdict:
+            for comparison, then, said in both:
+                alike += said == comparison.verdict
+                if said != comparison.verdict:
                     comparisons.append(row(
-                        f"`{page.study.name}`", f"{claim.name}: {each.one} - {each.other}",
-                        number(each.found.mean, ".3f"), _cells(then), said, _cells(each.found),
-                        f"**{each.verdict}**",
+                        f"`{page.study.name}`",
+                        f"{claim.name}: {comparison.one} - {comparison.other}",
+                        number(comparison.found.mean, ".3f"), _cells(then), said,
+                        _cells(comparison.found), f"**{comparison.verdict}**",
                     ))  # fmt: skip
             before = verdict_of_all([said for *_, said in both]) if both else UNDECIDED
             if claim.name != PAIRS and both and before != claim.verdict:

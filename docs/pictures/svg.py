@@ -17,17 +17,17 @@ COLOURS = {
 EXPERTS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2", "#eeca3b", "#9d755d")
 
 
-def text(x: float, y: float, words: str, kind: str = "") -> str:
+def text(x: float, y: float, label: str, kind: str = "") -> str:
     """Return words whose middle line is at y; kind: small, middle, end."""
-    return f'<text x="{x:g}" y="{y:g}" class="{kind}">{words}</text>'
+    return f'<text x="{x:g}" y="{y:g}" class="{kind}">{label}</text>'
 
 
 def box(x: float, y: float, width: float, height: float, colour: str = "", label: str = "") -> str:
     """Return a rounded box, tinted where it has a colour."""
     look = f'fill="{colour}" fill-opacity="0.3" stroke="{colour}"' if colour else 'class="box"'
     shape = f'x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="4"'
-    words = text(x + width / 2, y + height / 2, label, "small middle") if label else ""
-    return f"<rect {shape} {look}/>{words}"
+    shown = text(x + width / 2, y + height / 2, label, "small middle") if label else ""
+    return f"<rect {shape} {look}/>{shown}"
 
 
 def bar(x: float, y: float, width: float, height: float, colour: str) -> str:
