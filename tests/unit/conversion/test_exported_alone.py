@@ -45,7 +45,6 @@ assert "megatron_smlp" not in sys.modules
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders of models that were trained for a few steps."""
     folder = tmp_path_factory.mktemp("exported")
     for name, flags in SYSTEMS.items():
         with pretrained(f"{flags} --save {folder / 'run' / name} --lr 1e-1"):
@@ -55,7 +54,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @torch.no_grad()
-def test_it_needs_torch_and_transformers_alone(exported: dict[str, Path], tmp_path: Path) -> None:
+def test_it_needs_torch_and_transformers_alone(exported: dict[str, Path], tmp_path: Path):
     """The same logits and the same continuation as here, offline, and nothing of ours is there."""
     tokens = make_ids(2, 16) % 100
     plan = [

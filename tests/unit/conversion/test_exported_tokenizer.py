@@ -16,9 +16,7 @@ from transformers import (
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
-    pipeline,
 )
-from transformers.utils import logging
 
 from megatron_smlp.checkpoints.tensors import Spec
 from megatron_smlp.conversion import convert, llama
@@ -48,18 +46,6 @@ def test_texts_of_unlike_lengths_make_a_batch(tmp_path: Path, own: bool):
     expected = exported.convert_tokens_to_ids(PADDING if own else END)
     assert batch["input_ids"][0, -1] == expected == config.pad_token_id
     assert exported.eos_token_id == config.eos_token_id == exported.convert_tokens_to_ids(END)
-
-
-def test_a_pipeline_takes_the_model(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    save_tokenizer(tmp_path)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    model = make_model("gmlp", vocab_size=len(tokenizer))
-    logging.enable_propagation()
-    generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
-    logging.disable_propagation()
-    assert "is not supported" not in caplog.text
-    [answer] = generator("a b", max_new_tokens=4, do_sample=False)
-    assert answer["generated_text"].startswith("a b")
 
 
 def save_begins(folder: Path, **changes: str | None) -> None:
@@ -146,14 +132,9 @@ def test_special_ids_go_there_and_back(tmp_path: Path):
     """Also the list of a Llama that ends by several tokens, with and without a tokenizer."""
     ids = {"bos_token_id": 1, "eos_token_id": [2, 256], "pad_token_id": 4}
     theirs = LlamaConfig(
-        vocab_size=264,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        max_position_embeddings=16,
-        **ids,
-    )
+        vocab_size=264, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=4, max_position_embeddings=16, **ids,
+    )  # fmt: skip
     LlamaForCausalLM(theirs).save_pretrained(tmp_path / "llama")
     run(from_hf, tmp_path / "llama", tmp_path / "run", checks=False)
     run(convert.to_torch_dist, tmp_path / "run", tmp_path / "again", checks=False)

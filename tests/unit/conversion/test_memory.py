@@ -13,7 +13,7 @@ SHARE = 1.3
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux counts the memory")
-def test_memory_is_for_one_tensor(tmp_path: Path) -> None:
+def test_memory_is_for_one_tensor(tmp_path: Path):
     """Models of 400 MB, whose largest tensors are an embedding and a stack of experts."""
     command = [sys.executable, "-m", "support.conversion_memory", str(tmp_path)]
     done = run_command(command, PYTHONPATH=f"{REPOSITORY}:{REPOSITORY / 'tests'}")

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
-from huggingface_hub.repocard_data import ModelCardData
-from support.conversions import from_gpt2, run
+from support.conversions import run
 from support.in_process import pretrained
 from support.language_models import save_tokenizer
 from support.launches import clean_environment, records
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM
 
 from megatron_smlp.conversion import convert
 
@@ -32,18 +31,9 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         return folder
 
 
-def front_matter(folder: Path) -> ModelCardData:
-    return ModelCard.load(folder / "README.md").data
-
-
-def code_of(folder: Path) -> str:
-    [code] = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text("utf-8"), re.S)
-    return code
-
-
-def test_the_card_says_what_the_checkpoint_knows(trained: Path, tmp_path: Path) -> None:
+def test_the_card_says_what_the_checkpoint_knows(trained: Path, tmp_path: Path):
     run(convert.torch_dist_to_hf, trained, tmp_path / "hf", license="apache-2.0", checks=False)
-    about = front_matter(tmp_path / "hf")
+    about = ModelCard.load(tmp_path / "hf" / "README.md").data
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
     assert (about.license, about.library_name) == ("apache-2.0", "transformers")
     assert about.pipeline_tag == "text-generation"
@@ -60,22 +50,23 @@ def test_the_card_says_what_the_checkpoint_knows(trained: Path, tmp_path: Path) 
     assert ("trust_remote_code" in text) == ("Llama" not in type(model).__name__)
 
 
-def test_a_card_without_a_license_says_none(trained: Path, tmp_path: Path) -> None:
+def test_a_card_without_a_license_says_none(trained: Path, tmp_path: Path):
     """And of a release nothing of a training; where the metrics are gone, no loss."""
     run(convert.to_torch_dist, trained, tmp_path / "weights", checks=False)
     run(convert.torch_dist_to_hf, tmp_path / "weights", tmp_path / "hf", checks=False)
     text = (tmp_path / "hf" / "README.md").read_text("utf-8")
-    assert front_matter(tmp_path / "hf").license is None
+    assert ModelCard.load(tmp_path / "hf" / "README.md").data.license is None
     assert "license" not in text
     assert not re.search("iteration|training tokens|validation", text)
 
 
 @pytest.mark.parametrize("tokenizer", [True, False])
-def test_its_code_loads_the_model(trained: Path, tmp_path: Path, tokenizer: bool) -> None:
+def test_its_code_loads_the_model(trained: Path, tmp_path: Path, tokenizer: bool):
     save_tokenizer(tmp_path / "tokenizer")
     words = {"tokenizer": str(tmp_path / "tokenizer")} if tokenizer else {}
     run(convert.torch_dist_to_hf, trained, tmp_path / "hf", checks=False, **words)
-    code = code_of(tmp_path / "hf")
+    card = (tmp_path / "hf" / "README.md").read_text("utf-8")
+    [code] = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     assert len(code.splitlines()) == 5
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -87,14 +78,3 @@ def test_its_code_loads_the_model(trained: Path, tmp_path: Path, tokenizer: bool
     )
     assert done.returncode == 0, done.stderr
     assert ("The" in done.stdout) == tokenizer
-
-
-def test_of_an_imported_gpt2_no_training_is_claimed(tmp_path: Path) -> None:
-    sizes = GPT2Config(vocab_size=99, n_positions=16, n_embd=32, n_layer=2, n_head=4)
-    GPT2LMHeadModel(sizes).save_pretrained(tmp_path / "gpt2")
-    run(from_gpt2, tmp_path / "gpt2", tmp_path / "run", checks=False)
-    run(convert.torch_dist_to_hf, tmp_path / "run", tmp_path / "hf", checks=False)
-    text = (tmp_path / "hf" / "README.md").read_text("utf-8")
-    assert front_matter(tmp_path / "hf").tags == ["megatron-smlp", "smlp", "transformer"]
-    assert not re.search(r"\btrained|iteration|validation", text)
-    assert "| layers | 2 |" in text

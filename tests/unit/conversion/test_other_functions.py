@@ -1,6 +1,7 @@
 """The same weights under another activation or other positions are another model."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.conversions import run
@@ -23,7 +24,7 @@ from megatron_smlp.hf.configuration_smlp import SMLPConfig
         "--position-embedding-type rope --rotary-percent 0.5",
     ],
 )
-def test_functions_without_weights_are_recorded(words: str, tmp_path: Path) -> None:
+def test_functions_without_weights_are_recorded(words: str, tmp_path: Path):
     """They are evaluated as they were trained, and exported by nobody as something else."""
     transformer = "--architecture transformer --num-attention-heads 4 --train-iters 1"
     with pretrained(f"{transformer} {words} --save {tmp_path / 'run'}"):
@@ -36,25 +37,21 @@ def test_functions_without_weights_are_recorded(words: str, tmp_path: Path) -> N
     assert any(given.startswith(flag) for given in flags)
 
 
+TRANSFORMER = {"architecture": "transformer", "num_attention_heads": 4}
+GMLP = {"architecture": "gmlp"}
+
+
 @pytest.mark.parametrize(
-    ("name", "value"),
+    ("model", "name", "value"),
     [
-        ("squared_relu", True),
-        ("quick_geglu", True),
-        ("activation_func_clamp_value", 7.0),
-        ("position_embedding_type", "yarn"),
+        *((TRANSFORMER, name, True) for name in ("squared_relu", "quick_geglu")),
+        (TRANSFORMER, "activation_func_clamp_value", 7.0),
+        (TRANSFORMER, "position_embedding_type", "yarn"),
+        *((GMLP, "position_embedding_type", "rope"), (GMLP, "swiglu", True)),
     ],
 )
-def test_what_the_exported_model_does_not_have(name: str, value: object) -> None:
-    flags = flags_of(SMLPConfig(architecture="transformer", num_attention_heads=4))
-    assert config_of(flags)
-    with pytest.raises(UsageError, match="has no equal in the Hugging Face model"):
-        config_of({**flags, name: value})
-
-
-@pytest.mark.parametrize(("name", "value"), [("position_embedding_type", "rope"), ("swiglu", True)])
-def test_what_only_an_exported_transformer_has(name: str, value: object) -> None:
-    flags = flags_of(SMLPConfig(architecture="gmlp"))
+def test_what_the_exported_model_does_not_have(model: dict[str, Any], name: str, value: object):
+    flags = flags_of(SMLPConfig(**model))
     assert config_of(flags)
     with pytest.raises(UsageError, match="has no equal in the Hugging Face model"):
         config_of({**flags, name: value})

@@ -21,10 +21,9 @@ TRAINED = (
 )
 
 
-@pytest.mark.parametrize("system", ["transformer", "hash", "smlp_deterministic"])
+@pytest.mark.parametrize("system", ["transformer", "hash", "smlp_deterministic", "minhash"])
 @pytest.mark.usefixtures("in_one_process")
-def test_there_and_back(tmp_path: Path, system: str) -> None:
-    """Every conversion compares the logits of real tokens, and ends with an error otherwise."""
+def test_there_and_back(tmp_path: Path, system: str):
     changes = {"vocab_size": 112, "unpadded_vocab_size": 101, "tiny_attention_width": 64}
     if system == "smlp_deterministic":
         changes["num_feature_experts"] = 2  # which two tensor parallel ranks can share
@@ -50,7 +49,7 @@ def test_there_and_back(tmp_path: Path, system: str) -> None:
     assert_same(before, after)
 
 
-def test_a_run_goes_on_with_its_optimizer(tmp_path: Path) -> None:
+def test_a_run_goes_on_with_its_optimizer(tmp_path: Path):
     """Moments have the same rows, and the padding that training has made unlikely is repeated."""
     words = f"{TRAINED} --make-vocab-size-divisible-by 8 --lr-decay-style constant"
     with pretrained(f"{words} --save {tmp_path / 'run'} --save-interval 2 --lr 1e-1"):

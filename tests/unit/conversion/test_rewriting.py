@@ -1,7 +1,6 @@
 """Checkpoints that are rewritten for another layout go on as if nothing had happened."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,14 +16,14 @@ from megatron_smlp.checkpoints.run_record import read_run_record
 from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
 from megatron_smlp.conversion import convert
 from megatron_smlp.conversion.huggingface import flags_of
-from megatron_smlp.conversion.record import LAYOUT, converted_record
+from megatron_smlp.conversion.record import LAYOUT
 from megatron_smlp.conversion.rewriting import ANY_LAYOUT, check_layout
 from megatron_smlp.errors import UsageError
 
 MODEL = "--architecture transformer --num-attention-heads 4 --log-interval 1"
 
 
-def test_a_rewritten_checkpoint_goes_on_with_its_optimizer(tmp_path: Path) -> None:
+def test_a_rewritten_checkpoint_goes_on_with_its_optimizer(tmp_path: Path):
     save = f"{MODEL} --save {tmp_path / 'run'} --save-interval 2 --lr-decay-style constant"
     with pretrained(f"{save} --log-dir {tmp_path / 'old'}"):
         old = [r["loss"] for r in records(tmp_path / "old") if "loss" in r]
@@ -57,7 +56,7 @@ def test_a_rewritten_checkpoint_goes_on_with_its_optimizer(tmp_path: Path) -> No
         TorchDistCheckpoint(before.folder, iteration=4)
 
 
-def test_optimizer_state_of_one_layout_resumes_and_is_not_rewritten(tmp_path: Path) -> None:
+def test_optimizer_state_of_one_layout_resumes_and_is_not_rewritten(tmp_path: Path):
     words = f"{MODEL} --use-distributed-optimizer --optimizer-checkpoint data_parallel"
     words += f" --lr-decay-style constant --save {tmp_path / 'run'} --save-interval 2"
     with pretrained(f"{words} --log-dir {tmp_path / 'old'}"):
@@ -79,28 +78,6 @@ def test_optimizer_state_of_one_layout_resumes_and_is_not_rewritten(tmp_path: Pa
     assert not any("optimizer" in name for name in TorchDistCheckpoint(tmp_path / "new").all_specs)
 
 
-def test_a_record_keeps_what_still_holds() -> None:
-    """The sizes and the data of the run; nothing that another pipeline would refuse."""
-    interleaved = ["--num-layers-per-virtual-pipeline-stage", "1"]
-    sizes = ["--pipeline-model-parallel-size", "2", "--lr", "0.1"]
-    before = {
-        "command_line": [*interleaved, *sizes, "--padded-vocab-size=128"],
-        "layout": {"pipeline_model_parallel_size": 2, "tensor_model_parallel_size": 8},
-        "given": ["num_layers_per_virtual_pipeline_stage", "lr", "padded_vocab_size"],
-        "data": {"text": "sum"},
-        "flags": {},
-    }
-    common: dict[str, Any] = {"iteration": 2, "is_new_model": False}
-    flags = {"padded_vocab_size": 104}
-    same = converted_record(before, flags, {}, **common)
-    assert same["command_line"] == [*interleaved, *sizes]
-    assert same["layout"]["tensor_model_parallel_size"] == 8
-    assert same["data"] == before["data"]
-    other = converted_record(before, flags, {"pipeline_model_parallel_size": 1}, **common)
-    assert other["command_line"] == [*sizes, "--pipeline-model-parallel-size", "1"]
-    assert other["given"] == ["lr"]
-
-
 @pytest.mark.parametrize(
     ("layout", "words"),
     [
@@ -110,7 +87,7 @@ def test_a_record_keeps_what_still_holds() -> None:
         ((4, 1, 1), "--make-vocab-size-divisible-by"),
     ],
 )
-def test_a_layout_that_does_not_fit_is_refused(layout: tuple[int, ...], words: str) -> None:
+def test_a_layout_that_does_not_fit_is_refused(layout: tuple[int, ...], words: str):
     flags = flags_of(
         make_config("transformer", num_layers=4, vocab_size=126, tiny_attention_width=64)
     )
@@ -118,7 +95,7 @@ def test_a_layout_that_does_not_fit_is_refused(layout: tuple[int, ...], words: s
         check_layout(flags, dict(zip(LAYOUT, layout, strict=True)))
 
 
-def test_the_mean_of_the_last_checkpoints(tmp_path: Path) -> None:
+def test_the_mean_of_the_last_checkpoints(tmp_path: Path):
     """Exported, and as a release, which a training begins with and an evaluation reads."""
     saved, mean, exported = (tmp_path / name for name in ("run", "mean", "exported"))
     with pretrained(f"{MODEL} --lr 1e-2 --save {saved} --save-interval 1"):

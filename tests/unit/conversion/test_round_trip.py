@@ -1,7 +1,5 @@
 """torch_dist <-> Hugging Face: the same logits, the same bits, for every system."""
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +7,13 @@ import pytest
 import torch
 from support.conversions import assert_same, folder_weights, from_hf, run, save_exported, weights
 from support.in_process import pretrained
-from support.language_models import save_tokenizer
-from support.smlp_systems import SYSTEMS, make_ids, make_model
-from transformers import AutoModel, AutoModelForCausalLM
+from support.smlp_systems import SYSTEMS, make_model
+from transformers import AutoModelForCausalLM
 
 from megatron_smlp.checkpoints import integrity
 from megatron_smlp.checkpoints.folders import checkpoint_of
 from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
 from megatron_smlp.conversion import convert
-from megatron_smlp.conversion.huggingface import config_of
-from megatron_smlp.errors import UsageError
 
 TRAINED = (
     "--architecture smlp --num-dense-layers 1 --num-layers 3 --feature-router partial "
@@ -44,11 +39,7 @@ def changed(system: str) -> dict[str, Any]:
     """Some systems with what a conversion could get wrong: untied output, padding, no bias."""
     if "token_router" in SYSTEMS[system]:
         return {"unpadded_vocab_size": 101}
-    changes: dict[str, Any] = {
-        "unpadded_vocab_size": 101,
-        "num_experts": None,
-        "moe_ffn_hidden_size": None,
-    }
+    changes = {"unpadded_vocab_size": 101, "num_experts": None, "moe_ffn_hidden_size": None}
     if system == "transformer":
         changes |= {"tie_word_embeddings": False, "unpadded_vocab_size": 97}
     return changes | ({"add_bias_linear": False} if system == "gmlp" else {})
@@ -56,7 +47,7 @@ def changed(system: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("system", SYSTEMS)
 @pytest.mark.usefixtures("in_one_process")
-def test_to_megatron_and_back(tmp_path: Path, system: str) -> None:
+def test_to_megatron_and_back(tmp_path: Path, system: str):
     model = make_model(system, **changed(system))
     exported = save_exported(model, tmp_path / "hf")
     said = run(from_hf, exported, tmp_path / "run")
@@ -70,7 +61,7 @@ def test_to_megatron_and_back(tmp_path: Path, system: str) -> None:
     assert ours == theirs
 
 
-def test_a_trained_checkpoint_comes_back_bitwise(trained: Path, tmp_path: Path) -> None:
+def test_a_trained_checkpoint_comes_back_bitwise(trained: Path, tmp_path: Path):
     run(convert.torch_dist_to_hf, trained, tmp_path / "hf", shard_limit=20_000)
     run(from_hf, tmp_path / "hf", tmp_path / "again")
     before, after = TorchDistCheckpoint(trained), TorchDistCheckpoint(tmp_path / "again")
@@ -82,8 +73,7 @@ def test_a_trained_checkpoint_comes_back_bitwise(trained: Path, tmp_path: Path) 
     assert not changed
 
 
-def test_prices_of_base_stay_in_fp32(tmp_path: Path) -> None:
-    """In a model of bf16, there and back, and the exported model evaluates by them."""
+def test_prices_of_base_stay_in_fp32(tmp_path: Path):
     with pretrained(f"{BASE} --save {tmp_path / 'run'}"):
         pass
     said = run(convert.torch_dist_to_hf, tmp_path / "run", tmp_path / "hf")
@@ -98,51 +88,3 @@ def test_prices_of_base_stay_in_fp32(tmp_path: Path) -> None:
     assert torch.equal(model.model.get_buffer(name), prices)
     run(from_hf, tmp_path / "hf", tmp_path / "back")
     assert_same(before, weights(TorchDistCheckpoint(tmp_path / "back")))
-
-
-def test_the_checkpoint_that_is_read_is_never_replaced(trained: Path, tmp_path: Path) -> None:
-    """Not by name either, where --load is the run that it is the newest of."""
-    load = tmp_path / "run"
-    shutil.copytree(trained, load)
-    newest = checkpoint_of(load)
-    with pytest.raises(UsageError, match=f"--save {newest} holds --load .* would be deleted"):
-        run(convert.torch_dist_to_hf, load, newest, checks=False, overwrite=True)
-    assert integrity.verify(newest) == []
-
-
-def test_an_exported_folder_is_a_tokenizers_folder_too(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The code beside it is the model's: nobody is asked whether it may run."""
-    asked: list[str] = []
-    monkeypatch.setattr("builtins.input", lambda question="": asked.append(question) or "n")
-    save_tokenizer(tmp_path / "tokenizer")
-    for tokenizer, folder in (("tokenizer", "hf"), ("hf", "again")):
-        changes = {"tokenizer": str(tmp_path / tokenizer), "checks": False}
-        run(convert.torch_dist_to_hf, trained, tmp_path / folder, **changes)
-    assert asked == []
-    first, second = (
-        json.loads((tmp_path / folder / "tokenizer_config.json").read_text())
-        for folder in ("hf", "again")
-    )
-    assert first == second
-    assert not {"local_files_only", "is_local"} & first.keys()
-
-
-@torch.no_grad()
-def test_the_states_of_an_exported_folder(trained: Path, tmp_path: Path) -> None:
-    run(convert.torch_dist_to_hf, trained, tmp_path / "hf", checks=False)
-    ids = make_ids(2, 16) % 100
-    load = {"pretrained_model_name_or_path": tmp_path / "hf", "trust_remote_code": True}
-    states = AutoModel.from_pretrained(**load)(ids).last_hidden_state
-    whole = AutoModelForCausalLM.from_pretrained(**load)(ids, output_hidden_states=True)
-    torch.testing.assert_close(states, whole.hidden_states[-1])
-
-
-@pytest.mark.usefixtures("in_one_process")
-def test_an_exported_model_drops_no_token_in_evaluation(tmp_path: Path) -> None:
-    exported = save_exported(make_model("gshard", moe_eval_capacity_factor=1.0), tmp_path / "hf")
-    run(from_hf, exported, tmp_path / "run", checks=False)
-    flags = TorchDistCheckpoint(tmp_path / "run").flags
-    assert flags["moe_eval_capacity_factor"] == 1
-    assert config_of(flags).moe_eval_capacity_factor is None

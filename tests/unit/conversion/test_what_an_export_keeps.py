@@ -63,7 +63,6 @@ def values_to_try(action: argparse.Action) -> Iterator[list[str]]:
 
 
 def step(model: Any) -> tuple[float, float]:
-    """Loss and squared norm of the gradient of a training step."""
     torch.manual_seed(5)
     tokens = torch.randint(100, (2, 16))
     loss = model.train()(tokens, torch.arange(16).expand(2, 16), None, labels=tokens.roll(-1, 1))
@@ -83,9 +82,7 @@ def imported(args: argparse.Namespace, parse: Callable[..., Any]) -> argparse.Na
 @pytest.mark.slow  # a hundred flags make a model twice
 @pytest.mark.usefixtures("megatron")
 @pytest.mark.parametrize("system", SYSTEMS)
-def test_a_flag_that_changes_a_training_step_comes_back(
-    system: str, parse: Callable[..., Any]
-) -> None:
+def test_a_flag_that_changes_a_training_step_comes_back(system: str, parse: Callable[..., Any]):
     """Or is refused, at the start or by the export."""
     reach = {field.name for field in dataclasses.fields(SMLPTransformerConfig)} | set(MODEL_FLAGS)
     kept, lost = set(), {}
@@ -134,7 +131,7 @@ COEFFICIENTS = {
 
 
 @pytest.mark.parametrize("system", COEFFICIENTS)
-def test_what_was_exported_goes_on_training_as_its_checkpoint(system: str, tmp_path: Path) -> None:
+def test_what_was_exported_goes_on_training_as_its_checkpoint(system: str, tmp_path: Path):
     """--use-checkpoint-args knows the coefficients of its losses, and dropout."""
     base = MINIMAL.replace("--attention-dropout 0 --hidden-dropout 0", "") + "--lr 0.02"
     words = f"{(SYSTEMS | {'llama': MODERN})[system]} {COEFFICIENTS[system]}"
@@ -147,8 +144,7 @@ def test_what_was_exported_goes_on_training_as_its_checkpoint(system: str, tmp_p
         log = tmp_path / f"{name}-log"
         data = TRAINING if name == "again" else base
         with pretrained(
-            f"--load {tmp_path / name} {more} --log-dir {log} --log-interval 1 --lr 0.02",
-            base=data,
+            f"--load {tmp_path / name} {more} --log-dir {log} --log-interval 1 --lr 0.02", base=data
         ):
             lines = [line for line in records(log) if "loss" in line]
         found[name] = [(line["loss"], line["grad_norm"]) for line in lines]
