@@ -7,7 +7,6 @@ from support.deletion import names_in
 
 from megatron_smlp.checkpoints import folders, retention
 from megatron_smlp.checkpoints.folders import MARKER, RUN, TRACKER, iteration_folder
-from megatron_smlp.durable import replace_folder
 
 
 def checkpoint(run: Path, iteration: int, *, whole: bool = True) -> Path:
@@ -26,7 +25,6 @@ def checkpoint(run: Path, iteration: int, *, whole: bool = True) -> Path:
         ("8\n", [8, 6, 4, 2]),
         ("5", [4, 2, 8, 6]),
         ("", [8, 6, 4, 2]),
-        ("garbage", [8, 6, 4, 2]),
         ("\x00\x00", [8, 6, 4, 2]),
         ("²", [8, 6, 4, 2]),  # a digit to str.isdigit, none to int()
         ("9" * 5000, [8, 6, 4, 2]),
@@ -70,25 +68,6 @@ def test_tidying_finishes_what_was_interrupted(tmp_path: Path):
     ]  # fmt: skip
     assert set(names_in(tmp_path)) == {"iter_0000002", "iter_0000004", ".of_the_user"}
     assert folders.tidy(tmp_path / "absent") == []
-
-
-def test_a_replacement_leaves_one_of_both(tmp_path: Path):
-    final = checkpoint(tmp_path, 2)
-    (final / "old").touch()
-    partial = folders.partial_folder(final)
-    with pytest.raises(OSError):  # there is nothing to put in its place
-        replace_folder(partial, final)
-    assert (final / "old").exists()
-    partial.mkdir()
-    (partial / "new").touch()
-    replace_folder(partial, final)
-    assert set(names_in(tmp_path)) == {"iter_0000002"}
-    assert set(names_in(final)) == {"new"}
-
-
-def test_two_saves_of_one_iteration_have_their_own_folders(tmp_path: Path):
-    final = iteration_folder(tmp_path, 2)
-    assert folders.partial_folder(final) != folders.partial_folder(final)
 
 
 class TestRetention:

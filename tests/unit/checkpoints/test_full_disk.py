@@ -20,7 +20,6 @@ Outputs = dict[tuple[str, str], tuple[int, str]]
 
 @pytest.fixture(scope="module")
 def sources(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Make the input of a conversion of each kind."""
     folder = tmp_path_factory.mktemp("sources")
     save_exported(make_model("gmlp", num_experts=None, moe_ffn_hidden_size=None), folder / "hf")
     sizes = {"vocab_size": 400, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 4}
@@ -68,7 +67,7 @@ def output(outputs: Outputs, name: str, how: str = "") -> str:
 
 
 @pytest.mark.parametrize("how", HOW)
-def test_the_run_stops(outputs: Any, how: str) -> None:
+def test_the_run_stops(outputs: Any, how: str):
     said = output(outputs, "stop", how)
     [line] = [line for line in said.splitlines() if line.startswith("error: ")]
     assert "iteration 4 could not be saved to " in line
@@ -77,7 +76,7 @@ def test_the_run_stops(outputs: Any, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", HOW)
-def test_the_run_goes_on(outputs: Any, how: str) -> None:
+def test_the_run_goes_on(outputs: Any, how: str):
     """With its logs on the full disk too, which is said once a file."""
     before, after = output(outputs, "go_on", how).split("no room at all")
     for part in (before, after):
@@ -91,12 +90,11 @@ def test_the_run_goes_on(outputs: Any, how: str) -> None:
 
 
 @pytest.mark.parametrize("name", LOGS)
-def test_a_log_loses_whole_lines_and_says_so_once(outputs: Any, name: str) -> None:
-    said = output(outputs, name)
-    assert said.count("LOST") == 1
+def test_a_log_loses_whole_lines_and_says_so_once(outputs: Any, name: str):
+    assert output(outputs, name).count("LOST") == 1
 
 
-def test_a_run_outlives_its_tensorboard_folder(outputs: Any) -> None:
+def test_a_run_outlives_its_tensorboard_folder(outputs: Any):
     """The thread of TensorBoard may print a traceback of its own when it ends."""
     code, text = outputs["train_with_tensorboard", ""]
     assert code == 0, text
@@ -106,6 +104,6 @@ def test_a_run_outlives_its_tensorboard_folder(outputs: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["hf", "gpt2", "to hf", "torch_dist"])
 @pytest.mark.parametrize("case", ["convert_without_room", "stop_conversions"])
-def test_no_half_output_of_a_conversion(outputs: Any, case: str, kind: str) -> None:
+def test_no_half_output_of_a_conversion(outputs: Any, case: str, kind: str):
     code, text = outputs[case, kind]
     assert code == 0, text

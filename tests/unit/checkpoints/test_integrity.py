@@ -20,34 +20,20 @@ def folder(run: Path) -> Path:
 
 
 def flip(path: Path) -> None:
-    """One bit."""
     data = bytearray(path.read_bytes())
     data[DRAW.randrange(len(data))] ^= 1 << DRAW.randrange(8)
     path.write_bytes(bytes(data))
 
 
 def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: DRAW.randrange(1, path.stat().st_size)])
-
-
-def empty(path: Path) -> None:
-    path.write_bytes(b"")
+    path.write_bytes(path.read_bytes()[: DRAW.randrange(path.stat().st_size)])
 
 
 def zeroes(path: Path) -> None:
-    """Damage a file as some file systems do in a power failure."""
     path.write_bytes(bytes(path.stat().st_size))
 
 
-def scatter(path: Path) -> None:
-    """A few bytes, anywhere."""
-    data = bytearray(path.read_bytes())
-    for _ in range(DRAW.randrange(1, 9)):
-        data[DRAW.randrange(len(data))] ^= DRAW.randrange(1, 256)
-    path.write_bytes(bytes(data))
-
-
-DAMAGES: list[Callable[[Path], None]] = [flip, cut, scatter, empty, zeroes, Path.unlink]
+DAMAGES: list[Callable[[Path], None]] = [flip, cut, zeroes, Path.unlink]
 
 
 def test_a_good_one(folder: Path):
@@ -67,7 +53,6 @@ def test_coreutils_agree(folder: Path):
 
 
 def test_whatever_happens_to_any_file_of_any_checkpoint(run: Path):
-    """Every damage to every file, and a hundred accidents to two at once: each one is named."""
     whole = [sorted(iteration_folder(run, n).iterdir()) for n in (2, 4, 6)]
     accidents = [[(path, damage)] for path in whole[2] for damage in DAMAGES * 3]
     for _ in range(100):
@@ -97,14 +82,11 @@ def test_checksums_cut_at_the_end_of_a_line(folder: Path):
 
 
 def test_without_a_marker_it_is_not_whole(folder: Path):
+    assert verify(folder.with_name("iter_0000008")) == ["the folder is missing"]
     (folder / MARKER).unlink()
     (folder / SUMS).unlink()
     (folder / RUN).touch()
     assert verify(folder) == [f"{SUMS} is missing", f"{MARKER} is missing"]
-
-
-def test_no_folder(tmp_path: Path):
-    assert verify(tmp_path / "iter_0000002") == ["the folder is missing"]
 
 
 class TestWithoutChecksums:
@@ -119,7 +101,7 @@ class TestWithoutChecksums:
     def test_a_good_one(self, foreign: Path):
         assert verify(foreign) == []
 
-    @pytest.mark.parametrize("damage", [cut, empty, Path.unlink])
+    @pytest.mark.parametrize("damage", [cut, Path.unlink])
     @pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
     def test_missing_and_short_files(
         self, foreign: Path, name: str, damage: Callable[[Path], None]

@@ -17,7 +17,6 @@ from megatron_smlp.checkpoints.run_record import read_run_record
 from megatron_smlp.data.pairs.content import content_of
 from megatron_smlp.data.prepare import preprocess_cli
 from megatron_smlp.errors import UsageError
-from megatron_smlp.flags.parse import build_parser, with_absolute_paths
 
 TOKENIZER = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "100"]
 
@@ -40,9 +39,7 @@ def _words(prefix: str, run: Path) -> str:
     return f"{base} {RUN} --split 900,100,0 --save {run}"
 
 
-def test_a_resume_on_other_data_wants_a_flag(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_resume_on_other_data_wants_a_flag(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     prefix, run = _write(tmp_path / "data", seed=1), tmp_path / "run"
     words = _words(prefix, run)
     carry_on(f"{words} --exit-interval 2")
@@ -63,7 +60,7 @@ def test_a_resume_on_other_data_wants_a_flag(
 
 def test_files_named_relatively_are_found_from_another_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+):
     """A checkpoint records them: the data, and a tokenizer's folder."""
     prefix = _write(tmp_path / "data", seed=1)
     (tmp_path / "tokenizer").mkdir()
@@ -79,21 +76,7 @@ def test_files_named_relatively_are_found_from_another_folder(
     assert iterations(tmp_path / "run") == [2, 4, 6]
 
 
-def test_what_is_not_there_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _write(tmp_path / "data", seed=1)
-    (tmp_path / "vocab.json").touch()
-    monkeypatch.chdir(tmp_path)
-    options = build_parser()._option_string_actions
-    words = (
-        "--seed 1 --vocab-file={0}vocab.json --tokenizer-model gpt2 --data-path 0.5 a 0.5 {0}{1} "
-        "--per-split-data-args-path {0}vocab.json"
-    )
-    for name in ("data_text_document", "data_text_document.bin"):
-        found = with_absolute_paths(options, words.format("", name).split())
-        assert found == words.format(f"{tmp_path}/", name).split()
-
-
-def test_a_dataset_cut_short_under_a_run_ends_it_in_one_line(tmp_path: Path) -> None:
+def test_a_dataset_cut_short_under_a_run_ends_it_in_one_line(tmp_path: Path):
     prefix = _write(tmp_path / "data", seed=1)
     words = f"{_words(prefix, tmp_path / 'run')} --train-iters 100000 --num-workers 1"
     process = subprocess.Popen(

@@ -3,7 +3,7 @@
 import dataclasses
 import pickle
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ def cut(rng: random.Random, offsets: tuple[int, ...], sizes: tuple[int, ...]) ->
 
 
 @given(seed=st.integers(0, 10**6), size=st.lists(st.integers(1, 5), min_size=1, max_size=3))
-def test_tiling_is_what_counting_says(seed: int, size: list[int]) -> None:
+def test_tiling_is_what_counting_says(seed: int, size: list[int]):
     rng = random.Random(seed)
     pieces = cut(rng, (0,) * len(size), tuple(size))
     assert tile(pieces, size)
@@ -74,7 +74,7 @@ def test_tiling_is_what_counting_says(seed: int, size: list[int]) -> None:
             assert tile(pieces, size) == covers(pieces, size)
 
 
-def test_corners_of_the_smallest_tensors() -> None:
+def test_corners_of_the_smallest_tensors():
     assert tile([((), ())], ())
     assert not tile([], ())
     assert not tile([((), ()), ((), ())], ())
@@ -83,101 +83,53 @@ def test_corners_of_the_smallest_tensors() -> None:
     assert not tile([((0,), (3,))], (0, 3))
 
 
-def _first_tensor(metadata: Any) -> tuple[str, Any]:
-    return next(
+def lie(metadata: Any, kind: str) -> None:
+    name, entry = next(
         (name, entry)
         for name, entry in metadata.state_dict_metadata.items()
         if not isinstance(entry, BytesStorageMetadata) and len(entry.size) == 2
     )
-
-
-def _halves(metadata: Any, first: int, second: int) -> None:
-    """Two pieces in place of one, of so many rows."""
-    name, entry = _first_tensor(metadata)
+    places = {index: place for index, place in metadata.storage_data.items() if index.fqn == name}
     rows, columns = entry.size
-    chunks = [
-        ChunkStorageMetadata(torch.Size([0, 0]), torch.Size([first, columns])),
-        ChunkStorageMetadata(torch.Size([rows - second, 0]), torch.Size([second, columns])),
-    ]
-    metadata.state_dict_metadata[name] = dataclasses.replace(entry, chunks=chunks)
-    place = next(p for index, p in metadata.storage_data.items() if index.fqn == name)
-    for chunk in chunks:
-        index = type(next(iter(metadata.storage_data)))(name, chunk.offsets)
-        metadata.storage_data[index] = place
+    match kind:
+        case "gap" | "overlap":  # two pieces in place of one
+            ends = [(0, 1 if kind == "gap" else rows), (rows - 1, 1)]
+            entry.chunks[:] = [
+                ChunkStorageMetadata(torch.Size([at, 0]), torch.Size([count, columns]))
+                for at, count in ends
+            ]
+            for chunk in entry.chunks:
+                index = dataclasses.replace(next(iter(places)), offset=chunk.offsets)
+                metadata.storage_data[index] = next(iter(places.values()))
+        case "outside":
+            entry.size = torch.Size([rows - 1, columns])
+        case "nowhere":
+            for index in places:
+                del metadata.storage_data[index]
 
 
-def gap(metadata: Any) -> None:
-    _halves(metadata, 1, 1)
-
-
-def overlap(metadata: Any) -> None:
-    rows = _first_tensor(metadata)[1].size[0]
-    _halves(metadata, rows, 1)
-
-
-def outside(metadata: Any) -> None:
-    name, entry = _first_tensor(metadata)
-    metadata.state_dict_metadata[name] = dataclasses.replace(
-        entry, size=torch.Size([entry.size[0] - 1, entry.size[1]])
-    )
-
-
-def missing(metadata: Any) -> None:
-    name, entry = _first_tensor(metadata)
-    metadata.state_dict_metadata[name] = dataclasses.replace(entry, chunks=[])
-
-
-def negative(metadata: Any) -> None:
-    next(iter(metadata.storage_data.values())).offset = -4
-
-
-def nowhere(metadata: Any) -> None:
-    name = _first_tensor(metadata)[0]
-    for index in [index for index in metadata.storage_data if index.fqn == name]:
-        del metadata.storage_data[index]
-
-
-def of_no_type(metadata: Any) -> None:
-    _first_tensor(metadata)[1].properties.dtype = "float32"
-
-
-def of_text(metadata: Any) -> None:
-    metadata.state_dict_metadata = "text"
-
-
-def described_by_a_list(metadata: Any) -> None:
-    metadata.state_dict_metadata[_first_tensor(metadata)[0]] = [1]
-
-
-LIES: dict[Callable[[Any], None], str] = {
-    gap: "overlap, leave gaps",
-    overlap: "overlap, leave gaps",
-    outside: "lie outside",
-    missing: "leave gaps",
-    negative: "at byte -4",
-    nowhere: "does not say where",
-    of_no_type: "of what type",
-    of_text: "no attribute",
-    described_by_a_list: "describes",
+LIES = {
+    "gap": "overlap, leave gaps",
+    "overlap": "overlap, leave gaps",
+    "outside": "lie outside",
+    "nowhere": "does not say where",
 }
 
 
-@pytest.mark.parametrize("lie", LIES)
-def test_an_index_that_lies_is_refused(run: Path, lie: Callable[[Any], None]) -> None:
+@pytest.mark.parametrize("kind", LIES)
+def test_an_index_that_lies_is_refused(run: Path, kind: str):
     """By the tools; a run takes the same reader, see test_safe_loading.py."""
     path = iteration_folder(run, 6) / ".metadata"
     with path.open("rb") as file:
         metadata = load_metadata(file)
     TorchDistReader(path.parent)
-    lie(metadata)
+    lie(metadata, kind)
     path.write_bytes(pickle.dumps(metadata))
-    with pytest.raises(DamagedCheckpointError, match=LIES[lie]) as error:
+    with pytest.raises(DamagedCheckpointError, match=rf"{path}[^\n]*{LIES[kind]}[^\n]*$"):
         TorchDistReader(path.parent)
-    assert str(path) in str(error.value)
-    assert "\n" not in str(error.value)
 
 
-def test_rows_are_not_read_of_a_piece_that_is_damaged_behind_them(tmp_path: Path) -> None:
+def test_rows_are_not_read_of_a_piece_that_is_damaged_behind_them(tmp_path: Path):
     with TorchDistWriter(tmp_path / "one") as writer:
         writer.add("weight", torch.ones(1000, 1000))
     shard = tmp_path / "one" / "__0_0.distcp"

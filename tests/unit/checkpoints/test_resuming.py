@@ -2,26 +2,17 @@
 
 import json
 import shutil
-import subprocess
 from argparse import Namespace
-from importlib import metadata
 from pathlib import Path
 
 import pytest
 from support import checkpoints
 from support.checkpoints import assert_ends_like, carry_on, flip_a_bit, pretrain
 from support.in_process import pretrained
-from support.launches import REPOSITORY, records, steps
+from support.launches import records, steps
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_smlp import provenance
-from megatron_smlp.checkpoints import resume_checks
-from megatron_smlp.checkpoints.folders import (
-    RUN,
-    iteration_folder,
-    iterations,
-    tracked_iteration,
-)
+from megatron_smlp.checkpoints.folders import RUN, iteration_folder, iterations, tracked_iteration
 from megatron_smlp.checkpoints.run_record import read_run_record
 from megatron_smlp.errors import UsageError
 from megatron_smlp.training.data import _training_samples
@@ -63,31 +54,18 @@ def test_learning_rate_and_batch_may_change_and_are_told(run: Path, capfd: Captu
         "--train-iters 8"
     )
     output = capfd.readouterr().out
-    changed = (
-        "changed since iteration 2: --global-batch-size 2 -> 4, --lr 0.001 -> 0.0005, "
-        "--train-iters 6 -> 8"
-    )
-    assert changed in output
+    changed = "--global-batch-size 2 -> 4, --lr 0.001 -> 0.0005, --train-iters 6 -> 8"
+    assert f"changed since iteration 2: {changed}" in output
     assert iterations(run)[-1] == 8
     lines = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     rates = {line["iteration"]: line["learning_rate"] for line in lines if "learning_rate" in line}
     assert rates[8] < rates[3] <= 5e-4 < rates[2]
 
 
-def test_other_sources_are_told(run: Path, capfd: Capture, monkeypatch: pytest.MonkeyPatch):
-    now = provenance.software()
-    monkeypatch.setattr(resume_checks, "software", lambda: now | {"sources": "other"})
-    carry_on(f"--load {run} --ckpt-step 2 --use-checkpoint-args")
-    commit = f"(commit {now['commit']})"
-    changed = f"sources {now['sources']} {commit} -> sources other {commit}"
-    assert f"changed since iteration 2: {changed}" in capfd.readouterr().out
-
-
 @pytest.mark.parametrize(
     ("before", "after"),
     [
         ("--eval-interval 1 --eval-iters 4", "--eval-interval 2 --eval-iters 1"),
-        ("--eval-interval 1 --eval-iters 2", "--eval-interval 6 --eval-iters 3"),
         ("--global-batch-size 8", "--global-batch-size 2"),
     ],
 )
@@ -137,7 +115,6 @@ def test_evaluations_that_a_killed_run_lacks_are_made_up(run: Path, lost: int):
 
 
 def test_tensorboard_has_each_step_once_after_a_resume(tmp_path: Path):
-    """Killed after step 5, and on from the checkpoint of step 4."""
     run, events = tmp_path / "run", tmp_path / "events"
     words = f"--save {run} --tensorboard-dir {events} --tensorboard-log-interval 1"
     pretrain(f"{words} --exit-interval 4")
@@ -148,40 +125,13 @@ def test_tensorboard_has_each_step_once_after_a_resume(tmp_path: Path):
     assert [(event.step, event.value) for event in scalars] == [(n, 32 * n) for n in range(1, 7)]
 
 
-def test_a_checkpoint_says_what_made_it(run: Path, capfd: Capture):
-    record = read_run_record(iteration_folder(run, 6)) or {}
-    packages = record["software"]["packages"]
-    assert packages["torch"] == metadata.version("torch")
-    assert packages["megatron-core"] == metadata.version("megatron-core")
-    head = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=False
-    ).stdout.strip()
-    commit = record["software"]["commit"]
-    assert commit is None if not head else commit.removesuffix("-dirty") == head[:12]
-    carry_on(f"--load {run} --ckpt-step 4 --use-checkpoint-args --exit-interval 5")
-    first = next(line for line in capfd.readouterr().out.splitlines() if "megatron_smlp" in line)
-    assert first.endswith(f"on Megatron-Core {metadata.version('megatron-core')}")
-    assert commit is None or f"({head[:12]}" in first
-
-
 def test_the_model_may_not_change(run: Path):
     message = r"--seq-length 8 contradicts the checkpoint .* made with 16: give --seq-length 16"
     with pytest.raises(UsageError, match=message):
         carry_on(f"--load {run} --use-checkpoint-args --seq-length 8")
 
 
-def test_another_folder_to_save_in(run: Path, tmp_path: Path):
-    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    carry_on(
-        f"--load {run} --ckpt-step 4 --use-checkpoint-args --save {tmp_path / 'new'} "
-        "--no-mock-data --mock-data --train-samples 12"
-    )
-    assert iterations(tmp_path / "new") == [6]
-    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
-
-
 def test_damaged_flags_are_not_believed(run: Path, capfd: Capture):
-    """Those of the checkpoint that is loaded instead are."""
     flip_a_bit(iteration_folder(run, 6) / RUN)
     carry_on(f"--load {run} --use-checkpoint-args")
     output = capfd.readouterr().out

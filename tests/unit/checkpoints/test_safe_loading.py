@@ -1,18 +1,16 @@
 """A checkpoint that would run code when it is loaded is refused, wherever the code hides."""
 
-import inspect
 import io
+import os
 import pickle
-import shutil
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from support import exploits
-from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_smlp.checkpoints.safe_unpickling import load_metadata
@@ -64,15 +62,6 @@ def test_code_is_refused(place: str, checkpoint: Path, tmp_path: Path):
     assert not proof.exists()
 
 
-def test_who_looks_up_what_is_replaced():
-    """torch reads objects by its planner, and Megatron what all ranks have in common."""
-    from megatron.core.dist_checkpointing import serialization
-
-    assert "planner.load_bytes(" in inspect.getsource(FileSystemReader.read_data.__wrapped__)
-    assert callable(DefaultLoadPlanner.load_bytes)
-    assert "load_common(" in inspect.getsource(serialization.load_common_state_dict)
-
-
 def test_code_in_common_is_refused(tmp_path: Path):
     from megatron.core.dist_checkpointing import serialization
 
@@ -92,25 +81,17 @@ def test_code_in_common_is_refused(tmp_path: Path):
         ("os", "system"),
         ("builtins", "eval"),
         ("torch", "load"),
-        ("torch.serialization", "load"),
         ("torch.distributed.checkpoint.metadata", "os.system"),
-        ("torch.distributed.checkpoint.filesystem", "os.system"),
         ("torch", "serialization.os.system"),
     ],
 )
 def test_no_other_name_gets_through(names: tuple[str, str], tmp_path: Path):
     """Dotted names too, by which a pickle walks from an allowed module to any other."""
-    module, name = names
     path = tmp_path / "pickle"
-    path.write_bytes(
-        b"\x80\x04" + b"".join(pickle_text(word) for word in (module, name)) + b"\x93."
-    )
+    words = b"".join(b"\x8c" + bytes([len(word)]) + word.encode() for word in names)
+    path.write_bytes(b"\x80\x04" + words + b"\x93.")
     with pytest.raises(pickle.UnpicklingError), path.open("rb") as file:
         load_metadata(file)
-
-
-def pickle_text(word: str) -> bytes:
-    return b"\x8c" + bytes([len(word)]) + word.encode()
 
 
 @pytest.mark.parametrize("path", ["../other/__0_0.distcp", "/etc/passwd", ".."])
@@ -123,18 +104,13 @@ def test_files_elsewhere_are_not_read(path: str, checkpoint: Path):
         load(checkpoint)
 
 
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:40])
-
-
-def empty(path: Path) -> None:
-    path.write_bytes(b"")
-
-
-@pytest.mark.parametrize("damage", [truncate, empty, Path.unlink])
+@pytest.mark.parametrize("length", [None, 0, 40])
 @pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
-def test_damage_names_the_file(name: str, damage: Callable[[Path], None], checkpoint: Path):
-    damage(checkpoint / name)
+def test_damage_names_the_file(name: str, length: int | None, checkpoint: Path):
+    if length is None:
+        (checkpoint / name).unlink()
+    else:
+        os.truncate(checkpoint / name, length)
     with pytest.raises(DamagedCheckpointError) as caught:
         load(checkpoint)
     assert f"{checkpoint / name} cannot be read" in str(caught.value)
@@ -154,8 +130,3 @@ def test_a_piece_that_is_not_what_the_index_says(checkpoint: Path, wrong: object
     (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(DamagedCheckpointError, match="a piece of weight is"):
         load(checkpoint)
-
-
-def test_a_checkpoint_may_be_moved(checkpoint: Path, tmp_path: Path):
-    shutil.move(checkpoint, tmp_path / "elsewhere")
-    assert torch.equal(load(tmp_path / "elsewhere")["weight"], torch.arange(6.0))

@@ -31,15 +31,6 @@ def test_a_folder_is_copied_without_weights(tmp_path: Path, original: Path):
     ]
 
 
-def test_two_files_are_copied(tmp_path: Path, original: Path):
-    files = {
-        "vocab_file": str(original / "tokenizer.json"),
-        "merge_file": str(original / "merges.txt"),
-    }
-    found = kept(tmp_path / "run", **files)
-    assert found == [f"{FOLDER}/merges.txt", f"{FOLDER}/tokenizer.json"]
-
-
 def test_the_first_copy_stays_until_a_run_starts_from_scratch(tmp_path: Path, original: Path):
     run = tmp_path / "run"
     kept(run, tokenizer_model=str(original))
