@@ -5,13 +5,14 @@ import json
 import random
 import sys
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from megatron_smlp.data.blending import Blends
 from megatron_smlp.data.prepare.preprocess_cli import build_parser
+from megatron_smlp.data.prepare.preprocessing import Summary
 
 ROOT = Path(__file__).resolve().parents[3]
 PYTHON = sys.executable
@@ -46,6 +47,16 @@ def write_jsonl(path: Path, documents: Sequence[str], key: str = "text") -> Path
 
 
 BYTE_FLAGS = ["--tokenizer-type", "ByteLevelTokenizer"]
+Run = Callable[..., Summary]
+"""The fixture `run`."""
+
+
+def write_pair(
+    run: Run, folder: Path, name: str, texts: Sequence[str], flags: Sequence[object] = BYTE_FLAGS
+) -> str:
+    """Preprocess texts; the prefix of their pair."""
+    run(write_jsonl(folder / f"{name}.jsonl", texts), folder / name, *flags)
+    return str(folder / f"{name}_text_document")
 
 
 def parse(*flags: object) -> argparse.Namespace:

@@ -1,7 +1,7 @@
 """Blend lists that are right, and what is said about those that are not."""
 
-import argparse
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,6 @@ from megatron_smlp.errors import DataError
     ("words", "prefixes", "weights"),
     [
         (["a"], ("a",), None),
-        (["a", "b"], ("a", "b"), None),
         (["a", "b", "c"], ("a", "b", "c"), None),
         (["1", "a"], ("a",), (1.0,)),
         (["0.7", "a", "3e-1", "b"], ("a", "b"), (0.7, 0.3)),
@@ -25,9 +24,7 @@ from megatron_smlp.errors import DataError
         (["1", "a.bin"], ("a",), (1.0,)),
     ],
 )
-def test_good_lists(
-    words: list[str], prefixes: tuple[str, ...], weights: tuple[float, ...] | None
-) -> None:
+def test_good_lists(words: list[str], prefixes: tuple[str, ...], weights: tuple[float, ...] | None):
     assert parse_blend(words, source="--data-path") == Blend(prefixes, weights)
 
 
@@ -42,14 +39,12 @@ def test_good_lists(
         *(([weight, "a", "1", "b"], f"{weight} of 'a'") for weight in ("0", "-1", "nan", "inf")),
     ],
 )
-def test_bad_lists_name_the_entry(words: list[str], entry: str) -> None:
+def test_bad_lists_name_the_entry(words: list[str], entry: str):
     with pytest.raises(DataError, match=f"--data-path.*{entry}"):
         parse_blend(words, source="--data-path")
 
 
-def test_a_dataset_may_have_a_number_for_a_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_dataset_may_have_a_number_for_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     Path("2024.idx").touch()
     assert parse_blend(["0.5", "2024", "0.5", "b"], source="x").prefixes == ("2024", "b")
@@ -57,7 +52,7 @@ def test_a_dataset_may_have_a_number_for_a_name(
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(1e-6, 1e6), st.text("abc/", min_size=1)), min_size=1))
-def test_megatron_reads_good_lists_in_the_same_way(pairs: list[tuple[float, str]]) -> None:
+def test_megatron_reads_good_lists_in_the_same_way(pairs: list[tuple[float, str]]):
     from megatron.core.datasets.utils import get_blend_from_list
 
     for words in ([str(part) for pair in pairs for part in pair], [name for _, name in pairs]):
@@ -66,54 +61,39 @@ def test_megatron_reads_good_lists_in_the_same_way(pairs: list[tuple[float, str]
         assert ours == (list(prefixes), weights)
 
 
-def _args(**flags: object) -> argparse.Namespace:
-    return argparse.Namespace(**flags)
-
-
-def test_flags_and_files(tmp_path: Path) -> None:
+def test_flags_and_files(tmp_path: Path):
     words = tmp_path / "blend.txt"
     words.write_text("0.3 a\n0.7 b\n")
-    assert blends_from_arguments(_args(data_path=["a"])) == Blends(Blend(("a",), None))
-    assert blends_from_arguments(_args(data_args_path=str(words))).whole == Blend(
+    assert blends_from_arguments(Namespace(data_path=["a"])) == Blends(Blend(("a",), None))
+    assert blends_from_arguments(Namespace(data_args_path=str(words))).whole == Blend(
         ("a", "b"), (0.3, 0.7)
     )
-    separate = blends_from_arguments(_args(train_data_path=["1", "a"], valid_data_path=["b"]))
+    separate = blends_from_arguments(Namespace(train_data_path=["1", "a"], valid_data_path=["b"]))
     assert separate.per_split == (Blend(("a",), (1.0,)), Blend(("b",), None), None)
     assert separate.prefixes == ["a", "b"]
     body = tmp_path / "splits.json"
     body.write_text(json.dumps({"train": "1 a 2 b", "valid": ["c"], "test": None}))
-    per_split = blends_from_arguments(_args(per_split_data_args_path=str(body)))
+    per_split = blends_from_arguments(Namespace(per_split_data_args_path=str(body)))
     assert per_split.prefixes == ["a", "b", "c"]
-    assert blends_from_arguments(_args()) == Blends()
-
-
-def test_flags_that_exclude_one_another(tmp_path: Path) -> None:
+    assert blends_from_arguments(Namespace()) == Blends()
     for flags in (
         {"data_path": ["a"], "data_args_path": "f"},
         {"data_path": ["a"], "train_data_path": ["b"]},
         {"train_data_path": ["b"], "per_split_data_args_path": "f"},
     ):
         with pytest.raises(DataError, match="exclude one another"):
-            blends_from_arguments(_args(**flags))
+            blends_from_arguments(Namespace(**flags))
 
 
 @pytest.mark.parametrize(
-    "text",
-    [
-        "{",
-        "[]",
-        '{"train": "a"}',
-        '{"train": "0.5 a b", "valid": "c", "test": null}',
-        '{"train": "a", "valid": 3, "test": null}',
-        '{"train": {"a": 1}, "valid": null, "test": null}',
-    ],
+    "text", ["{", "[]", '{"train": "a"}', '{"train": "a", "valid": 3, "test": null}']
 )
-def test_bad_files(tmp_path: Path, text: str) -> None:
+def test_bad_files(tmp_path: Path, text: str):
     path = tmp_path / "splits.json"
     path.write_text(text)
     with pytest.raises(DataError, match=r"--per-split-data-args-path .*splits\.json"):
-        blends_from_arguments(_args(per_split_data_args_path=str(path)))
+        blends_from_arguments(Namespace(per_split_data_args_path=str(path)))
     (tmp_path / "empty").touch()
     for name in ("none", "empty"):
         with pytest.raises(DataError, match="--data-args-path"):
-            blends_from_arguments(_args(data_args_path=str(tmp_path / name)))
+            blends_from_arguments(Namespace(data_args_path=str(tmp_path / name)))

@@ -1,21 +1,15 @@
 """Two ranks whose sample index takes longer to build than a collective may last."""
 
-import multiprocessing
-import os
-import signal
-import threading
 import time
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-from data_helpers import BYTE_FLAGS, dataset_config, make_documents, write_jsonl
+from data_helpers import Run, dataset_config, make_documents, write_pair
 from support.launches import launch_calls
 
 from megatron_smlp import first_rank
-from megatron_smlp.data.prepare.preprocessing import Summary
 from megatron_smlp.errors import DataError
 
 TIMEOUT, SLOW = 3.0, 5.0
@@ -23,11 +17,8 @@ TIMEOUT, SLOW = 3.0, 5.0
 
 
 @pytest.fixture
-def prefixes(run: Callable[..., Summary], tmp_path: Path) -> list[str]:
-    for name in ("a", "b"):
-        source = write_jsonl(tmp_path / f"{name}.jsonl", make_documents(100))
-        run(source, tmp_path / name, *BYTE_FLAGS)
-    return [str(tmp_path / f"{name}_text_document") for name in ("a", "b")]
+def prefixes(run: Run, tmp_path: Path) -> list[str]:
+    return [write_pair(run, tmp_path, name, make_documents(100)) for name in ("a", "b")]
 
 
 @pytest.mark.parametrize("kind", ["a blend", "slow on the second"])
@@ -103,29 +94,3 @@ def _built(words: list[str], cache: str, rank: int) -> Any:
         rank=rank,
         say=(lambda line: print(line, flush=True)) if rank == 0 else lambda line: None,
     )[0]
-
-
-def test_a_first_rank_that_is_frozen_is_given_up():
-    """Its machine answers nothing, not even that the connection is over."""
-    from torch.distributed import TCPStore
-
-    context = multiprocessing.get_context("spawn")
-    there, here = context.Pipe()
-    keeper = context.Process(target=_keep_a_store, args=(there,))
-    keeper.start()
-    try:
-        store = TCPStore("127.0.0.1", here.recv(), is_master=False)
-        threading.Timer(1.0, os.kill, (keeper.pid, signal.SIGSTOP)).start()
-        with pytest.raises(TimeoutError, match="rank 0 has not answered for 2 s"):
-            first_rank._awaited(store, "never", silence=2.0)
-    finally:
-        keeper.kill()
-        keeper.join()
-
-
-def _keep_a_store(pipe: Any) -> None:
-    from torch.distributed import TCPStore
-
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    pipe.send(store.port)
-    time.sleep(600)

@@ -1,26 +1,23 @@
 """A run killed at any moment goes on where it stopped, and gives the same bytes."""
 
+import contextlib
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-import numpy as np
 import pytest
-from data_helpers import BYTE_FLAGS, PYTHON, ROOT, make_documents, write_jsonl
+from data_helpers import BYTE_FLAGS, PYTHON, ROOT, Run, make_documents, write_jsonl
 
 from megatron_smlp.data.pairs import writer as pair_writer
 from megatron_smlp.data.prepare import output, preprocessing
 from megatron_smlp.data.prepare.output import PartialOutput
-from megatron_smlp.data.prepare.preprocessing import Summary
 from megatron_smlp.errors import DataError
 
-Run = Callable[..., Summary]
 SUFFIXES = ("_text_document.bin", "_text_document.idx", ".rejected.jsonl", ".json")
 
 
@@ -48,17 +45,22 @@ class _KilledError(BaseException):
     """Ends a run without any cleaning up that it would do for an `Exception`."""
 
 
-def _kill_after(monkeypatch: pytest.MonkeyPatch, method: str, calls: int) -> None:
+@contextlib.contextmanager
+def _killed(place: object, method: str, calls: int) -> Iterator[pytest.MonkeyPatch]:
+    """Whoever calls this method once more than so often is killed."""
     left = [calls]
-    original = getattr(PartialOutput, method)
+    original = getattr(place, method)
 
-    def counted(self: PartialOutput, *args: object, **kwargs: object) -> object:
+    def counted(*args: object, **kwargs: object) -> object:
         if left[0] == 0:
             raise _KilledError
         left[0] -= 1
-        return original(self, *args, **kwargs)
+        return original(*args, **kwargs)
 
-    monkeypatch.setattr(PartialOutput, method, counted)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(place, method, counted)
+        with pytest.raises(_KilledError):
+            yield patch
 
 
 STEPS = [("write", 0), ("write", 7), ("commit", 0), ("commit", 7), ("finish", 0), ("publish", 0)]
@@ -67,71 +69,41 @@ STEPS = [("write", 0), ("write", 7), ("commit", 0), ("commit", 7), ("finish", 0)
 @pytest.mark.parametrize(("method", "calls"), STEPS)
 def test_a_run_stopped_at_each_step(
     run: Run, tmp_path: Path, source: Path, method: str, calls: int
-) -> None:
+):
     whole, prefix = tmp_path / "a" / "data", tmp_path / "b" / "data"
     run(source, whole, *FLAGS)
-    with pytest.MonkeyPatch.context() as patch:
-        _kill_after(patch, method, calls)
-        with pytest.raises(_KilledError):
-            run(source, prefix, *FLAGS)
+    with _killed(PartialOutput, method, calls):
+        run(source, prefix, *FLAGS)
     assert not Path(f"{prefix}_text_document.idx").exists()
     run(source, prefix, *FLAGS, "--resume")
     assert _outputs(prefix) == _outputs(whole)
     assert not Path(f"{prefix}.partial").exists()
 
 
-def test_a_commit_before_anything_is_written_again(tmp_path: Path) -> None:
-    """After a resume, in a stretch without documents: what is cut off does not count."""
-    one, dtype = np.ones(1, np.int32), np.dtype("uint16")
-    writer = pair_writer.PairWriter(tmp_path / "0", dtype=dtype)
-    writer.write(one, lengths=one, sequences=one)
-    sizes = writer.commit()
-    writer.write(one, lengths=one, sequences=one)
-    writer.close()
-    writer = pair_writer.PairWriter(tmp_path / "0", dtype=dtype, committed=sizes)
-    assert writer.commit() == sizes == {"bin": 2, "lengths": 4, "sequences": 4}
-    writer.close()
-
-
-def test_a_file_that_is_shorter_than_its_journal(run: Run, tmp_path: Path, source: Path) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        _kill_after(patch, "commit", 3)
-        with pytest.raises(_KilledError):
-            run(source, tmp_path / "data", *FLAGS)
+def test_a_file_that_is_shorter_than_its_journal(run: Run, tmp_path: Path, source: Path):
+    with _killed(PartialOutput, "commit", 3):
+        run(source, tmp_path / "data", *FLAGS)
     (tmp_path / "data.partial" / "rejected.jsonl").write_bytes(b"")
     with pytest.raises(DataError, match=r"rejected\.jsonl is shorter than its journal says"):
         run(source, tmp_path / "data", *FLAGS, "--resume")
 
 
 @pytest.mark.parametrize("calls", range(4))
-def test_a_run_stopped_between_two_names(
-    run: Run, tmp_path: Path, source: Path, calls: int
-) -> None:
+def test_a_run_stopped_between_two_names(run: Run, tmp_path: Path, source: Path, calls: int):
     """Killed while it gives the rejected list, `.bin` and `.idx` their names, or after them."""
     whole, prefix = tmp_path / "a" / "data", tmp_path / "b" / "data"
     run(source, whole, *FLAGS)
-    with pytest.MonkeyPatch.context() as patch:
-        names = [0]
-        original = pair_writer.link_durably
-
-        def link_durably(first: Path, target: Path) -> None:
-            if names[0] == calls:
-                raise _KilledError
-            names[0] += 1
-            original(first, target)
-
-        for module in (pair_writer, output):
-            patch.setattr(module, "link_durably", link_durably)
+    with _killed(pair_writer, "link_durably", calls) as patch:
+        patch.setattr(output, "link_durably", pair_writer.link_durably)
         patch.setattr(output, "remove_locked", _die)
-        with pytest.raises(_KilledError):
-            run(source, prefix, *FLAGS)
+        run(source, prefix, *FLAGS)
     run(source, prefix, *FLAGS, "--resume")
     assert _outputs(prefix) == _outputs(whole)
 
 
 def test_what_a_kill_left_behind_does_not_reach_the_published_files(
     run: Run, tmp_path: Path, source: Path
-) -> None:
+):
     """Killed after the journal is gone, when the folder still has the files by a second name."""
     prefix = tmp_path / "data"
     with pytest.MonkeyPatch.context() as patch:
@@ -141,32 +113,9 @@ def test_what_a_kill_left_behind_does_not_reach_the_published_files(
     assert (tmp_path / "data.partial" / "0.bin").samefile(f"{prefix}_text_document.bin")
     before = _outputs(prefix)
     source.write_text("bad\n" + json.dumps({"text": "another corpus"}))
-    with pytest.MonkeyPatch.context() as patch:
-        _kill_after(patch, "publish", 0)
-        with pytest.raises(_KilledError):
-            run(source, prefix, *FLAGS, "--overwrite")
+    with _killed(PartialOutput, "publish", 0):
+        run(source, prefix, *FLAGS, "--overwrite")
     assert _outputs(prefix) == before
-
-
-def test_a_file_system_that_keeps_what_is_open(
-    run: Run, tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """NFS gives an open file that is deleted another name, and so cannot delete its folder."""
-    open_files = []
-    original = Path.unlink
-
-    def unlink(path: Path, missing_ok: bool = False) -> None:
-        links = list(Path("/proc/self/fd").iterdir())
-        is_open = path in [link.readlink() for link in links if link.is_symlink()]
-        original(path, missing_ok=missing_ok)
-        if is_open and path.parent.name == "data.partial":
-            open_files.append(path.name)
-            (path.parent / ".nfs0001").touch()
-
-    monkeypatch.setattr(Path, "unlink", unlink)
-    run(source, tmp_path / "data", *FLAGS)
-    assert open_files == ["lock"]
-    run(source, tmp_path / "data", *FLAGS, "--overwrite")
 
 
 def _die(_: Path, lock: IO[bytes]) -> None:
@@ -176,11 +125,9 @@ def _die(_: Path, lock: IO[bytes]) -> None:
 
 def test_finished_shards_are_not_encoded_again(
     run: Run, tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        _kill_after(patch, "write", 5)
-        with pytest.raises(_KilledError):
-            run(source, tmp_path / "data", *FLAGS)
+):
+    with _killed(PartialOutput, "write", 5):
+        run(source, tmp_path / "data", *FLAGS)
     journal = json.loads((tmp_path / "data.partial" / "journal.json").read_text())
     assert journal["position"]["line"] > 20
     starts = []
@@ -196,11 +143,9 @@ def test_finished_shards_are_not_encoded_again(
     assert 0 < summary.text_bytes < summary.counts.text_bytes == source.stat().st_size
 
 
-def test_other_flags_or_input_are_refused(run: Run, tmp_path: Path, source: Path) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        _kill_after(patch, "write", 3)
-        with pytest.raises(_KilledError):
-            run(source, tmp_path / "data", *FLAGS)
+def test_other_flags_or_input_are_refused(run: Run, tmp_path: Path, source: Path):
+    with _killed(PartialOutput, "write", 3):
+        run(source, tmp_path / "data", *FLAGS)
     with pytest.raises(DataError, match="other flags, tokenizer files or input"):
         run(source, tmp_path / "data", *FLAGS, "--resume", "--json-keys", "id")
     source.write_text(source.read_text() + '\n{"text": "more"}')
@@ -209,10 +154,16 @@ def test_other_flags_or_input_are_refused(run: Run, tmp_path: Path, source: Path
     run(source, tmp_path / "data", *FLAGS)
 
 
+def test_a_finished_run_whose_pair_is_gone_is_done_again(run: Run, tmp_path: Path, source: Path):
+    run(source, tmp_path / "data", *FLAGS)
+    for path in tmp_path.glob("data_text_document.*"):
+        path.unlink()
+    assert not run(source, tmp_path / "data", *FLAGS, "--resume").already_complete
+    assert (tmp_path / "data_text_document.idx").exists()
+
+
 @pytest.mark.parametrize("change", ["flags", "input", "cut"])
-def test_another_finished_run_is_not_replaced(
-    run: Run, tmp_path: Path, source: Path, change: str
-) -> None:
+def test_another_finished_run_is_not_replaced(run: Run, tmp_path: Path, source: Path, change: str):
     run(source, tmp_path / "data", *FLAGS)
     pair = tmp_path / "data_text_document.bin"
     flags = [*FLAGS, "--vocab-size", 300] if change == "flags" else FLAGS
@@ -231,24 +182,7 @@ def test_another_finished_run_is_not_replaced(
     assert again.counts == done.counts
 
 
-def test_a_tokenizer_of_other_rules_is_another_one(
-    run: Run, tmp_path: Path, tokenizer_folder: Path
-) -> None:
-    """The same vocabulary gives other ids."""
-    folder = shutil.copytree(tokenizer_folder, tmp_path / "tokenizer")
-    flags = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", folder]
-    source = write_jsonl(tmp_path / "source.jsonl", ["Hello"])
-    run(source, tmp_path / "data", *flags)
-    rules = json.loads((folder / "tokenizer.json").read_text())
-    rules["normalizer"] = {"type": "Lowercase"}
-    (folder / "tokenizer.json").write_text(json.dumps(rules))
-    with pytest.raises(DataError, match="of other flags, tokenizer files or input"):
-        run(source, tmp_path / "data", *flags, "--resume")
-
-
-def test_one_bad_record_does_not_cost_the_work_before_it(
-    run: Run, tmp_path: Path, source: Path
-) -> None:
+def test_one_bad_record_does_not_cost_the_work_before_it(run: Run, tmp_path: Path, source: Path):
     good = [line for line in source.read_text(encoding="utf-8").splitlines() if line != "bad"]
     source.write_text("\n".join([*good[:300], "bad", *good[300:]]), encoding="utf-8")
     with pytest.raises(DataError, match=r"shards are kept, --on-error skip --resume goes on"):
@@ -263,39 +197,21 @@ def test_one_bad_record_does_not_cost_the_work_before_it(
 @pytest.mark.parametrize("is_finished", [True, False])
 def test_rejected_records_are_not_resumed_where_none_may_be(
     run: Run, tmp_path: Path, source: Path, is_finished: bool
-) -> None:
-    assert "bad" in source.read_text(encoding="utf-8").splitlines()
-    if is_finished:
+):
+    with contextlib.nullcontext() if is_finished else _killed(PartialOutput, "commit", 7):
         run(source, tmp_path / "data", *FLAGS)
-    else:
-        with pytest.MonkeyPatch.context() as patched:
-            _kill_after(patched, "commit", calls=7)
-            with pytest.raises(_KilledError):
-                run(source, tmp_path / "data", *FLAGS)
     with pytest.raises(DataError, match=r"--resume: \d+ records were rejected \(.*--on-error skip"):
         run(source, tmp_path / "data", *FLAGS, "--on-error", "raise", "--resume")
     run(source, tmp_path / "data", *FLAGS, "--resume")
 
 
-def test_a_finished_run_whose_pair_is_gone_is_done_again(
-    run: Run, tmp_path: Path, source: Path
-) -> None:
-    run(source, tmp_path / "data", *FLAGS)
-    for path in tmp_path.glob("data_text_document.*"):
-        path.unlink()
-    assert not run(source, tmp_path / "data", *FLAGS, "--resume").already_complete
-    assert (tmp_path / "data_text_document.idx").exists()
-
-
-def test_a_pipe_is_not_resumed(run: Run, tmp_path: Path) -> None:
+def test_a_pipe_is_not_resumed(run: Run, tmp_path: Path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(DataError, match=r"--resume: .*pipe cannot be read again; give a file"):
         run(tmp_path / "pipe", tmp_path / "data", *FLAGS, "--resume")
 
 
-def test_the_manifest_of_another_pair_is_not_replaced(
-    run: Run, tmp_path: Path, source: Path
-) -> None:
+def test_the_manifest_of_another_pair_is_not_replaced(run: Run, tmp_path: Path, source: Path):
     run(source, tmp_path / "data", *FLAGS)
     before = (tmp_path / "data.json").read_bytes()
     other = write_jsonl(tmp_path / "titles.jsonl", ["a"], key="title")
@@ -305,7 +221,7 @@ def test_the_manifest_of_another_pair_is_not_replaced(
     assert not (tmp_path / "data.partial").exists()
 
 
-def test_a_corpus_of_the_name_of_the_manifest_is_not_replaced(run: Run, tmp_path: Path) -> None:
+def test_a_corpus_of_the_name_of_the_manifest_is_not_replaced(run: Run, tmp_path: Path):
     source = write_jsonl(tmp_path / "books.json", ["a", "b"])
     before = source.read_bytes()
     with pytest.raises(DataError, match=r"books\.json is there and is not a dataset manifest"):
@@ -313,7 +229,7 @@ def test_a_corpus_of_the_name_of_the_manifest_is_not_replaced(run: Run, tmp_path
     assert source.read_bytes() == before
 
 
-def test_one_prefix_is_written_by_one_run(run: Run, tmp_path: Path, source: Path) -> None:
+def test_one_prefix_is_written_by_one_run(run: Run, tmp_path: Path, source: Path):
     with (
         PartialOutput(str(tmp_path / "data"), keys=("text",), level="document", dtype=None),  # type: ignore[arg-type]
         pytest.raises(DataError, match="another process is writing"),
@@ -321,7 +237,7 @@ def test_one_prefix_is_written_by_one_run(run: Run, tmp_path: Path, source: Path
         run(source, tmp_path / "data", *FLAGS)
 
 
-def test_kill_9_at_random_moments(run: Run, tmp_path: Path, source: Path) -> None:
+def test_kill_9_at_random_moments(run: Run, tmp_path: Path, source: Path):
     """Real processes that kill themselves while they work, until one gets through."""
     source.write_bytes((source.read_bytes() + b"\n") * 6)
     program = tmp_path / "dies.py"

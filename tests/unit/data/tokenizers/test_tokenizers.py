@@ -2,17 +2,16 @@
 
 import argparse
 import base64
-import contextlib
 import json
-import signal
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 from data_helpers import make_documents, megatron_tokenizer, parse
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,18 +20,10 @@ from megatron_smlp.data.prepare import preprocess_cli
 from megatron_smlp.data.prepare.train_tokenizer_cli import train_tokenizer
 from megatron_smlp.data.tokenizers.factory import read_tokenizer
 from megatron_smlp.data.tokenizers.folder import recorded_tokenizer
-from megatron_smlp.data.tokenizers.gigatoken_encoder import GigatokenEncoder, gigatoken_in_place_of
-from megatron_smlp.data.tokenizers.huggingface import (
-    HuggingFaceEncoder,
-    HuggingFaceTokenizer,
-)
-from megatron_smlp.data.tokenizers.spec import (
-    Encoder,
-    Tokenizer,
-    TokenizerSpec,
-)
+from megatron_smlp.data.tokenizers.gigatoken_encoder import GigatokenEncoder
+from megatron_smlp.data.tokenizers.huggingface import HuggingFaceEncoder, HuggingFaceTokenizer
+from megatron_smlp.data.tokenizers.spec import Encoder, Tokenizer, TokenizerSpec
 from megatron_smlp.errors import DataError, UsageError
-from megatron_smlp.program import readable_errors
 
 DOCUMENTS = make_documents(120, seed=9)
 Flags = list[object]
@@ -43,7 +34,7 @@ def resolve(flags: Sequence[object]) -> Tokenizer:
     return read_tokenizer(TokenizerSpec.from_arguments(args))
 
 
-def rows(ids: np.ndarray, lengths: np.ndarray) -> list[list[int]]:  # type: ignore[type-arg]
+def rows(ids: np.ndarray, lengths: np.ndarray) -> list[list[int]]:
     return [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])]
 
 
@@ -98,11 +89,9 @@ def bos_flags(tokenizer_folder: Path, tmp_path: Path) -> Flags:
     """A folder whose template puts ids around each text."""
     folder = tmp_path / "bos"
     folder.mkdir()
-    from tokenizers import Tokenizer, processors
-
-    backend = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
+    backend = tokenizers.Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
     backend.add_special_tokens(["<bos>", "<sep>"])
-    backend.post_processor = processors.TemplateProcessing(
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
         single="<bos> $A <sep>",
         special_tokens=[(name, backend.token_to_id(name)) for name in ("<bos>", "<sep>")],
     )
@@ -133,7 +122,7 @@ def test_ids_are_those_of_megatron(
     tmp_path_factory: pytest.TempPathFactory,
     gpt2_files: tuple[Path, Path],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:
+):
     flags = request.getfixturevalue(kind)
     # Megatron's GPT2BPETokenizer asks for "gpt2", which a folder of that name answers offline.
     working = tmp_path_factory.mktemp("working")
@@ -148,7 +137,7 @@ def test_ids_are_those_of_megatron(
     assert encode(flags, DOCUMENTS) == [list(theirs.tokenize(text)) for text in DOCUMENTS]
 
 
-def test_bytes_and_numbers_are_those_of_megatron() -> None:
+def test_bytes_and_numbers_are_those_of_megatron():
     from megatron.core.tokenizers.text.libraries import ByteLevelTokenizer, NullTokenizer
 
     theirs = ByteLevelTokenizer()
@@ -166,7 +155,7 @@ def test_bytes_and_numbers_are_those_of_megatron() -> None:
 
 def test_one_vocabulary_has_one_identity_in_all_its_files(
     gpt2_flags: Flags, hf_flags: Flags, class_flags: Flags, bos_flags: Flags
-) -> None:
+):
     same = {resolve(flags).identity for flags in (gpt2_flags, hf_flags, class_flags)}
     assert len(same) == 1
     assert resolve(bos_flags).identity not in same
@@ -174,19 +163,15 @@ def test_one_vocabulary_has_one_identity_in_all_its_files(
     assert resolve(["--tokenizer-type", "NullTokenizer", "--vocab-size", 9]).identity is None
 
 
-def test_decoding_gives_the_text_back(
-    gpt2_flags: Flags, hf_flags: Flags, tiktoken_flags: Flags
-) -> None:
+def test_decoding_gives_the_text_back(gpt2_flags: Flags, hf_flags: Flags, tiktoken_flags: Flags):
     for flags in (gpt2_flags, hf_flags, tiktoken_flags, ["--tokenizer-type", "ByteLevelTokenizer"]):
         encoder = resolve(flags).build()
         for text in DOCUMENTS[:20]:
             assert encoder.decode(encoder.encode_batch([text])[0].tolist()) == text
 
 
-@pytest.mark.parametrize("kind", ["hf_flags", "tiktoken_flags", "sentencepiece_flags"])
-def test_decoding_leaves_the_vocabularys_padding_out(
-    kind: str, request: pytest.FixtureRequest
-) -> None:
+@pytest.mark.parametrize("kind", ["hf_flags", "sentencepiece_flags"])
+def test_decoding_leaves_the_vocabularys_padding_out(kind: str, request: pytest.FixtureRequest):
     tokenizer = resolve(request.getfixturevalue(kind))
     encoder = tokenizer.build()
     ids = encoder.encode_batch(["one text"])[0].tolist()
@@ -196,12 +181,9 @@ def test_decoding_leaves_the_vocabularys_padding_out(
 
 @pytest.fixture(scope="module")
 def both_encoders(tokenizer_folder: Path) -> tuple[Encoder, Encoder]:
-    return _both(HuggingFaceTokenizer((tokenizer_folder / "tokenizer.json").read_text(), 0, False))
-
-
-def _both(tokenizer: HuggingFaceTokenizer) -> tuple[Encoder, Encoder]:
-    """The fast and the slow encoder."""
+    """The fast and the slow one."""
     pytest.importorskip("gigatoken")
+    tokenizer = HuggingFaceTokenizer((tokenizer_folder / "tokenizer.json").read_text(), 0, False)
     fast = tokenizer.build()
     assert isinstance(fast, GigatokenEncoder), fast.description
     return fast, HuggingFaceEncoder(tokenizer.tokenizer_json, False)
@@ -211,41 +193,25 @@ def _both(tokenizer: HuggingFaceTokenizer) -> tuple[Encoder, Encoder]:
 @given(texts=st.lists(st.text(max_size=60), min_size=1, max_size=8))
 def test_the_fast_path_gives_the_ids_of_the_slow_one(
     both_encoders: tuple[Encoder, Encoder], texts: list[str]
-) -> None:
+):
     fast, slow = both_encoders
     assert rows(*fast.encode_batch(texts)) == rows(*slow.encode_batch(texts))
 
 
-def test_the_fast_path_of_sentencepiece(tmp_path: Path) -> None:
+def test_the_fast_path_of_sentencepiece(tmp_path: Path):
     pytest.importorskip("gigatoken")
     fast = resolve(sentencepiece_model(tmp_path / "bpe", model_type="bpe"))
     encoder = fast.build()
     assert encoder.description == "gigatoken"
     texts = [*DOCUMENTS, "a <s> b</s>", "<unk>"]
-    assert rows(*encoder.encode_batch(texts)) == rows(*fast.encode_batch(texts))  # type: ignore[attr-defined]
+    assert rows(*encoder.encode_batch(texts)) == rows(*fast.encode_batch(texts))
     slow = resolve(sentencepiece_model(tmp_path / "unigram", model_type="unigram")).build()
     assert slow.description.startswith("sentencepiece (gigatoken does not support it")
 
 
-def test_an_interruption_that_gigatoken_lets_go_ends_the_run(hf_flags: Flags) -> None:
-    """Its native code takes what ends an import of its own for a package that is not there."""
-    pytest.importorskip("gigatoken")
-
-    class Interrupted:
-        def encode_batch(self, texts: object, parallel: bool) -> list[int]:
-            with contextlib.suppress(KeyboardInterrupt):
-                signal.raise_signal(signal.SIGINT)
-            return []
-
-    slow = resolve(hf_flags).build()
-    with pytest.raises(SystemExit) as end, readable_errors("tool"):
-        gigatoken_in_place_of(slow, lambda module: Interrupted(), pieces=[])
-    assert end.value.code == 130
-
-
 def test_without_gigatoken_or_where_it_is_wrong_the_slow_one_is_taken(
     hf_flags: Flags, monkeypatch: pytest.MonkeyPatch
-) -> None:
+):
     pytest.importorskip("gigatoken")
 
     def wrong(self: Any, texts: Sequence[str]) -> Any:
@@ -260,89 +226,63 @@ def test_without_gigatoken_or_where_it_is_wrong_the_slow_one_is_taken(
     assert encoder.description == "tokenizers (pip install gigatoken is faster)"
 
 
-@pytest.mark.parametrize("dummy_prefix", [True, False])
-def test_user_defined_pieces_that_gigatoken_gets_wrong(tmp_path: Path, dummy_prefix: bool) -> None:
-    """It takes what follows one for the start of a text, or drops the space before that."""
+def test_user_defined_pieces_that_gigatoken_gets_wrong(tmp_path: Path):
+    """It takes what follows one for the start of a text."""
     pytest.importorskip("gigatoken")
-    pieces = {"user_defined_symbols": ["<sep>", "[X]"], "add_dummy_prefix": dummy_prefix}
-    tokenizer = resolve(sentencepiece_model(tmp_path / "sp", model_type="bpe", **pieces))
+    pieces = {"user_defined_symbols": ["<sep>", "[X]"], "model_type": "bpe"}
+    tokenizer = resolve(sentencepiece_model(tmp_path / "sp", **pieces))
     texts = ["x<sep>y", "a [X] b", "<sep>[X]"]
     encoder = tokenizer.build()
     assert rows(*encoder.encode_batch(texts)) == [
-        tokenizer.processor.encode_as_ids(text)  # type: ignore[attr-defined]
-        for text in texts
+        tokenizer.processor.encode_as_ids(text) for text in texts
     ]
     assert encoder.description == "sentencepiece (gigatoken gives other ids for this tokenizer)"
 
 
-def test_added_tokens_that_gigatoken_gets_wrong(tokenizer_folder: Path) -> None:
+def test_added_tokens_that_gigatoken_gets_wrong(tokenizer_folder: Path):
     """It finds a whole word within longer ones too; 256 plain tokens are no reason against it."""
     pytest.importorskip("gigatoken")
-    from tokenizers import AddedToken, Tokenizer
-
-    backend = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
+    backend = tokenizers.Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
     backend.add_special_tokens([f"<|reserved_{number}|>" for number in range(256)])
     plain = HuggingFaceTokenizer(backend.to_str(), None, False).build()
     assert plain.description == "gigatoken"
-    backend.add_tokens([AddedToken("foo", single_word=True)])
+    backend.add_tokens([tokenizers.AddedToken("foo", single_word=True)])
     encoder = HuggingFaceTokenizer(backend.to_str(), None, False).build()
     assert rows(*encoder.encode_batch(["food"])) == [backend.encode("food").ids]
     assert encoder.description == "tokenizers (gigatoken gives other ids for this tokenizer)"
 
 
-def test_a_word_level_tokenizer_that_gigatoken_does_not_know(tmp_path: Path) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    backend = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "b": 2}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    encoder = HuggingFaceTokenizer(backend.to_str(), None, False).build()
-    assert encoder.description.startswith("tokenizers (gigatoken")
-    assert rows(*encoder.encode_batch(["a b c"])) == [[1, 2, 0]]
-
-
-def _write(content: str) -> Callable[[Path], Flags]:
-    def write(folder: Path) -> Flags:
-        (folder / "tokenizer.json").write_text(content)
-        (folder / "tokenizer_config.json").write_text(
-            '{"tokenizer_class": "PreTrainedTokenizerFast"}'
-        )
-        return ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", folder]
-
-    return write
-
-
-def _file(name: str, kind: str) -> Callable[[Path], Flags]:
-    def write(folder: Path) -> Flags:
-        (folder / name).write_text("nonsense")
-        return ["--tokenizer-type", kind, "--tokenizer-model", folder / name]
-
-    return write
+GENERIC = '{"tokenizer_class": "PreTrainedTokenizerFast"}'
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("name", "kind", "message"),
     [
-        (_write("{}"), "tokenizer.json is not readable"),
-        (_write("nonsense"), "tokenizer.json is not readable"),
-        (_file("sp.model", "SentencePieceTokenizer"), "is not a SentencePiece model"),
-        (_file("ranks.json", "TikTokenizer"), "holds no tiktoken ranks"),
-        (_file("ranks.tiktoken", "TikTokenizer"), "holds no tiktoken ranks"),
+        ("tokenizer.json", "HuggingFaceTokenizer", "tokenizer.json is not readable"),
+        ("sp.model", "SentencePieceTokenizer", "is not a SentencePiece model"),
+        ("ranks.json", "TikTokenizer", "holds no tiktoken ranks"),
+        ("ranks.tiktoken", "TikTokenizer", "holds no tiktoken ranks"),
     ],
 )
-def test_damaged_files(make: Callable[[Path], Flags], message: str, tmp_path: Path) -> None:
+def test_damaged_files(name: str, kind: str, message: str, tmp_path: Path):
+    (tmp_path / name).write_text("nonsense")
+    (tmp_path / "tokenizer_config.json").write_text(GENERIC)
+    path = tmp_path if kind.startswith("Hugging") else tmp_path / name
     with pytest.raises(DataError, match=message):
-        resolve(make(tmp_path))
+        resolve(["--tokenizer-type", kind, "--tokenizer-model", path])
 
 
-def test_an_end_of_document_that_is_not_there(tmp_path: Path, run: Any, corpus: Path) -> None:
-    from tokenizers import Tokenizer, models
-
-    flags = _write(Tokenizer(models.BPE({"a": 0}, [])).to_str())(tmp_path)
+def test_an_end_of_document_that_is_not_there(tmp_path: Path, run: Any, corpus: Path):
+    (tmp_path / "tokenizer.json").write_text(
+        tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, [])).to_str()
+    )
+    (tmp_path / "tokenizer_config.json").write_text(GENERIC)
+    flags = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tmp_path]
     with pytest.raises(UsageError, match="has no end-of-document token"):
         run(corpus, tmp_path / "data", *flags, "--append-eod")
 
 
-def test_a_tokenizer_learns_from_so_many_bytes(tmp_path: Path) -> None:
+def test_a_tokenizer_learns_from_so_many_bytes(tmp_path: Path):
     """The rest of the corpus changes nothing, also where it lies in the same chunk and text."""
     start = "\u00e4b \u00e4b cd cd " * 20
     learned = []
@@ -366,7 +306,7 @@ def test_a_checkpoint_does_not_say_whom_to_trust():
         assert recorded_tokenizer(recorded, trusts=trusts).trust_remote_code is trusts
 
 
-def test_every_tokenizer_flag_of_megatron_is_known() -> None:
+def test_every_tokenizer_flag_of_megatron_is_known():
     from megatron.training.arguments import _add_tokenizer_args
 
     theirs = _add_tokenizer_args(argparse.ArgumentParser())._option_string_actions
