@@ -57,6 +57,12 @@ def state_of(path: Path, *, runs: Path, **more: Any) -> State:
     )
 
 
+def study_argv(command: str, folder: Path, *more: str) -> list[str]:
+    """Of tools/study.py, on a folder's study, without the data of whoever runs studies here."""
+    places = [f"--{name}={folder / name}" for name in ("runs", "results", "data")]
+    return [command, str(folder / "study.yaml"), *places, *more]
+
+
 def pretend(known: State, loss_of: Callable[[PlannedRun], float]) -> None:
     """End every run of a study with a loss, its curve logged, as if it had been trained."""
     for _ in range(2):  # the learning rates are chosen in between

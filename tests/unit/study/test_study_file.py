@@ -9,7 +9,7 @@ from support.studies import write_study
 
 from megatron_smlp.errors import UsageError
 from megatron_smlp.study.fairness import check_fair
-from megatron_smlp.study.study_file import read_studies, tokens
+from megatron_smlp.study.study_file import read_studies
 from megatron_smlp.study.systems import read_systems
 
 FILES = sorted((REPOSITORY / "studies").glob("*.yaml"))
@@ -26,13 +26,6 @@ def test_every_study_of_the_project_is_fair(path: Path):
 
 
 DESIGN = {"lr": [0.5, 1, 2], "seeds": [1, 2, 3]}
-
-
-@pytest.mark.parametrize(
-    ("text", "number"), [(500000, 500000), ("1.2M", 1200000), ("30K", 30000), ("2B", 2 * 10**9)]
-)
-def test_tokens(text: Any, number: int):
-    assert tokens(text) == number
 
 
 @pytest.mark.parametrize(
@@ -58,11 +51,6 @@ def test_tokens(text: Any, number: int):
 def test_refused(tmp_path: Path, changes: dict[str, Any], message: str):
     with pytest.raises(UsageError, match=message):
         read_studies(write_study(tmp_path, **changes))
-
-
-def test_a_missing_file(tmp_path: Path):
-    with pytest.raises(UsageError, match="no such file"):
-        read_studies(tmp_path / "none.yaml")
 
 
 @pytest.mark.parametrize(

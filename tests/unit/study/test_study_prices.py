@@ -1,17 +1,14 @@
 """A plan's estimate of a study's cost; every command of the paper's studies can start."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pandas
 import pytest
 import yaml
 from support.launches import REPOSITORY
 from support.meta_models import built_parameters, expected_parameters
-from support.studies import pretend, state_of, write_study
+from support.studies import state_of, write_study
 
 from megatron_smlp.accounting.estimate import estimate
 from megatron_smlp.errors import UsageError
@@ -22,7 +19,6 @@ PAPER = ("paper", "paper_large")
 
 
 def planned(path: Path, capsys: pytest.CaptureFixture[str], *more: str) -> list[list[str]]:
-    """Return the words of each line of `plan`."""
     assert main(["plan", str(path), *more]) == 0
     return [line.split() for line in capsys.readouterr().out.splitlines()]
 
@@ -54,54 +50,6 @@ def test_gpu_hours_memory_and_storage(tmp_path: Path, capsys: pytest.CaptureFixt
     path = write_study(tmp_path, cluster=cluster | {"gpus": 3}, fixed=fixed)
     with pytest.raises(UsageError, match="cluster: gpus: 3, transformer: --global-batch-size 8"):
         main(["plan", str(path)])
-
-
-def test_what_memory_leaves_out_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    cluster = {"gpus": 1, "tflops": 1, "utilization": 0.5}
-    path = write_study(tmp_path, cluster=cluster, fixed={"use-torch-fsdp2": True})
-    lines = planned(path, capsys, "--runs", str(tmp_path / "runs"))
-    assert ["not", "counted", "in", "the", "memory:", "--use-torch-fsdp2"] in lines
-
-
-@pytest.mark.parametrize(("fraction", "warns"), [(0.1, False), (0.5, True)])
-def test_a_trial_that_is_mostly_warm_up_is_warned_of(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], fraction: float, warns: bool
-):
-    tuning = {"seed": 1, "horizon": "1M", "lr": [1]}
-    fixed = {"lr-warmup-fraction": fraction}
-    path = write_study(tmp_path, horizons=["1M"], evaluations=1, tuning=tuning, fixed=fixed)
-    assert main(["plan", str(path), "--runs", str(tmp_path / "runs")]) == 0
-    shown = capsys.readouterr().out
-    assert f"{fraction:.0%} of a trial" in shown
-    assert ("WARNING: trials with over 20% of warm-up" in shown) is warns
-
-
-@pytest.mark.usefixtures("undrawn")
-def test_hours_by_the_speed_that_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    path = write_study(tmp_path)
-    known = state_of(path, runs=tmp_path / "runs")
-    words = ["--runs", str(tmp_path / "other"), "--results", str(tmp_path / "results")]
-    lines = planned(path, capsys, *words)
-    assert ["transformer", "n/a", "n/a"] in lines
-    pretend(known, lambda run: 5.0)  # it logs 5,000 tokens/s
-    assert main(["report", str(path), "--runs", str(tmp_path / "runs"), *words[2:]]) == 0
-    runs = pandas.read_csv(tmp_path / "results" / "runs.csv")
-    runs[runs["system"] != "transformer"].to_csv(tmp_path / "results" / "runs.csv", index=False)
-    capsys.readouterr()
-    speed = pandas.DataFrame([
-        {"system": "transformer", "round": 1, "seconds_per_iteration": 1,
-         "tokens_per_second": 100.0, "tflops": 1.0, "gemm_tflops": 2.0,
-         "hardware": "another"}
-    ])  # fmt: skip
-    speed.to_csv(tmp_path / "results" / "speed.csv", index=False)
-    lines = planned(path, capsys, *words)
-    [left] = [words[3] for words in lines if words[:1] == ["transformer"] and len(words) == 5]
-    hours = int(left.replace(",", "")) / 100 / 3600
-    [share] = [words[6] for words in lines if words[:1] == ["evaluation:"]]
-    hours *= 1 + float(share.rstrip("%")) / 100
-    [shown] = [float(words[2]) for words in lines if words[:2] == ["transformer", "100"]]
-    assert shown == pytest.approx(hours, abs=0.08)
-    assert ["switch", "5,000", "0.0"] in lines
 
 
 SYSTEMS = [

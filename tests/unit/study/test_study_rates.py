@@ -85,26 +85,6 @@ def test_intervals_cover_where_curvatures_are_not_quite_the_same():
     assert np.mean(covered) > 0.92
 
 
-def test_equal_deviations_of_systems_are_tested():
-    """As seldom rejected as alpha says, and by three times the deviation of one more often."""
-    rng, p = np.random.default_rng(9), {1: [], 5: []}
-    for _ in range(300):
-        for times, own in p.items():
-            points = sample(TRUTH, rng=rng)
-            points["a"] = [
-                (rate, loss + (times**2 - 1) ** 0.5 * SD * rng.standard_normal())
-                for rate, loss in points["a"]
-            ]
-            own.append(Rates.of(points).p)
-    assert 0.01 < np.mean(np.array(p[1]) < 0.05) < 0.09
-    assert np.mean(np.array(p[5]) < 0.05) > 0.5
-
-
-def test_a_minimum_outside_of_the_rates_is_named():
-    truth = TRUTH | {"e": (1.6, 4.0), "f": (-1.5, 4.0)}
-    assert Rates.of(sample(truth, rng=np.random.default_rng(5))).outside == ["e", "f"]
-
-
 def test_a_run_that_diverged_is_left_out_and_too_few_leave_a_system_unknown():
     points = sample(TRUTH, rng=np.random.default_rng(6))
     points["a"][-1] = (2.0, math.inf)
@@ -115,11 +95,6 @@ def test_a_run_that_diverged_is_left_out_and_too_few_leave_a_system_unknown():
     assert math.isnan(found.best("b"))
     nothing = Rates.of({})
     assert (nothing.mean("a").p, nothing.df) == (1.0, 0)
-
-
-def test_curves_that_bend_down_have_no_minimum():
-    points = {name: [(rate, -(math.log2(rate) ** 2)) for rate in RATES] for name in "ab"}
-    assert Rates.of(points).difference("a", "b").high == math.inf
 
 
 DESIGN = {"lr": list(RATES), "seeds": [21, 22, 23, 24, 25]}

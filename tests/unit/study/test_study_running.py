@@ -1,5 +1,6 @@
 """Workers on runs that are pretended to be trained: what they do where another one is faster."""
 
+import json
 import subprocess
 import sys
 import time
@@ -10,13 +11,13 @@ from typing import Any
 
 import pytest
 from support.living import lives
-from support.studies import state_of, write_metrics, write_study
+from support.studies import state_of, study_argv, write_metrics, write_study
 
 from megatron_smlp.checkpoints.folders import iteration_folder
 from megatron_smlp.checkpoints.save_lease import SaveLease
 from megatron_smlp.errors import UsageError
-from megatron_smlp.lease import Lease, acquire
-from megatron_smlp.study import cli, process, running
+from megatron_smlp.lease import acquire
+from megatron_smlp.study import cli, metrics, process, running
 from megatron_smlp.study.data import StudyData
 from megatron_smlp.study.plan import PlannedRun
 from megatron_smlp.study.running import Worker
@@ -71,24 +72,6 @@ def test_a_worker_makes_every_run_once(known: State, trained: list[Path], tmp_pa
     assert {known.status(run) for run in known.plan().runs} == {DONE}
 
 
-def test_a_run_that_another_worker_ended_is_not_made_again(
-    known: State, trained: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """The other one ends it after this one's plan, and removes the checkpoints of the trial."""
-    first = known.plan().runs[0]
-    take = State.take
-
-    def late(self: State, folder: Path) -> Lease | None:
-        monkeypatch.setattr(State, "take", take)
-        make(known, first, tmp_path)
-        return take(self, folder)
-
-    monkeypatch.setattr(State, "take", late)
-    worker(known, tmp_path).work()
-    assert trained.count(known.folder_of(first)) == 1
-    assert len(trained) == 8
-
-
 def failing(known: State, run: PlannedRun, broken: list[bool]) -> Callable[..., int]:
     """Return a training that ends with 1 for one run while `broken` has something."""
     train = running.run_command
@@ -101,46 +84,11 @@ def failing(known: State, run: PlannedRun, broken: list[bool]) -> Callable[..., 
 
 
 def make(known: State, run: PlannedRun, folder: Path, *, processes: int = 1) -> None:
-    """Make a run as the other worker."""
     lease = known.take(known.folder_of(run))
     assert lease is not None
     with lease, running.Progress(1) as progress:
         one = worker(known, folder, processes=processes)
         one._make(run, lease, known.plan(), progress)
-
-
-def test_a_worker_stays_where_the_last_trial_ends_as_it_looks(
-    known: State, trained: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """Between its try for the last trial and its look at who has it, the other one ends it."""
-    last = known.plan().runs[-1]
-    other = known.take(known.folder_of(last))
-    assert other is not None
-    left, held = [last], State.is_held
-
-    def late(self: State, run: PlannedRun) -> bool:
-        if left and len(trained) == 5:
-            left.clear()
-            with other, running.Progress(1) as progress:
-                worker(known, tmp_path)._make(last, other, known.plan(), progress)
-        return held(self, run)
-
-    monkeypatch.setattr(State, "is_held", late)
-    worker(known, tmp_path).work()
-    assert {run.phase for run in known.plan().runs} == {"tuning", "main"}
-    assert {known.status(run) for run in known.plan().runs} == {DONE}
-
-
-def test_a_worker_goes_on_to_the_next_size_where_others_have_the_rest(
-    known: State, trained: list[Path], tmp_path: Path
-):
-    last = known.plan().runs[-1]
-    other = known.take(known.folder_of(last))
-    assert other is not None
-    with other:
-        worker(known, tmp_path).work(waits=False)
-    assert len(trained) == 5
-    assert known.status(last) == "waiting"
 
 
 def test_a_run_that_a_killed_worker_left_whole_is_not_trained_past_its_end(
@@ -208,36 +156,6 @@ def print_refusal(folder: Path, refusal: UsageError) -> None:
         print("launch: rank 0 on node ended with 2.", file=log)
 
 
-def test_a_training_that_saves_for_ever_is_not_waited_for(
-    known: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-):
-    first, starts = known.plan().runs[0], []
-
-    def refuse(_: object, *, folder: Path, **__: object) -> int:
-        starts.append(folder)
-        print_refusal(folder, UsageError(f"--save x {process.REFUSED} process 7"))
-        return UsageError.exit_code
-
-    monkeypatch.setattr(running, "run_command", refuse)
-    monkeypatch.setattr(running, "LONGEST_SAVE", 0.1)
-    make(known, first, tmp_path)
-    assert known.status(first) == FAILED
-    assert len(starts) > running.ATTEMPTS
-    assert capsys.readouterr().err.count("waiting: transformer") == 1
-
-
-def test_another_error_behind_a_refusal_is_a_failure(
-    known: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    first = known.plan().runs[0]
-    folder = known.folder_of(first)
-    folder.mkdir(parents=True)
-    print_refusal(folder, UsageError(f"--save x {process.REFUSED} process 7"))
-    monkeypatch.setattr(running, "run_command", lambda *_, **__: UsageError.exit_code)
-    make(known, first, tmp_path)
-    assert ended(known, first) == (FAILED, running.ATTEMPTS)
-
-
 def test_a_failed_trial_that_is_tried_again_holds_its_own_system_alone(
     known: State, trained: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -296,45 +214,9 @@ def test_a_branch_that_is_tried_again_goes_on_from_its_trunk(
     assert not known.has_checkpoint(trunk)
 
 
-@pytest.mark.parametrize("fails", [True, False])
-def test_workers_that_retry_try_a_failed_run_once_together(
-    known: State, trained: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
-):
-    """Both were started while it had failed; the second comes to it after the first."""
-    first = known.plan().runs[0]
-    folder, broken, starts = known.folder_of(first), [True], []
-    train = failing(known, first, broken)
-
-    def start(command: Sequence[str], *, folder: Path, **how: Any) -> int:
-        starts.append(folder)
-        return train(command, folder=folder, **how)
-
-    monkeypatch.setattr(running, "run_command", start)
-    worker(known, tmp_path).work()
-    again = known.failures(known.plan())
-    starts.clear()
-    if not fails:
-        broken.clear()
-    for _ in range(2):
-        Worker(state=known, data=StudyData(tmp_path), again=again).work()
-    assert starts.count(folder) == (running.ATTEMPTS if fails else 1)
-    assert known.status(first) == (FAILED if fails else DONE)
-
-
-@pytest.mark.parametrize(
-    ("flag", "value"),
-    [("--processes", "0"), ("--processes", "1.5"), ("--expiry", "9"), ("--expiry", "nan")],
-)
-def test_numbers_that_no_worker_can_work_by_are_refused(flag: str, value: str):
-    """With no expiry two workers would take the same run."""
-    with pytest.raises(UsageError, match=flag):
-        cli.main(["run", "study.yaml", f"{flag}={value}"])
-
-
 def test_a_training_that_is_asked_to_stop_goes_on(
     known: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """As often as it is: each time it has saved, and is further."""
     first = known.plan().runs[0]
     ends = iter((1, 2, 3, first.end))
 
@@ -362,20 +244,18 @@ def test_a_failed_trial_does_not_stop_the_other_systems(
     monkeypatch.setattr(StudyData, "contents", lambda _: {})
     monkeypatch.setattr(StudyData, "check_vocabulary", lambda *_: None)
     monkeypatch.setattr("signal.signal", lambda *_: None)
-    words = [str(tmp_path / "study.yaml"), "--runs", str(tmp_path / "runs")]
-    words += ["--results", str(tmp_path / "results")]
     line = f"failed: {first.title}; runs that wait for that: 1"
     for _ in range(2):
-        assert cli.main(["run", *words]) == 1
+        assert cli.main(study_argv("run", tmp_path)) == 1
         assert f"{line}. See tools/study.py status" in capsys.readouterr().err
     mains = [run for run in known.plan().runs if run.phase == "main"]
     assert [run.system for run in mains] == ["smlp_deterministic"]
     assert known.status(mains[0]) == DONE
-    assert cli.main(["status", *words]) == 0
+    assert cli.main(study_argv("status", tmp_path)) == 0
     assert line in capsys.readouterr().out.splitlines()
     elsewhere = line.replace(first.title, f"{first.title} (not tried again here yet)")
     for runs, words_of_it in (("runs", line), ("none", elsewhere)):
-        assert cli.main(["report", *words, "--runs", str(tmp_path / runs)]) == 0
+        assert cli.main(study_argv("report", tmp_path, "--runs", str(tmp_path / runs))) == 0
         text = (tmp_path / "results" / "report.md").read_text()
         assert f"**Not whole**: 6 of 8 runs are over; {words_of_it}." in text
         assert "smlp_deterministic | 5.000 |" in text
@@ -413,3 +293,13 @@ def test_a_training_ends_with_its_worker(tmp_path: Path):
     while lives(child) and time.monotonic() < end:
         time.sleep(0.05)
     assert not lives(child)
+
+
+def test_the_last_step_is_read_at_the_end_of_a_file(tmp_path: Path):
+    assert metrics.last_step(tmp_path)[0] == 0
+    lines = [{"iteration": number, "loss": 1.0 + number} for number in range(1, 5000)]
+    lines.append({"iteration": 4999, "validation_loss": 2.0})
+    text = "".join(f"{json.dumps(line)}\n" for line in lines) + '{"iteration": 50'
+    (tmp_path / "metrics.jsonl").write_text(text, encoding="utf-8")
+    assert len(text) > 2 * metrics.TAIL_BYTES
+    assert metrics.last_step(tmp_path) == (4999, 5000.0)

@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.launches import REPOSITORY
-from support.studies import SMALL, pretend, write_study
+from support.studies import pretend, study_argv, write_study
 
 from megatron_smlp.errors import UsageError
 from megatron_smlp.study import cli
@@ -44,14 +43,8 @@ def write_sizes(folder: Path, **changes: Any) -> Path:
     return write_study(folder, **{**keys, **changes})
 
 
-def words(path: Path) -> list[str]:
-    folder = path.parent
-    return [str(path), "--runs", str(folder / "runs"), "--results", str(folder / "results"),
-            "--data", str(folder / "none")]  # fmt: skip
-
-
 def states(path: Path) -> list[tuple[State, Results]]:
-    return cli.read_states(cli.build_parser().parse_args(["report", *words(path)]))
+    return cli.read_states(cli.build_parser().parse_args(study_argv("report", path.parent)))
 
 
 GAPS = {"transformer": (0.06, 0.04), "switch": (0.05, 0.05)}
@@ -121,9 +114,7 @@ def test_a_variant_of_the_study_has_the_flags_of_the_size_as_well(tmp_path: Path
     ("sizes", "said"),
     [
         ({"D64": {"vocab-size": 7}}, "sizes: D64: unknown key 'vocab_size'"),
-        ({"D64": {"horizons": ["none"]}}, "sizes: D64: horizons: 'none'"),
         ({"D64": {"systems": ["hash"]}}, "sizes: D64: 'smlp_deterministic' is none of"),
-        ({"D64": 3}, "give `name: keys of the study"),
         ({}, "give `name: keys of the study"),
     ],
 )
@@ -133,7 +124,7 @@ def test_what_a_size_may_not_be(tmp_path: Path, sizes: dict[str, Any], said: str
 
 
 def test_the_report_over_sizes(path: Path, capsys: pytest.CaptureFixture[str]):
-    assert cli.main(["report", *words(path)]) == 0
+    assert cli.main(study_argv("report", path.parent)) == 0
     results = path.parent / "results"
     text = (results / "report.md").read_text(encoding="utf-8")
     assert (results / "differences.png").stat().st_size > 10_000
@@ -163,22 +154,10 @@ def test_a_prediction_is_there_before_its_size_is(path: Path):
     last, _ = states(path)[-1]
     for ending in last.folder.rglob("ended.json"):
         ending.unlink()
-    cli.main(["report", *words(path)])
+    cli.main(study_argv("report", path.parent))
     text = (path.parent / "results" / "report.md").read_text(encoding="utf-8")
     predicted, observed, _, within = cells(text, "D256", "transformer", "0.4M")
     assert (len(numbers(predicted)), observed, within) == (2, "n/a", "not yet")
-
-
-def test_a_study_that_has_begun_has_no_difference_yet(tmp_path: Path):
-    path = write_sizes(tmp_path)
-    for known, _ in states(path)[:1]:
-        pretend(known, loss_of)
-        for run in known.plan().runs:
-            if run.horizon:
-                (known.folder_of(run) / "ended.json").unlink()
-    assert cli.main(["report", *words(path)]) == 0
-    text = (path.parent / "results" / "report.md").read_text(encoding="utf-8")
-    assert set(cells(text, "D64", "64", "switch")) == {"n/a"}
 
 
 def test_equal_time_is_that_of_the_fastest(path: Path):
@@ -192,7 +171,7 @@ def test_equal_time_is_that_of_the_fastest(path: Path):
         for name, tokens in speed.items()
         for number in (1, 2)
     ])  # fmt: skip
-    cli.main(["report", *words(path)])
+    cli.main(study_argv("report", path.parent))
     text = (path.parent / "results" / "report.md").read_text(encoding="utf-8")
     assert cells(text, "D64", "0.4M")[1].split()[0] == "transformer"
     losses = dict(part.rsplit(" ", 1) for part in cells(text, "D64", "0.4M")[1].split("; "))
@@ -213,29 +192,3 @@ def test_a_prediction_covers_what_goes_on_as_it_did():
     # From one doubling two more: d_2 + 2 (d_2 - d_1).
     assert found.mean == pytest.approx(3 * sides[1].mean - 2 * sides[0].mean)
     assert 0.92 < np.mean(covered) < 0.98
-
-
-def test_all_sizes_are_planned_and_no_runs_are_no_report(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    path = write_sizes(tmp_path)
-    assert cli.main(["plan", *words(path)]) == 0
-    said = capsys.readouterr().out
-    assert [line for line in said.splitlines() if line.startswith("== ")] == [
-        "== small-D64", "== small-D128", "== small-D256",
-    ]  # fmt: skip
-    with pytest.raises(UsageError, match="no run of study 'small' is over"):
-        cli.main(["report", *words(path)])
-
-
-def test_the_ladder_is_as_it_was_designed():
-    """Five whole runs at five rates centred by D^-0.8, none of them an epoch of the books."""
-    _, studies = read_studies(REPOSITORY / "studies" / "ladder.yaml")
-    for study in studies:
-        width = study.fixed.get("hidden_size", 256)
-        lr = study.fixed.get("lr", 2e-3)
-        assert lr == pytest.approx(2e-3 * (width / 256) ** -0.8, rel=0.005)
-        assert study.fixed.get("min_lr", 2e-4) == pytest.approx(lr / 10)
-        assert study.horizons == tuple(round(26e6 / 2**n) for n in (3, 2, 1, 0))
-    assert [study.design is None for study in studies] == [False, False, True]
-    assert SMALL["base"].endswith("configs/cpu")

@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pandas
 import pytest
@@ -11,12 +10,8 @@ from support.launches import REPOSITORY
 from support.studies import page_of, pretend, state_of, write_study
 
 from megatron_smlp import provenance
-from megatron_smlp.study import cli, fingerprints, process
-from megatron_smlp.study.data import StudyData
-from megatron_smlp.study.fingerprints import make_fingerprints
 from megatron_smlp.study.made_by import FINGERPRINT_COLUMNS, alike, note
 from megatron_smlp.study.plan import identity_of
-from megatron_smlp.study.results import Results
 from megatron_smlp.study.state import State
 
 MIXER = "megatron_smlp/layers/spatial_gating.py"
@@ -54,7 +49,6 @@ def test_keys_of_committed_results_stay(begun: Path):
 
 
 def table(*lines: tuple[str, str, str, str]) -> pandas.DataFrame:
-    """Of system, sources, machine and fingerprint."""
     columns = ["system", "sources", "machine", "fingerprint"]
     return pandas.DataFrame(lines, columns=columns).reindex(columns=list(FINGERPRINT_COLUMNS))
 
@@ -80,7 +74,6 @@ def known(tmp_path: Path) -> State:
 
 
 def made(known: State, sources: dict[str, str]) -> None:
-    """Note which sources made the runs of some systems."""
     for run in known.plan().runs:
         if run.system in sources:
             made_by = {"commit": f"of-{sources[run.system]}", "sources": sources[run.system]}
@@ -94,18 +87,6 @@ def fingerprinted(folder: Path, *lines: tuple[str, str, str, str]) -> None:
 
 def report(known: State, folder: Path, **how: bool) -> str:
     return page_of(known, folder, **how).text()
-
-
-def words(command: str, folder: Path, *more: str) -> list[str]:
-    own = ["--runs", str(folder / "runs"), "--results", str(folder / "results")]
-    data = ["--data", str(folder / "none")]  # not those of whoever runs studies here
-    return [command, str(folder / "study.yaml"), *own, *data, *more]
-
-
-def test_runs_whose_sources_nobody_noted_are_compared(known: State, tmp_path: Path):
-    text = report(known, tmp_path)
-    assert "Other sources" not in text
-    assert "missing" not in text
 
 
 OTHERS = "3 of switch, of sources new (commit of-new)"
@@ -131,12 +112,6 @@ def test_they_are_compared_where_the_first_steps_are_the_same(
     assert ("| switch | missing |" not in report(known, tmp_path)) == counts
 
 
-def test_a_run_that_two_sources_made_is_of_both(known: State, tmp_path: Path):
-    made(known, dict.fromkeys(known.systems, "old"))
-    made(known, {"switch": "new"})
-    assert "3 of switch, of sources old new (commit of-old of-new)" in report(known, tmp_path)
-
-
 def test_a_branch_is_of_the_sources_of_its_trunk_too(tmp_path: Path):
     known = state_of(write_study(tmp_path), runs=tmp_path / "runs")
     pretend(known, lambda run: 5.0 + run.seed / 100)
@@ -146,65 +121,3 @@ def test_a_branch_is_of_the_sources_of_its_trunk_too(tmp_path: Path):
     text = report(known, tmp_path)
     assert "1 of transformer, of sources old new" in text
     assert "4 of transformer, of sources old (commit of-old)" in text  # which go on from it
-
-
-def test_plan_says_what_others_made(
-    known: State, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    now = process.made_by_next(1)["sources"]
-    made(known, {"switch": "old", "transformer": str(now)})
-    for fingerprint, said in (
-        (None, "not compared"), ("2", "the first steps differ"),
-        ("1", "the first steps are the same, to the bit"),
-    ):  # fmt: skip
-        if fingerprint:
-            shutil.rmtree(tmp_path / "results", ignore_errors=True)
-            lines = [("switch", "old", "cpu", "1"), ("switch", str(now), "cpu", fingerprint)]
-            fingerprinted(tmp_path, *lines)
-        assert cli.main(words("plan", tmp_path)) == 0
-        output = capsys.readouterr().out
-        assert "by which sources is not known of 3 runs that are over" in output
-        assert (
-            f"3 runs of switch that are over are of sources old (commit of-old), not of {now}: "
-            in output
-        )
-        assert output.count(said) == 1
-        assert "runs of transformer that" not in output
-
-
-def test_fingerprints_are_made_where_something_is_to_be_told(
-    known: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """Of a system that known sources trained, and of one that is to be trained; once a state."""
-    trained: list[str] = []
-    loss = [5.0]
-
-    def train(_: object, *, folder: Path, **__: Any) -> int:
-        trained.append(folder.parent.name)
-        line = {"iteration": 1, "loss": loss[0], "grad_norm": 1.0}
-        (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
-        return 0
-
-    def make(sources: str) -> set[str]:
-        trained.clear()
-        monkeypatch.setattr(
-            fingerprints, "made_by_next", lambda _: {"commit": "x", "sources": sources}
-        )
-        results = Results(tmp_path / "results")
-        make_fingerprints(known, StudyData(tmp_path), results, processes=1)
-        results.collect(known)
-        return {*trained}
-
-    monkeypatch.setattr(process, "run_command", train)
-    monkeypatch.setattr(StudyData, "flags", [])
-    made(known, {"switch": "old"})
-    first = next(run for run in known.plan().runs if run.system == "transformer")
-    shutil.rmtree(known.folder_of(first))
-    assert make("old") == {"transformer", "switch"}
-    assert make("same") == {"transformer", "switch"}
-    assert make("same") == set()
-    loss[0] = 5.0000001
-    assert make("other") == {"transformer", "switch"}
-    found = pandas.read_csv(tmp_path / "results" / "fingerprints.csv")
-    assert alike(found, "transformer", "old") == {"old", "same"}
-    assert alike(found, "switch", "other") == {"other"}

@@ -1,26 +1,16 @@
 """Quiet timings: rounds, their file, the machine's name, and what they decide."""
 
-import argparse
-import itertools
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 import yaml
-from support.studies import (
-    claims_and_text,
-    loss_of,
-    pretend,
-    state_of,
-    write_study,
-)
+from support.studies import claims_and_text, loss_of, pretend, state_of, write_study
 
 from megatron_smlp.errors import UsageError
-from megatron_smlp.study import cli, gemm, process, speed
 from megatron_smlp.study import hardware as hardware_module
+from megatron_smlp.study import process, speed
 from megatron_smlp.study.data import StudyData
 from megatron_smlp.study.hardware import hardware
 from megatron_smlp.study.results import Results
@@ -30,7 +20,7 @@ from megatron_smlp.study.state import State
 def timing(steps: dict[str, list[float]], gemm: list[float]) -> list[dict[str, object]]:
     """Lines of speed.csv, of each system's seconds a step by round."""
     return [
-        {"system": name, "round": number, "seconds_per_iteration": step,
+        {"system": name, "round": number + 1, "seconds_per_iteration": step,
          "tokens_per_second": 2048 / step, "tflops": 0.1, "gemm_tflops": gemm[number],
          "processes": 1, "threads": 1, "steps": 40}
         for name, own in steps.items()
@@ -38,12 +28,18 @@ def timing(steps: dict[str, list[float]], gemm: list[float]) -> list[dict[str, o
     ]  # fmt: skip
 
 
-def test_time_is_tokens_times_step_time(known: State, tmp_path: Path):
+def timed(
+    known: State, folder: Path, own: list[float], others: list[float], gemm: list[float]
+) -> tuple[dict[str, dict], str]:
+    """The report of a study whose subject takes other times than its rivals."""
     pretend(known, loss_of)
-    slow, fast = [1.01, 1.02, 1.03], [0.51, 0.5, 0.52]
-    steps = {"transformer": slow, "switch": slow, "smlp_deterministic": fast}
-    Results(tmp_path / "results").add_speed(timing(steps, [0.4] * 3))
-    claims, text = claims_and_text(known, tmp_path)
+    steps = {"transformer": others, "switch": others, "smlp_deterministic": own}
+    Results(folder / "results").add_speed(timing(steps, gemm))
+    return claims_and_text(known, folder)
+
+
+def test_time_is_tokens_times_step_time(known: State, tmp_path: Path):
+    claims, text = timed(known, tmp_path, [0.51, 0.5, 0.52], [1.01, 1.02, 1.03], [0.4] * 3)
     assert (claims["C2"]["verdict"], claims["C3"]["verdict"]) == ("confirmed", "confirmed")
     costs = known.systems["smlp_deterministic"].costs
     numbers = [f"{costs[name]:,}" for name in ("total_parameters", "active_parameters")]
@@ -58,11 +54,7 @@ def test_time_is_tokens_times_step_time(known: State, tmp_path: Path):
 
 def test_a_time_is_as_uncertain_as_its_timing(known: State, tmp_path: Path):
     """The seeds need a sixth fewer tokens, nearly alike; the rounds are far apart."""
-    pretend(known, loss_of)
-    others = [1.0] * 4
-    steps = {"transformer": others, "switch": others, "smlp_deterministic": [0.7, 1.1, 0.75, 1.2]}
-    Results(tmp_path / "results").add_speed(timing(steps, [0.4] * 4))
-    claims = claims_and_text(known, tmp_path)[0]
+    claims, _ = timed(known, tmp_path, [0.7, 1.1, 0.75, 1.2], [1.0] * 4, [0.4] * 4)
     found = claims["C2"]["comparisons"][0]["found"]
     assert found["low"] < 0.75
     assert found["high"] > 1
@@ -70,12 +62,8 @@ def test_a_time_is_as_uncertain_as_its_timing(known: State, tmp_path: Path):
 
 
 def test_rounds_with_a_slow_product_do_not_count(known: State, tmp_path: Path):
-    pretend(known, loss_of)
-    others = [1.0, 9.0, 1.0, 1.0]
-    steps = {"transformer": others, "switch": others, "smlp_deterministic": [0.5] * 4}
-    # More than half of them slow, so that the median would be.
-    Results(tmp_path / "results").add_speed(timing(steps, [0.4, 0.2, 0.4, 0.41]))
-    claims, text = claims_and_text(known, tmp_path)
+    gemm = [0.4, 0.2, 0.4, 0.41]
+    claims, text = timed(known, tmp_path, [0.5] * 4, [1.0, 9.0, 1.0, 1.0], gemm)
     found = claims["C3"]["comparisons"][0]["found"]
     assert (found["mean"], found["n"]) == (pytest.approx(0.5), 3)
     assert "Of 12 timings 3 are left out: that product, just before, had less than 75%" in text
@@ -86,13 +74,8 @@ def test_rounds_with_a_slow_product_do_not_count(known: State, tmp_path: Path):
 def test_a_bound_confirms_and_never_refutes(tmp_path: Path, step: float, ended: str):
     """At one horizon the step time is all that is known; tokens would have been fewer."""
     known = state_of(write_study(tmp_path, horizons=["200K"]), runs=tmp_path / "runs")
-    pretend(known, loss_of)
     others = [1.01, 1.0, 1.02]
-    steps = {
-        "transformer": others, "switch": others, "smlp_deterministic": [step * x for x in others],
-    }  # fmt: skip
-    Results(tmp_path / "results").add_speed(timing(steps, [0.4] * 3))
-    claims, _ = claims_and_text(known, tmp_path)
+    claims, _ = timed(known, tmp_path, [step * x for x in others], others, [0.4] * 3)
     [comparison] = claims["C2"]["comparisons"]
     assert claims["C2"]["verdict"] == comparison["verdict"] == ended
     assert comparison["is_bound"]
@@ -100,70 +83,16 @@ def test_a_bound_confirms_and_never_refutes(tmp_path: Path, step: float, ended: 
     assert comparison["found"]["high"] == pytest.approx(step, rel=0.05)
 
 
-def test_a_timing_that_is_stopped_keeps_its_rounds(
-    known: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    timings = itertools.count(1)
-
-    def timed(*_: object, **__: object) -> dict[str, float]:
-        if next(timings) > 2 * len(known.systems) - 1:
-            raise KeyboardInterrupt
-        return {"seconds_per_iteration": 1.0, "tokens_per_second": 2048.0, "tflops": 0.1}
-
-    monkeypatch.setattr(speed, "_time", timed)
-    monkeypatch.setattr(speed, "_product", lambda _: {"gemm_tflops": 0.4, "threads": 3})
-    args = argparse.Namespace(data=tmp_path, processes=2)
-    with pytest.raises(KeyboardInterrupt):
-        cli._time(args, known, Results(tmp_path / "results"))
-    kept = Results(tmp_path / "results").speed
-    assert (set(kept["processes"]), set(kept["threads"])) == ({2}, {3})
-    assert set(kept["steps"]) == {known.study.speed.steps}
-    assert list(kept["round"]) == [1] * len(known.systems)
-    assert set(kept["system"]) == set(known.systems)
-
-
-def test_a_timing_beside_a_worker_is_warned_of(
-    known: State, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-):
-    """Of the study or another one beside it; on another machine it disturbs nothing."""
-    monkeypatch.setattr(speed, "_product", lambda _: {"gemm_tflops": 0.4, "threads": 1})
-    monkeypatch.setattr(speed, "_time", lambda *_, **__: {"seconds_per_iteration": 1.0})
-    run = known.folder.parent / "other" / "gmlp" / "lr1" / "11-0"
-    timings = speed.time_systems(known, StudyData(known.folder), processes=1)
-    lease = known.take(run)
-    assert lease is not None
-    with lease:
-        next(timings)
-        words = f"warning: round 1 of 5: the machine is not quiet, workers train {run}\n"
-        assert words in capsys.readouterr().err
-        with monkeypatch.context() as patch:
-            patch.setattr("socket.gethostname", lambda: "elsewhere")
-            next(timings)
-        assert "quiet" not in capsys.readouterr().err
-    next(timings)
-    assert "quiet" not in capsys.readouterr().err
-
-
-def test_a_repeated_timing_adds_rounds(tmp_path: Path):
-    for step, rounds in ((1.0, 3), (2.0, 2)):
-        results = Results(tmp_path)
-        for count in range(1, rounds + 1):  # round by round, as the command writes them
-            lines = timing({"switch": [step] * count}, [0.4] * count)
-            results.add_speed([line | {"round": line["round"] + 1} for line in lines])
-    found = Results(tmp_path).speed
-    assert list(found["round"]) == [1, 2, 3, 4, 5]
-    assert list(found["seconds_per_iteration"]) == [1.0, 1.0, 1.0, 2.0, 2.0]
-    assert set(found["hardware"]) == {hardware()}
-
-
 @pytest.mark.parametrize(
-    "changed", [{"processes": 2}, {"threads": 2}, {"steps": 20}, {"hardware": "another"}]
+    "changed", [{}, {"processes": 2}, {"threads": 2}, {"steps": 20}, {"hardware": "another"}]
 )
-def test_rounds_of_another_kind_are_not_put_together(tmp_path: Path, changed: dict[str, Any]):
+def test_rounds_of_one_kind_are_put_together(tmp_path: Path, changed: dict[str, Any]):
     Results(tmp_path).add_speed(timing({"switch": [3.0, 3.0]}, [0.4] * 2))
     Results(tmp_path).speed.assign(**changed).to_csv(tmp_path / "speed.csv", index=False)
     Results(tmp_path).add_speed(timing({"switch": [1.0]}, [0.4]))
-    assert list(Results(tmp_path).speed["seconds_per_iteration"]) == [1.0]
+    found = Results(tmp_path).speed
+    assert list(found["seconds_per_iteration"]) == ([1.0] if changed else [3.0, 3.0, 1.0])
+    assert len(set(found["round"])) == len(found)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +119,6 @@ def test_a_machine_is_named_by_its_gpus_too(
 def test_a_timing_is_the_fastest_of_the_later_half(
     known: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Whatever the first steps take, and others for most of the time; an evaluation is no step."""
     steps = [1.0, 8.0, 7.0, 6.0, 1.5, 50.0, 1.2, 9.0, 1.3]
 
     def trained(command: list[str], *, folder: Path, **_: object) -> int:
@@ -216,16 +144,3 @@ def test_a_timing_is_the_fastest_of_the_later_half(
     monkeypatch.setattr(process, "run_command", lambda *_, **__: 1)
     with pytest.raises(UsageError, match=r"timing transformer failed \(1\)"):
         speed._time(known, system, data, processes=1)
-
-
-def test_a_product_is_timed_in_tflops(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    """2 * 64 ** 3 operations, in 2 s at the fastest."""
-    seconds = itertools.chain.from_iterable((0.0, float(last)) for last in (9, 8, 2, 7, 6, 5, 4))
-    monkeypatch.setattr(gemm, "SIZE", {"cpu": 64, "cuda": 64})
-    monkeypatch.setattr(gemm, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
-    gemm.main("bfloat16")
-    speed_of_it, threads = capsys.readouterr().out.split()
-    assert float(speed_of_it) == pytest.approx(2 * 64**3 / 2 / 1e12)
-    assert int(threads) == torch.get_num_threads()

@@ -80,8 +80,3 @@ def test_a_run_that_diverged_or_is_missing_leaves_its_own_pairs_unknown():
         one = found.difference("c", name)
         assert (one.low, one.high, one.p) == (-math.inf, math.inf, 1.0)
     assert (found.df, found.difference("c", "d").p < 1) == (4, True)
-
-
-def test_seeds_that_end_alike_to_the_last_digit():
-    found = Spread.of({"a": [4.0] * 3, "b": [4.1] * 3}).difference("a", "b")
-    assert (found.low, found.high, found.p) == pytest.approx((-0.1, -0.1, 0.0))

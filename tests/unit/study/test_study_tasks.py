@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas
 import pytest
-from support.studies import NOISE, claims_and_text, loss_of, pretend, state_of, write_study
+from support.studies import NOISE, claims_and_text, loss_of, pretend, study_argv
 
 from megatron_smlp.study import cli
 from megatron_smlp.study.final import what_is_missing
@@ -15,13 +15,6 @@ from megatron_smlp.study.results import Results
 from megatron_smlp.study.sections import document_lines
 from megatron_smlp.study.state import State
 from megatron_smlp.study.tables import Tables
-
-
-def report(known: State, folder: Path) -> None:
-    """Write the report by the command."""
-    words = ["--runs", str(folder / "runs"), "--results", str(folder / "results")]
-    words += ["--data", str(folder / "none")]  # not those of whoever runs studies here
-    assert cli.main(["report", str(folder / "study.yaml"), *words]) == 0
 
 
 def test_what_was_looked_at_is_not_looked_at_again(tmp_path: Path):
@@ -60,7 +53,7 @@ def test_what_final_checkpoints_were_found_to_do(known: State, tmp_path: Path):
                 common | {"kind": kind, "label": label, "value": value, "count": 100}
                 for kind, label, value in numbers
             ])  # fmt: skip
-    report(known, tmp_path)
+    assert cli.main(study_argv("report", tmp_path)) == 0
     claims, text = claims_and_text(known, tmp_path)
     assert claims["C4"]["verdict"] == "confirmed"
     [comparison] = claims["C4"]["comparisons"]
@@ -130,35 +123,3 @@ def test_few_questions_decide_nothing_however_the_seeds_agree(known: State, tmp_
     half = 1.96 * 5 * 2**0.5
     assert comparison["found"]["high"] == pytest.approx(-5 + half, rel=0.01)
     assert claims["C4"]["verdict"] == "undecided"
-
-
-def test_a_rival_that_was_not_scored_leaves_tasks_undecided(tmp_path: Path):
-    """GShard's scores are lower by far, and those of Switch, HASH and one of BASE are not there."""
-    systems = ["switch", "gshard", "base", "hash", "smlp_deterministic"]
-    known = state_of(write_study(tmp_path, systems=systems), runs=tmp_path / "runs")
-    pretend(known, loss_of)
-    tasks = {
-        "smlp_deterministic": ["copa", "piqa"], "gshard": ["copa"], "base": ["copa", "piqa"],
-    }  # fmt: skip
-    Results(tmp_path / "results").add_evaluations([
-        {"key": run.key, "system": run.system, "seed": run.seed, "kind": "task", "label": task,
-         "value": 0.5 + NOISE[run.seed] + (task == "piqa") * 0.2
-         + (run.system == "smlp_deterministic") * (0.1 + 2 * NOISE[run.seed])}
-        for run in known.plan().runs
-        for task in tasks.get(run.system, ())
-        if run.horizon == known.study.longest and (run.system, run.seed) != ("base", 12)
-    ])  # fmt: skip
-    claims, text = claims_and_text(known, tmp_path)
-    found = {each["other"]: each["found"] for each in claims["C4"]["comparisons"]}
-    counts = {name: each["n"] for name, each in found.items()}
-    assert counts == {"switch": 0, "gshard": 3, "base": 2, "hash": 0}
-    assert found["gshard"]["mean"] == pytest.approx(-10, abs=0.1)  # by the task that both have
-    assert claims["C4"]["verdict"] == "undecided"
-    assert claims["C4"]["notes"] == [
-        "of copa, piqa",
-        "switch: seed 11, 12, 13 lacks copa, piqa",
-        "gshard: seed 11, 12, 13 lacks piqa",
-        "base: seed 12 lacks copa, piqa",
-        "hash: seed 11, 12, 13 lacks copa, piqa",
-    ]
-    assert "gshard: seed 11, 12, 13 lacks piqa" in text
