@@ -1,11 +1,8 @@
 """tools/generate.py: prompts of all three kinds, both kinds of models, position T, bad input."""
 
-from __future__ import annotations
-
 import io
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -24,7 +21,6 @@ from megatron_smlp.generation.language_model import LanguageModel, load
 from megatron_smlp.serving.answers import Answer
 from megatron_smlp.serving.sampling import Token
 
-ROOT = Path(__file__).parents[3]
 TRAINED = (
     "--architecture smlp --num-dense-layers 1 --num-layers 3 --feature-router deterministic "
     "--num-feature-experts 2 --num-experts 4 --token-router base --bf16"
@@ -40,7 +36,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of a run whose tokens are numbers."""
     made: Path = tmp_path_factory.mktemp("trained")
     with pretrained(f"{TRAINED} --save {made}"):
         return made
@@ -53,7 +48,7 @@ def lines(words: list[str], capsys: pytest.CaptureFixture[str]) -> list[str]:
 
 def test_a_checkpoint_says_what_its_export_says(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+):
     run(convert.torch_dist_to_hf, trained, tmp_path / "hf")
     numbers = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "100"]
     models = (["--checkpoint", str(trained)], ["--hf", str(tmp_path / "hf"), *numbers])
@@ -72,7 +67,7 @@ def test_a_checkpoint_says_what_its_export_says(
 
 def test_a_file_of_prompts_equals_one_by_one(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+):
     """Different lengths together; the last prompt ends at position T and stops no other."""
     prompts = ["a", "the files are", "", "nine words ", "x" * (LONGEST - 3)]
     path = tmp_path / "prompts.txt"
@@ -93,7 +88,7 @@ def test_a_file_of_prompts_equals_one_by_one(
 
 def test_every_end_that_the_folder_names_ends_a_text_and_nothing_else_of_it_counts(
     folder: Path, tmp_path: Path
-) -> None:
+):
     def loaded(folder: Path) -> LanguageModel:
         return load(cli.build_parser().parse_args(["--hf", str(folder)]))
 
@@ -113,9 +108,7 @@ def test_every_end_that_the_folder_names_ends_a_text_and_nothing_else_of_it_coun
     assert [answer.push(Token(number, None, None)) for number in (new[0], end)] == [False, True]
 
 
-def test_it_stops_at_position_t_and_says_so(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_it_stops_at_position_t_and_says_so(folder: Path, capsys: pytest.CaptureFixture[str]):
     prompt = "y" * (LONGEST - 4)
     model = ["--hf", str(folder), *GREEDY, "--prompt", prompt]
     cli.main([*model, "--max-new-tokens", "4"])
@@ -128,9 +121,7 @@ def test_it_stops_at_position_t_and_says_so(
     assert "after 4 new tokens" in stopped.err
 
 
-def test_a_seed_repeats_and_samples_differ(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_seed_repeats_and_samples_differ(folder: Path, capsys: pytest.CaptureFixture[str]):
     model = ["--hf", str(folder), "--prompt", "a b", "--num-samples", "3", "--temperature", "2"]
     texts = []
     for seed in ("1", "1", "2"):
@@ -141,12 +132,9 @@ def test_a_seed_repeats_and_samples_differ(
     assert len(set(texts[0].splitlines())) > 1
 
 
-def test_beams_are_those_of_transformers(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words, prompt = (
-        ["--hf", str(folder), "--max-new-tokens", "6", *GREEDY],
-        ["--prompt", "the file"],
-    )
-    found = lines([*words, *prompt, "--num-beams", "3", "--num-samples", "2"], capsys)
+def test_beams_are_those_of_transformers(folder: Path, capsys: pytest.CaptureFixture[str]):
+    words = ["--hf", str(folder), "--max-new-tokens", "6", "--prompt", "the file"]
+    found = lines([*words, "--num-beams", "3", "--num-samples", "2"], capsys)
     lm = load(cli.build_parser().parse_args(["--hf", str(folder)]))
     ids = torch.tensor([lm.encode("the file")])
     beams = lm.model.generate(
@@ -161,14 +149,12 @@ def test_beams_are_those_of_transformers(folder: Path, capsys: pytest.CaptureFix
     )
     rows = [[token for token in row if token != lm.end] for row in beams.tolist()]
     assert found == [lm.decode(row) for row in rows]
-    assert found[0] not in lines([*words, *prompt], capsys)
-    undrawn = [word for word in words if word not in GREEDY]
-    assert lines([*undrawn, *prompt, "--num-beams", "3", "--num-samples", "2"], capsys) == found
+    assert found[0] not in lines([*words, *GREEDY], capsys)
 
 
 def test_lines_of_a_pipe_are_a_conversation(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+):
     lines = f"a\n{'z' * LONGEST}\n".encode() + b"caf\xe9\nb\n"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines), encoding="utf-8"))
     cli.main(["--hf", str(folder), "--max-new-tokens", "1", *GREEDY])
@@ -185,8 +171,6 @@ def test_lines_of_a_pipe_are_a_conversation(
         ("", "--checkpoint"),
         ("--hf {0} --checkpoint {0}", "--checkpoint"),
         ("--hf /absent --prompt a", "--hf /absent"),
-        ("--hf {0} --ckpt-step 5", "--ckpt-step 5"),
-        ("--hf {0} --trust-remote-code", "--trust-remote-code"),
         ("--checkpoint {1} --prompt a", "holds no checkpoint"),
         ("--hf {1} --prompt a", "config.json"),
         ("--hf {0} --prompt=", "--prompt"),
@@ -200,25 +184,14 @@ def test_lines_of_a_pipe_are_a_conversation(
         ("--hf {0} --prompt a --top-p 0", "--top-p 0.0"),
         ("--hf {0} --prompt a --temperature nan", "--temperature nan"),
         ("--hf {0} --prompt a --max-new-tokens 0", "--max-new-tokens 0"),
-        ("--hf {0} --prompt a --device nowhere", "--device nowhere"),
         ("--hf {0} --prompt a --tokenizer-model {1}", "--tokenizer-model"),
         ("--hf {0} --prompt a --tokenizer-type ByteLevelTokenizer", "do not belong together"),
     ],
 )
-def test_bad_input_is_one_line(folder: Path, tmp_path: Path, words: str, named: str) -> None:
+def test_bad_input_is_one_line(folder: Path, tmp_path: Path, words: str, named: str):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
     (tmp_path / "half.jsonl").write_text('{"prompt": "\\ud83d"}\n')
     (tmp_path / "blank.txt").write_text(" \n\n")
     with pytest.raises(UserError, match=named) as caught:
         cli.main(words.format(folder, tmp_path).split())
     assert "\n" not in str(caught.value)
-
-
-def test_wrong_flags_are_told_before_torch_is_imported(tmp_path: Path) -> None:
-    program = (
-        "import sys; sys.argv[1:] = sys.argv[2:]; from megatron_smlp.generation import cli\n"
-        "from megatron_smlp.errors import UsageError\n"
-        "try: cli.main(['--hf', '/absent'])\n"
-        "except UsageError: sys.exit('torch' in sys.modules)\n"
-    )
-    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0

@@ -1,7 +1,5 @@
 """A tokenizer that puts a token before each text: generate, serve and evaluate put it there too."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -12,10 +10,8 @@ from support.beginning import begin_texts
 from support.language_models import save_language_model
 from support.smlp_systems import LONGEST
 
-from megatron_smlp.data.tokenizers.spec import TokenizerSpec
 from megatron_smlp.errors import UsageError
-from megatron_smlp.evaluation import harness
-from megatron_smlp.generation import cli, language_model
+from megatron_smlp.generation import cli
 from megatron_smlp.generation.language_model import LanguageModel, load
 from megatron_smlp.serving.app import Work
 from megatron_smlp.serving.requests import RequestError, parse
@@ -55,7 +51,7 @@ def slow(lm: LanguageModel, ids: list[int], count: int) -> str:
 
 def test_a_prompt_begins_as_texts_of_the_training(
     lm: LanguageModel, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+):
     ids = lm.encode("the files")
     assert ids == [
         BEGIN,
@@ -68,14 +64,11 @@ def test_a_prompt_begins_as_texts_of_the_training(
     path = tmp_path / "prompts.txt"
     path.write_text("the files\n")
     cli.main(["--hf", str(folder), *GREEDY, "--prompts-file", str(path)])
-    assert json.loads(capsys.readouterr().out) == {
-        "prompt": "the files",
-        "text": text,
-        "num_tokens": 5,
-    }
+    record = {"prompt": "the files", "text": text, "num_tokens": 5}
+    assert json.loads(capsys.readouterr().out) == record
 
 
-def test_the_token_alone_is_no_prompt(lm: LanguageModel) -> None:
+def test_the_token_alone_is_no_prompt(lm: LanguageModel):
     from megatron_smlp.generation.completion import encode_prompt
 
     with pytest.raises(UsageError, match="is empty"):
@@ -91,7 +84,7 @@ def answers(lm: LanguageModel, prompt: Any) -> list[dict[str, Any]]:
     return Work(lm, parse(json.dumps(fields).encode(), lm), None).run()
 
 
-def test_the_server_begins_texts_and_takes_ids_as_they_are(lm: LanguageModel) -> None:
+def test_the_server_begins_texts_and_takes_ids_as_they_are(lm: LanguageModel):
     ids = lm.encode("the files")
     text, given, bare = answers(lm, ["the files", ids, ids[1:]])
     assert text["text"] == "the files" + slow(lm, ids, 5)
@@ -102,29 +95,3 @@ def test_the_server_begins_texts_and_takes_ids_as_they_are(lm: LanguageModel) ->
     assert bare["text"] == "the files" + slow(lm, ids[1:], 5)
     [alone] = answers(lm, "the files")
     assert alone["text"] == text["text"]
-
-
-def test_a_task_begins_texts(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[list[int]] = []
-    monkeypatch.setattr(harness, "answer", lambda _, job: seen.append(job.prompt))
-    _, settings = harness.settings_of({"until": ["."], "max_gen_toks": 4})
-    harness.generate_until(lm, "the files", ["."], settings, seed=0)
-    assert seen == [lm.encode("the files")]
-    assert seen[0][0] == BEGIN
-
-
-@pytest.mark.parametrize("is_bare", [False, True])
-@pytest.mark.parametrize("has_moved", [False, True])
-def test_a_checkpoint_begins_texts_as_its_run(
-    lm: LanguageModel, folder: Path, monkeypatch: pytest.MonkeyPatch, is_bare: bool, has_moved: bool
-) -> None:
-    """The run's own flags count where --tokenizer-model says that its files have moved, too."""
-    spec = TokenizerSpec(
-        tokenizer_type="HuggingFaceTokenizer",
-        tokenizer_model="/absent" if has_moved else str(folder),
-        tokenizer_hf_no_include_special_tokens=is_bare,
-    )
-    monkeypatch.setattr(language_model, "_trained", lambda _: (lm.model, spec, "--checkpoint run"))
-    words = ["--tokenizer-model", str(folder)] if has_moved else []
-    options = cli.build_parser().parse_args(["--checkpoint", "run", *words])
-    assert load(options).start == (() if is_bare else (BEGIN,))

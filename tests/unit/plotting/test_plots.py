@@ -1,25 +1,94 @@
-"""The series behind the figures, that they are the ones that are drawn, and the command line."""
+"""Plots: records read from metrics.jsonl, series of them, the figures of these, the command."""
 
-import itertools
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from test_plot_records import step, validation, write
 
 from megatron_smlp.errors import UsageError
 from megatron_smlp.plotting.cli import main
-from megatron_smlp.plotting.figures import load_figure, looks, loss_figure, router_figure
-from megatron_smlp.plotting.records import Run, read_run
-from megatron_smlp.plotting.series import (
-    AXES,
-    Curve,
-    common_unit,
-    curve,
-    router_histories,
-    smoothed,
+from megatron_smlp.plotting.figures import load_figure, loss_figure, router_figure
+from megatron_smlp.plotting.records import Run, default_labels, number, read_run
+from megatron_smlp.plotting.series import AXES, Curve, common_unit, curve, smoothed
+
+
+def write(folder: Path, *records: dict[str, Any] | str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [line if isinstance(line, str) else json.dumps(line) for line in records]
+    path = folder / "metrics.jsonl"
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def step(iteration: int, loss: float = 1.0, **more: Any) -> dict[str, Any]:
+    return {"iteration": iteration, "loss": loss, **more}
+
+
+def validation(iteration: int, loss: float) -> dict[str, Any]:
+    return {"iteration": iteration, "validation_loss": loss}
+
+
+def losses(records: list[dict[str, Any]], name: str = "loss") -> list[tuple[int, float]]:
+    return [(record["iteration"], record[name]) for record in records]
+
+
+class TestOverlap:
+    def test_later_lines_replace_what_they_repeat(self, tmp_path: Path):
+        """Stopped after 4, went on from 2: from 3 on, what counts is what the second part wrote."""
+        first = [step(1), step(2), validation(2, 0.9), step(3, 3.0), step(4, 4.0)]
+        second = [step(3, 0.3), step(4, 0.4), validation(4, 0.5), step(5, 0.6)]
+        path = write(tmp_path, *first, validation(4, 9.0), *second)
+        run = read_run(path, label="run")
+        assert losses(run.training) == [(1, 1.0), (2, 1.0), (3, 0.3), (4, 0.4), (5, 0.6)]
+        assert losses(run.validation, "validation_loss") == [(2, 0.9), (4, 0.5)]
+
+    def test_a_validation_that_was_not_reached_again_goes_too(self, tmp_path: Path):
+        path = write(tmp_path, step(1), step(5), validation(5, 9.0), step(2), step(3))
+        run = read_run(path, label="run")
+        assert losses(run.training) == [(1, 1.0), (2, 1.0), (3, 1.0)]
+        assert run.validation == []
+
+    def test_of_two_validations_of_a_step_the_last_counts(self, tmp_path: Path):
+        path = write(tmp_path, step(1), validation(1, 2.0), validation(1, 3.0))
+        assert losses(read_run(path, label="run").validation, "validation_loss") == [(1, 3.0)]
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        "lines",
+        [("{broken", step(2)), ("[1]", step(2)), ('{"loss": 1}', step(2)), (validation(1, 2.0),)],
+    )
+    def test_what_is_no_run_is_named(self, tmp_path: Path, lines: tuple[Any, ...]):
+        path = write(tmp_path, *lines)
+        with pytest.raises(UsageError, match=str(path)):
+            read_run(path, label="run")
+        with pytest.raises(UsageError, match=f"{tmp_path}/none"):
+            read_run(tmp_path / "none", label="run")
+
+    def test_half_a_line_at_the_end_is_that_of_a_running_run(self, tmp_path: Path):
+        path = write(tmp_path, step(1), "", step(2), '{"iteration": 3, "lo')
+        assert len(read_run(path, label="run").training) == 2
+
+
+@pytest.mark.parametrize(
+    ("paths", "labels"),
+    [
+        (["runs/switch", "runs/base"], ["switch", "base"]),
+        (["runs/switch/metrics.jsonl", "runs/base"], ["switch", "base"]),
+        (["switch/log", "base/log"], ["switch", "base"]),
+        (["runs/one"], ["one"]),
+    ],
 )
+def test_labels_are_where_the_paths_differ(paths: list[str], labels: list[str]):
+    assert default_labels([Path(path) for path in paths]) == labels
+
+
+def test_numbers_that_json_lacks():
+    record = {"loss": "nan", "perplexity": "inf", "mfu": None}
+    assert number(record, "perplexity") == float("inf")
+    assert all(str(number(record, name)) == "nan" for name in ("loss", "mfu", "absent"))
 
 
 def router(layer: int, shares: list[float], *, kind: str = "token", **more: Any) -> dict[str, Any]:
@@ -79,18 +148,6 @@ class TestSeries:
         assert smoothed(line, window=9).y.tolist() == pytest.approx([4, 3, 2, 2.75])
         assert smoothed(line, window=1) is line
 
-    def test_routers(self, run: Run):
-        second, fourth = router_histories(run)
-        assert (second.layer, fourth.layer) == (2, 4)
-        assert second.iterations.tolist() == [1, 2, 3]
-        assert second.load.tolist() == [[0.5, 1.5]] * 3, "multiples of an even share"
-        assert fourth.load.tolist() == [[1, 1]] * 3
-        assert second.entropy.tolist() == [0.7] * 3
-        assert second.drop_rate.tolist() == [0.2] * 3
-        (evaluated,) = router_histories(run, evaluation=True)
-        assert evaluated.iterations.tolist() == [2]
-        assert evaluated.load.tolist() == [[2, 0]]
-
 
 class TestFigures:
     def test_loss_draws_the_series(self, run: Run):
@@ -103,17 +160,6 @@ class TestFigures:
         assert validated.get_xydata().tolist() == [[2, 4.5]]
         (legend,) = figure.legends
         assert [text.get_text() for text in legend.get_texts()] == ["run", "validation"]
-
-    def test_a_long_curve_is_smoothed_with_the_raw_one_thin_behind_it(self, tmp_path: Path):
-        lines = [step(n, 2.0 + n % 2) for n in range(1, 101)]
-        run = read_run(write(tmp_path / "long", *lines), label="long")
-        raw, line = loss_figure([run], axes=["steps"], window=None).axes[0].get_lines()[:2]
-        assert raw.get_ydata().tolist()[:4] == [3, 2, 3, 2]
-        assert line.get_ydata().tolist()[:4] == [3, 2.5, 2.5, 2.5]
-        assert raw.get_linewidth() < line.get_linewidth() / 2
-        plain = loss_figure([run], axes=["steps"], window=1).axes[0].get_lines()
-        assert plain[0].get_ydata().tolist() == raw.get_ydata().tolist()
-        assert len(plain) == 2, "the curve, and no dots of a validation"
 
     def test_load_draws_every_router(self, run: Run):
         figure = load_figure(run)
@@ -156,7 +202,6 @@ class TestCommandLine:
         [("--smooth 0", "--smooth 0"), ("--output {path}", "--output"), ("--against time", "time")],
     )
     def test_what_is_refused(self, tmp_path: Path, words: str, named: str):
-        """A window of nothing, a file as the folder, and a field that no line has."""
         path = write(tmp_path, step(1), step(2))
         with pytest.raises(UsageError, match=named):
             main([str(tmp_path), *words.format(path=path).split()])
@@ -191,18 +236,3 @@ class TestParts:
             [plain, Run("partial", runs[0].training, [])], axes=["steps"], window=1, suffix=True
         )
         assert [text.get_text() for text in figure.legends[0].get_texts()] == ["partial"]
-
-    def test_the_suffix_has_a_file_of_its_own(self, tmp_path: Path):
-        for name, more in (("plain", {}), ("suffix", {"suffix_loss": 2.0})):
-            write(tmp_path / name, step(1, 3.0, **progress(1), **more))
-            words = ["--output", str(tmp_path / f"{name}-plots"), "--formats", "png"]
-            main([str(tmp_path / name), *words])
-        names = [
-            sorted(f.name for f in (tmp_path / f"{n}-plots").iterdir()) for n in ("plain", "suffix")
-        ]
-        assert names == [["loss.png"], ["loss-suffix.png", "loss.png"]]
-
-
-def test_no_two_of_many_runs_look_alike():
-    first = [str(look) for look in itertools.islice(looks(), 27)]
-    assert len(set(first)) == 27
