@@ -60,7 +60,7 @@ def test_a_card_without_a_license_says_none(trained: Path, tmp_path: Path):
     assert not re.search("iteration|training tokens|validation", text)
 
 
-@pytest.mark.parametrize("tokenizer", [True, False])
+@pytest.mark.parametrize("tokenizer", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_its_code_loads_the_model(trained: Path, tmp_path: Path, tokenizer: bool):
     save_tokenizer(tmp_path / "tokenizer")
     words = {"tokenizer": str(tmp_path / "tokenizer")} if tokenizer else {}
