@@ -6,7 +6,8 @@ Of one step of one micro-batch (T = 512: the triangular products use their block
 launch kernels, times that the host waits for the device, bytes that the operators read and write.
 A step is all that the loop does from its beginning to that of the next one, which no log line, no
 validation and no checkpoint are part of; and there is the forward pass of each kind of layer. It is
-made of counts alone, so it is the same on every machine.
+made of counts alone, and of one thread, so it is the same on every machine: with more of them sums
+round otherwise, and Switch drops other choices.
 
 Triton's kernels are missing, unless TRITON_INTERPRET=1 lets them run on the CPU, which takes some
 minutes: device_budget_kernels.json is made so.
@@ -166,6 +167,7 @@ def budgets(systems: dict[str, str]) -> dict[str, Record]:
 
 
 if __name__ == "__main__":
+    os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
     from support.cuda_stand_in import install, launched
 
     install()
