@@ -32,6 +32,12 @@ def save_tokenizer(folder: Path, *, entries: int = 257) -> int:
     return int(backend.get_vocab_size())
 
 
+def strings(folder: Path) -> str:
+    """Flags of such a tokenizer, which the input needs that hashes the strings of tokens."""
+    save_tokenizer(folder)
+    return f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {folder}"
+
+
 def save_language_model(folder: Path, system: str, **changes: Any) -> Path:
     """An exported folder of one of support/smlp_systems.py, with padding of its vocabulary."""
     entries = save_tokenizer(folder / "tokenizer")

@@ -92,20 +92,22 @@ def start_program(words: Sequence[str], *, log: Path) -> Any:
 
 
 def run_command(
-    command: Sequence[str], *, cwd: Path = REPOSITORY, **variables: str
+    command: Sequence[str | Path],
+    *,
+    cwd: Path = REPOSITORY,
+    code: int = 0,
+    stdin: str = "",
+    seconds: float = TIME_LIMIT,
+    **variables: str,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command, in the repository, one OpenMP thread a process; its output is the failure."""
+    """Run a command, in the repository, one OpenMP thread a process, up to the exit code that is
+    expected; else its output is the failure."""
     done = subprocess.run(
-        command,
-        cwd=cwd,
-        env=clean_environment(**variables),
-        capture_output=True,
-        text=True,
-        timeout=TIME_LIMIT,
-        check=False,
-    )
-    assert done.returncode == 0, (
-        f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-20000:]}"
+        command, cwd=cwd, env=clean_environment(**variables), input=stdin,
+        capture_output=True, text=True, timeout=seconds, check=False,
+    )  # fmt: skip
+    assert done.returncode == code, (
+        f"{' '.join(map(str, command))}\n{done.stdout[-3000:]}\n{done.stderr[-20000:]}"
     )
     return done
 
