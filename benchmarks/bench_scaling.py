@@ -194,7 +194,7 @@ def as_records(measured: Mapping[Point, float]) -> Iterator[Record]:
 def memory_records() -> Iterator[Record]:
     """Kept bytes a token of the second half's layers, which are sparse in an sMLP."""
     import torch
-    from support.kept_activations import build_layer, kept_bytes
+    from kept_activations import build_layer, kept_bytes
 
     from megatron_smlp.accounting.footprint import activation_elements
     from megatron_smlp.accounting.ranks import ParallelLayout

@@ -2,7 +2,7 @@
 
     python docs/pictures/draw.py
 
-tests/unit/test_pictures.py fails where one is not what the tables say.
+tests/unit/test_pages.py fails where one is not what the tables say.
 """
 
 from __future__ import annotations

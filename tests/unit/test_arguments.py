@@ -1,16 +1,11 @@
 """Command line and YAML -> checked arguments; and one readable line for what is wrong."""
 
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from support.in_process import MINIMAL
-from support.launches import REPOSITORY, clean_environment
 
 from megatron_smlp.checkpoints import integrity
 from megatron_smlp.checkpoints.folders import TRACKER, iteration_folder
@@ -19,7 +14,6 @@ from megatron_smlp.checkpoints.run_record import write_records
 from megatron_smlp.errors import UsageError
 from megatron_smlp.platform import cpu
 from megatron_smlp.restart_note import RESTART
-from megatron_smlp.routers.hash_table import balanced_table, table_as_json
 
 Parse = Callable[..., Any]
 
@@ -40,14 +34,13 @@ def processes(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return lambda count: monkeypatch.setenv("WORLD_SIZE", str(count))
 
 
-def refusal(parse: Parse, words: str, message: str) -> str:
-    """The text of the refusal: one line that matches `message`."""
+def refusal(parse: Parse, words: str, message: str) -> None:
+    """One line that matches `message`."""
     with pytest.raises(UsageError) as caught:
         parse(words)
     text = str(caught.value)
     assert "\n" not in text
     assert re.search(message, text), text
-    return text
 
 
 SWITCH, TOPK = (
@@ -63,6 +56,8 @@ REFUSED = f"""
     argument --num-layers: invalid int value: 'many' | {GMLP} --num-layers many
 
     --spatial-heads 3 .*--ffn-hidden-size 64 | {GMLP} --spatial-heads 3
+    --spatial-heads 1 .*gate width 15.5 | {GMLP} --ffn-hidden-size 31
+    --spatial-heads 5 .*--hidden-size 32 | --architecture mixer --spatial-heads 5
     --num-feature-experts 5 | {SMLP} --num-feature-experts 5
     --num-feature-experts 1 | {SMLP} --num-feature-experts 1
     --num-dense-layers 5 | {SMLP} --num-dense-layers 5
@@ -83,6 +78,12 @@ REFUSED = f"""
     --moe-aux-loss-coeff 0.1 | {TOPK} --moe-router-load-balancing-type none --moe-aux-loss-coeff 0.1
     --moe-router-topk 2 | {SWITCH} --moe-router-topk 2
     --moe-router-topk 0 | {TOPK} --moe-router-topk 0
+    .*--num-experts 4 is too few | {TOPK} --moe-router-topk 5
+    .*sinkhorn does not work here | {TOPK} --moe-router-load-balancing-type sinkhorn
+    .*give softmax or sigmoid | {TOPK} --moe-router-score-function sqrtsoftplus
+    --moe-router-enable-expert-bias | {TOPK} --moe-router-enable-expert-bias
+    --moe-router-bias-update-rate | {TOPK} --moe-router-bias-update-rate 0.1
+    --moe-router-topk-scaling-factor 0 | {TOPK} --moe-router-topk-scaling-factor 0
     --moe-z-loss-coeff 0.1 | {HASH} --moe-z-loss-coeff 0.1
     --moe-token-drop-policy probs | {BASE} --moe-token-drop-policy probs
     --moe-shared-expert-intermediate-size 16 | {BASE} --moe-shared-expert-intermediate-size 16
@@ -112,7 +113,9 @@ LAYOUTS = f"""
     --tensor-model-parallel-size 4 .*-experts 2 | {SMLP} --num-feature-experts 2 {TP} 4
     --tensor-model-parallel-size 8 .*-heads 4 | {TRANSFORMER} {TP} 8
     --tensor-model-parallel-size 2 .*-chunks 1 | {PARTIAL} --num-feature-chunks 1 {TP} 2
+    --tensor-model-parallel-size 4 .*gate width 30 | {GMLP} --ffn-hidden-size 60 {TP} 4
     --context-parallel-size 2 .*spatial gating | {GMLP} --context-parallel-size 2
+    --context-parallel-size 2 .*masked mixer | --architecture mixer --context-parallel-size 2
     --context-parallel-size 2 .*each rank reads whole | {TRANSFORMER} --context-parallel-size 2
     --full-validation | {GMLP} {TP} 2 --full-validation --multiple-validation-sets
     --padded-vocab-size 102 | {GMLP} --padded-vocab-size 102 {TP} 4 --global-batch-size 4
@@ -138,24 +141,6 @@ class TestRefusals:
     def test_layouts(self, parse: Parse, processes, message: str, words: str):
         processes(8)
         refusal(parse, words, f"^{message}")
-
-    @pytest.mark.parametrize(
-        ("vocabulary", "experts", "message"),
-        [
-            (50, 4, "is for a vocabulary of 50 ids, but the tokenizer has 100"),
-            (100, 2, "is for 2 experts, not for --num-experts 4"),
-            (100, 4, None),
-        ],
-    )
-    def test_hash_tables(self, parse: Parse, tmp_path: Path, vocabulary, experts, message):
-        path = tmp_path / "table.json"
-        table = balanced_table(np.arange(vocabulary), num_experts=experts)
-        path.write_text(table_as_json(table, num_experts=experts))
-        words = f"{TRANSFORMER} --token-router hash --num-experts 4 --hash-table {path}"
-        if message is None:
-            assert parse(words).hash_table == str(path)
-        else:
-            refusal(parse, words, message)
 
     def test_hash_tables_that_are_none(self, parse: Parse, tmp_path: Path):
         router = f"{TRANSFORMER} --token-router hash --num-experts 4 --hash-table"
@@ -302,6 +287,14 @@ class TestSettled:
         names = ("moe_router_topk", "moe_router_load_balancing_type", "moe_aux_loss_coeff")
         assert tuple(getattr(parse(words), name) for name in names) == settled
 
+    def test_a_loss_beside_a_bias_is_asked_for(self, parse: Parse):
+        biased = f"{TOPK} --moe-router-score-function sigmoid --moe-router-enable-expert-bias"
+        refusal(parse, f"{biased} --moe-aux-loss-coeff 0.1", "--moe-aux-loss-coeff .* needs")
+        assert parse(biased).moe_aux_loss_coeff == 0
+        kind = "--moe-router-load-balancing-type aux_loss"
+        args = parse(f"{biased} {kind} --moe-aux-loss-coeff 0.1")
+        assert (args.moe_router_load_balancing_type, args.moe_aux_loss_coeff) == ("aux_loss", 0.1)
+
     def test_spatial_gating_needs_no_attention_heads_in_any_layout(self, parse: Parse, processes):
         from megatron_smlp.model import transformer_config
 
@@ -319,15 +312,3 @@ class TestSettled:
         args = parse(f"{GMLP} --distributed-backend nccl")
         assert {name: getattr(args, name) for name in cpu.FLAGS} == cpu.FLAGS
         assert args.distributed_backend == "gloo"
-
-
-def test_a_wrong_flag_on_the_real_command_line():
-    """One line on standard error, exit code 2, no traceback, nothing else."""
-    flags = [*MINIMAL.split(), *GMLP.split(), "--spatial-heads", "3"]
-    done = subprocess.run(
-        [sys.executable, "pretrain_smlp.py", *flags], cwd=REPOSITORY, env=clean_environment(),
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert (done.returncode, done.stdout) == (2, "")
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("pretrain_smlp.py: error: --spatial-heads 3 does not divide the gate")

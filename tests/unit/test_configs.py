@@ -1,26 +1,20 @@
 """Every file of configs/: its budget, its dry run, and the large ones' shards on 128 ranks."""
 
-import io
-import itertools
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 from support.cover import slow_unless_in
 from support.in_process import pretrained
-from support.language_models import save_tokenizer
-from support.launches import REPOSITORY, start_program, steps
+from support.launches import REPOSITORY, steps
 from support.meta_models import built_parameters, expected_parameters
 
-from megatron_smlp.accounting.costs import ModelShape, layer_cost
 from megatron_smlp.accounting.estimate import estimate
 from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
 from megatron_smlp.errors import UsageError
 from megatron_smlp.flags.yaml_file import read_settings, read_yaml, spelling
-from megatron_smlp.training.start_screen import print_dry_run
 
 SYSTEMS = (
     "transformer",
@@ -47,7 +41,6 @@ CONFIGS = [
     for system in (*SYSTEMS, *(NEIGHBOURS if folder != "paper/large" else ()))
 ]
 DATA = "--mock-data --tokenizer-type NullTokenizer --vocab-size"
-STRINGS = "--mock-data --tokenizer-type HuggingFaceTokenizer --tokenizer-model"
 
 
 def config(folder: str, system: str) -> Path:
@@ -84,47 +77,6 @@ def test_the_large_moes_have_the_papers_sizes():
         assert abs(parameters / 9.41e9 - 1) < 0.01
 
 
-@pytest.mark.parametrize(
-    ("folder", "system"),
-    [("cpu", "minhash"), ("paper/regular", "gshard"), ("paper/large", "smlp_partial")],
-)
-def test_dry_run(parse: Callable[..., Any], tmp_path: Path, folder: str, system: str):
-    """The layer table has a row for equal layers, and its numbers are whole at 80 columns and in a
-    log. (Of every file, tests/golden has the whole text.)"""
-    data = f"{DATA} {VOCABULARY[folder]}"
-    if system == "minhash":  # which hashes the strings of tokens
-        save_tokenizer(tmp_path, entries=VOCABULARY[folder])
-        data = f"{STRINGS} {tmp_path}"
-    args = parse(f"--config {config(folder, system)} {data}", base="")
-    text = io.StringIO()
-    print_dry_run(args, Console(file=text, width=80, soft_wrap=True))
-    rows = [line.split() for line in text.getvalue().splitlines() if line[:1].isdigit()]
-    shape = ModelShape.from_args(args)
-    ends = [[int(number) for number in row[0].split("-")] for row in rows]
-    assert [n for row in ends for n in range(row[0], row[-1] + 1)] == [
-        index + 1 for index in range(args.num_layers)
-    ]
-    assert len(rows) == len(list(itertools.groupby(shape.slots)))
-    for row, (first, *_) in zip(rows, ends, strict=True):
-        cost = layer_cost(shape, shape.slots[first - 1])
-        assert row[-3:] == [
-            f"{cost.parameters:,}",
-            f"{cost.square_flops / 1e9:.2f}",
-            f"{cost.flops / 1e9:.2f}",
-        ]
-    total = estimated(folder, system)["total_parameters"]
-    assert f"{total:,} parameters" in text.getvalue()
-
-
-def test_dry_run_of_the_real_command(tmp_path: Path):
-    words = ["--config", "configs/paper/large/base.yaml", *DATA.split(), "50257", "--dry-run"]
-    process = start_program(words, log=tmp_path / "log")
-    process.join(120)
-    said = (tmp_path / "log").read_text(encoding="utf-8")
-    assert process.exitcode == 0, said
-    assert "token MoE (base), experts: 32" in said
-
-
 def named_layout(file: Path) -> dict[str, int]:
     """Return what the comment `On N GPUs: --flag size ...` says, over its lines."""
     text = file.read_text(encoding="utf-8")
@@ -148,14 +100,6 @@ def test_a_gpu_holds_it_and_recomputes_only_what_it_must(folder: str, system: st
     if system != "llama_moe":
         assert gib < (20 if folder == "paper/large" else 24)  # as docs/gpus.md says
     assert "recompute_granularity" not in values
-
-
-@pytest.mark.parametrize(("folder", "system"), [case for case in CONFIGS if case[0] != "cpu"])
-def test_the_papers_files_ask_for_what_a_gpu_overlaps_and_fuses(folder: str, system: str):
-    values = {spelling(key): value for key, value in read_yaml(config(folder, system)).items()}
-    overlaps = ("overlap_grad_reduce", "overlap_param_gather", "use_distributed_optimizer")
-    for name in (*overlaps, "bf16", "cross_entropy_loss_fusion"):
-        assert values[name] is True, name
 
 
 STAGES = {"gmlp": 2, "amlp": 1, "smlp_deterministic": 3, "smlp_partial": 3}

@@ -78,16 +78,6 @@ def test_there_are_commands_and_every_tool_can_be_run() -> None:
         assert tool.read_text(encoding="utf-8").startswith("#!/usr/bin/env python3\n")
 
 
-def test_extras_are_installed_from_here() -> None:
-    """The package is on no index."""
-    setup = (REPOSITORY / "setup.py").read_text(encoding="utf-8")
-    for page in PAGES:
-        for extra in re.findall(r"pip install '(\S+?)'", page.read_text(encoding="utf-8")):
-            name = re.fullmatch(r"\.\[(\w+)\]", extra)
-            assert name is not None, (page, extra)
-            assert f'"{name[1]}": [' in setup
-
-
 def test_the_tools_have_one_vocabulary() -> None:
     """Every row of docs/tools.md, in the parsers of the tools that it names."""
     text = (REPOSITORY / "docs" / "tools.md").read_text(encoding="utf-8")

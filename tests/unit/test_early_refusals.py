@@ -1,7 +1,6 @@
 """What is wrong with a command line alone is said before torch is imported, in the same words."""
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 
 import pytest
 from support.in_process import MINIMAL
-from support.launches import REPOSITORY
+from support.launches import run_command
 
 from megatron_smlp.errors import UsageError
 from megatron_smlp.flags import early
@@ -69,10 +68,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_before_torch_and_as_the_real_parser_says_it(parse: Callable[..., Any], folder: Path):
     lines = [line.format(folder=folder) for line in (*WRONG, *RIGHT)]
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], cwd=REPOSITORY, input=json.dumps(lines),
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    done = run_command([sys.executable, "-c", PROGRAM], stdin=json.dumps(lines))
     said, imported = json.loads(done.stdout)
     assert imported == []
     for message, expected, line in zip(said, WRONG.values(), lines, strict=False):

@@ -45,10 +45,6 @@ def test_the_best_interval_is_nearly_the_best():
     assert shares[0] < shares[1] < shares[2] > shares[3] > shares[4]
 
 
-def test_a_run_that_fails_before_each_save_never_gets_on():
-    assert goodput(1e6, save=1.0, restart=1.0, mtbf=10.0) == 0.0
-
-
 def test_the_restarts_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Their median, which one long wait leaves as it is."""
     path = tmp_path / "metrics.jsonl"

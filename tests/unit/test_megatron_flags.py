@@ -13,7 +13,6 @@ from support.launches import REPOSITORY
 
 from megatron_smlp.accounting.costs import ModelShape
 from megatron_smlp.checkpoints.folders import iterations
-from megatron_smlp.data.blending import SPLIT_FLAGS, WHOLE_FLAGS
 from megatron_smlp.errors import UsageError
 from megatron_smlp.flags.check_execution import check_cuda_graphs
 from megatron_smlp.flags.check_needs import NEEDS, VALUES, requested
@@ -22,7 +21,6 @@ from megatron_smlp.flags.model_arguments import model_arguments
 from megatron_smlp.flags.parse import build_parser
 from megatron_smlp.model import model_config
 from megatron_smlp.options import OUR_FLAGS, model_defaults
-from megatron_smlp.training.console import data_text
 from megatron_smlp.training.start_screen import summary
 
 TRANSFORMER = "--architecture transformer --num-attention-heads 4"
@@ -68,12 +66,6 @@ class TestTheList:
                     refuse_untested(parser, [f"{flag}=1"], allowed=("moe-layer",))
             for name in (flag[2:], action.dest):
                 refuse_untested(parser, ["--lr", "1", flag], allowed=(name,))
-
-    def test_a_flag_of_a_new_megatron_is_refused(self):
-        parser = ArgumentParser()
-        parser.add_argument("--train-faster", action="store_true")
-        with pytest.raises(UsageError, match="--train-faster is not among"):
-            refuse_untested(parser, ["--train-faster"], allowed=())
 
     def test_it_is_refused_from_a_file_and_let_through_by_either(
         self, parse: Parse, tmp_path: Path
@@ -335,23 +327,16 @@ def test_graphs_of_what_a_replay_would_not_do(parse: Parse, system: str, message
             check_cuda_graphs(args)
 
 
+SPATIAL = "--feature-router deterministic --num-feature-experts 4"
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("smlp", "note        no layer has experts: this model is that of --architecture gmlp"),
-        (
-            "smlp --token-router base --num-experts 4",
-            "note        no spatial experts (--feature-router none): this is a gmlp with token exp",
-        ),
-        (
-            "smlp --feature-router deterministic --num-feature-experts 4",
-            "note        no token experts (--token-router none): spatial ones alone",
-        ),
-        (
-            "smlp --feature-router deterministic --num-feature-experts 4 --token-router base "
-            "--num-experts 4",
-            "",
-        ),
+        ("smlp", "no layer has experts: this model is that of --architecture gmlp"),
+        (f"smlp {EXPERTS}", "no spatial experts (--feature-router none)"),
+        (f"smlp {SPATIAL}", "no token experts (--token-router none)"),
+        (f"smlp {SPATIAL} {EXPERTS}", ""),
         ("gmlp", ""),
     ],
 )
@@ -359,32 +344,7 @@ def test_an_smlp_that_is_less_is_said(parse: Parse, words: str, said: str):
     args = parse(f"--architecture {words}")
     notes = [line for line in summary(args, ModelShape.from_args(args)) if line[:4] == "note"]
     assert len(notes) == bool(said)
-    assert "".join(notes).startswith(said)
-
-
-def test_data_is_shown_by_its_split():
-    nothing = dict.fromkeys((*WHOLE_FLAGS, *SPLIT_FLAGS))
-    assert data_text(Namespace(**nothing, per_split_data_args_path="f.json")) == "f.json"
-    assert data_text(Namespace(**nothing | {"data_path": [1, "a"]})) == "1 a"
-    given = nothing | {"train_data_path": ["0.5", "a", "0.5", "b"], "valid_data_path": ["c"]}
-    assert data_text(Namespace(**given)) == "train 0.5 a 0.5 b | valid c"
-
-
-def test_batches_by_a_schedule_are_shown_as_such(parse: Parse):
-    base = MINIMAL.replace("--global-batch-size 2", "--step-batch-size-schedule 0:2")
-    base = base.replace("--train-iters 4", "--train-samples 8")
-    args = parse("--architecture gmlp", base=base)
-    last = list(summary(args, ModelShape.from_args(args)))[-1]
-    assert "steps       8 samples in batches by --step-batch-size-schedule '0:2'" in last
-
-
-def test_transformer_engines_layers_are_said(parse: Parse):
-    """An image that has it takes it, by Megatron's default."""
-    args = parse("--architecture gmlp")
-    assert not any("Engine" in line for line in summary(args, ModelShape.from_args(args)))
-    with args.thawed():
-        args.transformer_impl = "transformer_engine"
-    assert "fp32; Transformer Engine" in "".join(summary(args, ModelShape.from_args(args)))
+    assert said in "".join(notes)
 
 
 def test_a_spec_says_which_architecture_it_is(parse: Parse):

@@ -1,26 +1,19 @@
 """The table of architectures, by name: what fills the two slots of each layer."""
 
 import dataclasses
-import subprocess
 import sys
 from argparse import Namespace
 
 import pytest
-from support.launches import REPOSITORY
+from support.launches import run_command
 
 from megatron_smlp.flags import help
-from megatron_smlp.options import (
-    MODEL_FLAGS,
-    OUR_FLAGS,
-    ModelOptions,
-    RunOptions,
-)
+from megatron_smlp.options import MODEL_FLAGS, OUR_FLAGS, ModelOptions, RunOptions
 from megatron_smlp.partial_prediction import prefix_length
 from megatron_smlp.systems import (
     ARCHITECTURES,
     MIXERS,
     TOKEN_ROUTERS,
-    LayerSlots,
     is_moe_layer,
     layer_slots,
     load,
@@ -29,61 +22,31 @@ from megatron_smlp.systems import (
 ATTENTION, GATING, FEATURE = "attention", "spatial_gating", "feature_moe"
 
 
-def table(
-    options: ModelOptions, *, num_experts: int | None = None, freq: int | list[int] = 1
-) -> list[tuple[str, str, int]]:
+DENSE, GATED, SPARSE = (ATTENTION, "mlp", 8), (GATING, "none", 1), (FEATURE, "token_moe", 5)
+SMLP = {"architecture": "smlp", "feature_router": "deterministic", "num_feature_experts": 5}
+TABLES = {
+    # Options, token experts and their placement -> mixer, channel mixer and heads of each layer.
+    "transformer": ({}, None, 1, [DENSE] * 4),
+    "every second layer": ({}, 2, 2, [(ATTENTION, "token_moe", 8), DENSE] * 2),
+    "gmlp": ({"architecture": "gmlp"}, None, 1, [GATED] * 4),
+    "a pattern": ({"architecture": "gmlp"}, 2, [1, 0, 0, 1],
+                  [(GATING, "token_moe", 1), GATED, GATED, (GATING, "token_moe", 1)]),
+    # The frequency does not move what --num-dense-layers places.
+    **{f"{n} dense layers": (SMLP | {"num_dense_layers": n}, 2, 2, [GATED] * n + [SPARSE] * (4 - n))
+       for n in (0, 1, 4)},
+    # The paper's ablations.
+    "feature MoE alone": (SMLP | {"num_dense_layers": 3}, None, 1,
+                          [GATED] * 3 + [(FEATURE, "none", 5)]),
+    "token MoE alone": ({"architecture": "smlp", "spatial_heads": 2, "num_dense_layers": 3}, 2, 1,
+                        [(GATING, "none", 2)] * 3 + [(GATING, "token_moe", 2)]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "experts", "freq", "rows"), TABLES.values(), ids=TABLES)
+def test_what_fills_the_slots(options: dict, experts: int | None, freq: object, rows: list):
     sizes = Namespace(num_layers=4, moe_layer_freq=freq, num_attention_heads=8)
-    slots = layer_slots(options, sizes, num_experts=num_experts)
-    assert all(isinstance(row, LayerSlots) for row in slots)
-    return [dataclasses.astuple(row) for row in slots]
-
-
-def test_dense_transformer():
-    assert table(ModelOptions()) == [(ATTENTION, "mlp", 8)] * 4
-
-
-def test_transformer_moe_in_every_second_layer_from_the_first():
-    rows = [(ATTENTION, "token_moe", 8), (ATTENTION, "mlp", 8)] * 2
-    assert table(ModelOptions(), num_experts=2, freq=2) == rows
-
-
-def test_gmlp_has_its_channel_mixer_inside():
-    options = ModelOptions(architecture="gmlp", spatial_heads=3)
-    assert table(options) == [(GATING, "none", 3)] * 4
-
-
-def test_gmlp_with_token_moe_by_a_pattern():
-    options = ModelOptions(architecture="gmlp")
-    dense, routed = (GATING, "none", 1), (GATING, "token_moe", 1)
-    rows = [dense, routed, routed, dense]
-    assert table(options, num_experts=2, freq=[0, 1, 1, 0]) == rows
-
-
-@pytest.mark.parametrize("dense", [0, 1, 4])
-def test_smlp_is_dense_layers_and_then_sparse_ones(dense: int):
-    """moe_layer_freq does not move what --num-dense-layers places."""
-    options = ModelOptions(
-        architecture="smlp",
-        spatial_heads=2,
-        feature_router="deterministic",
-        num_feature_experts=5,
-        num_dense_layers=dense,
-    )
-    rows = [(GATING, "none", 2)] * dense + [(FEATURE, "token_moe", 5)] * (4 - dense)
-    assert table(options, num_experts=2, freq=2) == rows
-
-
-def test_smlp_ablations():
-    """The paper's: feature MoE without token MoE, and token MoE without feature MoE."""
-    features = ModelOptions(
-        architecture="smlp",
-        feature_router="deterministic",
-        num_feature_experts=5,
-        num_dense_layers=3,
-    )
-    assert table(features)[3] == (FEATURE, "none", 5)
-    tokens = ModelOptions(architecture="smlp", spatial_heads=2, num_dense_layers=3)
-    assert table(tokens, num_experts=2)[3] == (GATING, "token_moe", 2)
+    slots = layer_slots(ModelOptions(**options), sizes, num_experts=experts)
+    assert [dataclasses.astuple(row) for row in slots] == rows
 
 
 @pytest.mark.parametrize(
@@ -93,16 +56,6 @@ def test_smlp_ablations():
 def test_placement_is_megatrons(freq: int | list[int], expected: list[int] | None):
     placed = [is_moe_layer(index, freq) for index in range(5)]
     assert placed == [bool(value) for value in expected or freq]
-
-
-@pytest.mark.parametrize("options", [ModelOptions, RunOptions])
-def test_every_field_says_what_it_is(options: type):
-    """The text under a field is its help on the command line and its row in docs/flags.md."""
-    from megatron_smlp.flags.parse import build_parser
-
-    helps = {action.dest: action.help for action in build_parser()._actions}
-    for field in dataclasses.fields(options):
-        assert len(helps[field.name] or "") > 30, field.name
 
 
 def test_the_page_of_flags_is_that_of_the_records():
@@ -134,12 +87,9 @@ def test_help_of_the_real_command_imports_nothing_heavy():
         "import sys; from pretrain_smlp import main; main(['--help']); "
         "sys.exit(bool({'torch', 'megatron'} & set(sys.modules)))"
     )
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    for flag in ("--feature-router", "--dry-run"):
-        assert f"  {flag}" in done.stdout
-    assert "--help-all" in done.stdout
+    shown = run_command([sys.executable, "-c", code]).stdout
+    for flag in ("  --feature-router", "  --dry-run", "--help-all"):
+        assert flag in shown
 
 
 def test_full_help_lists_megatrons_flags_too(capsys: pytest.CaptureFixture[str]):
@@ -147,11 +97,6 @@ def test_full_help_lists_megatrons_flags_too(capsys: pytest.CaptureFixture[str])
     shown = capsys.readouterr().out
     for flag in ("--num-layers", "--feature-router", "--dry-run"):
         assert f"  {flag} " in shown
-
-
-def test_every_flag_has_a_record():
-    fields = [*dataclasses.fields(ModelOptions), *dataclasses.fields(RunOptions)]
-    assert list(OUR_FLAGS) == [field.name for field in fields]
 
 
 def test_megatrons_defaults_are_those_of_its_parser():

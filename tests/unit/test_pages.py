@@ -1,6 +1,7 @@
-"""Pages that repeat what stands elsewhere say the same: systems, decisions."""
+"""Pages and pictures that repeat what stands elsewhere say the same; links lead somewhere."""
 
 import ast
+import importlib
 import json
 import re
 import statistics
@@ -14,6 +15,15 @@ SYSTEMS = sorted((DOCS / "models").glob("*.md"))
 STUDIES = {"micro": "micro/intel-xeon", "cpu": "cpu/amd-epyc"}
 RESULT = re.compile(r"([\d.]+)\s+in\s+`(\w+)`\s+\((\d+)M\s+tokens,\s+(one|three)\s+seed")
 TITLE = re.compile(r"# (.+)")
+PICTURES = DOCS / "pictures"
+LINKING = sorted(
+    page.relative_to(REPOSITORY).as_posix()
+    for folder in ("*.md", "docs/**/*.md", "examples/*.md", "studies/**/*.md")
+    for page in REPOSITORY.glob(folder)
+)
+FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+HEADING = re.compile(r"^#+ +(.+)$", re.MULTILINE)
 
 
 def text_of(page: Path) -> str:
@@ -61,3 +71,44 @@ def test_the_glossary_has_few_words_of_our_own():
     for row in rows:
         for word in row.split(", "):
             assert re.search(rf"\b{word}", others, re.IGNORECASE), word
+
+
+def anchors(text: str) -> set[str]:
+    """Headings as GitHub names them in an address."""
+    headings = HEADING.findall(FENCED.sub("", text))
+    return {re.sub(r"[^\w\- ]", "", h.lower()).strip().replace(" ", "-") for h in headings}
+
+
+def broken(page: Path) -> list[str]:
+    """Links of `page` that lead nowhere; addresses of other sites are not looked at."""
+    text = text_of(page)
+    lost = []
+    for link in LINK.findall(FENCED.sub("", text)):
+        path, _, anchor = link.partition("#")
+        if "://" in link or link.startswith("mailto:"):
+            continue
+        target = page.parent / path if path else page
+        if not target.exists() or (anchor and anchor not in anchors(text_of(target))):
+            lost.append(link)
+    return lost
+
+
+@pytest.mark.parametrize("page", LINKING)
+def test_links_lead_somewhere(page: str):
+    assert broken(REPOSITORY / page) == []
+
+
+def test_pictures_are_of_the_tables(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(PICTURES)
+    drawn = importlib.import_module("draw").pictures()
+    assert {path.name for path in PICTURES.glob("*.svg")} == set(drawn)
+    for name, picture in drawn.items():
+        text = (PICTURES / name).read_text(encoding="utf-8")
+        assert text == picture, f"{name}: python docs/pictures/draw.py"
+
+
+def test_the_readme_shows_what_the_quickstart_printed():
+    printed = (PICTURES / "quickstart.txt").read_text(encoding="utf-8")
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    shown = readme.split("```text\n")[1].split("```")[0]
+    assert shown in printed, "python docs/pictures/console.py"

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.launches import REPOSITORY, clean_environment
+from support.launches import REPOSITORY, clean_environment, run_command
 
 # Ends as torch's writers do: an object, held by a frame of the interruption, that complains late.
 INTERRUPTED = """
@@ -27,23 +27,6 @@ def save():
 
 with undisturbed_exit(), readable_errors("program"):
     save()
-"""
-# Nothing else is kept: objects of nanobind's that nobody collects are listed on stderr.
-LET_GO = """
-import os
-from megatron_smlp.program import readable_errors
-from megatron_smlp.signals import undisturbed_exit
-
-class Other:
-    def __init__(self):
-        self.circle = self
-
-    def __del__(self, write=os.write):
-        write(2, b"collected")
-
-Other()
-with undisturbed_exit(), readable_errors("program"):
-    raise KeyboardInterrupt
 """
 LATE = """
 import atexit, os, signal, time
@@ -126,47 +109,30 @@ assert ended == [True]
 """
 
 
-def ran(program: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=REPOSITORY,
-        env={**clean_environment(), "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+def said(program: str, *, code: int = 0) -> str:
+    """What it says on stderr until it ends, with this code."""
+    return run_command([sys.executable, "-c", program], code=code, seconds=60).stderr
 
 
 def test_what_an_interruption_leaves_half_done_stays_silent():
-    done = ran(INTERRUPTED)
-    assert (done.returncode, done.stderr) == (130, "program: interrupted\n")
-
-
-def test_what_an_interruption_does_not_hold_is_collected():
-    done = ran(LET_GO)
-    assert (done.returncode, done.stderr) == (130, "program: interrupted\ncollected")
+    assert said(INTERRUPTED, code=130) == "program: interrupted\n"
 
 
 def test_an_interruption_after_the_end_is_none():
-    done = ran(LATE)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert said(LATE) == ""
 
 
 def test_an_unexpected_error_does_not_wait_for_workers():
-    done = ran(BROKEN)
-    assert done.returncode == 1
-    assert "RuntimeError: the connection to another rank is closed" in done.stderr
+    message = "RuntimeError: the connection to another rank is closed"
+    assert message in said(BROKEN, code=1)
 
 
 def test_workers_leave_the_keyboard_to_their_run():
-    done = ran(INHERITED)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert said(INHERITED) == ""
 
 
 def test_a_run_under_nohup_outlives_its_terminal():
-    done = ran(UNDER_NOHUP)
-    assert (done.returncode, done.stderr) == (0, "SIGUSR1: finishing this step, then saving\n")
+    assert said(UNDER_NOHUP) == "SIGUSR1: finishing this step, then saving\n"
 
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
@@ -183,10 +149,10 @@ def test_nothing_depends_on_who_reads_it(stream: str, is_pipe: bool):
         if is_pipe:
             getattr(process, stream).close()
             setattr(process, stream, None)
-        said, told = process.communicate("", timeout=60)
+        printed, told = process.communicate("", timeout=60)
     assert process.returncode == 3
     if stream == "stderr":
-        assert said == "iteration\n" * 2
+        assert printed == "iteration\n" * 2
     else:
         assert told.count("starting again") == 2
         assert "program: error: non-finite loss" in told

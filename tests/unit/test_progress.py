@@ -20,17 +20,6 @@ def test_a_log_file_gets_a_line_every_so_often(
     assert capsys.readouterr().err == "3 of 3\n"
 
 
-def test_a_log_file_gets_no_line_twice(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
-    with Progress(9) as shown:
-        for step in (1, 1, 2, 2, 3):
-            shown.show(1, f"run 1 of 9, step {step}")
-    said = capsys.readouterr().err.splitlines()
-    assert said == [f"run 1 of 9, step {step}" for step in (1, 2, 3)]
-
-
 def test_tensors_are_counted_when_the_next_one_is_asked_for(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
