@@ -27,24 +27,6 @@ def test_it_is_the_hash_of_all_coordinates():
             assert drawn[position, number].item() == bits / 2**24
 
 
-def test_numbers_are_even_and_independent_of_their_neighbours():
-    def table_of(seed: int, layer: int) -> torch.Tensor:
-        keys = sample_keys(seed=seed, first=0, count=64, device=CPU)
-        return uniform(keys, layer=layer, positions=1024).view(1024, 64)
-
-    table = table_of(seed=1, layer=1)
-    drawn = table.flatten()
-    assert drawn.min() >= 0
-    assert drawn.max() < 1
-    shares = torch.histc(drawn, bins=16, min=0, max=1) / len(drawn)
-    assert (shares - 1 / 16).abs().max() < 4 * (1 / 16 / len(drawn)) ** 0.5
-    pairs = [(table[1:], table[:-1]), (table[:, 1:], table[:, :-1])]
-    pairs += [(table, table_of(seed=1, layer=2)), (table, table_of(seed=2, layer=1))]
-    for left, right in pairs:
-        correlation = torch.corrcoef(torch.stack([left.flatten(), right.flatten()]))[0, 1]
-        assert correlation.abs() < 4 / len(drawn) ** 0.5
-
-
 def test_a_samples_numbers_do_not_depend_on_its_micro_batch():
     whole = uniform(sample_keys(seed=3, first=8, count=4, device=CPU), layer=2, positions=5)
     halves = [

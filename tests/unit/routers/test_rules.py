@@ -1,7 +1,6 @@
 """Token routers on examples small enough to compute by hand: choices, weights, drops, losses."""
 
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -10,12 +9,10 @@ from megatron.core.tensor_parallel.random import checkpoint
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from support.in_process import layer_config
 from support.routers import SIX, make_router, probable
-from torch import Tensor, nn
+from torch import Tensor
 
-from megatron_smlp.routers.balance_loss import balance_loss
 from megatron_smlp.routers.draws import sample_keys
 from megatron_smlp.routers.gshard import attach_samples
-from megatron_smlp.routers.hash import attach_token_ids
 from megatron_smlp.systems import token_router_class
 
 pytestmark = pytest.mark.usefixtures("megatron")
@@ -39,16 +36,6 @@ class TestScores:
 
 
 class TestSwitch:
-    def test_loss_is_one_where_uniform(self):
-        even = torch.full((8, 4), 0.25)
-        assert balance_loss(even, torch.arange(8) % 4) == pytest.approx(1.0)
-
-    def test_parts_of_the_loss_add_up(self):
-        """The losses that two ranks of a TP group attach add up to what one would."""
-        probabilities, first = torch.rand(8, 4).softmax(-1), torch.randint(4, (8,))
-        parts = [balance_loss(half, first) for half in probabilities.chunk(2)]
-        torch.testing.assert_close(sum(parts), balance_loss(probabilities, first))
-
     @pytest.mark.parametrize("policy", ["position", "probs"])
     def test_drops(self, policy: str):
         """Capacity ceil(1 * 6 / 2) = 3: one of the four tokens of expert 0 must go."""
@@ -137,26 +124,7 @@ class TestBase:
         torch.testing.assert_close(gram, 0.01 * torch.eye(8), rtol=0, atol=2e-4)
 
 
-class Called(nn.Module):
-    """A model of nothing but a router, called as GPTModel is."""
-
-    def __init__(self, router: nn.Module) -> None:
-        super().__init__()
-        self.router = router
-        attach_token_ids(self)
-
-    def forward(self, input_ids: Tensor, hidden: Tensor) -> Any:
-        return self.router(hidden)
-
-
 class TestHash:
-    def test_expert_follows_from_the_id(self):
-        router = make_router("hash", num_experts=4)
-        ids = torch.randint(40, (3, 5))  # [B, T]
-        probs, routing_map = Called(router)(ids, torch.randn(5, 3, 4))
-        assert experts_of(routing_map) == router.table[ids.T.flatten()][:, None].tolist()
-        assert torch.equal(probs, routing_map.float())
-
     def test_no_parameters_and_a_table_that_is_saved(self):
         router = make_router("hash", num_experts=4)
         assert not list(router.parameters())
