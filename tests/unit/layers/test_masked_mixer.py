@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from megatron_smlp.architectures import SlottedLayer
-from megatron_smlp.layers.masked_mixer import MaskedMixer, check_flags
+from megatron_smlp.layers.masked_mixer import MaskedMixer
 from megatron_smlp.layers.spatial_gating import SpatialProjection
 
 pytestmark = pytest.mark.usefixtures("megatron")
@@ -71,15 +71,6 @@ def test_equals_the_naive_loop(heads: int, expansion: bool, toeplitz: bool, toke
     )
 
 
-def test_the_layer_adds_the_mixed_tokens_and_then_an_mlp():
-    config = layer_config(architecture="mixer", spatial_length=LENGTH)
-    layer = SlottedLayer(config).double()
-    x = torch.randn(LENGTH, BATCH, config.hidden_size).double()
-    mixed = x + naive(layer.self_attention, layer.input_layernorm(x))
-    output, bias = layer.mlp(layer.pre_mlp_layernorm(mixed))
-    torch.testing.assert_close(layer(x, attention_mask=None)[0], mixed + output + bias)
-
-
 @pytest.mark.parametrize("toeplitz", [False, True])
 def test_initial_values(toeplitz: bool):
     """Weights that write to the residual start near zero, those before a GELU keep the variance."""
@@ -89,19 +80,3 @@ def test_initial_values(toeplitz: bool):
     wide = mixer(stir=False, toeplitz=toeplitz, mixer_expansion=True)
     assert 1e-1 < wide.spatial.weight.abs().max() <= (3 / LENGTH) ** 0.5
     assert 0 < wide.spatial_out.weight.abs().max() <= 1e-3 / LENGTH
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"spatial_heads": 5}, r"--spatial-heads 5 does not divide --hidden-size 24: choose"),
-        ({"context_parallel_size": 2}, r"size 2 is not available with a masked mixer"),
-    ],
-)
-def test_what_does_not_fit_is_refused(changes: dict[str, int], message: str):
-    from argparse import Namespace
-
-    sizes = {"tensor_model_parallel_size": 1, "context_parallel_size": 1, "spatial_heads": 1}
-    check_flags(Namespace(hidden_size=24, **sizes))
-    with pytest.raises(ValueError, match=message):
-        check_flags(Namespace(hidden_size=24, **{**sizes, **changes}))

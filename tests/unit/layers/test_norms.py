@@ -2,16 +2,15 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import pytest
 import torch
 from support.in_process import layer_config
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import HashStore, ProcessGroupGloo
 
 from megatron_smlp.architectures import SlottedLayer
-from megatron_smlp.layers.norms import HeadLayerNorm, SumOverGroup, TorchNorm
+from megatron_smlp.layers.norms import HeadLayerNorm, SumOverGroup
 
 EPS = 1e-5
 
@@ -72,24 +71,6 @@ def test_a_split_head_is_normed_as_a_whole(size: int):
             atol=1e-5,
             msg=lambda text, name=name: f"{name}: {text}",
         )
-
-
-@pytest.mark.parametrize("sequence_parallel", [True, False])
-@pytest.mark.parametrize(
-    ("kind", "norm_class"), [("LayerNorm", nn.LayerNorm), ("RMSNorm", nn.RMSNorm)]
-)
-def test_torch_norm_says_whether_its_gradient_is_a_part(kind, norm_class, sequence_parallel):
-    """Megatron sums the gradients of parameters so marked over the tensor parallel group."""
-    config = SimpleNamespace(
-        normalization=kind, sequence_parallel=sequence_parallel, params_dtype=torch.bfloat16
-    )
-    norm = TorchNorm(config, hidden_size=8, eps=1e-3)
-    assert isinstance(norm, norm_class)
-    assert norm.eps == 1e-3
-    parameters = list(norm.parameters())
-    assert {p.shape for p in parameters} == {(8,)}
-    assert {p.dtype for p in parameters} == {torch.bfloat16}
-    assert {p.sequence_parallel for p in parameters} == {sequence_parallel}
 
 
 @pytest.mark.usefixtures("megatron")

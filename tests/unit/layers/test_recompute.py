@@ -44,9 +44,7 @@ def _gradients(args: Any) -> tuple[dict[str, torch.Tensor], int]:
 
 
 @pytest.mark.parametrize(
-    "recompute",
-    [FULL, SELECTIVE, EXPERTS],
-    ids=["full", "selective", "selective_experts"],
+    "recompute", [FULL, SELECTIVE, EXPERTS], ids=["full", "selective", "selective_experts"]
 )
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_same_gradients(parse: Callable[..., Any], architecture: str, recompute: str):

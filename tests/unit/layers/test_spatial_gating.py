@@ -1,6 +1,5 @@
 """Spatial gating in Megatron's slot against slower twins: outputs and every gradient."""
 
-from argparse import Namespace
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,12 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from megatron_smlp.architectures import SlottedLayer
-from megatron_smlp.layers.spatial_gating import SpatialGating, SpatialProjection, check_gate
+from megatron_smlp.layers.spatial_gating import SpatialGating, SpatialProjection
 
 pytestmark = pytest.mark.usefixtures("megatron")
 
 BATCH = 3
-TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
 
 def gmlp_layer(*, heads: int = 1, length: int = 16) -> SlottedLayer:
@@ -36,9 +34,6 @@ def _stir(parameters: Iterable[nn.Parameter]) -> None:
 
 def _forward(layer: SlottedLayer) -> Callable[[Tensor], Tensor]:
     return lambda x: layer(x, attention_mask=None)[0]
-
-
-# g-mlp-pytorch, the best known public implementation, numbers its Residual(PreNorm(block)) so.
 
 
 def naive_gating(mixer: SpatialGating, x: Tensor, *, heads: int) -> Tensor:
@@ -149,24 +144,6 @@ def test_the_activation_of_a_gated_ffn_is_none_of_a_mixers(kind: dict[str, Any])
     gated.load_state_dict(plain.state_dict())
     inputs = torch.randn(16, BATCH, 24)
     assert torch.equal(gated(inputs)[0], plain(inputs)[0])
-
-
-def sizes(width: int, tp: int, cp: int) -> Namespace:
-    return Namespace(ffn_hidden_size=width, tensor_model_parallel_size=tp, context_parallel_size=cp)
-
-
-@pytest.mark.parametrize(
-    ("heads", "width", "tp", "cp", "message"),
-    [
-        (1, 31, 1, 1, r"--heads 1 does not divide the gate width 15.5 \(--ffn-hidden-size 31"),
-        (4, 64, 8, 1, r"--tensor-model-parallel-size 8 does not divide --heads 4: choose a div"),
-        (1, 60, 4, 1, r"--tensor-model-parallel-size 4 does not divide the gate width 30"),
-        (4, 64, 1, 2, r"--context-parallel-size 2 is not available with spatial gating"),
-    ],
-)
-def test_layouts_that_do_not_fit_are_refused(heads, width, tp, cp, message):
-    with pytest.raises(ValueError, match=message):
-        check_gate(sizes(width, tp, cp), "--heads", heads)
 
 
 def test_every_sharded_parameter_is_marked():

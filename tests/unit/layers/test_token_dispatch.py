@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from support.dispatches import LAYOUTS, compare
-from support.launches import REPOSITORY, launch, launch_calls, run_command, steps
+from support.launches import REPOSITORY, launch_calls, run_command
 
 Answers = dict[str, list[dict[str, dict[str, Any]]]]
 SPLIT = "tp2_ep2_split_experts"
@@ -61,24 +61,3 @@ def test_a_layer_asks_for_few_operators_and_one_number(answers: Answers):
             operators <= MOST_OPERATORS and waits <= MOST_WAITS for operators, waits in pairs
         )
     assert min(operators for operators, _ in megatrons) > MOST_OPERATORS
-
-
-MODEL = """
-    --mock-data --tokenizer-type NullTokenizer --vocab-size 500 --num-layers 2 --hidden-size 64
-    --ffn-hidden-size 128 --seq-length 32 --attention-dropout 0 --hidden-dropout 0
-    --micro-batch-size 2 --global-batch-size 16 --num-workers 0 --lr 3e-3 --log-interval 1
-    --eval-iters 0 --train-iters 3 --bf16 --architecture smlp --num-dense-layers 1
-    --num-feature-experts 4 --feature-router deterministic --token-router base --num-experts 8
-    --moe-token-dispatcher-type alltoall --expert-model-parallel-size 4
-    --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
-    --recompute-granularity full --recompute-method uniform --recompute-num-layers 1
-"""
-
-
-def test_a_training_is_the_same_to_the_bit(tmp_path: Path):
-    """BASE under EP 4, gradients reduced while others are computed, layers computed twice."""
-    runs = {name: f"{MODEL} --token-dispatch {name}" for name in ("sorted", "megatron")}
-    launch(runs, processes=4, folder=tmp_path)
-    ours, megatrons = (steps(tmp_path / name) for name in runs)
-    assert len(ours) == 3
-    assert ours == megatrons

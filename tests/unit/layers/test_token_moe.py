@@ -2,7 +2,6 @@
 
 import weakref
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +13,6 @@ from megatron.core.transformer.moe.router import TopKRouter
 from support.in_process import layer_config
 from torch.nn import functional
 
-from megatron_smlp.architectures import SlottedLayer
 from megatron_smlp.layers.token_dispatch import OneRankDispatcher, TopOneDispatcher
 from megatron_smlp.layers.token_moe import ROWS, Experts, token_moe_builder
 
@@ -42,34 +40,6 @@ def layer_of(router: Any = TopKRouter, **changes: Any) -> Any:
     config = moe_config(**changes)
     build = token_moe_builder(config, get_backend(config.transformer_impl), router=router)
     return build(config=config, pg_collection=process_groups())
-
-
-class EveryTokenTo(TopKRouter):
-    """A router of a test's own: every token to one expert, with one weight."""
-
-    def __init__(self, *, expert: int, weight: float, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.expert, self.expert_weight = expert, weight
-
-    def forward(self, input: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens = input.shape[0] * input.shape[1]
-        chosen = functional.one_hot(torch.full((tokens,), self.expert), EXPERTS)
-        return chosen * self.expert_weight, chosen.bool()
-
-
-@pytest.mark.parametrize("expert", [0, 3])
-def test_router_plugs_in_and_experts_are_the_equation(expert: int):
-    """y = w_e GELU(h A_e) B_e, without a bias although the model's other layers have one."""
-    moe = layer_of(router=partial(EveryTokenTo, expert=expert, weight=0.25))
-    hidden = torch.randn(5, 3, moe.config.hidden_size)
-    output, bias = moe(hidden)
-    chosen = moe.experts.local_experts[expert]
-    expected = 0.25 * functional.linear(
-        functional.gelu(functional.linear(hidden, chosen.linear_fc1.weight)),
-        chosen.linear_fc2.weight,
-    )
-    assert bias is None
-    torch.testing.assert_close(output, expected)
 
 
 def gradients_of(
@@ -208,15 +178,3 @@ def test_one_rank_sends_the_same_tokens(topk: int, kind: type):
 
     for mine, megatrons in zip(answers("sorted"), answers("megatron"), strict=True):
         assert torch.equal(mine, megatrons)
-
-
-@pytest.mark.parametrize("architecture", ["transformer", "smlp"])
-def test_only_experts_and_routers_lose_their_bias(architecture: str):
-    config = moe_config(architecture=architecture)
-    names = [name for name, _ in SlottedLayer(config).named_parameters()]
-    assert [name for name in names if ".router." in name] == ["mlp.router.weight"]
-    experts = [name for name in names if ".experts." in name]
-    assert len(experts) == 2 * EXPERTS
-    assert all(name.endswith(".weight") for name in experts)
-    assert any(name.startswith("self_attention.") and name.endswith(".bias") for name in names)
-    assert config.add_bias_linear
