@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from megatron_smlp.ops import gated_mix as gated_mix_module
-from megatron_smlp.ops.gated_mix import Routing, gated_mix, gates_by_kernels
+from megatron_smlp.ops.gated_mix import gates_by_kernels
 
 GATES = {
     "one head": Gate(63, 2, 1, 24, torch.float32, garbage=True),
@@ -107,28 +107,6 @@ def test_later_tokens_are_in_no_row(interpretations: dict[str, list[Any]]):
     (changed,) = interpretations["with_other_tokens_from"]
     assert torch.equal(changed[:LAST], before[:LAST])
     assert not torch.equal(changed[LAST:], before[LAST:])
-
-
-def test_shapes_that_do_not_fit_are_refused():
-    u1 = torch.zeros(4, 2, 6)
-    with pytest.raises(ValueError, match=r"weight \(1, 5, 5\) and bias \(1, 4\) do not fit"):
-        gated_mix(u1, u1, torch.zeros(1, 5, 5), torch.zeros(1, 4))
-    with pytest.raises(ValueError, match="H a divisor of K"):
-        gated_mix(u1, u1, torch.zeros(4, 4, 4), torch.zeros(4, 4))
-
-
-def test_routing_that_does_not_fit_is_refused():
-    u1, experts = torch.zeros(4, 2, 6), torch.zeros(2, 2, 3, dtype=torch.int32)
-    for prefix, chosen in ((5, experts), (1, experts[:, :1])):
-        routing = Routing(chosen, torch.ones(2, 3), prefix)
-        with pytest.raises(ValueError, match="do not fit"):
-            gated_mix(u1, u1, torch.zeros(5, 4, 4), torch.zeros(5, 4), routing=routing)
-
-
-def test_a_cpu_has_no_kernels_and_nothing_to_report(caplog: pytest.LogCaptureFixture):
-    u = torch.zeros(4, 2, 6, dtype=torch.bfloat16)
-    assert not gates_by_kernels(u, 1, functional.gelu)
-    assert caplog.records == []
 
 
 def test_a_length_that_16_does_not_divide_is_said_once(
