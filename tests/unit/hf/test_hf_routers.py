@@ -7,13 +7,7 @@ import torch
 from support.smlp_systems import make_config, make_model
 from torch import Tensor
 
-from megatron_smlp.hf.modeling_smlp import (
-    SMLPBaseRouter,
-    SMLPGShardRouter,
-    SMLPHashRouter,
-    SMLPSwitchRouter,
-    balanced_greedy,
-)
+from megatron_smlp.hf.modeling_smlp import SMLPGShardRouter, balanced_greedy
 
 
 def _probable(probabilities: list[list[float]]) -> Tensor:
@@ -28,26 +22,6 @@ def _router(kind, token_router: str, num_experts: int, **changes):
     if hasattr(router, "weight"):
         router.weight.data.copy_(torch.eye(num_experts))
     return router
-
-
-SIX = [[0.7, 0.3], [0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.8, 0.2], [0.4, 0.6]]
-"""Four tokens want expert 0 (0, 1, 2, 4), two want expert 1."""
-
-
-def _switch(**changes) -> SMLPSwitchRouter:
-    return _router(SMLPSwitchRouter, "switch", 2, num_attention_heads=1, **changes)
-
-
-@pytest.mark.parametrize(
-    ("training", "factor", "num_kept"),
-    [(True, 0.5, 4), (True, None, 6), (False, 0.5, 6), (False, 2.0, 6), (False, 0.4, 6)],
-)
-def test_switch_has_one_capacity_for_training_and_one_for_evaluation(training, factor, num_kept):
-    router = _switch(moe_train_capacity_factor=factor, moe_eval_capacity_factor=None)
-    router.train(training)
-    routing = router(_probable(SIX), None, limited=True)
-    assert int((routing.experts >= 0).sum()) == num_kept
-    assert (routing.loss is not None) == training
 
 
 def _gshard(**changes) -> SMLPGShardRouter:
@@ -69,33 +43,6 @@ def test_how_often_gshard_uses_the_second_expert(rule: str):
         assert (routing.experts[:, 0] == 0).all()
 
 
-def test_base_is_balanced_in_training_and_greedy_in_evaluation():
-    router = _router(SMLPBaseRouter, "base", 4)
-    tokens = torch.randn(22, 4) + torch.tensor([3.0, 0.0, 0.0, 0.0])
-    counts = router(tokens, None, limited=True).experts[:, 0].bincount(minlength=4)
-    assert sorted(counts.tolist()) == [5, 5, 6, 6]
-    greedy = router.eval()(tokens, None, limited=True)
-    assert torch.equal(greedy.experts[:, 0], tokens.argmax(1))
-    torch.testing.assert_close(greedy.weights[:, 0], tokens.max(1).values.sigmoid())
-    assert greedy.loss is None
-
-
-def test_priced_gates_of_base():
-    """The weight is of the lead at the prices, and a shift of an expert's scores is nothing."""
-    router = _router(SMLPBaseRouter, "base", 4, base_gate="price")
-    tokens = torch.randn(64, 4)
-    shifted = (tokens + torch.tensor([5.0, -3.0, 0.0, 9.0])).requires_grad_()
-    routing, same = router(tokens, None, limited=True), router(shifted, None, limited=True)
-    assert torch.equal(same.experts, routing.experts)
-    torch.testing.assert_close(same.weights, routing.weights, rtol=0, atol=0.02)
-    same.weights.sum().backward()
-    torch.testing.assert_close(shifted.grad.sum(0), torch.zeros(4), rtol=0, atol=1e-5)
-    router.eval().prices.copy_(torch.tensor([0.5, 0.0, -0.5, 9.0]))
-    one = router(torch.tensor([[1.0, 0.7, 0.1, 2.0]]), None, limited=True)
-    assert one.experts.tolist() == [[1]]
-    torch.testing.assert_close(one.weights, torch.tensor([[0.7 + 1.3]]).sigmoid())
-
-
 @pytest.mark.parametrize(("tokens", "experts"), [(0, 3), (2, 5), (64, 4), (65, 4), (7, 1)])
 def test_balanced_greedy_is_balanced(tokens: int, experts: int):
     for scores in (torch.randn(tokens, experts), torch.zeros(tokens, experts)):
@@ -103,16 +50,6 @@ def test_balanced_greedy_is_balanced(tokens: int, experts: int):
         assert counts.sum() == tokens
         assert counts.min() >= tokens // experts
         assert counts.max() <= -(-tokens // experts)
-
-
-def test_hash_follows_its_table_with_weight_one():
-    router = _router(SMLPHashRouter, "hash", 4)
-    router.table.copy_(torch.arange(101) % 4)
-    routing = router(torch.randn(3, 4), torch.tensor([0, 7, 101 - 1]), limited=True)
-    assert routing.experts[:, 0].tolist() == [0, 3, 0]
-    assert (routing.weights == 1).all()
-    with pytest.raises(ValueError, match="give input_ids"):
-        router(torch.randn(3, 4), None, limited=True)
 
 
 def test_hash_tables_of_a_new_model_come_from_the_seed():

@@ -11,13 +11,7 @@ import torch
 from support.launches import REPOSITORY, run_command
 from support.smlp_systems import SYSTEMS, VOCABULARY, make_config, make_ids, make_model
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.utils import logging
 
 from megatron_smlp.hf import SMLPConfig, SMLPModel
@@ -94,18 +88,6 @@ def test_autocast_trains_and_routes_in_fp32(system: str):
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         model(ids)
     assert all(weights.dtype == torch.float32 for weights in seen)
-
-
-@pytest.mark.parametrize("system", ["gmlp", "switch"])
-def test_generation_while_training_with_checkpoints(system: str):
-    model = make_model(system)
-    for layer in model.model.layers:
-        layer.dropout = 0.0
-    prompt = {"input_ids": make_ids(1, 5), "max_new_tokens": 8, "do_sample": False}
-    expected = model.generate(**prompt)
-    model.train()
-    model.gradient_checkpointing_enable()
-    assert torch.equal(model.generate(**prompt), expected)
 
 
 @torch.no_grad()
@@ -200,13 +182,6 @@ def test_outputs_that_there_are_not_are_warned_of(name: str, caplog: pytest.LogC
     logging.disable_propagation()
 
 
-def test_a_kind_of_cache_that_is_not_taken(caplog: pytest.LogCaptureFixture):
-    model, ids = make_model("gmlp"), make_ids(1, 4)
-    plain = model.generate(ids, max_new_tokens=4, do_sample=False)
-    static = model.generate(ids, max_new_tokens=4, do_sample=False, cache_implementation="static")
-    assert torch.equal(plain, static)
-
-
 class Rounded(nn.Module):
     """A projection in bytes, as what quantises a model puts it in the place of an nn.Linear."""
 
@@ -243,17 +218,6 @@ def test_projections_are_quantised(system: str):
     torch.testing.assert_close(last, expected[:, 29:], rtol=1e-4, atol=1e-5)
 
 
-@torch.no_grad()
-def test_a_hook_sees_a_generation_step():
-    model, ids = make_model("gmlp"), make_ids(1, 6)
-    cache = model(ids[:, :5], use_cache=True).cache
-    seen: list[torch.Size] = []
-    layer = model.model.layers[0].mixer.up_proj
-    layer.register_forward_hook(lambda _, __, output: seen.append(output.shape))
-    model(ids[:, 5:], cache=cache)
-    assert seen == [torch.Size([1, 1, 48])]
-
-
 def test_layers_on_two_devices():
     """In a process of its own: where the CPU platform is active, "cuda" is the CPU."""
     pytest.importorskip("accelerate")
@@ -263,36 +227,9 @@ def test_layers_on_two_devices():
     )
 
 
-@pytest.mark.parametrize(("system", "lacking"), [("gmlp", "gate_norm."), ("minhash", ".fingerp")])
-def test_weights_that_a_folder_lacks(tmp_path: Path, system: str, lacking: str):
-    """They start as those of a new model."""
-    model = make_model(system)
-    kept = {n: t for n, t in model.state_dict().items() if lacking not in n}
-    model.save_pretrained(tmp_path, state_dict=dict(kept))
-    loaded = SMLPForCausalLM.from_pretrained(tmp_path)
-    fresh = SMLPForCausalLM(model.config).state_dict()
-    for name, tensor in loaded.state_dict().items():
-        assert torch.equal(tensor, kept.get(name, fresh[name])), name
-
-
 def test_a_vocabulary_of_strings_keeps_its_size():
     with pytest.raises(ValueError, match="fingerprints of its tokenizer's strings"):
         make_model("minhash").resize_token_embeddings(VOCABULARY + 3)
-
-
-@torch.no_grad()
-def test_a_token_without_a_cache_is_warned_of(caplog: pytest.LogCaptureFixture):
-    model, ids = make_model("gmlp"), make_ids(1, 4)
-    logging.enable_propagation()
-    logging.get_logger().warning_once.cache_clear()
-    model(ids)
-    model(ids[:, :1], use_cache=True)
-    model(ids[:, :1], use_cache=False)
-    model.generate(ids[:, :1], max_new_tokens=2, do_sample=False)
-    assert "single token" not in caplog.text
-    model(ids[:, :1])
-    logging.disable_propagation()
-    assert "a single token without a cache stands at position 0" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -328,20 +265,6 @@ def test_a_new_model_suppresses_padding(tmp_path: Path, unpadded: int | None):
     model.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "generation_config.json").read_text())
     assert written.get("suppress_tokens", []) == padding
-
-
-@torch.no_grad()
-def test_experts_are_called_once_a_layer():
-    """Each call fetches all of a layer's experts, where they are offloaded or sharded."""
-    model, ids = make_model("gshard"), make_ids(2, 12)
-    calls: list[str] = []
-    for name, module in model.named_modules():
-        if name.endswith(".experts"):
-            module.register_forward_hook(lambda *_, name=name: calls.append(name))
-    model(ids)
-    model(ids[:1, :1], use_cache=True)
-    model(ids, attention_mask=torch.ones_like(ids).index_fill(1, torch.tensor([0]), 0))
-    assert calls == 3 * ["model.layers.1.channel.experts", "model.layers.2.channel.experts"]
 
 
 AGAIN = """
