@@ -31,18 +31,6 @@ def test_tensors_for_cuda_are_made_on_the_cpu(device: str | torch.device):
     assert made[6].dtype is torch.bfloat16
 
 
-def test_cuda_of_a_tensor_or_a_module_is_itself():
-    tensor, module = torch.zeros(2), torch.nn.Linear(2, 2)
-    assert tensor.cuda(non_blocking=True) is tensor
-    assert module.cuda(0) is module
-
-
-def test_other_devices_and_arguments_go_through():
-    assert torch.zeros(2, device="meta").device.type == "meta"
-    assert torch.zeros(2).to("meta").device.type == "meta"
-    assert torch.tensor([1], dtype=torch.int16).dtype is torch.int16
-
-
 def test_type_names_are_those_that_the_optimizer_compares_with():
     """`tensor.type() == 'torch.cuda.FloatTensor'` and so on; conversion by type still works."""
     for dtype, name in [(torch.float32, "Float"), (torch.bfloat16, "BFloat16")]:
@@ -61,43 +49,7 @@ def test_the_device_generator_is_the_one_that_dropout_draws_from():
     assert torch.equal(torch.nn.functional.dropout(torch.ones(64)), first)
 
 
-def test_streams_and_events_keep_order():
-    stream = torch.cuda.current_stream()
-    with torch.cuda.stream(torch.cuda.Stream(device="cuda")):
-        event = stream.record_event()
-    stream.wait_event(event)
-    torch.cuda.synchronize()
-    assert event.query()
-
-
-def test_the_device():
-    assert torch.cuda.current_device() == torch.device("cpu")
-    assert torch.cuda.device_count() == 1
-    assert not torch.cuda.is_available()
-
-
-def test_split_sizes_become_numpy():
-    """gloo's all-to-all refuses tensors as split sizes."""
-    from megatron.core.transformer.moe import token_dispatcher
-
-    sizes = token_dispatcher.maybe_move_tensor_to_cpu(torch.tensor([1, 2]), as_numpy=True)
-    assert sizes.tolist() == [1, 2]
-    assert not torch.is_tensor(sizes)
-    assert torch.is_tensor(token_dispatcher.maybe_move_tensor_to_cpu(torch.tensor([1, 2])))
-
-
 class TestFlags:
-    def test_they_are_set(self):
-        args = Namespace(**dict.fromkeys(cpu.FLAGS))
-        cpu.set_flags(args)
-        assert vars(args) == cpu.FLAGS
-
-    @pytest.mark.parametrize("name", ["fp16", "fp8", "tp_comm_overlap"])
-    def test_what_needs_a_gpu_is_refused(self, name: str):
-        flag = "--" + name.replace("_", "-")
-        with pytest.raises(ValueError, match=f"{flag} needs a CUDA device and none was found"):
-            cpu.check_flags(Namespace(**{name: True}))
-
     def test_where_cuda_is_available_flags_stay(self, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         args = Namespace(fp16=True, distributed_backend="nccl")
