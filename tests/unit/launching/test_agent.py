@@ -145,35 +145,7 @@ def test_ranks_that_hang_in_the_kernel_are_a_failure(monkeypatch: pytest.MonkeyP
     assert (agent.code, agent._remaining_restarts) == (1, 0)  # of this machine alone
 
 
-@pytest.mark.parametrize(
-    ("is_over", "has_save", "restarts", "code", "left"),
-    [
-        (True, True, 3, 2, 0),
-        (False, True, 3, 1, 3),
-        (True, False, 3, 2, 0),
-        (True, True, 0, 2, 0),
-        (False, True, 0, 1, 0),
-    ],
-)
-def test_what_a_machine_refuses_ends_the_run_if_the_first_one_did(
-    is_over: bool, has_save: bool, restarts: int, code: int, left: int,
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-):  # fmt: skip
-    monkeypatch.setattr("megatron_smlp.launching.agent.PATIENCE", 0)
-    monkeypatch.setattr("os.environ", {})
-    agent = Agent.__new__(Agent)
-    agent._worker_group = SimpleNamespace(group_rank=1)
-    agent._remaining_restarts = restarts
-    agent.failures = Failures(["--save", str(tmp_path)] if has_save else [])
-    agent.rendezvous = SimpleNamespace(is_over=lambda: is_over)  # type: ignore[assignment]
-    failure = SimpleNamespace(exitcode=2, timestamp=0)
-    agent._decide(RunResult(state=WorkerState.FAILED, failures={8: failure}))  # type: ignore[dict-item]
-    assert (agent.code, agent._remaining_restarts) == (code, left)
-
-
-def test_the_others_go_on_without_a_machine_that_was_refused(
-    monkeypatch: pytest.MonkeyPatch,
-):
+def test_the_others_go_on_without_a_machine_that_was_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("megatron_smlp.launching.rendezvous.LOOKS", 0)
     monkeypatch.setattr("os.environ", {})
     rounds = [(8, 1), (8, 8)]

@@ -1,7 +1,6 @@
 """launching/supervisor.py around agents that end as they are told to."""
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -18,9 +17,8 @@ from megatron_smlp.launching import supervisor
 from megatron_smlp.launching.exit_codes import CLOSED, MISSING, NO_PROGRESS
 from megatron_smlp.launching.failures import Failures
 from megatron_smlp.launching.settings import read
-from megatron_smlp.launching.supervisor import Supervisor, main
+from megatron_smlp.launching.supervisor import Supervisor
 from megatron_smlp.launching.training_argv import check_counts, given
-from megatron_smlp.restart_note import RESTART
 
 # Ends with the next code of a list, after it has made the checkpoint that goes with it.
 AGENT = """
@@ -86,9 +84,23 @@ def test_a_closed_terminal_is_nothing_to_a_run_under_nohup(monkeypatch: pytest.M
         assert signal.SIGTERM in launcher.signals
 
 
-@pytest.mark.parametrize("code", [2, 3, NO_PROGRESS, MISSING, CLOSED])
-def test_what_would_come_again_is_not_started_again(run: Callable[..., int], code: int):
-    assert run((code, 5), (0, 0)) == code
+PLANS = {
+    # (Exit code and newest checkpoint of each agent), whether there is --save -> code, starts.
+    **{f"{code} would come again": ([(code, 5), (0, 0)], True, code, 1)
+       for code in (2, 3, NO_PROGRESS, MISSING, CLOSED)},
+    # Two failures of its ranks that an agent has counted, then one of its own that it has not.
+    "what an agent has counted": ([(82, 0), (1, 0), (0, 5)], True, NO_PROGRESS, 2),
+    "an agent that got on": ([(82, 5), (80, 10), (82, 15), (0, 15)], True, 0, 4),
+    "nothing to go on from": ([(1, 0), (0, 0)], False, 1, 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("plan", "save", "code", "count"), PLANS.values(), ids=PLANS)
+def test_what_is_started_again(
+    run: Callable[..., int], plan: list, save: bool, code: int, count: int, tmp_path: Path
+):
+    assert run(*plan, save=save) == code
+    assert len(starts(tmp_path)) == count
 
 
 def test_a_failure_is_started_again_and_told_why(run: Callable[..., int], tmp_path: Path):
@@ -105,16 +117,6 @@ def test_three_failures_without_a_checkpoint_are_enough(
     assert run((1, 5), (1, 10), (1, 0)) == NO_PROGRESS
     assert len(starts(tmp_path)) == 2 + Failures.LIMIT
     assert "is of iteration 10 after 3 failures: giving up." in capsys.readouterr().err
-
-
-def test_what_an_agent_has_counted_counts(run: Callable[..., int], tmp_path: Path):
-    """Two failures of its ranks, then one of its own that it has not counted."""
-    assert run((82, 0), (1, 0), (0, 5)) == NO_PROGRESS
-    assert len(starts(tmp_path)) == 2
-
-
-def test_an_agent_that_got_on_counts_from_there(run: Callable[..., int], tmp_path: Path):
-    assert run((82, 5), (80, 10), (82, 15), (0, 15)) == 0
 
 
 @pytest.mark.parametrize(("iteration", "expected"), [(5, NO_PROGRESS), (10, 0)])
@@ -140,11 +142,6 @@ def test_a_warning_before_anything_new_is_saved_is_the_last_one(
     monkeypatch.setattr(Supervisor, "_run_agent", warned)
     words = ["train.py", "--save", str(tmp_path / "save")]
     assert Supervisor(read({}, several=False), words).run() == expected
-
-
-def test_without_a_folder_there_is_nothing_to_go_on_from(run: Callable[..., int], tmp_path: Path):
-    assert run((1, 0), (0, 0), save=False) == 1
-    assert len(starts(tmp_path)) == 1
 
 
 def test_a_checkpoint_that_is_older_is_no_progress(tmp_path: Path):
@@ -306,27 +303,6 @@ def test_sigterm_lets_the_ranks_end_well(tmp_path: Path):
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=100)
     assert process.returncode == 0, output
-
-
-def test_the_cause_is_dated_by_this_machines_clock(monkeypatch: pytest.MonkeyPatch):
-    from megatron_smlp.restart_note import note_cause, noted_cause
-
-    assert RESTART not in os.environ
-    assert noted_cause() is None
-    environment: dict[str, str] = {}
-    note_cause("rank 3 on node1 ended with 1", environment)
-    monkeypatch.setenv(RESTART, environment[RESTART])
-    time.sleep(0.05)
-    found = noted_cause()
-    assert found is not None
-    assert found[0] == "rank 3 on node1 ended with 1"
-    assert 0.05 <= found[1] < 60
-
-
-@pytest.mark.parametrize("what", ["one-node", "several-nodes", "serve"])
-def test_nothing_to_start_is_said(what: str):
-    with pytest.raises(UsageError, match=f"{what}: give the "):
-        main([what])
 
 
 @pytest.mark.parametrize(

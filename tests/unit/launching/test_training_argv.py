@@ -1,11 +1,10 @@
 """What is read from a training's command line before there is a parser."""
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from support.launches import REPOSITORY, clean_environment
+from support.launches import run_command
 
 from megatron_smlp.errors import UsageError
 from megatron_smlp.launching.settings import read
@@ -81,17 +80,7 @@ def saw(argv):
 pretrain_smlp.patched_arguments = saw
 pretrain_smlp.main({TP_2.split()})
 """
-    environment = clean_environment()
-    environment.pop(CONNECTIONS, None)
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=REPOSITORY,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = run_command([sys.executable, "-c", program], code=1, **{CONNECTIONS: ""})
     assert done.stderr == "1 False\n"
 
 
