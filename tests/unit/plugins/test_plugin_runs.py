@@ -2,13 +2,11 @@
 
 import json
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from support.launches import REPOSITORY, clean_environment
+from support.launches import REPOSITORY, run_command
 
 from megatron_smlp.checking.runs import SIZES, Runs
 
@@ -84,12 +82,9 @@ def falling(done):
 )
 def test_a_plugin_passes_all_checks(file: str, tmp_path: Path):
     command = [sys.executable, "tools/check_plugin.py", file]
-    done = subprocess.run(
-        command, cwd=REPOSITORY, env=clean_environment(), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "checks passed" in done.stdout
-    assert "TP 2" in done.stdout
+    said = run_command(command, seconds=900).stdout
+    assert "checks passed" in said
+    assert "TP 2" in said
 
 
 def test_a_gradient_of_a_part_is_seen_by_a_layout(tmp_path: Path, monkeypatch):
@@ -113,11 +108,7 @@ def test_an_export_needs_torch_and_transformers_alone(tmp_path: Path, monkeypatc
     assert steps[0]().passed
     assert steps[-2]().passed  # the export
     folders = [str(tmp_path / "exported"), str(tmp_path / "again")]
-    done = subprocess.run(
-        [sys.executable, "-c", BESIDE, *folders], cwd=tmp_path, env=dict(os.environ),
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    run_command([sys.executable, "-c", BESIDE, *folders], cwd=tmp_path)
 
 
 def test_what_a_plugin_does_in_a_training(tmp_path: Path):
@@ -127,10 +118,7 @@ def test_what_a_plugin_does_in_a_training(tmp_path: Path):
     flags = "--architecture gmlp --train-iters 2 --bf16 --nonfinite-loss skip"
     command = [sys.executable, "pretrain_smlp.py", "--plugin", str(path), *SIZES.split()]
     command += [*flags.split(), "--log-dir", str(tmp_path), "--platform", "cpu"]
-    done = subprocess.run(
-        command, cwd=REPOSITORY, env=clean_environment(), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    run_command(command)
     lines = log.read_text(encoding="utf-8").splitlines()
     assert lines == [f"{what} {it}" for step in (1, 2)
                      for what, it in (("updated", False), ("stepped", step))]  # fmt: skip
