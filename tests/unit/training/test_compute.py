@@ -62,12 +62,6 @@ def test_only_what_was_sent_counts(shape: ModelShape):
     assert resumed.spent(30) == pytest.approx(spent)
 
 
-def test_a_model_without_routers_is_as_configured(shape: ModelShape):
-    compute = Compute(shape)
-    assert compute.add({}, tokens=10) == compute.needed
-    assert compute.spent(10)["consumed_flops"] == 10 * compute.needed
-
-
 def test_a_run_counts_its_own_choices(tmp_path: Path):
     """GShard draws few of its second experts, and a capacity drops others."""
     with pretrained(f"{GSHARD} --log-dir {tmp_path}"):

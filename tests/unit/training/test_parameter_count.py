@@ -35,8 +35,3 @@ def test_a_difference_is_a_warning_else(capfd: pytest.CaptureFixture[str], tmp_p
         shown = capfd.readouterr().out
     assert "WARNING: the model has" in shown
     assert "iteration 1/1" in shown
-
-
-def test_equal_counts_are_not_spoken_of(capfd: pytest.CaptureFixture[str]):
-    with pretrained(RUN):
-        assert "parameters, and" not in capfd.readouterr().out

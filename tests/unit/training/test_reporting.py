@@ -43,19 +43,12 @@ def test_a_step_is_timed_without_what_is_excluded(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("name", "peak"),
     [
-        ("NVIDIA GB200", 2500),
         ("NVIDIA B200", 2250),
-        ("NVIDIA GH200 480GB", 989),
-        ("NVIDIA H200", 989),
         ("NVIDIA H200 NVL", 835),
-        ("NVIDIA H100 80GB HBM3", 989),
-        ("NVIDIA H100 PCIe", 756),
         ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
         ("NVIDIA H20", 148),
-        ("NVIDIA A100 80GB PCIe", 312),
         ("NVIDIA A10", 125),
         ("NVIDIA A10G", None),
-        ("NVIDIA L40S", 362),
         ("NVIDIA GeForce RTX 4090", None),
     ],
 )
@@ -102,13 +95,6 @@ class TestMetricsFile:
         metrics.write({"iteration": 3, "restart": "a rank"})
         assert metrics.drop_after(3)["wall_seconds"] == 3600.0
 
-    def test_nothing_is_kept_without_a_folder(self, tmp_path: Path, monkeypatch):
-        monkeypatch.chdir(tmp_path)
-        metrics = MetricsFile(None)
-        metrics.write({"iteration": 1})
-        metrics.drop_after(0)
-        assert list(tmp_path.iterdir()) == []
-
 
 class TestCapturedOutput:
     def test_it_keeps_what_was_said_before_and_after_the_folder_is_known(self, tmp_path: Path):
@@ -120,12 +106,6 @@ class TestCapturedOutput:
             print("late")
         text = (tmp_path / "megatron.log").read_text()
         assert text.index("early") < text.index("UserWarning: a warning") < text.index("late")
-
-    def test_ranks_have_files_of_their_own(self, tmp_path: Path):
-        with CapturedOutput() as output:
-            output.open(str(tmp_path), rank=3)
-            print("from three")
-        assert (tmp_path / "megatron.rank3.log").read_text() == "from three\n"
 
     def test_a_folder_that_cannot_be_made_is_named(self, tmp_path: Path):
         (tmp_path / "file").touch()

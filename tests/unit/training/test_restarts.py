@@ -120,17 +120,6 @@ def test_an_own_part_is_of_forward_passes_alone(monkeypatch: pytest.MonkeyPatch)
     assert part.pop_seconds() == 0
 
 
-def test_one_process_keeps_no_parts_of_its_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """On a GPU each is two events; nobody is there to compare them with."""
-    parts: list[OwnPart] = []
-    make = OwnPart.__init__
-    monkeypatch.setattr(OwnPart, "__init__", lambda self: (parts.append(self), make(self))[1])
-    with pretrained(f"{RUN} --save {tmp_path} --log-interval 2"):
-        pass
-    assert len(parts) == 1
-    assert len(parts[0].parts) <= 2
-
-
 def test_a_run_of_two_machines_names_the_slow_one(tmp_path: Path):
     """Two ranks that take themselves for two machines; one sleeps in each step."""
     from support.launches import launch_calls

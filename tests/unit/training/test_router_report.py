@@ -13,7 +13,7 @@ from support.launches import records
 from megatron_smlp.routers.collapse import CollapseWatch
 from megatron_smlp.routers.statistics import RouterKey, RouterLoad
 from megatron_smlp.training.data import needs_every_batch
-from megatron_smlp.training.router_report import router_records, router_texts
+from megatron_smlp.training.router_report import router_records
 
 PARTIAL = """
     --architecture smlp --num-dense-layers 2 --num-feature-experts 4 --feature-router partial
@@ -27,23 +27,6 @@ def load(*shares: float, drop_rate: float = 0.0, choices: int = 100, **more: Any
 
 
 FIRST, SECOND, CHUNKS = RouterKey(2, "token"), RouterKey(4, "token"), RouterKey(4, "feature")
-
-
-class TestWords:
-    def test_extremes_over_layers_and_all_that_was_dropped(self):
-        loads = {
-            FIRST: load(0.5, 0.25, 0.25, 0.0, drop_rate=0.1, choices=300),
-            SECOND: load(0.25, 0.25, 0.25, 0.25, drop_rate=0.5, choices=100),
-        }
-        assert router_texts(loads) == ["experts 0.0-2.0x, entropy 0.75, dropped 20.0%"]
-
-    def test_each_kind_has_its_own(self):
-        loads = {FIRST: load(0.5, 0.5), CHUNKS: load(0.6, 0.4)}
-        words = ["experts 1.0-1.0x, entropy 1.00, dropped 0.0%", "chunks 0.8-1.2x, entropy 0.97"]
-        assert router_texts(loads) == words
-
-    def test_nothing_without_routers(self):
-        assert router_texts({}) == router_records({}) == []
 
 
 def test_records_have_the_numbers_that_the_router_has():
@@ -130,18 +113,6 @@ class TestRun:
             assert values[0] > 0
         assert lines[0]["consumed_tokens"] == 2 * 2 * 16
         assert lines[2]["consumed_flops"] == pytest.approx(2 * lines[0]["consumed_flops"])
-
-    def test_tensorboard_has_speed_and_progress(self, folder: Path):
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-        events = EventAccumulator(str(folder / "events")).Reload()
-        lines = [line for line in records(folder) if "loss" in line]
-        for name in ("tokens_per_second", "consumed_tokens"):
-            found = [(event.step, event.value) for event in events.Scalars(f"run/{name}")]
-            assert found == [
-                (line["iteration"], pytest.approx(line[name], rel=1e-5)) for line in lines
-            ]
-        assert "run/mfu" not in events.Tags()["scalars"], "the peak of a CPU is not known"
 
     def test_tensorboard_has_every_number(self, folder: Path):
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

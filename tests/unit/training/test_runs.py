@@ -50,14 +50,6 @@ class TestMetrics:
     def test_the_first_loss_is_that_of_a_uniform_guess(self, logged: list[dict[str, Any]]):
         assert logged[0]["loss"] == pytest.approx(math.log(100), rel=0.02)
 
-    def test_validation_has_lines_of_its_own(self, logged: list[dict[str, Any]]):
-        validations = [record for record in logged if "validation_loss" in record]
-        assert [record["iteration"] for record in validations] == [2, 4]
-        for record in validations:
-            loss = record["validation_loss"]
-            assert record["validation_perplexity"] == pytest.approx(math.exp(loss))
-            assert "loss" not in record
-
 
 def test_the_log_interval_thins_the_lines_and_keeps_the_last(tmp_path: Path):
     """Four steps, one line every third: the third, and the last."""
@@ -70,20 +62,6 @@ def test_the_peak_gives_the_share_of_it(tmp_path: Path):
     with pretrained(f"{GMLP} --log-dir {tmp_path} --peak-tflops 0.5 --train-iters 1"):
         step = records(tmp_path)[0]
     assert step["mfu"] == pytest.approx(step["tflops_per_device"] / 0.5)
-
-
-def test_what_a_run_shows(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
-    """A start that fits a screen, then a line a step; Megatron's own output is in a file."""
-    with pretrained(f"{GMLP} --log-dir {tmp_path}"):
-        shown = capfd.readouterr().out.splitlines()
-    first = next(i for i, line in enumerate(shown) if line.startswith("iteration 1/4"))
-    assert 5 <= first <= 24
-    assert any(line.startswith("model") and "spatial gating" in line for line in shown[:first])
-    for word in ("loss", "ppl", "lr", "grad norm", "tokens/s", "TFLOP/s", "MFU n/a", "ETA"):
-        assert word in shown[first]
-    assert not any("arguments" in line for line in shown)
-    log = (tmp_path / "megatron.log").read_text(encoding="utf-8")
-    assert "end of arguments" in log
 
 
 def test_slow_paths_of_any_rank_are_shown_once(
@@ -105,30 +83,6 @@ def test_slow_paths_of_any_rank_are_shown_once(
     warnings = [line for line in shown if line.startswith("WARNING: ")]
     assert warnings == shown[first - 2 : first] == [f"WARNING: {ours}", "WARNING: experts, slower"]
     assert caplog.messages.count(ours) == 1
-
-
-def test_a_run_without_a_folder_says_that_nothing_is_kept(capfd: pytest.CaptureFixture[str]):
-    with pretrained(f"{GMLP} --train-iters 1"):
-        assert "none are kept: give --log-dir or --save" in capfd.readouterr().out
-
-
-def test_ranks_are_told_once_a_step(monkeypatch: pytest.MonkeyPatch):
-    """Whatever else Megatron's own step would ask all of them, and wait for, ours knows."""
-    from megatron.training.dist_signal_handler import DistributedSignalHandler
-
-    from megatron_smlp.training import step
-    from megatron_smlp.training.agreement import StepAgreement
-
-    def refuses(*args: Any, **kwargs: Any) -> Any:
-        raise AssertionError("asked the ranks")
-
-    sent, send = [], StepAgreement.send
-    monkeypatch.setattr(StepAgreement, "send", lambda self: sent.append(send(self)))
-    for name in ("logical_and", "reduce_max_stat"):
-        monkeypatch.setattr(step, f"{name}_across_model_parallel_group", refuses)
-    monkeypatch.setattr(DistributedSignalHandler, "signals_received", refuses)
-    with pretrained(f"{GMLP} --exit-duration-in-mins 60"):
-        assert len(sent) == 4
 
 
 def test_a_run_ends_when_its_time_is_over(

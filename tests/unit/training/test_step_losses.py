@@ -108,26 +108,12 @@ def test_a_suffix_that_is_none_is_refused(parse: Callable[..., Any], position: s
         parse(f"--architecture gmlp --suffix-from={position}")
 
 
-def test_a_loss_that_is_not_finite_is_remembered_until_asked(parse: Callable[..., Any]):
-    parse("--architecture gmlp")
-    step = ForwardStep()
-    losses, mask = losses_and_mask()
-    step._loss(mask, losses * float("inf"))
-    assert step.pop_nonfinite()
-    assert step.pop_nonfinite() is None
-    step._loss(mask, losses)
-    assert not step.pop_nonfinite()
-
-
 @pytest.mark.parametrize(
     ("per_token", "grad_scale", "expected"),
     [(False, None, 1 / 3), (True, None, 1.0), (False, 8.0, 8 / 3), (True, 8.0, 8.0)],
 )
 def test_balance_losses_weigh_as_the_main_loss(
-    parse: Callable[..., Any],
-    per_token: bool,
-    grad_scale: float | None,
-    expected: float,
+    parse: Callable[..., Any], per_token: bool, grad_scale: float | None, expected: float
 ):
     """Once for all three micro-batches, or for each of them where tokens are counted."""
     parse(f"{PARTIAL} --global-batch-size 6 --micro-batch-size 2")

@@ -17,7 +17,6 @@ from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
 from megatron_smlp.conversion import convert
 from megatron_smlp.data.tokenizers.factory import identity_from_arguments, read_tokenizer
 from megatron_smlp.data.tokenizers.spec import TokenizerSpec
-from megatron_smlp.errors import UsageError
 
 
 @pytest.fixture
@@ -70,9 +69,3 @@ def test_checkpoints_name_the_files_of_the_user(files: str, tmp_path: Path) -> N
     assert (
         exported.encode(text) == read_tokenizer(recorded).build().encode_batch([text])[0].tolist()
     )
-
-
-def test_missing_file_is_one_line(parse: Callable[..., Any], tmp_path: Path) -> None:
-    words = "--architecture gmlp --tokenizer-type GPT2BPETokenizer --merge-file x"
-    with pytest.raises(UsageError, match=r"--vocab-file .*absent.* cannot be read"):
-        parse(f"{words} --vocab-file {tmp_path / 'absent.json'}")

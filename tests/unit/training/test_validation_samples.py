@@ -141,22 +141,3 @@ def test_each_of_several_validation_sets_has_its_own_numbers(tmp_path: Path, nam
         assert {f"{field}_loss", f"{field}_prices_loss", f"{field}_routers"} <= set(line)
         assert not any(name.startswith(other) for name in line)
     assert lines[0][f"{fields[0]}_loss"] + 1 < lines[1][f"{fields[1]}_loss"]
-
-
-def test_the_whole_of_one_validation_set(tmp_path: Path):
-    """Every sample once, at each evaluation, whatever --eval-iters says."""
-    train, valid = (
-        random_pair(tmp_path / name, documents=n) for name, n in (("t", 300), ("v", 10))
-    )
-    words = (
-        f"--architecture gmlp --lr 0 --train-iters 4 --eval-interval 2 --full-validation "
-        f"--eval-micro-batch-size 1 --train-data-path {train} --valid-data-path {valid}"
-    )
-    losses = []
-    for name in ("one", "more"):
-        flags = f"{words} --eval-iters {len(name)} --log-dir {tmp_path / name}"
-        with pretrained(flags, base=MINIMAL.replace("--mock-data", "")):
-            losses.append(validations(tmp_path / name))
-    assert losses[0] == losses[1]
-    assert len(losses[0]) == 2
-    assert losses[0][0] == losses[0][1]
