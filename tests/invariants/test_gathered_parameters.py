@@ -7,7 +7,7 @@ share the bucket of a module that was called would be found gathered by luck.
 from pathlib import Path
 
 import pytest
-from support.language_models import save_tokenizer
+from support.language_models import strings
 from support.launches import launch, records
 from support.systems import SYSTEMS as FLAGS
 
@@ -37,12 +37,7 @@ COVERED = ("switch", "hash", "gmlp", "smlp_partial")
 
 
 def with_tokenizer(flags: str, folder: Path) -> str:
-    """Numbers, but for the input that hashes the strings of tokens."""
-    if MINHASH not in flags:
-        return f"{MODEL} {NUMBERS} {flags}"
-    save_tokenizer(folder / "tokenizer")
-    tokenizer = f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {folder / 'tokenizer'}"
-    return f"{MODEL} {tokenizer} {flags}"
+    return f"{MODEL} {strings(folder / 'tokenizer') if MINHASH in flags else NUMBERS} {flags}"
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import pytest
 import torch
 from support.checkpoints import checkpoint_tensors
 from support.cover import selected, slow_unless_in
-from support.language_models import save_tokenizer
+from support.language_models import strings
 from support.launches import Step, launch, records, steps
 
 NUM_STEPS = 3  # the first from the checkpoint's weights, the others from the optimizer's updates
@@ -164,12 +164,9 @@ class Runs:
         self.folder = folder
 
     def fresh(self, architecture: str) -> str:
-        """Flags of a model and its data; the input that hashes the strings of tokens needs some."""
-        tokenizer = NUMBERS
-        if MINHASH in ARCHITECTURES[architecture]:
-            save_tokenizer(self.folder / "tokenizer")
-            tokenizer = "--tokenizer-type HuggingFaceTokenizer --tokenizer-model "
-            tokenizer += str(self.folder / "tokenizer")
+        """Flags of a model and its data."""
+        is_hashed = MINHASH in ARCHITECTURES[architecture]
+        tokenizer = strings(self.folder / "tokenizer") if is_hashed else NUMBERS
         return f"{MODEL} {tokenizer} {ARCHITECTURES[architecture]}"
 
     def seed(self, architecture: str) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from support.conversions import run
-from support.language_models import save_tokenizer
+from support.language_models import strings
 from support.launches import launch, records, steps
 
 from megatron_smlp.conversion import convert
@@ -137,7 +137,7 @@ class Runs:
 
     def __init__(self, folder: Path, cases: list[Case]) -> None:
         self.folder = folder
-        save_tokenizer(folder / "tokenizer")
+        self.strings = strings(folder / "tokenizer")
         sources = dict.fromkeys(case[:2] for case in cases)
         waiting: list[tuple[str, ...]] = [*sources, *cases]
         done: set[tuple[str, ...]] = set()
@@ -165,13 +165,8 @@ class Runs:
         else:
             load = self._rewritten(saved, (system, source, target))
             where = f"--load {load} --ckpt-step {SAVED} {LAYOUTS[target][1]}"
-        return f"{MODEL} {self._tokenizer(system)} {SYSTEMS[system]} {where}"
-
-    def _tokenizer(self, system: str) -> str:
-        if not system.startswith("minhash"):
-            return NUMBERS
-        folder = self.folder / "tokenizer"
-        return f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {folder}"
+        tokenizer = self.strings if system.startswith("minhash") else NUMBERS
+        return f"{MODEL} {tokenizer} {SYSTEMS[system]} {where}"
 
     def _rewritten(self, saved: Path, case: Case) -> Path:
         """The checkpoint that a case loads."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.checkpoints import checkpoint_tensors
 from support.cover import selected, slow_unless_in
-from support.language_models import save_tokenizer
+from support.language_models import strings
 from support.launches import launch, steps
 
 BASE = (
@@ -69,19 +69,13 @@ def plan(cases: dict[str, str], folder: Path) -> dict[str, str]:
     """For each case one run of 6 steps, and three that stop after 2, 4 and 6."""
     runs: dict[str, str] = {}
     for name, system in cases.items():
-        # The input that hashes the strings of tokens needs some.
-        flags = f"{system} {strings(folder) if MINHASH in system else NUMBERS}"
+        flags = f"{system} {strings(folder / 'tokenizer') if MINHASH in system else NUMBERS}"
         runs[f"{name}/whole"] = f"{BASE} {flags} --save {folder / name / 'whole'}"
         for _ in range(3):
             # Three runs write to one metrics.jsonl: launch() names the folder after the key.
             part = f"{name}/parts" + "/." * sum(key.startswith(f"{name}/parts") for key in runs)
             runs[part] = f"{BASE} {flags} --exit-interval 2 --save {folder / name / 'parts'}"
     return runs
-
-
-def strings(folder: Path) -> str:
-    save_tokenizer(folder / "tokenizer")
-    return f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {folder / 'tokenizer'}"
 
 
 @pytest.fixture(scope="module")
