@@ -13,7 +13,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from support.launches import REPOSITORY, clean_environment
+from support.launches import REPOSITORY, run_command
 
 DOCKERFILE = REPOSITORY / "Dockerfile"
 CONTEXT = REPOSITORY / ".dockerignore"
@@ -52,7 +52,6 @@ def test_every_step_works(tmp_path: Path) -> None:
     site = environment / "lib" / version / "site-packages"
     (site / "image.pth").write_text(sysconfig.get_paths()["purelib"] + "\n", encoding="utf-8")
     variables = {
-        **clean_environment(),
         "PATH": f"{environment / 'bin'}:{os.environ['PATH']}",
         "PIP_NO_BUILD_ISOLATION": "1",  # setuptools is in the image
         "PIP_DISABLE_PIP_VERSION_CHECK": "1",
@@ -68,21 +67,15 @@ def test_every_step_works(tmp_path: Path) -> None:
                 copy(REPOSITORY / name, folder / target)
         elif kind == "RUN":
             words = rest.replace("/tmp/", f"{tmp_path}/")
-            done = subprocess.run(
-                ["bash", "-eo", "pipefail", "-c", words],
-                cwd=folder, env=variables, capture_output=True, text=True, check=False,
-            )  # fmt: skip
-            assert done.returncode == 0, done.stdout + done.stderr
+            run_command(["bash", "-eo", "pipefail", "-c", words], cwd=folder, **variables)
         else:
             assert kind in ("ARG", "FROM")
     assert "torch==" in (tmp_path / "built.txt").read_text(encoding="utf-8")
     assert list(site.glob("megatron_smlp-*.dist-info"))
     assert not list(site.glob("torch-*"))  # the image's own is taken
     program = "import megatron_smlp; print(megatron_smlp.__file__)"
-    where = subprocess.run(
-        [environment / "bin" / "python", "-c", program],
-        cwd=tmp_path, env=variables, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    python = environment / "bin" / "python"
+    where = run_command([python, "-c", program], cwd=tmp_path, **variables)
     assert where.stdout.startswith(str(site))
 
 

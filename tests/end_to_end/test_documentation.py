@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.launches import REPOSITORY, clean_environment, free_port
+from support.launches import REPOSITORY, clean_environment, free_port, run_command
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # the first case makes what all read
 PAGES = [
@@ -92,6 +92,13 @@ WITH_BLOCKS = [page for page in PAGES[1:] if blocks(page)]
 """Those with something to run; tests/unit/test_documented_commands.py lists them."""
 
 
+VARIABLES = {
+    "HF_HUB_OFFLINE": "1",
+    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    "P": ".venv/bin/python",
+}
+
+
 def as_it_runs(body: str) -> str:
     for given, taken in (*NAMED.items(), *SHORTER.items()):
         body = body.replace(given, taken)
@@ -100,23 +107,8 @@ def as_it_runs(body: str) -> str:
 
 def shell(words: str, folder: Path, *, stdin: str = "") -> str:
     """Run lines of bash; the first that fails ends the test."""
-    done = subprocess.run(
-        ["bash", "-eo", "pipefail", "-c", words],
-        cwd=folder,
-        env=variables(),
-        input=stdin,
-        capture_output=True,
-        text=True,
-        timeout=1800,
-        check=False,
-    )
-    assert done.returncode == 0, f"{words}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-    return done.stdout
-
-
-def variables() -> dict[str, str]:
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return {**clean_environment(HF_HUB_OFFLINE="1"), "PATH": path, "P": ".venv/bin/python"}
+    bash = ["bash", "-eo", "pipefail", "-c", words]
+    return run_command(bash, cwd=folder, stdin=stdin, seconds=1800, **VARIABLES).stdout
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +188,7 @@ config = GPT2Config(
 GPT2LMHeadModel(config).save_pretrained("gpt2")
 tokenizer.save_pretrained("gpt2")
 """
-    subprocess.run([sys.executable, "-c", program], cwd=folder, env=variables(), check=True)
+    run_command([sys.executable, "-c", program], cwd=folder, **VARIABLES)
 
 
 @pytest.mark.parametrize("page", WITH_BLOCKS)
@@ -216,7 +208,9 @@ def with_a_server(body: str, folder: Path) -> None:
     """The block's first command serves until it is ended; the others ask it, at a free port."""
     port = str(free_port())
     first, *rest = re.sub(r"\\\n", " ", body).replace("8000", port).splitlines()
-    server = subprocess.Popen(["bash", "-c", f"exec {first}"], cwd=folder, env=variables())
+    server = subprocess.Popen(
+        ["bash", "-c", f"exec {first}"], cwd=folder, env=clean_environment(**VARIABLES)
+    )
     try:
         asking = f"curl -s 127.0.0.1:{port}/v1/models && break; sleep 1"
         shell("\n".join([f"for i in $(seq 120); do {asking}; done", *rest]), folder)

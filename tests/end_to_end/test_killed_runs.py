@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from support.checkpoints import RUN, assert_ends_like
+from support.cover import slow_unless_in
 from support.in_process import MINIMAL
 from support.killed_runs import run_all
 from support.launches import launch_calls
@@ -17,7 +18,6 @@ STEPS = 20
 WORDS = f"{' '.join(MINIMAL.split())} {RUN} --train-iters {STEPS} --keep-last 2 --keep-every 10"
 TENSOR_PARALLEL = "--tensor-model-parallel-size 2"
 DATA_PARALLEL = "--micro-batch-size 1 --use-distributed-optimizer"
-HOW = ["", "--async-save"]
 
 
 def check_stopped(
@@ -47,31 +47,26 @@ def check_stopped(
     return set(result["codes"])
 
 
-@pytest.mark.parametrize("how", ["", pytest.param("--async-save", marks=pytest.mark.slow)])
-def test_a_few_kills(tmp_path: Path, how: str):
-    check_stopped(tmp_path, how, stops=3, seed=11)
+KILLS = {
+    # Flags, stops, seed, ranks.
+    "a few": ("", 3, 11, 1),
+    "a few, async": ("--async-save", 3, 11, 1),
+    "a few of ranks, async": (f"{TENSOR_PARALLEL} --async-save", 3, 3, 2),
+    "thirty": ("", 30, 12, 1),
+    "thirty, async": ("--async-save", 30, 12, 1),
+    **{f"of ranks {layout} {how}": (f"{layout} {how}", 8, 13, 2)
+       for layout in (TENSOR_PARALLEL, DATA_PARALLEL) for how in ("", "--async-save")},
+}  # fmt: skip
 
 
-@pytest.mark.slow
-def test_a_few_kills_of_ranks(tmp_path: Path):
-    check_stopped(tmp_path, f"{TENSOR_PARALLEL} --async-save", stops=3, seed=3, ranks=2)
+@pytest.mark.parametrize("kills", slow_unless_in(["a few"], KILLS))
+def test_kills(tmp_path: Path, kills: str):
+    how, stops, seed, ranks = KILLS[kills]
+    check_stopped(tmp_path, how, stops=stops, seed=seed, ranks=ranks)
 
 
-@pytest.mark.parametrize("how", ["", pytest.param("--async-save", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("how", slow_unless_in([""], ["", "--async-save"]))
 def test_the_keyboard_stops_a_run_that_saves(tmp_path: Path, how: str):
     """Once, then twice, in some order: a whole checkpoint, or the one before, never a half one."""
     codes = check_stopped(tmp_path, how, stops=4, seed=5, by="keyboard")
     assert codes <= {0, 128 + signal.SIGINT}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("how", HOW)
-def test_thirty_kills(tmp_path: Path, how: str):
-    check_stopped(tmp_path, how, stops=30, seed=12)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("layout", [TENSOR_PARALLEL, DATA_PARALLEL])
-def test_kills_of_ranks(tmp_path: Path, layout: str, how: str):
-    check_stopped(tmp_path, f"{layout} {how}", stops=8, seed=13, ranks=2)

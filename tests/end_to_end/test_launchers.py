@@ -133,7 +133,7 @@ signal="$(sed -n 's/^#SBATCH --signal=B:\\([A-Z0-9]*\\)@.*/\\1/p' "$script")"
 grep -q '^#SBATCH --requeue' "$script" || exit 1
 cp "$script" "$QUEUE/slurm_script"
 export SLURM_JOB_ID=4711 SLURM_NNODES=2 SLURM_JOB_NODELIST='node[1-2]' SLURM_SUBMIT_DIR="$PWD"
-export SLURM_RESTART_COUNT=0
+export SLURM_RESTART_COUNT=0 SLURM_CPUS_ON_NODE=7
 while true; do
   rm -f "$QUEUE/requeued"
   bash "$QUEUE/slurm_script" "$@" &
@@ -191,11 +191,8 @@ def is_queued_again(folder: Path, code: int, does: str = "", **variables: str) -
         (made / name).touch()
     job = {"SLURM_JOB_ID": "4711", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[1-2]"}
     job |= {"CONFIG": str(config), "QUEUE": str(folder), "PATH": f"{tools}:{os.environ['PATH']}"}
-    done = subprocess.run(
-        ["bash", str(EXAMPLES / "slurm.sh")], cwd=REPOSITORY, timeout=60, check=False,
-        env=clean_environment(**job, CODE=str(code), DOES=does, **variables),
-    )  # fmt: skip
-    assert done.returncode == code
+    job |= {"CODE": str(code), "DOES": does} | variables
+    run_command(["bash", EXAMPLES / "slurm.sh"], code=code, **job)
     return (folder / "requeued").exists()
 
 
@@ -224,33 +221,6 @@ def test_a_container_looks_at_its_own_checkpoints(tmp_path: Path):
     assert look.startswith("--nodes=1 --ntasks=1 --nodelist=127.0.0.1 --container-image=a ")
     assert again == look + "\n"
     assert "--wait=0 --container-image=a bash -c NODE_RANK=" in job  # others may end much later
-
-
-@pytest.mark.slow
-def test_slurm_starts_the_same_training(one_node: list[Step], tmp_path: Path):
-    """slurm.sh with stand-ins for srun and scontrol, run from a copy as Slurm does.
-
-    Two torchrun agents of one process each: a task is examples/several_nodes.sh.
-    """
-    tools = slurm_tools(tmp_path)
-    spooled = tmp_path / "slurm_script"
-    spooled.write_text((EXAMPLES / "slurm.sh").read_text())
-    words = ["bash", str(spooled), *command("slurm.sh", tmp_path / "log")[1:]]
-    done = run_command(
-        words,
-        PATH=f"{tools}:{os.environ['PATH']}",
-        CONFIG=CONFIG,
-        NPROC_PER_NODE="1",
-        MASTER_PORT=str(free_port()),
-        SLURM_JOB_ID="4711",
-        SLURM_NNODES="2",
-        SLURM_CPUS_ON_NODE="7",
-        SLURM_JOB_NODELIST="node[1-2]",
-        SLURM_SUBMIT_DIR=str(REPOSITORY),
-    )
-    assert steps(tmp_path / "log") == one_node
-    # Slurm 22.05 to 23.02 would otherwise bind all processes of a node to one core.
-    assert "--cpus-per-task=7 bash" in done.stdout
 
 
 def many_steps(folder: Path, *flags: str) -> list[str]:
@@ -309,6 +279,8 @@ def test_slurm_queues_a_job_again_whose_time_is_over(tmp_path: Path):
     ]
     assert steps(log) == steps(tmp_path / "alone")
     assert len(steps(log)) == 200
+    # Slurm 22.05 to 23.02 would otherwise bind all processes of a node to one core.
+    assert "--cpus-per-task=7 bash" in said
 
 
 # An interpreter that prints what a launcher gives it.
@@ -342,14 +314,6 @@ def test_a_site_file_is_sourced_and_caches_are_the_nodes_own(tmp_path: Path, lau
     assert own.stat().st_mode & 0o777 == 0o700
 
 
-def test_a_site_file_that_is_not_there_is_named(tmp_path: Path):
-    environment = clean_environment(SITE="none.sh", CONFIG=CONFIG)
-    words = [str(EXAMPLES / "one_node.sh")]
-    done = subprocess.run(words, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "error: SITE=none.sh: no such file" in done.stderr
-
-
 @pytest.mark.parametrize(
     ("visible", "expected"), [(None, "2"), ("3,5,7", "3"), ("GPU-8932f937-d72c", "1"), ("", "1")]
 )
@@ -372,16 +336,7 @@ def test_a_process_for_each_gpu_that_is_visible(tmp_path: Path, visible: str | N
 
 def refused(launcher: str, *flags: str, **variables: str) -> str:
     """The one line that a launcher says before it starts anything."""
-    done = subprocess.run(
-        [EXAMPLES / launcher, *flags],
-        cwd=REPOSITORY,
-        env=clean_environment(**variables),
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-    )
-    assert done.returncode == 2
+    done = run_command([EXAMPLES / launcher, *flags], code=2, **variables)
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1, done.stderr
     return done.stderr
@@ -394,6 +349,7 @@ NODES = {"CONFIG": CONFIG, "NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "a", 
     ("changes", "message"),
     [
         ({"CONFIG": ""}, "CONFIG is not set: give"),
+        ({"SITE": "none.sh"}, "error: SITE=none.sh: no such file"),
         ({"CONFIG": "configs/none.yaml"}, "CONFIG=configs/none.yaml: no such file"),
         ({"PYTHON": "no-such-python"}, "PYTHON=no-such-python: no such program"),
         ({"NODE_RANK": "2"}, "NODE_RANK=2 must be below NNODES=2"),

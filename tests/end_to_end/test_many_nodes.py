@@ -73,12 +73,7 @@ class Failures:
         self.restarts = 0
 
     def survives(
-        self,
-        name: str,
-        disturb: Callable[[], None],
-        *,
-        restarts: bool = True,
-        most: int = INTERVAL,
+        self, name: str, disturb: Callable[[], None], *, restarts: bool = True, most: int = INTERVAL
     ) -> None:
         """Disturb it some steps later; it must get on, from a checkpoint or without.
 

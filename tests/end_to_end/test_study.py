@@ -87,13 +87,6 @@ def worker(study: Path, data: Path) -> subprocess.Popen[bytes]:
     )
 
 
-def ended_worker(study: Path, data: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*TOOL, "run", *words(study, data)], cwd=REPOSITORY, env=clean_environment(),
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-
-
 def fake_sbatch(folder: Path) -> Path:
     """A program that runs each task of a job array at once, as nodes of a cluster would."""
     path = folder / "sbatch"
@@ -211,10 +204,9 @@ def test_a_study_of_several_sizes(tmp_path: Path, data: Path):
 @pytest.mark.slow
 def test_data_of_another_vocabulary_are_refused(tmp_path: Path, data: Path):
     study = write_study(tmp_path, **TINY | {"vocab-size": 281})
-    done = ended_worker(study, data)
-    assert done.returncode == 2
-    assert "vocab-size 281 of the study, and the tokenizer" in done.stderr
-    assert "VOCABULARY=281" in done.stderr
+    said = run_command([*TOOL, "run", *words(study, data)], code=2).stderr
+    assert "vocab-size 281 of the study, and the tokenizer" in said
+    assert "VOCABULARY=281" in said
 
 
 def test_a_slurm_task_is_a_worker(tmp_path: Path):
@@ -239,8 +231,7 @@ def test_a_plugin_is_a_system_of_a_study(data: Path, tmp_path: Path):
     }
     tiny = TINY | {"systems": ["transformer", "aft"], "subject": "aft", "variants": variants}
     study = write_study(tmp_path, **tiny)
-    done = ended_worker(study, data)
-    assert done.returncode == 0, done.stderr
+    run_command([*TOOL, "run", *words(study, data)])
     run_command([*TOOL, "report", *words(study, data)])
     runs = pandas.read_csv(tmp_path / "results" / "runs.csv")
     assert set(runs.status) == {"done"}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.launches import REPOSITORY, clean_environment
+from support.launches import REPOSITORY, run_command
 
 pytestmark = pytest.mark.slow
 
@@ -50,17 +50,7 @@ def command(environment: Path, tmp_path_factory: pytest.TempPathFactory) -> Call
     folder = tmp_path_factory.mktemp("elsewhere")
 
     def run(name: str, *arguments: object) -> str:
-        done = subprocess.run(
-            [environment / "bin" / name, *map(str, arguments)],
-            cwd=folder,
-            env=clean_environment(),
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        return run_command([environment / "bin" / name, *map(str, arguments)], cwd=folder).stdout
 
     return run
 
