@@ -9,12 +9,10 @@ from typing import Any
 import bench_gpu
 import bench_gpu_kernels
 import bench_scaling
-import hosted
 import pytest
 import torch
 from support.in_process import MINIMAL
 from support.runs import forget_run
-from timing import Record
 
 from megatron_smlp.accounting.costs import ModelShape, model_cost
 from megatron_smlp.platform.one_process import one_process
@@ -32,24 +30,6 @@ def test_the_gpus_models_are_accepted_and_fit_80_gb(parse: Callable[..., Any], s
     assert cost.parameters * BYTES_PER_PARAMETER < 50e9
 
 
-@pytest.mark.parametrize(("mfu", "said", "ratio"), [(0.2, "20.0%", 0.2), (None, "unknown", 0.5)])
-def test_the_gpus_record(mfu: float | None, said: str, ratio: float) -> None:
-    lines = [
-        {
-            "iteration": iteration,
-            "seconds_per_iteration": seconds,
-            "tokens_per_second": 1000 / seconds,
-            "tflops_per_device": 200.0,
-            "mfu": mfu,
-        }
-        for iteration, seconds in ((5, 9.0), (10, 9.0), (15, 0.5), (20, 0.5))
-    ]
-    record = bench_gpu.as_record("gmlp", lines, gemms=400.0)
-    of_gemms = "50.0% of 400.0 TFLOP/s of large GEMMs"
-    assert record["case"].startswith(f"gmlp: 2,000 tokens/s, 200.0 TFLOP/s, MFU {said}, {of_gemms}")
-    assert (record["ours_ms"], record["peer_ms"], record["ratio"]) == (500.0, 500 * ratio, ratio)
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_figures_of_the_cpu_platform_are_refused() -> None:
     """Trains for real, as on a GPU."""
@@ -59,23 +39,6 @@ def test_figures_of_the_cpu_platform_are_refused() -> None:
     finally:
         forget_run()
         torch.distributed.destroy_process_group()
-
-
-def measured(case: str, repeats: int) -> Record:
-    if case == "bad":
-        raise SystemExit(3)
-    return Record(case=case, ours_ms=1.0, peer_ms=2.0, ratio=2.0)
-
-
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_a_failing_case_does_not_end_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "records.json"
-    monkeypatch.setattr(sys, "argv", ["bench", "--json", str(path)])
-    with pytest.raises(SystemExit, match=r"failed, with exit codes: bad \(3\)"):
-        hosted.run("A benchmark.", ("bad", "good"), measured)
-    assert '"good"' in path.read_text()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -117,13 +80,3 @@ def test_the_scaling_points_are_accepted_and_counted(
     assert args.global_batch_size * args.seq_length == bench_scaling.TOKENS
     shape = ModelShape.from_args(args)
     assert 3 * model_cost(shape).flops / args.seq_length == point.flops_per_token()
-
-
-def test_an_exponent_is_the_slope_over_logarithms() -> None:
-    points = [bench_scaling.Point("T", "gmlp", size) for size in (256, 512, 1024)]
-    measured = {point: 3.0 * point.size**1.5 for point in points}
-    records = list(bench_scaling.as_records(measured))
-    assert records[0]["ratio"] == 1
-    line = bench_scaling.growths(records, "T", divisor=1.0)["gmlp"]
-    assert line.exponent() == pytest.approx(1.5)
-    assert 0 < line.exponent(expected=True) < 1

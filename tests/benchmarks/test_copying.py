@@ -11,28 +11,11 @@ import torch
 pytestmark = pytest.mark.usefixtures("registry")
 
 
-def test_a_sample_is_read_and_copied():
-    samples = copying.sample(3, 5)
-    assert samples.shape == (3, 11)
-    assert torch.equal(samples[:, :5], samples[:, 6:])
-    assert (samples[:, 5] == copying.DELIMITER).all()
-    assert samples[:, :5].max() < copying.DELIMITER
-
-
 @pytest.mark.parametrize("system", copying.SYSTEMS)
 def test_all_systems_have_the_transformers_parameters(system: str):
     wanted = copying.num_parameters(copying.equal_config("transformer", longest=16))
     ours = copying.num_parameters(copying.equal_config(system, longest=16))
     assert abs(ours / wanted - 1) < 0.02
-
-
-def test_the_second_half_alone_is_predicted():
-    """The delimiter's row predicts the first copied symbol."""
-    model = copying.SMLPForCausalLM(copying.config("transformer", longest=4, width=16)).eval()
-    samples = copying.sample(2, 3)
-    logits, targets = copying.copied(model, samples)
-    assert torch.equal(targets, samples[:, :3])
-    torch.testing.assert_close(logits, model(samples).logits[:, 3:6])
 
 
 def test_a_short_run_writes_figures_and_a_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
