@@ -1,7 +1,5 @@
 """A trained checkpoint of a few systems with a real tokenizer, and its exported twin."""
 
-from __future__ import annotations
-
 import json
 import random
 from pathlib import Path

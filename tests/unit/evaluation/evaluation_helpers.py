@@ -1,7 +1,5 @@
 """Small systems to evaluate, and Megatron's model of a checkpoint in the test's own process."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import random
@@ -79,6 +77,30 @@ def preprocessed(tokenizer: Path, folder: Path, texts: Sequence[str] = TEXTS) ->
     )
     main(words.split())
     return folder / "text_text_document"
+
+
+TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {data}}}
+test_split: train
+doc_to_text: "{{{{question}}}}"
+"""
+CHOICE = """
+output_type: multiple_choice
+target_delimiter: ""
+doc_to_choice: "{{options}}"
+doc_to_target: 0
+metric_list: [{metric: acc}]
+"""
+
+
+def write_task(folder: Path, name: str, documents: Sequence[Any], form: str = CHOICE) -> None:
+    """Write a task of one's own: questions, and options of which the first is right."""
+    rows = [json.dumps({"question": q, "options": options}) + "\n" for q, options in documents]
+    data = folder / f"{name}.jsonl"
+    data.write_text("".join(rows), encoding="utf-8")
+    (folder / f"{name}.yaml").write_text(TASK.format(name=name, data=data) + form, encoding="utf-8")
 
 
 @contextlib.contextmanager

@@ -1,19 +1,12 @@
 """Loss by kind of token: every token is in one bin of each kind, by slow and plain definitions."""
 
-from __future__ import annotations
-
 import itertools
 import math
 
 import numpy as np
 import pytest
 
-from megatron_smlp.evaluation.breakdown import (
-    LONGEST_REPEAT,
-    Breakdown,
-    frequency_bins,
-    repeats,
-)
+from megatron_smlp.evaluation.breakdown import LONGEST_REPEAT, Breakdown, frequency_bins, repeats
 from megatron_smlp.evaluation.perplexity import windows
 from megatron_smlp.evaluation.rows import RowScore
 

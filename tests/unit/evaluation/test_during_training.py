@@ -1,7 +1,5 @@
 """--eval-tasks: scored between the steps of a training that does not notice."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +35,7 @@ def test_the_training_does_not_notice(
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:
+):
     """Same losses, router counts and weights, bitwise, dropout and GShard's draws included; and
     the last scores are those that tools/evaluate.py gives for the saved checkpoint. The time of
     a step is without what is done between the steps.
@@ -78,7 +76,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", slow_unless_in(["dp2"], LAYOUTS))
 def test_two_processes_score_what_one_does(
     tasks: Path, tokenizer: Path, tmp_path: Path, layout: str
-) -> None:
+):
     """The training does not notice, and the scores are the checkpoint's."""
     base = f"{base_for('--tokenizer-type')} --micro-batch-size 1 --train-iters 3"
     scores = f"--eval-tasks copa,piqa --eval-tasks-interval 2 --eval-tasks-data-dir {tasks}"
@@ -121,14 +119,6 @@ def _check_tensorboard(folder: Path, scored: list[dict[str, Any]]) -> None:
     ]
 
 
-def test_a_limit_scores_that_many_examples(tasks: Path, tokenizer: Path, tmp_path: Path) -> None:
-    flags = f"--eval-tasks copa --eval-tasks-limit 3 --eval-tasks-data-dir {tasks} --train-iters 1"
-    with pretrained(f"{training('partial', tokenizer, tmp_path)} {flags}"):
-        pass
-    [scored] = [line["tasks"] for line in records(tmp_path) if "tasks" in line]
-    assert scored["copa"]["examples"] == 3 < EXAMPLES
-
-
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -139,7 +129,7 @@ def test_a_limit_scores_that_many_examples(tasks: Path, tokenizer: Path, tmp_pat
         ("--eval-tasks copa --eval-tasks-data-dir {tasks}", "needs a tokenizer of text"),
     ],
 )
-def test_wrong_flags_are_said_before_the_training(flags: str, said: str, tasks: Path) -> None:
+def test_wrong_flags_are_said_before_the_training(flags: str, said: str, tasks: Path):
     """The tokenizer of `pretrained` has no texts."""
     words = f"--architecture gmlp {flags.format(tasks=tasks)}"
     with pytest.raises(UsageError, match=said), pretrained(words):

@@ -1,7 +1,5 @@
 """Scores of one checkpoint under torchrun, in every layout, against those of one process."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -23,7 +21,6 @@ SYSTEMS = {
     "hash": f"--architecture transformer --num-attention-heads 4 {EXPERTS} --token-router hash",
 }
 TP, PP = "--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2"
-EP = "--expert-model-parallel-size 2"
 LAYOUTS = {
     "gmlp": {
         "dp2": "",
@@ -80,7 +77,7 @@ def samples(path: Path) -> list[tuple[str, int, list[float]]]:
 
 
 @pytest.mark.parametrize(("system", "layout"), slow_unless_in(FAST, CASES))
-def test_a_layout_changes_no_score(folder: Path, system: str, layout: str) -> None:
+def test_a_layout_changes_no_score(folder: Path, system: str, layout: str):
     ours = samples(folder / system / f"{layout}.jsonl")
     theirs = samples(folder / system / "one.jsonl")
     assert len(ours) == len(theirs) == 2 * EXAMPLES

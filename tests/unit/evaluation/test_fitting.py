@@ -1,7 +1,5 @@
 """Examples that do not fit into a model: left out or cut, counted and named; the rest is scored."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterator
@@ -9,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evaluation_helpers import EXAMPLES, LENGTH, TEXT, Run, loaded
+from evaluation_helpers import EXAMPLES, LENGTH, TEXT, Run, loaded, write_task
 
 from megatron_smlp.errors import UsageError
 from megatron_smlp.evaluation import cli
@@ -22,25 +20,8 @@ from megatron_smlp.evaluation.selection import select_tasks
 from megatron_smlp.generation.language_model import of_checkpoint
 from megatron_smlp.library_logging import quiet_libraries
 
-CHOICE = """
-task: {name}
-dataset_path: json
-dataset_kwargs: {{data_files: {data}}}
-output_type: multiple_choice
-test_split: train
-doc_to_text: "{{{{question}}}}"
-target_delimiter: ""
-doc_to_choice: "{{{{options}}}}"
-doc_to_target: 0
-metric_list: [{{metric: acc}}]
-"""
 WRITING = """
-task: {name}
-dataset_path: json
-dataset_kwargs: {{data_files: {data}}}
 output_type: generate_until
-test_split: train
-doc_to_text: "{{{{question}}}}"
 doc_to_target: " every"
 generation_kwargs: {{max_gen_toks: {count}, until: ["absent"]}}
 metric_list: [{{metric: exact_match}}]
@@ -56,16 +37,6 @@ DOCUMENTS = [
 TOO_LONG, WITHOUT_TOKENS = 1, 3
 
 
-def write_task(
-    folder: Path, name: str, documents: list[Any], form: str = CHOICE, **more: Any
-) -> None:
-    rows = [json.dumps({"question": q, "options": options}) + "\n" for q, options in documents]
-    data = folder / f"{name}.jsonl"
-    data.write_text("".join(rows), encoding="utf-8")
-    text = form.format(name=name, data=data, **more)
-    (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
-
-
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tasks of one's own: some examples do not fit, all of them, none that is to be written."""
@@ -73,8 +44,8 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_task(folder, "some", DOCUMENTS)
     write_task(folder, "rest", [d for n, d in enumerate(DOCUMENTS) if n not in (1, 3)])
     write_task(folder, "never", [DOCUMENTS[1]] * 2)
-    write_task(folder, "short", DOCUMENTS[:2], WRITING, count=3)
-    write_task(folder, "endless", DOCUMENTS[:2], WRITING, count=LENGTH)
+    write_task(folder, "short", DOCUMENTS[:2], WRITING.format(count=3))
+    write_task(folder, "endless", DOCUMENTS[:2], WRITING.format(count=LENGTH))
     (folder / "both.yaml").write_text(
         "group: both\ntask: [never, rest]\n"
         "aggregate_metric_list: [{metric: acc, weight_by_size: true}]\n",
@@ -104,7 +75,7 @@ def loglikelihoods(result: Any) -> dict[int, list[float]]:
     return {sample["doc_id"]: sample["loglikelihoods"] for sample in result.samples}
 
 
-def test_what_fits_is_scored_as_without_the_rest(model: Any, own: Path, tasks: Path) -> None:
+def test_what_fits_is_scored_as_without_the_rest(model: Any, own: Path, tasks: Path):
     found = scored(model, own, tasks, "some", "rest", "copa")
     assert found["copa"].examples == EXAMPLES
     some, rest = found["some"], found["rest"]
@@ -126,7 +97,7 @@ def test_what_fits_is_scored_as_without_the_rest(model: Any, own: Path, tasks: P
     assert (first_two.examples, [*first_two.unfit]) == (1, [TOO_LONG])
 
 
-def test_an_option_that_is_cut_keeps_its_end(model: Any, own: Path, tasks: Path) -> None:
+def test_an_option_that_is_cut_keeps_its_end(model: Any, own: Path, tasks: Path):
     some = scored(model, own, tasks, "some", too_long="truncate")["some"]
     assert some.examples == 4
     assert some.unfit[TOO_LONG].startswith("cut: the option")
@@ -144,8 +115,7 @@ def test_an_option_that_is_cut_keeps_its_end(model: Any, own: Path, tasks: Path)
         )
 
 
-def test_asked_to_stop_nothing_is_scored(model: Any, own: Path, tasks: Path) -> None:
-    """Also not the task before it."""
+def test_asked_to_stop_nothing_is_scored(model: Any, own: Path, tasks: Path):
     selection = select_tasks(["copa", "some"], data_dir=str(tasks), include_path=str(own))
     results = run_tasks(model, selection, limit=None, too_long="stop")
     with pytest.raises(UsageError, match=rf"--tasks some, example {TOO_LONG}: the option '"):
@@ -154,7 +124,7 @@ def test_asked_to_stop_nothing_is_scored(model: Any, own: Path, tasks: Path) -> 
 
 def test_a_task_of_which_nothing_fits_keeps_no_other_from_its_score(
     model: Any, own: Path, tasks: Path
-) -> None:
+):
     """Nor the other task of its group, whose own score would say what it does not."""
     found = scored(model, own, tasks, "both", "endless", "short", "copa")
     examples = {name: result.examples for name, result in found.items()}
@@ -171,7 +141,7 @@ def evaluate(words: str) -> None:
 
 def test_files_have_what_was_scored_before_a_failure(
     run: Run, own: Path, tasks: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+):
     """By code of a task's own, behind the model's scores."""
     write_task(tmp_path, "fails", DOCUMENTS[:1])
     with (tmp_path / "fails.yaml").open("a", encoding="utf-8") as file:
@@ -198,17 +168,3 @@ def test_files_have_what_was_scored_before_a_failure(
     assert "some: 2 of 5 examples do not fit: 1, 3." in capfd.readouterr().out
     with pytest.raises(UsageError, match="--tasks never: no example fits into the model of"):
         evaluate(f"{words} --include-path {own} --tasks never")
-
-
-def test_a_prompt_that_cannot_be_made_is_named_with_its_file(
-    run: Run, tasks: Path, tmp_path: Path
-) -> None:
-    """Of a later example: the harness looks at the first when it loads a task."""
-    write_task(tmp_path, "uneven", [DOCUMENTS[0], ("the model", [" mixes"])])
-    path = tmp_path / "uneven.yaml"
-    text = path.read_text(encoding="utf-8")
-    wrong = "{{question + options[1]}}"
-    path.write_text(text.replace("{{question}}", wrong), encoding="utf-8")
-    model = ExportedModel(run.exported, batch_size=1, device="cpu")
-    with pytest.raises(UsageError, match=rf"--tasks uneven: {path}: UndefinedError"):
-        scored(model, tmp_path, tasks, "copa", "uneven")

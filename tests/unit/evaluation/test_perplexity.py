@@ -1,13 +1,12 @@
 """Perplexity over a whole dataset: nothing twice, nothing left out."""
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import json
 import math
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +30,12 @@ from megatron_smlp.evaluation.rows import Row, RowScore
 
 
 def rows_of(count: int, **how: int) -> list[Row]:
-    """The windows of a text in which each token is its place."""
     return [window.row(range(count)) for window in windows(count, longest=8, **how)]
 
 
 @pytest.mark.parametrize("count", [2, 5, 8, 9, 10, 31])
 @pytest.mark.parametrize("stride", [1, 3, 8])
-def test_every_token_but_the_first_is_predicted_once(count: int, stride: int) -> None:
+def test_every_token_but_the_first_is_predicted_once(count: int, stride: int):
     cut = rows_of(count, stride=stride)
     predicted = [token for window in cut for token in window.tokens[-window.scored :]]
     assert predicted == list(range(1, count))
@@ -49,7 +47,7 @@ def test_every_token_but_the_first_is_predicted_once(count: int, stride: int) ->
 @pytest.mark.parametrize(("count", "stride", "limit"), [(1593, 8, 100), (40, 2, 4), (30, 1, 12)])
 def test_a_few_windows_are_spread_over_the_text_and_score_alike(
     count: int, stride: int, limit: int
-) -> None:
+):
     whole = rows_of(count, stride=stride)
     some = rows_of(count, stride=stride, limit=limit)
     assert [window.scored for window in some] == [stride] * limit
@@ -62,36 +60,27 @@ def test_a_few_windows_are_spread_over_the_text_and_score_alike(
 
 def test_perplexity_is_that_of_the_exported_model(
     run: Run, data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+):
     monkeypatch.setattr(perplexity, "CHUNK", 2)  # the text has more windows
     with loaded(run.checkpoint) as (args, stages, tokenizer):
         scorer = MegatronScorer(stages, longest=args.seq_length, batch_size=8)
-        result = measure(scorer, tokenizer, str(data), stride=None, suffix_from=4)
-        validation = measure(
-            scorer, tokenizer, str(data), stride=None, suffix_from=0, split="1,1,1"
-        )
-        strided = measure(scorer, tokenizer, str(data), stride=5, suffix_from=0)
-        some = measure(
-            scorer, tokenizer, str(data), stride=None, suffix_from=0, limit=2, breaks_down=True
-        )
+        asked = partial(measure, scorer, tokenizer, str(data))
+        result = asked(stride=None, suffix_from=4)
+        validation = asked(stride=None, suffix_from=0, split="1,1,1")
+        strided = asked(stride=5, suffix_from=0)
+        some = asked(stride=None, suffix_from=0, limit=2, breaks_down=True)
         with pytest.raises(UsageError, match="--stride 99 is over the model's 24 tokens"):
-            measure(scorer, tokenizer, str(data), stride=99, suffix_from=0)
-        with pytest.raises(UsageError, match="no dataset at"):
-            measure(scorer, tokenizer, f"{data}-absent", stride=None, suffix_from=0)
+            asked(stride=99, suffix_from=0)
+        with pytest.raises(UsageError, match="--split 100,0,0 leaves no document"):
+            perplexity.validation_part(open_index(str(data)), "100,0,0")
     model = AutoModelForCausalLM.from_pretrained(run.exported, trust_remote_code=True).eval()
     again = ExportedScorer(model, longest=LENGTH, batch_size=8)
     again.batch_size = 3  # as on a GPU: the last window, which is shorter, goes by itself
     twin = measure(again, tokenizer, str(data), stride=5, suffix_from=4)
     assert twin["perplexity"] == pytest.approx(strided["perplexity"], rel=1e-5)
     tokens = torch.from_numpy(open_index(str(data)).tokens.astype("int64"))
-    losses, behind = [], []
-    for begin in range(0, len(tokens) - 1, LENGTH):
-        part = tokens[begin : begin + LENGTH + 1]
-        with torch.no_grad():
-            logits = model(part[None, :-1]).logits[0]
-        loss = torch.nn.functional.cross_entropy(logits, part[1:], reduction="none")
-        losses += loss.tolist()
-        behind += loss[4:].tolist()
+    losses = _losses(model, tokens, LENGTH)
+    behind = [loss for place, loss in enumerate(losses) if place % LENGTH >= 4]
     assert result["tokens"] == len(losses) == strided["tokens"]
     assert result["perplexity"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
     expected = math.exp(sum(behind) / len(behind))
@@ -111,10 +100,11 @@ def test_perplexity_is_that_of_the_exported_model(
     assert (result["bytes"], result["words"]) == (num_bytes, num_words)
     assert result["byte_perplexity"] == pytest.approx(math.exp(sum(losses) / num_bytes), rel=1e-5)
     assert result["word_perplexity"] == pytest.approx(math.exp(sum(losses) / num_words), rel=1e-5)
-    middle = open_index(str(data)).document(1).astype("int64")
-    assert validation["tokens"] == len(middle) - 1
-    expected = _loss(model, torch.from_numpy(middle))
-    assert validation["perplexity"] == pytest.approx(math.exp(expected), rel=1e-5)
+    middle = _losses(
+        model, torch.from_numpy(open_index(str(data)).document(1).astype("int64")), LENGTH
+    )
+    assert validation["tokens"] == len(middle)
+    assert validation["nll"] == pytest.approx(sum(middle), rel=1e-5)
 
 
 class Even:
@@ -131,7 +121,7 @@ def tokenizer_of(folder: Path) -> Tokenizer:
     return resolve_for(spec, source="it", entries=300)
 
 
-def test_what_stands_before_each_text_is_no_text(tokenizer: Path, tmp_path: Path) -> None:
+def test_what_stands_before_each_text_is_no_text(tokenizer: Path, tmp_path: Path):
     """It is predicted, but neither a byte nor a word."""
     folder = beginning(tokenizer, tmp_path / "begins", 5)
     data = preprocessed(folder, tmp_path)
@@ -142,9 +132,7 @@ def test_what_stands_before_each_text_is_no_text(tokenizer: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("limit", [None, 1, 5])
-def test_bytes_are_those_of_what_is_predicted(
-    tokenizer: Path, tmp_path: Path, limit: int | None
-) -> None:
+def test_bytes_are_those_of_what_is_predicted(tokenizer: Path, tmp_path: Path, limit: int | None):
     """Of characters that are cut into tokens, and windows that cut them, too."""
     texts = ["Größe 日本語の文", "🙂🙃 naïve", "ещё раз " * 9, "x"]
     known = tokenizer_of(tokenizer)
@@ -182,7 +170,7 @@ def test_bytes_are_those_of_what_is_predicted(
 
 def test_data_of_another_vocabulary_is_read_where_that_is_allowed(
     tokenizer: Path, data: Path, tmp_path: Path
-) -> None:
+):
     folder = shutil.copytree(tokenizer, tmp_path / "other")
     path = folder / "tokenizer.json"
     content = json.loads(path.read_text(encoding="utf-8"))
@@ -196,28 +184,15 @@ def test_data_of_another_vocabulary_is_read_where_that_is_allowed(
     assert found["perplexity"] == pytest.approx(math.e)
 
 
-def _loss(model: Any, tokens: torch.Tensor, longest: int = LENGTH) -> float:
-    """The mean over a text, in windows."""
-    losses = []
+def _losses(model: Any, tokens: torch.Tensor, longest: int) -> list[float]:
+    """Of a text, in windows."""
+    losses: list[float] = []
     for begin in range(0, len(tokens) - 1, longest):
         part = tokens[None, begin : begin + longest + 1]
         with torch.no_grad():
             logits = model(part[:, :-1]).logits[0]
         losses += torch.nn.functional.cross_entropy(logits, part[0, 1:], reduction="none").tolist()
-    return sum(losses) / len(losses)
-
-
-@pytest.mark.parametrize(
-    ("split", "said"),
-    [
-        ("100,0,0", "--split 100,0,0 leaves no document"),
-        ("x", "--split x: give the run's shares"),
-        ("0,0,0", "--split 0,0,0: give the run's shares"),
-    ],
-)
-def test_wrong_splits_are_refused(data: Path, split: str, said: str) -> None:
-    with pytest.raises(UsageError, match=said):
-        perplexity.validation_part(open_index(str(data)), split)
+    return losses
 
 
 TRAINED, LONGER = 8, 21
@@ -228,7 +203,7 @@ WORDS = f"""
 """
 
 
-def test_perplexity_over_longer_windows(tokenizer: Path, data: Path, tmp_path: Path) -> None:
+def test_perplexity_over_longer_windows(tokenizer: Path, data: Path, tmp_path: Path):
     run, exported = tmp_path / "run", tmp_path / "hf"
     with pretrained(f"{WORDS} --tokenizer-model {tokenizer} --save {run}"):
         pass
@@ -240,38 +215,25 @@ def test_perplexity_over_longer_windows(tokenizer: Path, data: Path, tmp_path: P
     model = AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=True).eval()
     tokens = torch.from_numpy(open_index(str(data)).tokens.astype("int64"))
     assert result["stride"] == LONGER
-    expected = math.exp(_loss(model, tokens, LONGER))
-    assert result["perplexity"] == pytest.approx(expected, rel=1e-5)
-
-
-def _model(**changes: object) -> argparse.Namespace:
-    values = {
-        "seq_length": 8,
-        "toeplitz": True,
-        "position_embedding_type": "none",
-        "tensor_model_parallel_size": 2,
-        "sequence_parallel": False,
-    }
-    return argparse.Namespace(**(values | changes))
+    assert result["nll"] == pytest.approx(sum(_losses(model, tokens, LONGER)), rel=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("changes", "wanted"),
-    [({}, 9), ({"toeplitz": False}, 8), ({"toeplitz": False}, 3), ({"sequence_parallel": True}, 4)],
-)
-def test_lengths_that_a_model_takes(changes: dict[str, object], wanted: int) -> None:
-    assert sequence_length(_model(**changes), wanted) == wanted
-    assert sequence_length(_model(**changes), None) == 8
-
-
-@pytest.mark.parametrize(
-    "changes",
+    ("changes", "wanted", "fits"),
     [
-        {"toeplitz": False},
-        {"position_embedding_type": "learned_absolute"},
-        {"sequence_parallel": True},
+        ({}, 9, True),
+        *(({"toeplitz": False}, wanted, wanted < 9) for wanted in (3, 8, 9)),
+        *(({"sequence_parallel": True}, wanted, wanted < 9) for wanted in (4, 9)),
+        ({"position_embedding_type": "learned_absolute"}, 9, False),
     ],
 )
-def test_lengths_that_a_model_refuses(changes: dict[str, object]) -> None:
-    with pytest.raises(UsageError, match="--seq-length 9"):
-        sequence_length(_model(**changes), 9)
+def test_lengths_that_a_model_takes(changes: dict[str, object], wanted: int, fits: bool):
+    values = {"seq_length": 8, "toeplitz": True, "position_embedding_type": "none"}
+    values |= {"tensor_model_parallel_size": 2, "sequence_parallel": False}
+    model = argparse.Namespace(**(values | changes))
+    if fits:
+        assert sequence_length(model, wanted) == wanted
+        assert sequence_length(model, None) == 8
+    else:
+        with pytest.raises(UsageError, match="--seq-length 9"):
+            sequence_length(model, wanted)

@@ -5,32 +5,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from evaluation_helpers import write_task
 
 from megatron_smlp.errors import UsageError
-from megatron_smlp.evaluation.reports import from_harness
-from megatron_smlp.evaluation.selection import Selection, select_tasks, split_names
+from megatron_smlp.evaluation.selection import Selection, select_tasks
 from megatron_smlp.evaluation.tasks.documents import split_context
 
 ROWS: dict[str, Any] = {
     "copa.jsonl": {
-        "premise": "The man broke his toe.",
-        "choice1": "He got a hole in his sock.",
-        "choice2": "He dropped a hammer on his foot.",
-        "question": "cause",
-        "label": 1,
+        "premise": "The man broke his toe.", "choice1": "He got a hole in his sock.",
+        "choice2": "He dropped a hammer on his foot.", "question": "cause", "label": 1,
     },
     "piqa.jsonl": {"goal": "dresser", "sol1": "a bobby pin", "sol2": "finish it", "label": 1},
     "winogrande.jsonl": {
         "sentence": "The trophy does not fit into the case because the _ is too big.",
-        "option1": "trophy",
-        "option2": "case",
-        "answer": "1",
+        "option1": "trophy", "option2": "case", "answer": "1",
     },
     "hellaswag.jsonl": {
-        "activity_label": "Roof shingle removal",
-        "ctx": "A man is sitting on a roof. he",
-        "endings": ["is [laughing].", "starts pulling up roofing."],
-        "label": 1,
+        "activity_label": "Roof shingle removal", "ctx": "A man is sitting on a roof. he",
+        "endings": ["is [laughing].", "starts pulling up roofing."], "label": 1,
     },
     "record.jsonl": {
         "passage": {
@@ -42,7 +35,7 @@ ROWS: dict[str, Any] = {
             {"query": "@placeholder came.", "answers": [{"start": 0, "end": 2, "text": "Ada"}]},
         ],
     },
-}
+}  # fmt: skip
 STORY = (
     "InputStoryid,InputSentence1,InputSentence2,InputSentence3,InputSentence4,"
     "RandomFifthSentenceQuiz1,RandomFifthSentenceQuiz2,AnswerRightEnding\n"
@@ -71,7 +64,7 @@ def requests(selection: Selection) -> dict[str, list[list[tuple[str, str]]]]:
     return made
 
 
-def test_prompts_are_those_of_the_harness(folder: Path) -> None:
+def test_prompts_are_those_of_the_harness(folder: Path):
     names = ["copa", "piqa", "storycloze", "winogrande", "hellaswag", "record"]
     made = requests(select_tasks(names, data_dir=str(folder)))
     assert made["copa"] == [
@@ -95,27 +88,24 @@ def test_prompts_are_those_of_the_harness(folder: Path) -> None:
     ]
 
 
-def test_copa_asks_in_the_papers_words(folder: Path) -> None:
+def test_copa_asks_in_the_papers_words(folder: Path):
     made = requests(select_tasks(["copa"], data_dir=str(folder), prompt_style="paper"))
     context = "The man broke his toe. What was the CAUSE of this?"
     assert made["copa_paper"][0][1] == (context, " He dropped a hammer on his foot.")
 
 
 @pytest.mark.parametrize(
-    ("name", "style", "right"),
+    ("name", "right"),
     [
-        ("copa", "harness", 1),
-        ("copa", "paper", 1),
-        ("piqa", "harness", 1),
-        ("storycloze", "harness", 1),
-        ("winogrande", "harness", 0),
-        ("hellaswag", "harness", 1),
+        *(("copa", 1), ("copa_paper", 1), ("piqa", 1)),
+        *(("storycloze", 1), ("winogrande", 0), ("hellaswag", 1)),
     ],
 )
-def test_the_right_option_counts(folder: Path, name: str, style: str, right: int) -> None:
+def test_the_right_option_counts(folder: Path, name: str, right: int):
     """And no other: a document scores 1 where its option is the likeliest, else 0."""
-    [task] = select_tasks([name], data_dir=str(folder), prompt_style=style).tasks
-    assert task.config.task == ("copa_paper" if style == "paper" else name)
+    plain, _, style = name.partition("_")
+    [task] = select_tasks([plain], data_dir=str(folder), prompt_style=style or "harness").tasks
+    assert task.config.task == name
     [doc] = task.eval_docs
     for likeliest in (0, 1):
         scores = [(-1.0 if option == likeliest else -2.0, False) for option in (0, 1)]
@@ -128,7 +118,7 @@ def test_the_right_option_counts(folder: Path, name: str, style: str, right: int
 )
 def test_records_likeliest_entity_counts_by_the_nearest_answer(
     tmp_path: Path, likeliest: str, f1: float, em: float
-) -> None:
+):
     entities = ["Ada King", "Eve", "Ada Byron", "Ada"]
     passage = {"text": ", ".join(entities), "entities": []}
     for entity in entities:
@@ -154,49 +144,19 @@ def test_records_likeliest_entity_counts_by_the_nearest_answer(
         ("no end", ("no end", "")),
     ],
 )
-def test_context_is_cut_where_its_last_sentence_begins(
-    context: str, parts: tuple[str, str]
-) -> None:
+def test_context_is_cut_where_its_last_sentence_begins(context: str, parts: tuple[str, str]):
     assert split_context(context) == parts
 
 
-def test_an_unknown_task_is_named_with_the_nearest(folder: Path) -> None:
-    with pytest.raises(UsageError, match=r"--tasks copq is not a task: did you mean copa.* piqa"):
-        select_tasks(split_names("copa, copq"), data_dir=str(folder))
+CAPITALS = [("The capital of France is", [" Paris", " Rome"])]
 
 
-OWN = """
-task: capitals
-dataset_path: json
-dataset_kwargs:
-  data_files: {}
-output_type: multiple_choice
-test_split: train
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{options}}}}"
-doc_to_target: "{{{{answer}}}}"
-metric_list:
-  - metric: acc
-"""
-
-
-def write_own(folder: Path, changed: tuple[str, str] = ("", "")) -> dict[str, Any]:
-    """Write a task of one document, which is returned."""
-    data = folder / "capitals.jsonl"
-    row = {"question": "The capital of France is", "options": ["Rome", "Paris"], "answer": 1}
-    data.write_text(json.dumps(row) + "\n", encoding="utf-8")
-    text = OWN.format(data).replace(*changed)
-    (folder / "capitals.yaml").write_text(text, encoding="utf-8")
-    return row
-
-
-def test_a_task_of_ones_own(folder: Path, tmp_path: Path) -> None:
-    """A file of the harness's, by its name, alone or beside the paper's."""
-    row = write_own(tmp_path)
+def test_a_task_of_ones_own(folder: Path, tmp_path: Path):
+    write_task(tmp_path, "capitals", CAPITALS)
     include = {"data_dir": str(folder), "include_path": str(tmp_path)}
     made = requests(select_tasks(["capitals", "copa"], **include))
-    context = row["question"]
-    assert made["capitals"] == [[(context, " Rome"), (context, " Paris")]]
+    [(context, options)] = CAPITALS
+    assert made["capitals"] == [[(context, option) for option in options]]
     assert set(made) == {"capitals", "copa"}
     with pytest.raises(UsageError, match="capital is not a task: did you mean capitals"):
         select_tasks(["capital"], **include)
@@ -211,11 +171,10 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("offline")
-def test_no_network_is_one_line() -> None:
+def test_no_network_is_one_line():
     """Without --data-dir the harness asks the hub."""
-    with pytest.raises(UsageError, match=r"--tasks copa cannot be loaded .* --data-dir") as caught:
+    with pytest.raises(UsageError, match=r"--tasks copa cannot be loaded .* --data-dir"):
         select_tasks(["copa"], data_dir=None)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.usefixtures("offline")
@@ -226,110 +185,39 @@ def test_no_network_is_one_line() -> None:
         ('"{{question}}"', "!function absent.text"),
         ("test_split: train", "test_split: none"),
         ("{{question}}", "{{question"),
-        ("doc_to_text", "doc_to_txt"),
-        ("metric: acc", "metric: acccc"),
         ("task: capitals", "tusk: capitals"),
         ("output_type:", "output_type: ["),
     ],
 )
 def test_a_mistake_in_a_task_of_ones_own_is_named_with_its_file(
     folder: Path, tmp_path: Path, wrong: tuple[str, str]
-) -> None:
-    write_own(tmp_path, wrong)
-    with pytest.raises(UsageError, match=rf"--tasks capitals .*{tmp_path}/capitals.yaml") as caught:
+):
+    write_task(tmp_path, "capitals", CAPITALS)
+    path = tmp_path / "capitals.yaml"
+    path.write_text(path.read_text(encoding="utf-8").replace(*wrong), encoding="utf-8")
+    with pytest.raises(UsageError, match=rf"--tasks capitals .*{path}"):
         select_tasks(["copa", "capitals"], data_dir=str(folder), include_path=str(tmp_path))
-    assert "\n" not in str(caught.value)
-
-
-GROUP = """
-group: places
-task: [capitals, copa]
-aggregate_metric_list:
-  - metric: acc
-    weight_by_size: true
-"""
-
-
-def test_a_group_has_its_own_score(folder: Path, tmp_path: Path) -> None:
-    """Beside those of its tasks, which are not scored twice."""
-    from lm_eval.models.dummy import DummyLM
-
-    from megatron_smlp.evaluation.harness import run_tasks
-
-    class Random(DummyLM):
-        tokenizer = None  # not from the hub
-
-    write_own(tmp_path)
-    (tmp_path / "places.yaml").write_text(GROUP, encoding="utf-8")
-    include = {"data_dir": str(folder), "include_path": str(tmp_path)}
-    found = [*run_tasks(Random(), select_tasks(["places", "piqa"], **include), limit=None)]
-    examples = {result.task: result.examples for result in found}
-    assert examples == {"capitals": 1, "copa": 1, "piqa": 1, "places": 2}
-    acc = {result.task: result.scores["acc"].value for result in found}
-    assert acc["places"] == (acc["capitals"] + acc["copa"]) / 2
-    with pytest.raises(UsageError, match="Duplicate task 'copa'"):
-        select_tasks(["places", "copa"], **include)
-
-
-def test_a_sample_has_its_filter_and_all_repeats() -> None:
-    of_harness = {
-        "results": {"sums": {"sample_len": 1}},
-        "versions": {},
-        "samples": {
-            "sums": [
-                {
-                    "doc_id": 3, "target": "4", "filter": name, "resps": [["4", "5"]],
-                    "metrics": ["exact_match"], "exact_match": value,
-                }
-                for name, value in (("none", 0.0), ("strict", 1.0))
-            ]
-        },
-    }  # fmt: skip
-    [result] = from_harness(of_harness)
-    both = {"task": "sums", "doc_id": 3, "target": "4", "answers": ["4", "5"]}
-    assert result.samples == [
-        {**both, "exact_match": 0.0},
-        {**both, "filter": "strict", "exact_match": 1.0},
-    ]
-
-
-def test_missing_file_says_which_and_from_where(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"has no copa\*\.jsonl .*superglue/data/v2/COPA\.zip"):
-        select_tasks(["copa"], data_dir=str(tmp_path))
-    with pytest.raises(UsageError, match="is not a folder"):
-        select_tasks(["copa"], data_dir=str(tmp_path / "absent"))
-
-
-WRONG: dict[str, list[tuple[str, Any]]] = {
-    "copa": [
-        *(("label", value) for value in ("one", 2, -1, True, 1.0, None)),
-        ("question", "why"),
-        ("choice1", ""),
-        ("choice2", ["a"]),
-    ],
-    "piqa": [("label", 3), ("sol1", " ")],
-    "winogrande": [("answer", "3"), ("option2", None)],
-    "hellaswag": [("label", 2), ("label", ""), ("endings", []), ("endings", None), ("ctx", None)],
-    "record": [("passage", "text"), ("passage", {"text": "Ada"}), ("qas", [{"query": "a"}])],
-}
 
 
 @pytest.mark.parametrize(
     ("task", "name", "value"),
-    [(task, name, value) for task, wrong in WRONG.items() for name, value in wrong],
+    [
+        *(("copa", "label", value) for value in ("one", 2, -1, True, 1.0, None)),
+        *(("copa", "question", "why"), ("copa", "choice1", ""), ("copa", "choice2", ["a"])),
+        *(("piqa", "sol1", " "), ("winogrande", "answer", "3"), ("winogrande", "option2", None)),
+        *(("hellaswag", name, value) for name, value in (("label", 2), ("endings", []))),
+        *(("record", "passage", value) for value in ("text", {"text": "Ada"})),
+        ("record", "qas", [{"query": "a"}]),
+    ],
 )
 def test_a_value_that_is_not_allowed_is_named_with_its_line(
     tmp_path: Path, task: str, name: str, value: Any
-) -> None:
-    """In the second line; the first is good."""
+):
     good = ROWS[f"{task}.jsonl"]
     lines = [json.dumps(good), json.dumps(good | {name: value})]
     (tmp_path / f"{task}.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    with pytest.raises(
-        UsageError, match=rf"^{tmp_path / task}\.jsonl:2 is no document of"
-    ) as error:
+    with pytest.raises(UsageError, match=rf"^{tmp_path / task}\.jsonl:2 is no document of"):
         select_tasks([task], data_dir=str(tmp_path))
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -340,7 +228,6 @@ def test_a_value_that_is_not_allowed_is_named_with_its_line(
         ("copa.jsonl", b"[1]\n", ":1"),
         ("copa.jsonl", b"", ""),
         ("copa.jsonl", b"\xff\xfe{}", ""),
-        ("copa.jsonl", b'{"premise": ' + b"[" * 100_000, ":1"),
         ("storycloze.csv", STORY.replace(",2\n", ",3\n").encode(), ":2"),
         ("storycloze.csv", STORY.replace(",Mum came.,2", "").encode(), ":2"),
         ("storycloze.csv", STORY.replace('ran."', "ran.").encode(), ":2"),
@@ -348,13 +235,13 @@ def test_a_value_that_is_not_allowed_is_named_with_its_line(
 )
 def test_a_malformed_file_is_named_with_its_line(
     tmp_path: Path, name: str, content: bytes, line: str
-) -> None:
+):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UsageError, match=f"^{tmp_path / name}{line} "):
         select_tasks([Path(name).stem], data_dir=str(tmp_path))
 
 
-def test_numbers_as_text_and_ends_of_lines_within_a_string(tmp_path: Path) -> None:
+def test_numbers_as_text_and_ends_of_lines_within_a_string(tmp_path: Path):
     """And a byte order mark. Two characters at which Python ends lines are no ends of JSON's."""
     copa = {**ROWS["copa.jsonl"], "premise": "A\u2028man\u0085ran.", "label": "1"}
     text = "\ufeff" + json.dumps(copa, ensure_ascii=False) + "\r\n"
@@ -369,7 +256,9 @@ def test_numbers_as_text_and_ends_of_lines_within_a_string(tmp_path: Path) -> No
     assert [doc["answer"] for doc in wino_task.validation_docs()] == ["1"]
 
 
-def test_two_files_for_one_task_are_refused(tmp_path: Path) -> None:
+def test_a_task_has_one_file(tmp_path: Path):
+    with pytest.raises(UsageError, match=r"has no copa\*\.jsonl .*superglue/data/v2/COPA\.zip"):
+        select_tasks(["copa"], data_dir=str(tmp_path))
     for name in ("copa_a.jsonl", "copa_b.jsonl"):
         (tmp_path / name).write_text(json.dumps(ROWS["copa.jsonl"]), encoding="utf-8")
     with pytest.raises(UsageError, match=r"several files for copa: copa_a\.jsonl, copa_b\.jsonl"):
