@@ -1,7 +1,5 @@
 """tools/serve.py over a real socket: openai's client, lm-eval's, fifty at once, bad requests."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json
@@ -21,7 +19,6 @@ import openai
 import pytest
 import torch
 import uvicorn
-from fastapi import Request
 from support.language_models import END, save_language_model
 from support.smlp_systems import LONGEST
 from tokenizers import decoders
@@ -33,10 +30,9 @@ from megatron_smlp.generation.language_model import LanguageModel, load
 from megatron_smlp.serving import cli
 from megatron_smlp.serving.admission import Admission
 from megatron_smlp.serving.answers import Answer
-from megatron_smlp.serving.app import Service, build_app
+from megatron_smlp.serving.app import build_app
 from megatron_smlp.serving.requests import CompletionRequest, parse
 from megatron_smlp.serving.sampling import Token
-from megatron_smlp.serving.work import Work
 
 ROOT = Path(__file__).parents[3]
 
@@ -57,8 +53,7 @@ def application(lm: LanguageModel, *, max_waiting: int = 1, **more: Any) -> Any:
 
 
 @contextlib.contextmanager
-def running(app: Any, *, forced: bool = False) -> Iterator[str]:
-    """The address of a server of the application, in a thread; `forced` ends it at once."""
+def running(app: Any) -> Iterator[str]:
     server = uvicorn.Server(cli.server_config(app))
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
@@ -70,7 +65,7 @@ def running(app: Any, *, forced: bool = False) -> Iterator[str]:
         try:
             yield f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
         finally:  # also of a test that fails, whose process would not end
-            server.should_exit, server.force_exit = True, forced
+            server.should_exit = True
             thread.join(timeout=20)
         assert not thread.is_alive()
 
@@ -103,14 +98,14 @@ def logprobs_of(lm: LanguageModel, ids: list[int]) -> torch.Tensor:
         return lm.model(torch.tensor([ids])).logits[0].float().log_softmax(dim=-1)
 
 
-def test_models_are_listed(client: openai.OpenAI) -> None:
+def test_models_are_listed(client: openai.OpenAI):
     assert [model.id for model in client.models.list()] == ["hf"]
     assert client.models.retrieve("hf").id == "hf"
     with pytest.raises(openai.NotFoundError, match="'other/model' does not exist"):
         client.models.retrieve("other/model")
 
 
-def test_greedy_answers_with_log_probabilities(client: openai.OpenAI, lm: LanguageModel) -> None:
+def test_greedy_answers_with_log_probabilities(client: openai.OpenAI, lm: LanguageModel):
     new = greedy(lm, "the file", 6)
     answer = client.completions.create(
         model="hf", prompt="the file", max_tokens=6, temperature=0, logprobs=3, echo=True
@@ -134,7 +129,7 @@ def test_greedy_answers_with_log_probabilities(client: openai.OpenAI, lm: Langua
     assert answer.usage.completion_tokens == len(new)
 
 
-def test_pieces_together_are_the_whole(client: openai.OpenAI) -> None:
+def test_pieces_together_are_the_whole(client: openai.OpenAI):
     """Characters of several bytes never arrive in parts; seeds repeat; n answers differ."""
     asked: dict[str, Any] = {
         "model": "hf", "prompt": "é", "max_tokens": 20, "temperature": 1.5, "top_p": 0.9,
@@ -159,7 +154,7 @@ def test_pieces_together_are_the_whole(client: openai.OpenAI) -> None:
     assert [choice.text for choice in again.choices] != texts
 
 
-def test_stop_texts_end_an_answer(client: openai.OpenAI, lm: LanguageModel) -> None:
+def test_stop_texts_end_an_answer(client: openai.OpenAI, lm: LanguageModel):
     free = lm.decode(greedy(lm, "abc", 12))
     stop = free[4:6]
     asked: dict[str, Any] = {"model": "hf", "prompt": "abc", "max_tokens": 12, "temperature": 0}
@@ -188,7 +183,7 @@ class ByteFallback:
 
 
 @pytest.mark.parametrize("stop", ["\u5b57", "b\u5b57"])
-def test_a_stop_text_that_ends_in_single_bytes_ends_an_answer(stop: str) -> None:
+def test_a_stop_text_that_ends_in_single_bytes_ends_an_answer(stop: str):
     """With its last byte, and nothing of it is sent."""
     lm = LanguageModel(MODEL, tokenizer=ByteFallback(), end=None, name="bytes")
     assert lm.decode(list("ab\u5b57".encode()[:-1])) == "ab\ufffd\ufffd"
@@ -201,8 +196,7 @@ def test_a_stop_text_that_ends_in_single_bytes_ends_an_answer(stop: str) -> None
     assert answer.finish_reason == "stop"
 
 
-def test_fifty_clients_each_get_their_own_answer(url: str, lm: LanguageModel) -> None:
-    """Different prompts, lengths and kinds of request at once, half of them streamed."""
+def test_fifty_clients_each_get_their_own_answer(url: str, lm: LanguageModel):
     prompts = [f"{number} " + "ab" * (number % 7) for number in range(50)]
 
     async def ask(client: openai.AsyncOpenAI, number: int) -> str:
@@ -246,9 +240,7 @@ BAD: list[tuple[bytes | dict[str, Any], int, str]] = [
 
 
 @pytest.mark.parametrize(("body", "status", "message"), BAD)
-def test_bad_requests_get_json(
-    url: str, body: bytes | dict[str, Any], status: int, message: str
-) -> None:
+def test_bad_requests_get_json(url: str, body: bytes | dict[str, Any], status: int, message: str):
     asked = {"prompt": "a", **body} if body and isinstance(body, dict) else body
     content = asked if isinstance(asked, bytes) else json.dumps(asked).encode()
     answer = httpx.post(f"{url}/completions", content=content, headers=JSON, timeout=60)
@@ -259,12 +251,10 @@ def test_bad_requests_get_json(
 FOREIGN: list[tuple[dict[str, str], int]] = [
     ({"Content-Type": "text/plain"}, 415),
     ({"Content-Type": ""}, 415),
-    ({**JSON, "Host": "evil.example"}, 403),
     ({**JSON, "Host": "evil.example:8000"}, 403),
     ({**JSON, "Host": "127.0.0.1.evil.example"}, 403),
     ({**JSON, "Host": "[::1"}, 403),
     ({**JSON, "Origin": "http://evil.example"}, 403),
-    ({**JSON, "Origin": "http://203.0.113.1"}, 403),
     ({**JSON, "Origin": "null"}, 403),
     ({**JSON, "Host": "localhost:8000", "Origin": "http://localhost:3000"}, 200),
     ({**JSON, "Host": "[::1]:8000"}, 200),
@@ -273,9 +263,7 @@ FOREIGN: list[tuple[dict[str, str], int]] = [
 
 
 @pytest.mark.parametrize(("headers", "status"), FOREIGN)
-def test_what_a_web_page_could_send_is_refused(
-    url: str, headers: dict[str, str], status: int
-) -> None:
+def test_what_a_web_page_could_send_is_refused(url: str, headers: dict[str, str], status: int):
     body = json.dumps({"prompt": "a", "max_tokens": 1}).encode()
     answer = httpx.post(f"{url}/completions", content=body, headers=headers, timeout=60)
     assert answer.status_code == status
@@ -285,30 +273,24 @@ def test_what_a_web_page_could_send_is_refused(
         assert httpx.get(f"{url}/models", headers=headers, timeout=60).status_code == 403
 
 
-def test_a_key_and_more_names(lm: LanguageModel) -> None:
+def test_a_key_and_more_names(lm: LanguageModel):
     from fastapi.testclient import TestClient
 
     app = application(lm, hosts=["Model.example"], api_key="secret")
     with TestClient(app, base_url="http://Model.example") as client:
-        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer \u00e9"}):
-            raw = {name: value.encode() for name, value in headers.items()}
-            assert client.get("/v1/models", headers=raw).status_code == 401
-        good = {"Authorization": "Bearer secret"}
-        assert client.get("/v1/models", headers=good).status_code == 200
-        lower = {"Authorization": "bearer secret"}
-        assert client.get("/v1/models", headers=lower).status_code == 200
-        assert client.get("/v1/models", headers={"Authorization": "secret"}).status_code == 401
+        for key in ("Bearer wrong", "Bearer \u00e9", "secret", "Bearer secret", "bearer secret"):
+            status = client.get("/v1/models", headers={"Authorization": key.encode()}).status_code
+            assert status == (200 if key.lower() == "bearer secret" else 401)
+        assert client.get("/v1/models").status_code == 401
         assert client.post("/v1/completions", json={"prompt": "a"}).status_code == 401
     options = cli.build_parser().parse_args(["--hf", "x", "--allowed-hosts", "a", "*"])
-    assert options.api_key is None
-    limits = {"max_body_bytes": 1, "max_waiting": 1}
-    admission = Admission(hosts=options.allowed_hosts, **limits)
+    admission = Admission(hosts=options.allowed_hosts, max_body_bytes=1, max_waiting=1)
     admission.check({"host": "any.example"}, has_body=False)
 
 
 def test_the_coldest_temperatures_and_one_choice_are_greedy(
     client: openai.OpenAI, lm: LanguageModel
-) -> None:
+):
     expected = lm.decode([token for token in greedy(lm, "abc", 6) if token != lm.end])
     asked: dict[str, Any] = {"model": "hf", "prompt": "abc", "max_tokens": 6}
     for temperature in (1e-39, 1e-300, 1e-29):
@@ -319,7 +301,7 @@ def test_the_coldest_temperatures_and_one_choice_are_greedy(
     assert choice.text == expected
 
 
-def test_a_repetition_penalty_is_transformers_own(client: openai.OpenAI, lm: LanguageModel) -> None:
+def test_a_repetition_penalty_is_transformers_own(client: openai.OpenAI, lm: LanguageModel):
     """And leaves the log-probabilities as they are without it."""
     ids = torch.tensor([lm.encode("abab")])
     new = lm.model.generate(
@@ -342,14 +324,7 @@ def test_a_repetition_penalty_is_transformers_own(client: openai.OpenAI, lm: Lan
     assert choice.logprobs.token_logprobs == pytest.approx(rows, abs=1e-4)
 
 
-def test_other_paths_get_json_and_the_server_lives(url: str) -> None:
-    assert httpx.get(f"{url}/chat", timeout=60).json()["error"]["message"].startswith("Not Found")
-    assert httpx.get(f"{url}/completions", timeout=60).status_code == 405
-    answer = httpx.post(f"{url}/completions", json={"prompt": [5, 6], "max_tokens": 0}, timeout=60)
-    assert answer.json()["choices"][0]["text"] == ""
-
-
-def test_lm_eval_scores_as_the_model_does(url: str, lm: LanguageModel, folder: Path) -> None:
+def test_lm_eval_scores_as_the_model_does(url: str, lm: LanguageModel, folder: Path):
     from lm_eval.api.instance import Instance
     from lm_eval.models.openai_completions import LocalCompletionsAPI
 
@@ -377,7 +352,7 @@ def test_lm_eval_scores_as_the_model_does(url: str, lm: LanguageModel, folder: P
 @pytest.mark.parametrize("streams", [True, False])
 def test_no_more_than_may_wait_get_in_at_once(
     lm: LanguageModel, monkeypatch: pytest.MonkeyPatch, streams: bool
-) -> None:
+):
     """All of a burst arrive before the first is parsed; mistakes free their place."""
     count, max_waiting = 5, 2
     num_parsing, opened = 0, threading.Event()
@@ -401,6 +376,7 @@ def test_no_more_than_may_wait_get_in_at_once(
 
     with running(application(lm, max_waiting=max_waiting)) as address:
         where = f"{address}/completions"
+        assert httpx.get(where, timeout=60).status_code == 405
         statuses = asyncio.run(burst(where))
         assert sorted(statuses) == [200] * max_waiting + [429] * (count - max_waiting)
         for _ in range(max_waiting + 1):
@@ -408,100 +384,8 @@ def test_no_more_than_may_wait_get_in_at_once(
         assert httpx.post(where, json=asked, timeout=60).status_code == 200
 
 
-def test_a_client_that_has_gone_before_its_stream_begins_cancels_it(lm: LanguageModel) -> None:
-    """While the head of the answer is held up, so that no event is ever asked for."""
-    asked = {"prompt": "a", "max_tokens": LONGEST - 1, "stream": True}
-    service = Service(lm, Admission(max_body_bytes=1000, max_waiting=1))
-    headers = [(b"content-type", b"application/json"), (b"host", b"127.0.0.1")]
-    scope = {"type": "http", "method": "POST", "headers": headers, "asgi": {"spec_version": "2.3"}}
-    messages: list[dict[str, Any]] = [
-        {"type": "http.request", "body": json.dumps(asked).encode()},
-        {"type": "http.disconnect"},
-    ]
-
-    async def receive() -> dict[str, Any]:
-        return messages.pop(0)
-
-    async def send(message: dict[str, Any]) -> None:
-        await asyncio.Event().wait()
-
-    async def ask() -> None:
-        answer = await service.complete(Request(scope, receive))
-        [work] = service.works
-        assert not work.cancelled.is_set()
-        await answer(scope, receive, send)
-        assert work.cancelled.is_set()
-        while service.num_waiting:
-            await asyncio.sleep(0.01)
-
-    asyncio.run(ask())
-    assert service.works == set()
-    service.close()
-
-
-def test_a_client_that_goes_away_with_half_a_body_is_no_failure(
-    lm: LanguageModel, caplog: pytest.LogCaptureFixture
-) -> None:
-    app = application(lm, max_waiting=1)
-    headers = [(b"content-type", b"application/json"), (b"host", b"127.0.0.1")]
-    about = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b""}
-    messages: list[dict[str, Any]] = [
-        {"type": "http.request", "body": b"{", "more_body": True},
-        {"type": "http.disconnect"},
-    ]
-
-    async def receive() -> dict[str, Any]:
-        return messages.pop(0)
-
-    async def send(message: dict[str, Any]) -> None:
-        pass
-
-    asyncio.run(app({**about, "headers": headers}, receive, send))
-    assert messages == []
-    assert caplog.records == []
-
-
-def test_a_server_that_is_forced_to_end_cancels_its_requests(lm: LanguageModel) -> None:
-    """As by a second Ctrl-C: no thread of the model is left."""
-
-    def models() -> set[threading.Thread]:
-        return {thread for thread in threading.enumerate() if thread.name.startswith("model")}
-
-    before, begun = models(), threading.Event()
-    hook = lm.model.register_forward_pre_hook(lambda *_: begun.set())
-    app = application(lm, max_waiting=1)
-    asked = {"prompt": ["a"] * 100, "max_tokens": LONGEST - 1}
-    with running(app, forced=True) as address:
-        client = threading.Thread(
-            target=httpx.post,
-            args=[f"{address}/completions"],
-            kwargs={"json": asked, "timeout": 60},
-        )
-        client.start()
-        assert begun.wait(60)
-    client.join()
-    hook.remove()
-    assert models() == before
-
-
-def test_what_is_cancelled_scores_no_more_prompts(lm: LanguageModel) -> None:
-    asked = {"prompt": ["a"] * 9, "max_tokens": 0, "echo": True, "logprobs": 0}
-    work = Work(lm, parse(json.dumps(asked).encode(), lm), None)
-    calls = 0
-
-    def cancel(*_: Any) -> None:
-        nonlocal calls
-        calls += 1
-        work.cancelled.set()
-
-    hook = lm.model.register_forward_pre_hook(cancel)
-    work.run()
-    hook.remove()
-    assert calls == 1
-
-
 @pytest.mark.parametrize("streams", [True, False])
-def test_a_client_that_goes_away_frees_its_place(lm: LanguageModel, streams: bool) -> None:
+def test_a_client_that_goes_away_frees_its_place(lm: LanguageModel, streams: bool):
     """Of one place: it is taken, then free, long before the answers would have been ready."""
     num_answers, num_tokens, calls = 100, LONGEST - 1, 0
 
@@ -538,20 +422,14 @@ def test_a_client_that_goes_away_frees_its_place(lm: LanguageModel, streams: boo
 
 
 @pytest.mark.parametrize(
-    "words",
-    [
-        "--hf {0} --port 99999",
-        "--hf {0} --host 203.0.113.1",
-        "--hf {0} --api-key=",
-        "--hf {0} --max-waiting 0",
-    ],
+    "words", ["--port 99999", "--host 203.0.113.1", "--api-key=", "--max-waiting 0"]
 )
-def test_bad_flags_are_refused(folder: Path, words: str) -> None:
-    with pytest.raises(UserError, match=words.split()[2].strip("=")):
-        cli.main(words.format(folder).split())
+def test_bad_flags_are_refused(folder: Path, words: str):
+    with pytest.raises(UserError, match=words.split()[0].strip("=")):
+        cli.main(["--hf", str(folder), *words.split()])
 
 
-def test_its_flags_are_heeded_and_ctrl_c_ends_it_cleanly(folder: Path) -> None:
+def test_its_flags_are_heeded_and_ctrl_c_ends_it_cleanly(folder: Path):
     words = ["--port", "0", "--api-key", "k", "--model-name", "m", "--max-body-bytes", "500"]
     server = subprocess.Popen(
         [sys.executable, "tools/serve.py", "--hf", str(folder), *words],
