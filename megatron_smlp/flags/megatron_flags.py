@@ -61,7 +61,7 @@ TESTED: dict[str, str] = {
         check-weight-hash-across-dp-replicas-interval""",
     "Memory and speed": """
         recompute-activations recompute-granularity recompute-method recompute-num-layers
-        recompute-modules cuda-graph-impl manual-gc manual-gc-interval no-manual-gc-eval
+        recompute-modules manual-gc manual-gc-interval no-manual-gc-eval
         empty-unused-memory-level train-sync-interval""",
     "Data and tokenizer": """
         reset-attention-mask reset-position-ids

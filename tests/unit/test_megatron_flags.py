@@ -26,6 +26,12 @@ from megatron_smlp.training.start_screen import summary
 TRANSFORMER = "--architecture transformer --num-attention-heads 4"
 EXPERTS = "--token-router base --num-experts 2"
 MUON = "--architecture gmlp --optimizer muon"
+GRAPHS = "--allow-untested-flag cuda-graph-impl"
+UNTRAINED = (
+    *("cuda-graph-impl local", "fp8-format hybrid", "fp8-param-gather"),
+    *("use-torch-fsdp2", "use-megatron-fsdp"),
+)
+"""Flags of GPUs that no test trains with."""
 type Parse = Callable[..., Any]
 
 
@@ -43,7 +49,8 @@ class TestTheList:
         assert len(names) == len(set(names))
         dests = {actions[f"--{name}"].dest for name in names}
         assert not dests & set(OUR_FLAGS)
-        assert {*VALUES, *(name for need in NEEDS for name in need.flags)} <= usable(parser)
+        checked = {*VALUES, *(name for need in NEEDS for name in need.flags)}
+        assert checked - {"cuda_graph_impl"} <= usable(parser)  # it can be taken all the same
 
     def test_each_flag_is_in_a_test(self):
         """Or in a configuration, which the tests train."""
@@ -66,6 +73,19 @@ class TestTheList:
                     refuse_untested(parser, [f"{flag}=1"], allowed=("moe-layer",))
             for name in (flag[2:], action.dest):
                 refuse_untested(parser, ["--lr", "1", flag], allowed=(name,))
+
+    @pytest.mark.parametrize("words", UNTRAINED)
+    def test_what_no_test_trains_with_is_refused(self, parse: Parse, words: str):
+        """And docs/gpus.md says so."""
+        name = words.split()[0]
+        with pytest.raises(UsageError, match=f"^--{name} is not among .* that are tested"):
+            parse(f"--architecture gmlp --{words}")
+        page = (REPOSITORY / "docs" / "gpus.md").read_text(encoding="utf-8")
+        (row,) = [
+            line for line in page.splitlines() if line.startswith("|") and f"--{name}" in line
+        ]
+        assert row.split(" | ")[1] == "no"
+        assert "without `--allow-untested-flag" in row
 
     def test_it_is_refused_from_a_file_and_let_through_by_either(
         self, parse: Parse, tmp_path: Path
@@ -224,8 +244,8 @@ def test_a_run_by_samples_decays_by_samples():
         "--spec megatron.core foo --architecture gmlp",
         "--spec megatron_smlp.architectures amlp --architecture gmlp",
         # Graphs and reports of a device that is not there.
-        f"--cuda-graph-impl local {TRANSFORMER}",
-        f"--cuda-graph-impl full_iteration {TRANSFORMER}",
+        f"--cuda-graph-impl local {TRANSFORMER} {GRAPHS}",
+        f"--cuda-graph-impl full_iteration {TRANSFORMER} {GRAPHS}",
         *(
             f"{flag} --architecture gmlp"
             for flag in ("--log-memory-to-tensorboard", "--record-memory-history")
