@@ -82,7 +82,12 @@ setup(
     packages=[*find_packages(include=["megatron_smlp", "megatron_smlp.*"]), *PRESETS],
     package_dir=PRESETS,
     package_data={
-        "megatron_smlp": ["py.typed", "flags/megatron_flags.txt", "evaluation/tasks/*.yaml"],
+        "megatron_smlp": [
+            "py.typed",
+            "flags/megatron_flags.txt",
+            "ops/tiles.json",
+            "evaluation/tasks/*.yaml",
+        ],
         **{package: ["**/*.yaml"] for package in PRESETS},
     },
     install_requires=REQUIREMENTS,

@@ -235,14 +235,14 @@ class _GatedMix(torch.autograd.Function):
         u1, values, weight, bias, experts, scales, kept = ctx.saved_tensors
         of_u1 = torch.empty(u1.shape, dtype=u1.dtype, device=u1.device)
         routing = (experts, scales, ctx.prefix)
-        upstream, of_scales = launches.gradients_of_gate(
+        upstream, shifts, of_scales = launches.gradients_of_gate(
             gradients[0], u1, kept, bias, *routing, of_u1
         )
         of_values = launches.gradients_of_values(upstream, weight, *routing)
         of_weight = of_bias = None
         if any(ctx.needs_input_grad[2:4]):
             of_weight, of_bias = launches.gradients_of_weights(
-                upstream, values, bias, weight.dtype, *routing
+                upstream, values, shifts, bias, weight.dtype, *routing
             )
         answers = (of_u1, of_values, of_weight, of_bias, upstream, None, of_scales, None)
         return tuple(
@@ -280,11 +280,13 @@ class _GeluGate(torch.autograd.Function):
         of_u = torch.empty(u.shape, dtype=u.dtype, device=u.device)
         (u1, u2), (of_u1, of_u2) = u.chunk(2, dim=-1), of_u.chunk(2, dim=-1)
         plain = (None, None, 0)
-        upstream, _ = launches.gradients_of_gate(gradients[0], u1, mixed, bias, *plain, of_u1)
+        upstream, shifts, _ = launches.gradients_of_gate(
+            gradients[0], u1, mixed, bias, *plain, of_u1
+        )
         of_weight = of_bias = None
         if any(ctx.needs_input_grad[4:6]):
             of_weight, of_bias = launches.gradients_of_weights(
-                upstream, values, bias, weight.dtype, *plain
+                upstream, values, shifts, bias, weight.dtype, *plain
             )
         of_values = launches.gradients_of_values(upstream, weight, *plain)
         of_norm = gradients_of_gelu_norm(of_values, None, u2, norm_weight, means, scales, of_u2)

@@ -16,20 +16,24 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
+from megatron_smlp.ops import tiles  # noqa: E402
+from megatron_smlp.ops.tiles import Tile  # noqa: E402
 from megatron_smlp.ops.triton_ready import FUSED  # noqa: E402
 
-CAPABILITIES = (80, 90, 100)
+CAPABILITIES = (80, 89, 90, 100, 120)
+SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+"""Bytes of shared memory that a program may take, by NVIDIA's tables of compute capabilities."""
 INSTRUCTIONS = {"mma.sync": "mma.sync", "wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma"}
 ASSIGNMENT = {"W": 64, "BLOCK": 64, "P": 32, "DAMPING": 0.01, "MAX_STEP": 2.0, "SOLVER_STEPS": 16}
 ASSIGNMENT |= {"SMALLEST_GAIN": 1e-5}
-GATE = {"WIDTH": 128, "HAS_ADDED": False, "ROWS": 128, "COLUMNS": 128, "DEPTH": 64}
-PLAIN, ROUTED = GATE | {"ROUTED": False}, GATE | {"ROUTED": True}
+GATE = {"WIDTH": 128, "HAS_ADDED": False}
+LINES = GATE | {"ROWS": 32, "COLUMNS": 128}
 NORM = {"WIDTH": 2048, "BLOCK": 2048, "ROWS": 2, "EPS": 1e-5, "HAS_MEANS": False}
 TYPES = {
     "*fp64": ("maxima", "squares", "columns"),
@@ -38,8 +42,11 @@ TYPES = {
         *("choices", "leads", "rooms", "filled", "members", "has_empty", "has_empty_before"),
         *("slots", "slots_before", "movers", "movers_before", "experts", "pairs", "ends"),
     ),
-    "*fp32": ("scales", "of_scales", "means", "of_means", "of_norm_weight", "of_norm_bias"),
-    "i32": ("N", "E", "C", "T", "PREFIX", "HEADS", "LINES", "BATCH"),
+    "*fp32": (
+        *("scales", "of_scales", "means", "of_means", "of_norm_weight", "of_norm_bias"),
+        *("shifts", "parts"),
+    ),
+    "i32": ("N", "E", "C", "T", "PREFIX", "HEADS", "LINES", "BATCH", "BLOCKS", "PARTS"),
     "fp32": ("temperature", "temperature_before"),
 }
 
@@ -54,6 +61,39 @@ class Case:
     """The type of pointers that TYPES does not name."""
     warps: int
     constants: dict[str, Any] = field(default_factory=dict)
+    product: str = ""
+    """Which of the table's tiles it has; then warps are the table's too."""
+    wide: tuple[str, ...] = ()
+    """Pointers to fp32 that are no others' in TYPES."""
+
+    def with_tile(self, tile: Tile) -> Case:
+        """The same product by another tile, and by one stage fewer where M is in fp32."""
+        tile = tiles.for_wide_weights(tile) if "weight" in self.wide else tile
+        sizes = {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth}
+        constants = self.constants | sizes | {"num_stages": tile.stages}
+        return replace(self, warps=tile.warps, constants=constants)
+
+    def on(self, capability: int) -> Case:
+        """As it is launched on a GPU of this capability."""
+        if not self.product or "ROWS" in self.constants:
+            return self
+        return self.with_tile(getattr(tiles.for_architecture(str(capability)), self.product))
+
+
+def _product(function: str, product: str, *, is_routed: bool) -> Case:
+    return Case(f"gated_mix:{function}", "*bf16", 0, GATE | {"ROUTED": is_routed}, product)
+
+
+def _gate(*, is_routed: bool) -> dict[str, Case]:
+    """All kernels of the gate but what sums the parts of dM."""
+    behind = ", routed" if is_routed else ""
+    lines = LINES | {"ROUTED": is_routed}
+    return {
+        f"gate: forward{behind}": _product("gated_mix", "gate", is_routed=is_routed),
+        f"gate: dg, du1{behind}": Case("gated_mix:gradients_of_gate", "*bf16", 4, lines),
+        f"gate: dv{behind}": _product("gradients_of_values", "values", is_routed=is_routed),
+        f"gate: dM, db{behind}": _product("gradients_of_weights", "weights", is_routed=is_routed),
+    }
 
 
 CASES = {
@@ -72,28 +112,31 @@ CASES = {
     "assignment: exchange": Case(
         "exchange:exchange", "*fp32", 8, ASSIGNMENT | {"FIRST": False, "LAST": False}
     ),
-    "gate: forward": Case("gated_mix:gated_mix", "*bf16", 8, PLAIN),
-    "gate: dg, du1": Case("gated_mix:gradients_of_gate", "*bf16", 4, PLAIN | {"ROWS": 32}),
-    "gate: dv": Case("gated_mix:gradients_of_values", "*bf16", 8, PLAIN),
-    "gate: dM, db": Case("gated_mix:gradients_of_weights", "*bf16", 4, PLAIN | {"ROWS": 64}),
-    "gate: forward, routed": Case("gated_mix:gated_mix", "*bf16", 8, ROUTED),
-    "gate: dg, du1, routed": Case("gated_mix:gradients_of_gate", "*bf16", 4, ROUTED | {"ROWS": 32}),
-    "gate: dv, routed": Case("gated_mix:gradients_of_values", "*bf16", 8, ROUTED),
-    "gate: dM, db, routed": Case(
-        "gated_mix:gradients_of_weights", "*bf16", 4, ROUTED | {"ROWS": 64}
+    **_gate(is_routed=False),
+    **_gate(is_routed=True),
+    **{
+        f"{name}, fp32 M": replace(case, wide=("weight",))
+        for name, case in _gate(is_routed=False).items()
+        if name in ("gate: forward", "gate: dv")
+    },
+    "gate: dM in parts": replace(
+        _product("gradients_of_weights", "weights", is_routed=False), wide=("of_weight",)
     ),
+    "gate: sums of parts": Case("gated_mix:sums_of_parts", "*bf16", 4, {"COLUMNS": 1024}),
     "norm: forward": Case("gelu_norm:normed_gelu", "*bf16", 4, NORM),
     "norm: backward": Case("gelu_norm:gradients", "*bf16", 4, NORM),
 }
 
 
 def compiled(case: Case, capability: int) -> dict[str, Any]:
-    """Compile one kernel; what it takes."""
+    """Compile one kernel as it is launched on such a GPU; what it takes."""
     import triton
     from triton.backends.compiler import GPUTarget
 
+    case = case.on(capability)
     target = GPUTarget("cuda", capability, 32)
-    options = {"num_warps": case.warps} | FUSED
+    stages = {name: case.constants[name] for name in ("num_stages",) if name in case.constants}
+    options = {"num_warps": case.warps} | stages | FUSED
     binary = triton.compile(_source(case), target=target, options=options)
     used = resources(binary.asm["cubin"])
     text = binary.asm["ptx"]
@@ -103,7 +146,7 @@ def compiled(case: Case, capability: int) -> dict[str, Any]:
 
 def integers(case: Case) -> list[str]:
     """The kernel's arguments that are integers: Triton makes a constant of one that is 1."""
-    signature = _source(case).signature
+    signature = _source(case.on(90)).signature
     return [name for name, kind in signature.items() if kind == "i32"]
 
 
@@ -118,6 +161,7 @@ def lowered(case: Case, *, ones: Collection[str], divided: bool) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import make_backend
 
+    case = case.on(90)
     target = GPUTarget("cuda", 90, 32)
     backend = make_backend(target)
     options = backend.parse_options({"num_warps": case.warps} | FUSED)
@@ -149,6 +193,8 @@ def _source(case: Case, *, ones: Collection[str] = (), divided: bool = True) -> 
 def _type(name: str, case: Case, constants: dict[str, Any]) -> str:
     if name in constants:
         return "constexpr"
+    if name in case.wide:
+        return "*fp32"
     kind = next((kind for kind, names in TYPES.items() if name in names), None)
     if kind is None and name.endswith(("_stride", "_token", "_sample")):
         return "i32"

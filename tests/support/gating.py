@@ -91,6 +91,33 @@ def by_kernels(gate: Gate, device: str = "cpu") -> list[Tensor]:
     return [output.detach(), *torch.autograd.grad(output, operands, gate.upstream(device))]
 
 
+def twice(gate: Gate) -> list[list[Tensor]]:
+    """`by_kernels`, and again with the programs of every launch in the reverse order."""
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    place = builder.set_grid_idx
+
+    def reversed_place(self: Any, *index: int) -> None:
+        place(self, *(size - 1 - at for size, at in zip(self.grid_dim, index, strict=True)))
+
+    first = by_kernels(gate)
+    builder.set_grid_idx = reversed_place
+    try:
+        return [first, by_kernels(gate)]
+    finally:
+        builder.set_grid_idx = place
+
+
+def biases_of_no_shift() -> Tensor:
+    """db of ones for dg, of which the sums are said to be 0."""
+    from megatron_smlp.ops import gated_mix_launches as launches
+
+    ones, plain = torch.ones(40, 2, 32), (None, None, 0)
+    shifts, bias = torch.zeros(1, 40, 2, 1), torch.ones(1, 40)
+    return launches.gradients_of_weights(ones, ones, shifts, bias, torch.float32, *plain)[1]
+
+
 def exactly(gate: Gate, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     """The same by the reference in fp64, of operands as they are rounded for the kernels."""
     operands = gate.operands()

@@ -126,6 +126,7 @@ def gradients_of_gate(
     of_gate,
     outputs_token,
     outputs_sample,
+    shifts,
     of_scales,
     LINES,
     BATCH,
@@ -138,6 +139,7 @@ def gradients_of_gate(
     """Program (i, j, h): dg = dy GELU(u1) and du1 = dy g GELU'(u1) of lines i and features j.
 
     A line is a token of a sample. mixed, of_mixed: [T, B, H f], contiguous; of_gate: du1.
+    shifts: <fp32>[H, T, B, j], sums of dg over features j.
     of_scales: <fp32>[T, B, H, j], with ROUTED: sums of dg times the product.
     """
     head, heads = tl.program_id(2), tl.num_programs(2)
@@ -155,6 +157,8 @@ def gradients_of_gate(
     factor = tl.load(mixed + place, mask=here, other=0.0).to(tl.float32)
     upstream = given * value
     tl.store(of_mixed + place, upstream.to(of_mixed.dtype.element_ty), mask=here)
+    at_shift = (head.to(tl.int64) * LINES + lines) * tl.num_programs(1) + tl.program_id(1)
+    tl.store(shifts + at_shift, tl.sum(upstream, axis=1), mask=lines < LINES)
     if ROUTED:
         part = lines.to(tl.int64) * heads + head
         at_part = of_scales + part * tl.num_programs(1) + tl.program_id(1)
@@ -271,7 +275,6 @@ def gradients_of_values(
 @triton.jit
 def _weights_part(
     total,
-    shift,
     rows,
     end,
     before,
@@ -287,62 +290,106 @@ def _weights_part(
     values_sample,
     WIDTH: tl.constexpr,
 ):
-    """total + dg v' and shift + the sums of dg's rows, over some columns."""
+    """total + dg v' over some columns."""
     at = _places(rows, columns, head, upstream_token, upstream_sample, WIDTH)
     given = tl.load(upstream + at, mask=(rows[:, None] < end) & real[None, :], other=0.0)
     at = _places(before, columns, head, values_token, values_sample, WIDTH)
     value = tl.load(values + at, mask=(before[:, None] < T) & real[None, :], other=0.0)
-    total = tl.dot(given, tl.trans(value), total, input_precision="ieee")
-    return total, shift + tl.sum(given.to(tl.float32), axis=1)
+    return tl.dot(given, tl.trans(value), total, input_precision="ieee")
+
+
+@triton.jit
+def _line_sums(total, line, begin, end, inside, DEPTH: tl.constexpr):
+    """total + sums of what lies from begin to end on each line."""
+    for start in range(begin, end, DEPTH):
+        places = start + tl.arange(0, DEPTH)
+        here = inside[:, None] & (places[None, :] < end)
+        total += tl.sum(tl.load(line[:, None] + places[None, :], mask=here, other=0.0), axis=1)
+    return total
 
 
 @triton.jit
 def gradients_of_weights(
     upstream, upstream_token, upstream_sample, values, values_token, values_sample,
-    pairs, ends, scales, of_weight, of_bias,
-    T, N, PREFIX, HEADS, WIDTH: tl.constexpr,
-    ROUTED: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
+    pairs, ends, scales, shifts, of_weight, of_bias,
+    T, N, PREFIX, HEADS, BLOCKS, PARTS, WIDTH: tl.constexpr,
+    ROUTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, j, e): rows i, columns j of dM_e = tril(dg v'); db, sums of dg's rows, for j = 0.
+    """Program (i, j, e PARTS + p): rows i, columns j of part p of dM_e = tril(dg v'), and db_e.
 
-    of_weight: [E, T, T], contiguous; of_bias: [E, T]. A matrix is a head's, or with ROUTED, that of
-    the pairs of sample and head that pairs, <int32>[2, B H], names up to ends, <int32>[2, E].
+    A part is of a share of dg's and v's columns. of_weight: [PARTS, E, T, T], contiguous; of more
+    parts than one, no tile above the diagonal is written. of_bias: [E, T], by j = p = 0, from
+    shifts, <fp32>[H, T, B, BLOCKS]. A matrix is a head's, or with ROUTED, that of the pairs of
+    sample and head that pairs, <int32>[2, B H], names up to ends, <int32>[2, E].
     """
-    block, other, matrix = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    block, other = tl.program_id(0), tl.program_id(1)
+    matrix, part = tl.program_id(2) // PARTS, tl.program_id(2) % PARTS
+    matrices = tl.num_programs(2) // PARTS
     first, end, behind = _row_block(block, T, PREFIX, ROUTED, ROWS)
-    rows, before = first + tl.arange(0, ROWS), other * ROWS + tl.arange(0, ROWS)
-    target = of_weight + matrix.to(tl.int64) * T * T
-    target += rows[:, None].to(tl.int64) * T + before[None, :]
-    total = tl.zeros([ROWS, ROWS], tl.float32)
-    if other * ROWS < end:
-        shift = tl.zeros([ROWS], tl.float32)
+    rows, before = first + tl.arange(0, ROWS), other * COLUMNS + tl.arange(0, COLUMNS)
+    of_all = behind * (N // WIDTH) * HEADS
+    if ROUTED:
+        place = behind * matrices + matrix
+        begin = tl.load(ends + place - 1, mask=matrix > 0, other=0)
+        last = tl.load(ends + place)
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    if other * COLUMNS < end:
         if ROUTED:
-            place = behind * tl.num_programs(2) + matrix
-            begin = tl.load(ends + place - 1, mask=matrix > 0, other=0)
-            of_all = behind * (N // WIDTH) * HEADS
-            for number in range(begin, tl.load(ends + place)):
+            share = tl.cdiv(last - begin, PARTS)
+            ahead = begin + part * share
+            for number in range(ahead, tl.minimum(ahead + share, last)):
                 pair = tl.load(pairs + of_all + number)
-                part = tl.zeros([ROWS, ROWS], tl.float32)
+                product = tl.zeros([ROWS, COLUMNS], tl.float32)
                 for start in range(0, WIDTH, DEPTH):
                     features = start + tl.arange(0, DEPTH)
                     columns = pair // HEADS * WIDTH + features
-                    part, shift = _weights_part(
-                        *(part, shift, rows, end, before, columns, features < WIDTH),
-                        *(pair % HEADS, T, upstream, upstream_token, upstream_sample),
+                    product = _weights_part(
+                        *(product, rows, end, before, columns, features < WIDTH, pair % HEADS, T),
+                        *(upstream, upstream_token, upstream_sample),
                         *(values, values_token, values_sample, WIDTH),
                     )
-                total += part * tl.load(scales + pair, mask=behind > 0, other=1.0)
+                total += product * tl.load(scales + pair, mask=behind > 0, other=1.0)
         else:
-            for start in range(0, N, DEPTH):
+            share = tl.cdiv(tl.cdiv(N, DEPTH), PARTS) * DEPTH
+            for start in range(part * share, tl.minimum((part + 1) * share, N), DEPTH):
                 columns = start + tl.arange(0, DEPTH)
-                total, shift = _weights_part(
-                    *(total, shift, rows, end, before, columns, columns < N, matrix, T),
+                total = _weights_part(
+                    *(total, rows, end, before, columns, columns < N, matrix, T),
                     *(upstream, upstream_token, upstream_sample),
                     *(values, values_token, values_sample, WIDTH),
                 )
         total = tl.where(before[None, :] <= rows[:, None], total, 0.0)
-        if other == 0:
-            answer = shift.to(of_bias.dtype.element_ty)
-            tl.store(of_bias + matrix * T + rows, answer, mask=rows < end)
-    here = (rows[:, None] < end) & (before[None, :] < T)
+    here = (rows[:, None] < end) & (before[None, :] < tl.where(PARTS == 1, T, end))
+    target = of_weight + (part * matrices + matrix).to(tl.int64) * T * T
+    target += rows[:, None].to(tl.int64) * T + before[None, :]
     tl.store(target, total.to(of_weight.dtype.element_ty), mask=here)
+    if (other == 0) & (part == 0):
+        shift = tl.zeros([ROWS], tl.float32)
+        size = N // WIDTH * BLOCKS
+        if ROUTED:
+            for number in range(begin, last):
+                pair = tl.load(pairs + of_all + number)
+                line = shifts + ((pair % HEADS).to(tl.int64) * T + rows) * size
+                at = pair // HEADS * BLOCKS
+                shift = _line_sums(shift, line, at, at + BLOCKS, rows < end, DEPTH)
+        else:
+            line = shifts + (matrix.to(tl.int64) * T + rows) * size
+            shift = _line_sums(shift, line, 0, size, rows < end, DEPTH)
+        at_bias = of_bias + matrix * T + rows
+        tl.store(at_bias, shift.to(of_bias.dtype.element_ty), mask=rows < end)
+
+
+@triton.jit
+def sums_of_parts(parts, of_weight, T, LINES, PARTS, COLUMNS: tl.constexpr):
+    """Program (i, j): columns j of line i of dM, [E T, T]: of its parts, [PARTS, E T, T], in order.
+
+    LINES: E T. What is above the diagonal is not read, and zero.
+    """
+    line = tl.program_id(0)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros([COLUMNS], tl.float32)
+    for part in range(PARTS):
+        at = (part * LINES + line).to(tl.int64) * T + columns
+        total += tl.load(parts + at, mask=columns <= line % T, other=0.0)
+    at = line.to(tl.int64) * T + columns
+    tl.store(of_weight + at, total.to(of_weight.dtype.element_ty), mask=columns < T)

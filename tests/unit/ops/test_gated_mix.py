@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from megatron_smlp.ops import gated_mix as gated_mix_module
+from megatron_smlp.ops import gated_mix_launches as launches
+from megatron_smlp.ops import tiles
 from megatron_smlp.ops.gated_mix import gates_by_kernels
 
 GATES = {
@@ -28,6 +30,12 @@ GATES = {
     "routed, all prefix": Gate(9, 2, 2, 8, torch.float32, experts=3, prefix=9),
     "routed, no prefix": Gate(9, 2, 2, 8, torch.float32, experts=3),
 }
+PARTED = {
+    "parts": Gate(140, 2, 1, 1100, torch.float32, garbage=True),
+    "parts, bf16": Gate(63, 3, 2, 1000, torch.bfloat16, torch.bfloat16, has_added=True),
+    "parts, routed": Gate(70, 3, 2, 1050, torch.float32, experts=3, prefix=7, garbage=True),
+}
+"""Of dM's sums two parts or more, which are not equally long."""
 SLOW_GATES = {
     "1000 tokens": Gate(1000, 2, 2, 24, torch.bfloat16),
     "2047 tokens": Gate(2047, 1, 1, 144, torch.float16, torch.bfloat16),
@@ -51,6 +59,8 @@ def interpretations() -> dict[str, list[Any]]:
         "by_kernels": [(gate,) for gate in GATES.values()],
         "norm_by_kernels": [(GATES[name],) for name in NORMED],
         "with_other_tokens_from": [(GATES[LONGEST], LAST)],
+        "twice": [(gate,) for gate in PARTED.values()],
+        "biases_of_no_shift": [()],
     }
     pairs = [(name, arguments) for name, several in calls.items() for arguments in several]
     answers = iter(interpreted([(f"support.gating:{name}", rest) for name, rest in pairs]))
@@ -80,6 +90,40 @@ def test_outputs_and_gradients_are_the_twins(case: str, answers: dict[str, list[
         assert one.dtype == operand.dtype
     upper = torch.ones(gate.tokens, gate.tokens, dtype=torch.bool).triu(1)
     assert not ours[gate.matrix + 1][:, upper].any()
+
+
+@pytest.mark.parametrize("number", range(len(PARTED)), ids=list(PARTED))
+def test_sums_in_parts(number: int, interpretations: dict[str, list[Any]]):
+    """The same bits whichever program comes first, and nothing of memory that none has written."""
+    gate = list(PARTED.values())[number]
+    matrices = gate.experts or gate.heads
+    columns = gate.batch * gate.heads * gate.width // matrices
+    assert launches.num_parts(gate.tokens, matrices, columns, tiles.for_architecture("")) > 1
+    ours, again = interpretations["twice"][number]
+    _assert_close(gate, ours)
+    for first, second in zip(ours, again, strict=True):
+        assert torch.equal(first, second)
+
+
+def test_db_is_summed_where_dg_is_made(interpretations: dict[str, list[Any]]):
+    """dM's programs, of which each reads dg's rows, add up sums that are given to them."""
+    (of_bias,) = interpretations["biases_of_no_shift"]
+    assert not of_bias.any()
+
+
+# Steps of 64 columns, one after another, in a program of dM of a gMLP at T = 1,024, with eight
+# samples of 2,048 features; 136 programs of 256 steps before there were parts.
+PROGRAMS = {"80": (216, 43), "89": (252, 37), "90": (252, 37), "100": (288, 32), "120": (360, 26)}
+
+
+@pytest.mark.parametrize("architecture", PROGRAMS)
+def test_programs_of_dm_fill_a_gpu(architecture: str):
+    row, columns = tiles.for_architecture(architecture), 8 * 2048
+    parts = launches.num_parts(1024, 1, columns, row)
+    programs = parts * sum(-(-end // row.weights.columns) for end in range(128, 1025, 128))
+    steps = -(-columns // row.weights.depth // parts)
+    assert (programs, steps) == PROGRAMS[architecture]
+    assert launches.num_parts(1024, 16, 8 * 128, row) == 1, "of 16 matrices there are enough"
 
 
 @pytest.mark.parametrize("name", NORMED)

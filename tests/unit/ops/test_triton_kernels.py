@@ -13,19 +13,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from support.compiled_kernels import CAPABILITIES, CASES, compiled, integers, lowered
+import torch
+from support.compiled_kernels import CAPABILITIES, CASES, SHARED, compiled, integers, lowered
 from support.cover import slow_unless_in
 from support.launches import REPOSITORY
 
-from megatron_smlp.ops import triton_ready
+from megatron_smlp.ops import tiles, triton_ready
 from megatron_smlp.ops.triton_ready import SHARED_MEMORY, use_kernels
 
 WRITTEN = REPOSITORY / "benchmarks" / "results" / "kernels.json"
 EVERY = list(itertools.product(CASES, CAPABILITIES))
 FAST = [(name, 90) for name in ("gate: forward", "gate: dM, db, routed", "norm: backward")]
-FAST += [("assignment: prices", 90)]
+FAST += [("assignment: prices", 90), ("gate: dM in parts", 90), ("gate: dv, fp32 M", 89)]
 # What multiplies matrices on each: anything else would be several times as slow.
-MULTIPLIES = {80: "mma.sync", 90: "wgmma", 100: "tcgen05"}
+MULTIPLIES = {80: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: "tcgen05", 120: "mma.sync"}
 
 
 @pytest.mark.parametrize(("name", "capability"), slow_unless_in(FAST, EVERY))
@@ -67,9 +68,29 @@ def test_what_is_written_of_all_kernels():
     assert set(written) == set(CASES)
     for (name, capability), record in ((e, written[e[0]][str(e[1])]) for e in EVERY):
         assert record["stack"] <= 32
-        assert record["shared"] <= SHARED_MEMORY
-        if name.startswith("gate") and "du1" not in name:
+        assert record["shared"] <= SHARED[capability]
+        if name.startswith("gate") and "du1" not in name and "sums" not in name:
+            assert record["stack"] == 0 or "fp32 M" in name
             assert set(record["instructions"]) == {MULTIPLIES[capability]}
+
+
+@pytest.mark.parametrize("product", ["gate", "values", "weights"])
+def test_the_default_tiles_fit_where_the_kernels_run(product: str):
+    case = next(case for case in CASES.values() if case.product == product)
+    for capability in (80, 90, 100):
+        tile = getattr(tiles.for_architecture("none"), product)
+        used = compiled(case.with_tile(tile), capability)
+        assert used["shared"] <= SHARED_MEMORY
+        assert used["stack"] == 0
+
+
+def test_a_gpu_has_the_row_of_its_architecture(monkeypatch: pytest.MonkeyPatch):
+    written = tiles.read()
+    assert set(written) == {tiles.DEFAULT, *map(str, CAPABILITIES)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, device.index))
+    assert tiles.for_device(torch.device("cuda", 0)) == written["90"] != written["default"]
+    assert tiles.for_device(torch.device("cuda", 9)) == written["default"]
+    assert tiles.for_device(torch.device("cpu")) == written["default"]
 
 
 @pytest.fixture
