@@ -18,6 +18,7 @@ from unittest.mock import patch
 from support.in_process import forget_arguments, prepare_megatron
 
 from megatron_smlp.errors import UsageError
+from megatron_smlp.flags import check_run
 from megatron_smlp.flags.check import check
 from megatron_smlp.flags.defaults import fill_in
 from megatron_smlp.flags.parse import build_parser, parse, parse_arguments
@@ -38,6 +39,8 @@ LAYOUTS = "invariants/test_layouts.py"
 MUON = "invariants/test_muon.py"
 MUON_FLAGS = "--optimizer muon --no-overlap-param-gather"
 GROUPS = "--moe-router-num-groups 4 --moe-router-group-topk 1"
+ENGINE = "--transformer-impl transformer_engine"
+BUILT = "unit/test_transformer_engine.py"
 CUDA = "cuda_without_a_gpu/test_training_on_cuda.py"
 
 
@@ -84,6 +87,7 @@ ROWS = (
     Row("norms of queries and keys", "--qk-layernorm", LAYOUTS),
     Row("attention within documents", "--reset-attention-mask", LAYOUTS, 2),
     Row("positions of each document", "--reset-position-ids", LAYOUTS),
+    Row("sliding windows", f"{ENGINE} --window-size 64,0", BUILT, is_for_gpus=True),
     Row("experts in groups", GROUPS, LAYOUTS),
 )
 
@@ -99,7 +103,7 @@ def refusal(system: str, row: Row) -> str | None:
     with patch.dict(os.environ, layout), said_by_megatron:
         try:
             if row.is_for_gpus:
-                with patch.object(cpu, "needed", lambda: False):
+                with patch.object(cpu, "needed", lambda: False), with_transformer_engine():
                     check_alone(argv)
             else:
                 parse_arguments(argv)
@@ -108,6 +112,11 @@ def refusal(system: str, row: Row) -> str | None:
         finally:
             forget_arguments()
     return None
+
+
+def with_transformer_engine() -> contextlib.AbstractContextManager[object]:
+    """Check as where it is installed."""
+    return patch.object(check_run, "find_spec", lambda name: name == "transformer_engine")
 
 
 def check_alone(argv: list[str]) -> None:

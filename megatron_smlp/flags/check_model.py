@@ -28,11 +28,12 @@ def check_model(args: argparse.Namespace) -> None:
     for mixer in kind.mixers:
         _call(mixer.check, args, *([mixer.plugin] if mixer.plugin else []))
     if args.context_parallel_size > 1:
-        # Attention could; the mixers' checks have said why they cannot.
+        # The checks of mixers over positions have said why they cannot.
         raise UsageError(
-            f"--context-parallel-size {args.context_parallel_size} is not available: each rank "
-            "reads whole sequences. Leave it out; --tensor-model-parallel-size shards the features "
-            "instead."
+            f"--context-parallel-size {args.context_parallel_size} is not available: Megatron cuts "
+            "sequences for Transformer Engine's attention alone, and losses by position, scores of "
+            "tasks and the check of causality read whole ones. Leave it out; "
+            "--tensor-model-parallel-size with --sequence-parallel spreads what a sequence keeps."
         )
     if args.input_projection == "minhash":
         _call("megatron_smlp.layers.minhash:check_flags", args)

@@ -116,7 +116,7 @@ LAYOUTS = f"""
     --tensor-model-parallel-size 4 .*gate width 30 | {GMLP} --ffn-hidden-size 60 {TP} 4
     --context-parallel-size 2 .*spatial gating | {GMLP} --context-parallel-size 2
     --context-parallel-size 2 .*masked mixer | --architecture mixer --context-parallel-size 2
-    --context-parallel-size 2 .*each rank reads whole | {TRANSFORMER} --context-parallel-size 2
+    --context-parallel-size 2 .*attention alone | {TRANSFORMER} --context-parallel-size 2
     --full-validation | {GMLP} {TP} 2 --full-validation --multiple-validation-sets
     --padded-vocab-size 102 | {GMLP} --padded-vocab-size 102 {TP} 4 --global-batch-size 4
     --padded-vocab-size 90 | {GMLP} --padded-vocab-size 90 --global-batch-size 16

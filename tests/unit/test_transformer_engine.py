@@ -25,7 +25,13 @@ LAYOUTS = {
 FP8 = """--fp8-format hybrid --fp8-param-gather --use-distributed-optimizer
     --allow-untested-flag fp8-format fp8-param-gather"""
 GROUPED = "--moe-grouped-gemm"
-VARIANTS = {"plain": "", "grouped": GROUPED, "fp8": FP8, "grouped_fp8": f"{GROUPED} {FP8}"}
+VARIANTS = {
+    "plain": "",
+    "grouped": GROUPED,
+    "fp8": FP8,
+    "grouped_fp8": f"{GROUPED} {FP8}",
+    "window": "--window-size 15,0",
+}
 SPARSE = [name for name, flags in SYSTEMS.items() if "--num-experts" in flags]
 CASES = [
     (system, layout, variant)
@@ -34,6 +40,7 @@ CASES = [
     for variant in VARIANTS
     if system in SPARSE or "grouped" not in variant
     if layout == "tp2" or "fp8" not in variant
+    if variant != "window" or "--num-attention-heads" in SYSTEMS[system]
 ]
 # Of each kind of layer one; the others differ from these in their routers.
 FAST = ("transformer", "gshard", "amlp", "smlp_partial")
@@ -91,7 +98,10 @@ def test_it_builds(recorded: dict[str, Any], system: str, layout: str, variant: 
     record = recorded[f"{system} {layout} {variant}"]
     assert "error" not in record, record["error"]
     heads = 4 if "--num-attention-heads" in SYSTEMS[system] else 0
-    assert len(calls(record, "DotProductAttention")) == heads
+    attention = calls(record, "DotProductAttention")
+    assert len(attention) == heads
+    window = [15, 0] if variant == "window" else None
+    assert all(given.get("window_size") == window for given in attention)
     grouped = "grouped" in variant
     assert len(calls(record, "GroupedLinear")) == (2 * expert_layers(system) if grouped else 0)
     padded = grouped and "fp8" in variant
