@@ -40,20 +40,24 @@ def check_fair(study: Study, systems: Mapping[str, System]) -> None:
         UsageError: flags of data, batches or optimizer, numbers of trials, or FLOPs differ too
             much.
     """
-    _check_common_flags(systems)
+    _check_common_flags(study, systems)
     _check_decays(systems)
     _check_trials(study)
     _check_flops(study, systems)
 
 
-def _check_common_flags(systems: Mapping[str, System]) -> None:
-    for flag in COMMON_FLAGS:
+def _check_common_flags(study: Study, systems: Mapping[str, System]) -> None:
+    compared = study.may_differ or ()
+    if others := sorted({*compared} - {*COMMON_FLAGS}):
+        raise UsageError(f"may-differ: {flag_of(others[0])} may differ in any study: remove it.")
+    for flag in (flag for flag in COMMON_FLAGS if flag not in compared):
         values = {name: system.flags.get(flag) for name, system in systems.items()}
         if len({json.dumps(value) for value in values.values()}) > 1:
             raise UsageError(
                 f"{flag_of(flag)} differs between the systems of the study, which differ in "
                 "architecture and learning rate alone, on the same data in the same batches: give "
-                f"it once, in `fixed`.\n{_lines(values)}"
+                "it once, in `fixed`, or name it in `may-differ` where it is what is compared.\n"
+                + _lines(values)
             )
 
 

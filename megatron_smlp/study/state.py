@@ -30,7 +30,10 @@ ENDED = "ended.json"
 BEGUN = "study.json"
 EXPIRY = 120.0  # seconds
 DONE, DIVERGED, FAILED = "done", "diverged", "failed"
-MAY_CHANGE = ("cluster", "flops_tolerance", "needed_flops_tolerance", "paper", "titles", "variants")
+MAY_CHANGE = (
+    *("cluster", "flops_tolerance", "may_differ", "needed_flops_tolerance", "paper", "titles"),
+    "variants",
+)
 """Keys of a study that no run depends on, and no number of a verdict; what variants come to are the
 flags."""
 

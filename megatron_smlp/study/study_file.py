@@ -20,7 +20,8 @@ LEAST_RATES = 3
 """Of a system in a design, for a parabola whose curvature is that of all systems."""
 SIZED = (
     *("base", "systems", "variants", "fixed", "horizons", "evaluations", "seeds", "tuning"),
-    *("design", "primary", "ablations", "flops_tolerance", "needed_flops_tolerance"),
+    *("design", "primary", "ablations", "may_differ", "flops_tolerance"),
+    "needed_flops_tolerance",
 )
 """Keys that a size of a study may have of its own."""
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
@@ -187,6 +188,8 @@ class Study:
     tuning: Tuning | None = key(lambda value: _read(Tuning, value), None)
     design: Design | None = key(lambda value: _read(Design, value), None)
     """In place of tuning and seeds."""
+    may_differ: tuple[str, ...] | None = key(_list(lambda name: spelling(_text(name))), None)
+    """Flags of the optimizer or the batches that are compared, and so differ between systems."""
     subject: str = key(_text)
     """The system whose claims are tested."""
     paper: bool = key(_yes_or_no, False)

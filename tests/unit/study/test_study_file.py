@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from support.launches import REPOSITORY
-from support.studies import write_study
+from support.studies import state_of, write_study
 
 from megatron_smlp.errors import UsageError
 from megatron_smlp.study.fairness import check_fair
@@ -51,6 +51,21 @@ DESIGN = {"lr": [0.5, 1, 2], "seeds": [1, 2, 3]}
 def test_refused(tmp_path: Path, changes: dict[str, Any], message: str):
     with pytest.raises(UsageError, match=message):
         read_studies(write_study(tmp_path, **changes))
+
+
+def test_what_is_compared_may_differ(tmp_path: Path):
+    """And nothing else of the optimizer."""
+    variants = {"switch": {"from": "switch", "weight-decay": 0.0, "clip-grad": 2.0}}
+
+    def check(*names: str) -> None:
+        path = write_study(tmp_path, variants=variants, **{"may-differ": list(names)})
+        state_of(path, runs=tmp_path)
+
+    check("weight-decay", "clip_grad")
+    with pytest.raises(UsageError, match="--clip-grad differs"):
+        check("weight-decay")
+    with pytest.raises(UsageError, match="--lr may differ in any study"):
+        check("weight-decay", "clip-grad", "lr")
 
 
 @pytest.mark.parametrize(
