@@ -90,6 +90,9 @@ _FUNCTIONS = {
     "window_attn_skip_freq": None,
     "layernorm_zero_centered_gamma": False,
     "moe_mlp_glu_interleave_size": None,
+    "use_mup": False,
+    "mup_base_hidden_size": None,
+    "mup_base_head_dim": None,
 }
 MEGATRON_FLAGS = named(
     {

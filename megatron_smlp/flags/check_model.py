@@ -40,6 +40,7 @@ def check_model(args: argparse.Namespace) -> None:
     if kind.sparse_mixer:
         check_sparse(args)
     check_experts(args)
+    check_mup(args)
 
 
 def slots_of(args: argparse.Namespace) -> list[LayerSlots]:
@@ -63,6 +64,38 @@ def check_attention(args: argparse.Namespace) -> None:
         raise UsageError(
             f"--tensor-model-parallel-size {tp} does not divide --num-attention-heads {heads}: "
             "choose a divisor."
+        )
+
+
+def check_mup(args: argparse.Namespace) -> None:
+    """Check that muP's rules are for every weight of the model, and say which they are.
+
+    Raises:
+        UsageError: see the messages.
+    """
+    if not args.use_mup:
+        return
+    if not all(mixer.attends for mixer in ARCHITECTURES[args.architecture].mixers):
+        raise UsageError(
+            "--use-mup is for Transformers: its rules are of weights whose inputs grow with the "
+            "width, and a T x T matrix has as many as a sequence has positions. Leave it out."
+        )
+    if any(slots.channel != "mlp" for slots in slots_of(args)):
+        raise UsageError(
+            "--use-mup is for dense Transformers: its source has no rule for the rates of routers "
+            "and experts, which see a share of the tokens. Leave it out."
+        )
+    without = {"optimizer": "adam", "decoupled_lr": None, "input_projection": "embedding"}
+    for name, only in without.items():
+        if getattr(args, name) != only:
+            raise UsageError(
+                f"{flag_of(name)} {getattr(args, name)} beside --use-mup, whose rates are those of "
+                "Adam for a model with a table of tokens: leave one of them out."
+            )
+    if not args.mup_base_hidden_size:
+        raise UsageError(
+            "--use-mup without --mup-base-hidden-size: give the width at which the rates were "
+            "found, and with --mup-base-head-dim that of its heads."
         )
 
 

@@ -92,6 +92,7 @@ NEEDS = (
         lambda args: args.feature_router != "none" or "feature_router" in args.explicit_flags,
         ("num_feature_experts",),
     ),
+    Need("--use-mup", lambda args: args.use_mup, ("mup_base_hidden_size", "mup_base_head_dim")),
     Need(
         "Transformer Engine (--transformer-impl transformer_engine)",
         lambda args: args.transformer_impl != "local",

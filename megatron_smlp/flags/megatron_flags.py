@@ -25,6 +25,7 @@ TESTED: dict[str, str] = {
         hidden-dropout attention-dropout init-method-std embedding-init-method-std
         untie-embeddings-and-output-weights use-cpu-initialization transformer-impl spec
         use-mcore-models""",
+    "Width": "use-mup mup-base-hidden-size mup-base-head-dim",
     "Positions": """
         max-position-embeddings position-embedding-type no-position-embedding rotary-base
         rotary-percent rotary-interleaved rotary-seq-len-interpolation-factor use-rope-scaling

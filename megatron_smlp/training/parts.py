@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from megatron.core import nccl_allocator
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
-from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer import get_megatron_optimizer, get_mup_config_overrides
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_model_config
 from megatron.training import get_timers
@@ -104,6 +104,9 @@ def _optimizer(args: argparse.Namespace, model: list[Any]) -> tuple[Any, Any]:
     config.timers = get_timers()
     if args.optimizer == "muon":
         leave_to_adam(model)
+    if args.use_mup:
+        times = get_model_config(model[0]).mup_width_mult
+        overrides = {**(overrides or {}), **get_mup_config_overrides(config, times)}
     optimizer = get_megatron_optimizer(
         config,
         model,

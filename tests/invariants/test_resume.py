@@ -25,6 +25,7 @@ SMLP = (
     f"--num-feature-experts 4 --token-router base {MOE}"
 )
 MINHASH = "--input-projection minhash --filter-size 64 --window 2"
+MUP = "--use-mup --mup-base-hidden-size 16 --mup-base-head-dim 4"
 NUMBERS = "--tokenizer-type NullTokenizer --vocab-size 500"
 ARCHITECTURES = {
     "transformer": "--architecture transformer",
@@ -50,7 +51,10 @@ ONE_PROCESS = {
     f"{name}_{kind}": f"{flags} {dropout}"
     for name, flags in ARCHITECTURES.items()
     for kind, dropout in DROPOUT.items()
-} | {"gmlp_toeplitz_exact": f"--architecture gmlp --toeplitz {DROPOUT['exact']}"}
+} | {
+    "gmlp_toeplitz_exact": f"--architecture gmlp --toeplitz {DROPOUT['exact']}",
+    "transformer_mup_exact": f"--architecture transformer {MUP} {DROPOUT['exact']}",
+}
 TWO_PROCESSES = {
     "smlp_tp2_dropout": f"{SMLP} {DROPOUT['dropout']} --tensor-model-parallel-size 2",
     "gmlp_dp2_fp32": f"--architecture gmlp {DROPOUT['exact']} --use-distributed-optimizer",
