@@ -72,6 +72,7 @@ ROWS = (
     Row("distributed optimizer", "--use-distributed-optimizer", LAYOUTS, 2),
     Row("Muon", MUON_FLAGS, MUON),
     Row("Muon, spread over ranks", f"{MUON_FLAGS} --use-distributed-optimizer", MUON, 2),
+    Row("muP", "--use-mup --mup-base-hidden-size 256", LAYOUTS),
     Row("bf16", "--bf16", LAYOUTS),
     Row("fp16", "--no-bf16 --no-cross-entropy-loss-fusion --fp16", CUDA, is_for_gpus=True),
     Row(

@@ -137,7 +137,9 @@ class Mixer:
     heads: str = "spatial_heads"
     """The flag that says how many heads, or spatial experts, a layer has."""
     attends: bool = False
-    """Whether it has queries and keys of heads: --num-attention-heads, rotary embeddings."""
+    """Whether it has queries and keys of heads: --num-attention-heads."""
+    rotates: bool = False
+    """Whether it has queries and keys that --position-embedding-type rope turns."""
     drops_attention: bool = False
     """Whether --attention-dropout drops something of it."""
     learned_positions: bool = False
@@ -165,6 +167,7 @@ MIXERS: dict[str, Mixer] = {
         title="self-attention, heads: {heads}",
         heads="num_attention_heads",
         attends=True,
+        rotates=True,
         drops_attention=True,
         learned_positions=True,
         recomputes=True,
@@ -181,10 +184,11 @@ MIXERS: dict[str, Mixer] = {
         spec="megatron_smlp.layers.tiny_attention:gating_and_attention_spec",
         cost=f"{COSTS}:gating_and_attention_cost",
         title="spatial gating, heads: {heads}, and attention of width {tiny_attention_width}",
+        rotates=True,
         drops_attention=True,
         spatial=True,
         recomputes=True,
-        check=GATING_CHECK,
+        check="megatron_smlp.layers.tiny_attention:check_flags",
     ),
     "feature_moe": Mixer(
         spec="megatron_smlp.layers.feature_moe:feature_moe_spec",
@@ -227,6 +231,10 @@ class Architecture:
     @property
     def attends(self) -> bool:
         return any(mixer.attends for mixer in self.mixers)
+
+    @property
+    def rotates(self) -> bool:
+        return any(mixer.rotates for mixer in self.mixers)
 
     @property
     def positions(self) -> Literal["learned_absolute", "none"]:

@@ -58,7 +58,7 @@ def gating_and_attention_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
         replicated=3 * width * (shape.hidden_size + bias),
         sharded=gate_width * (width + bias),
         flops=2 * shape.seq_length * width * (3 * shape.hidden_size + gate_width),
-        kept_everywhere=4 * width,
+        kept_everywhere=(4 + 2 * shape.rotary_positions) * width,
         recomputable=-gate_width,  # what it adds to the gate is kept, as the gate's input
     )
     return gating_cost(shape, slots) + head + pairs(shape, 2 * width)

@@ -57,7 +57,9 @@ def config_of(flags: Mapping[str, Any]) -> SMLPConfig:
     architecture = ARCHITECTURES[flags["architecture"]]
     only_ones = dict(UNSUPPORTED)
     if not architecture.attends:
-        only_ones |= {"position_embedding_type": architecture.positions, "swiglu": False}
+        only_ones["swiglu"] = False
+        if not (architecture.rotates and flags["position_embedding_type"] == "rope"):
+            only_ones["position_embedding_type"] = architecture.positions
     else:
         only_ones["kv_channels"] = flags["hidden_size"] // flags["num_attention_heads"]
         if flags["position_embedding_type"] not in POSITIONS:
@@ -99,7 +101,7 @@ def flags_of(config: SMLPConfig) -> dict[str, Any]:
         # All that a zero says: there is no such loss.
         "moe_router_load_balancing_type": "aux_loss" if config.moe_aux_loss_coeff else "none",
         "moe_eval_capacity_factor": config.moe_eval_capacity_factor,
-        "kv_channels": config.hidden_size // config.num_attention_heads,
+        "kv_channels": _head_width(config),
         "group_query_attention": config.num_query_groups is not None,
         "num_query_groups": config.num_query_groups,
         "max_position_embeddings": config.max_position_embeddings,
@@ -112,6 +114,13 @@ def flags_of(config: SMLPConfig) -> dict[str, Any]:
         "openai_gelu": config.hidden_act == "gelu_new",
         "untie_embeddings_and_output_weights": not config.tie_word_embeddings,
     }
+
+
+def _head_width(config: SMLPConfig) -> int:
+    """Return --kv-channels: of aMLP's head where positions turn it (flags/defaults.py)."""
+    if config.architecture == "amlp" and config.turning_base:
+        return int(config.tiny_attention_width)
+    return int(config.hidden_size // config.num_attention_heads)
 
 
 def special_ids(config: SMLPConfig) -> dict[str, Any]:

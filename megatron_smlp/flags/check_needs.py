@@ -73,7 +73,7 @@ NEEDS = (
         (
             *("group_query_attention", "num_query_groups", "add_qkv_bias", "qk_layernorm"),
             *("qk_l2_norm", "softmax_type", "window_size", "attention_backend"),
-            *("use_rotary_position_embeddings", *ROTARY_FLAGS),
+            *("use_rotary_position_embeddings", "no_rope_freq"),
         ),
     ),
     Need("--position-embedding-type rope", _rotates, ROTARY_FLAGS),
@@ -212,12 +212,12 @@ def check_needs(args: argparse.Namespace) -> None:
     Raises:
         UsageError: with the flag, and what it needs.
     """
-    if not _attends(args) and args.position_embedding_type not in POSITIONS_WITHOUT_ATTENTION:
+    rotates = ARCHITECTURES[args.architecture].rotates
+    if not rotates and args.position_embedding_type not in POSITIONS_WITHOUT_ATTENTION:
         raise UsageError(
-            f"--position-embedding-type {args.position_embedding_type} turns queries and keys of "
-            f"--num-attention-heads, which --architecture {args.architecture} does not have: its "
-            f"mixers know positions by themselves. Give {one_of(POSITIONS_WITHOUT_ATTENTION)}, or "
-            "leave it out."
+            f"--position-embedding-type {args.position_embedding_type} turns queries and keys, "
+            f"which --architecture {args.architecture} does not have: its mixers know positions by "
+            f"themselves. Give {one_of(POSITIONS_WITHOUT_ATTENTION)}, or leave it out."
         )
     for name in requested(args, ("reset_attention_mask", "reset_position_ids")):
         if not all(mixer.attends for mixer in ARCHITECTURES[args.architecture].mixers):

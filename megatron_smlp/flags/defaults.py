@@ -63,6 +63,8 @@ def _fill_in_layers(args: argparse.Namespace) -> None:
         if args.num_attention_heads is None:
             # Megatron wants a number that every parallel size divides; nothing attends.
             args.num_attention_heads = args.hidden_size
+        if args.position_embedding_type == "rope" and "kv_channels" not in given:
+            args.kv_channels = args.tiny_attention_width  # of the head that Megatron's angles turn
         if args.hidden_size:
             args.ffn_hidden_size = args.ffn_hidden_size or 4 * args.hidden_size
     # Without a table at the input there is nothing for the output layer to share.

@@ -125,8 +125,8 @@ class SMLPConfig(PreTrainedConfig):
         normalization: LayerNorm or RMSNorm, of all norms but that of a gate, which is LayerNorm.
         qk_layernorm: transformer: whether the queries and keys of each head have a norm of that
             kind, before they are turned.
-        position_embedding_type: transformer: learned_absolute (the default), rope or none; the
-            others of ours have none.
+        position_embedding_type: transformer: learned_absolute (the default), rope or none; amlp:
+            none (the default) or rope, of its attention head; the others of ours have none.
         rotary_base: rope: the wavelengths' base.
         num_query_groups: transformer: heads of keys and values, each for as many queries; default:
             one per head.
@@ -276,6 +276,11 @@ class SMLPConfig(PreTrainedConfig):
         return "learned_absolute" if self.architecture in _ATTENTION else "none"
 
     @property
+    def turning_base(self) -> int | None:
+        """Return the base of the positions that turn queries and keys; None: they are not."""
+        return self.rotary_base if self.position_embedding_type == "rope" else None
+
+    @property
     def states_per_layer(self) -> int:
         """Return how many states the mixer of each layer keeps for generation."""
         return 2 if self.architecture == "amlp" or self.mixer_expansion else 1
@@ -339,9 +344,13 @@ class SMLPConfig(PreTrainedConfig):
         if attends:
             self._check_heads()
         else:
-            what = f"be {self._positions} with architecture={self.architecture}"
-            is_possible = self.position_embedding_type == self._positions
+            allowed = [self._positions, *(["rope"] if self.architecture == "amlp" else [])]
+            what = f"be {' or '.join(allowed)} with architecture={self.architecture}"
+            is_possible = self.position_embedding_type in allowed
             self._require("position_embedding_type", is_possible, what)
+            if self.turning_base:
+                what = "be even: position_embedding_type='rope' turns pairs of features"
+                self._require("tiny_attention_width", self.tiny_attention_width % 2 == 0, what)
         if self.architecture == "mixer":
             self._check_divides("hidden_size=", self.hidden_size, "spatial_heads")
         if self.architecture in _GATING:

@@ -601,6 +601,7 @@ class SMLPSpatialGating(nn.Module):
                 width=config.tiny_attention_width,
                 out_features=width,
                 leads_back=False,
+                rotary_base=config.turning_base,
             )
 
     def forward(
@@ -1240,7 +1241,7 @@ def _attention(config: SMLPConfig, index: int) -> nn.Module:
         out_features=config.hidden_size,
         leads_back=True,
         num_groups=config.num_query_groups,
-        rotary_base=config.rotary_base if config.position_embedding_type == "rope" else None,
+        rotary_base=config.turning_base,
         normed=config.qk_layernorm,
     )
 

@@ -289,15 +289,22 @@ class SpatialGating(TokenMixer):
         return num_heads
 
     def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **unused: Any
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        rotary_pos_emb: Tensor | None = None,
+        **unused: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """hidden_states: <float>[T', B, D] (normed; [T'/tp, B, D] under sequence parallel).
+        """hidden_states: <float>[T', B, D] (normed; [T'/tp, B, D] under sequence parallel);
+        rotary_pos_emb: of --position-embedding-type rope, for the small head.
 
         Returns:
             y without the bias of V: the same shape and dtype; the bias: [D] or None.
         """
         u, _ = self.linear_fc1(hidden_states)
-        attended = self.tiny_attention(hidden_states) if self.tiny_attention is not None else None
+        attended = None
+        if self.tiny_attention is not None:
+            attended = self.tiny_attention(hidden_states, rotary_pos_emb)
         if self.recompute_gate and self.training:
             gated = tensor_parallel.checkpoint(self.gate, False, u, attended)
         else:

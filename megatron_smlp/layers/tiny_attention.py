@@ -1,6 +1,7 @@
 """The small attention head of aMLP (Liu et al., arXiv 2105.08050), which is added to the gate.
 
-    q, k, v = x W_qkv        one head of width w, x = LN(input), as the gate's U reads it
+    q, k, v = x W_qkv        one head of width w, x = LN(input), as the gate's U reads it; with
+                             --position-embedding-type rope (not in the paper) q and k are turned
     a = softmax(q k^T / sqrt(w) + causal mask) v W_o            W_o: w x F;  g := g + a
 
 One head cannot be cut over the tensor parallel ranks, and is too small to be worth it: every rank
@@ -17,11 +18,13 @@ from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from megatron_smlp.layers import spatial_gating
 from megatron_smlp.layers.spatial_gating import gating_spec
 from megatron_smlp.ops.causal_attention import attend
 
@@ -82,8 +85,9 @@ class TinyAttention(nn.Module):
         linear.out_features = rows.stop - rows.start
         return linear
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """hidden_states: <float>[T, B, D] ([T / tp, B, D] under sequence parallel).
+    def forward(self, hidden_states: Tensor, angles: Tensor | None = None) -> Tensor:
+        """hidden_states: <float>[T, B, D] ([T / tp, B, D] under sequence parallel); angles:
+        Megatron's rotary_pos_emb, <fp32>[T, 1, 1, w], of the positions that turn q and k.
 
         Returns:
             what is added to the gate of this rank, <float>[T, B, F'].
@@ -99,7 +103,10 @@ class TinyAttention(nn.Module):
         qkv = tensor_parallel.copy_to_tensor_model_parallel_region(
             self.linear_qkv(hidden_states), self.tp_group
         )
-        q, k, v = qkv.transpose(0, 1).unsqueeze(1).chunk(3, dim=-1)
+        q, k, v = qkv.unsqueeze(2).chunk(3, dim=-1)  # [T, B, 1, w]
+        if angles is not None:
+            q, k = (apply_rotary_pos_emb(x, angles, self.config) for x in (q, k))
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
         dropout = self.config.attention_dropout if self.training else 0.0
         with self._same_on_all_ranks() if dropout else contextlib.nullcontext():
             attended = attend(q, k, v, dropout=dropout, training=self.training)
@@ -112,3 +119,25 @@ class TinyAttention(nn.Module):
             return contextlib.nullcontext()
         tracker = tensor_parallel.get_cuda_rng_tracker()
         return tracker.fork(tensor_parallel.get_data_parallel_rng_tracker_name())
+
+
+def check_flags(args: Any) -> None:
+    """Check the gate, and with rotary positions the head's width, of Megatron's namespace.
+
+    Raises:
+        ValueError: see the messages and `spatial_gating.check_flags`.
+    """
+    spatial_gating.check_flags(args)
+    if args.position_embedding_type != "rope":
+        return
+    width = args.tiny_attention_width
+    if width % 2:
+        raise ValueError(
+            f"--tiny-attention-width {width} with --position-embedding-type rope, which turns "
+            "pairs of features: give an even number."
+        )
+    if args.kv_channels != width:
+        raise ValueError(
+            f"--kv-channels {args.kv_channels} with --position-embedding-type rope is the width of "
+            f"the head that is turned, --tiny-attention-width {width}: leave it out."
+        )

@@ -30,7 +30,10 @@ VARIANTS = {
         "--position-embedding-type rope --swiglu --normalization RMSNorm --disable-bias-linear",
     },
     "gmlp": {"": "", "_4_heads": "--spatial-heads 4"},
-    "amlp": {"": "--tiny-attention-width 8"},
+    "amlp": {
+        "": "--tiny-attention-width 8",
+        "_rope": "--tiny-attention-width 8 --position-embedding-type rope",
+    },
     "mixer": {"": "", "_expansion": "--spatial-heads 4 --mixer-expansion"},
     "smlp": {f"_{rule}": f"{SPARSE} --feature-router {rule}" for rule in FEATURE_RULES},
 }

@@ -58,6 +58,8 @@ ARCHITECTURES = {
     "gmlp_4_heads": "--architecture gmlp --spatial-heads 4",
     "transformer_mup": f"{ATTENTION} --use-mup --mup-base-hidden-size 16 --mup-base-head-dim 4",
     "amlp": "--architecture amlp --spatial-heads 2 --tiny-attention-width 16",
+    "amlp_rope": "--architecture amlp --spatial-heads 2 --tiny-attention-width 16 "
+    "--position-embedding-type rope",
     "smlp": f"{SMLP} --feature-router deterministic --token-router base {EXPERTS} "
     "--base-gate price",
     "smlp_partial": f"{SMLP} --feature-router partial --token-router base {EXPERTS}",
@@ -110,6 +112,7 @@ FEWER = {
     "transformer_topk": ("tp2_sp", "ep2", "dp2"),
     "transformer_documents": ("tp2", "tp2_sp", "pp2", "pp2_interleaved", "recompute_full"),
     "transformer_mup": ("tp2_sp", "pp2", "dp2_distributed_optimizer"),
+    "amlp_rope": ("tp2", "tp2_sp", "pp2_interleaved", "recompute_full"),
     "smlp_partial": ("tp2_sp", "pp2", "ep2", "dp2", "tp2_pp2"),
     "feature_moe_toeplitz": ("tp2_sp", "pp2", "dp2_distributed_optimizer"),
     "mixer": ("tp2", "tp2_sp", "pp2_interleaved", "dp2_distributed_optimizer", "tp2_pp2"),
@@ -140,7 +143,7 @@ FAST = {
     "tp2": ("transformer", "amlp", "mixer", "feature_moe_partial"),
     "tp2_sp": (
         *("transformer_switch", "transformer_topk", "gmlp_1_head", "smlp"),
-        "feature_moe_toeplitz",
+        *("feature_moe_toeplitz", "amlp_rope"),
     ),
     "pp2": ("amlp", "smlp", "transformer_documents", "transformer_mup"),
     "pp2_interleaved": ("transformer_switch", "smlp", "feature_moe_partial"),

@@ -53,6 +53,7 @@ ONE_PROCESS = {
     for kind, dropout in DROPOUT.items()
 } | {
     "gmlp_toeplitz_exact": f"--architecture gmlp --toeplitz {DROPOUT['exact']}",
+    "amlp_rope_exact": f"--architecture amlp --position-embedding-type rope {DROPOUT['exact']}",
     "transformer_mup_exact": f"--architecture transformer {MUP} {DROPOUT['exact']}",
 }
 TWO_PROCESSES = {

@@ -42,6 +42,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
         "base_gate": "price",
     },
     "amlp": {"architecture": "amlp", "spatial_heads": 2},
+    "amlp_rope": {"architecture": "amlp", "position_embedding_type": "rope", "rotary_base": 500},
     "smlp_deterministic": {**_SPARSE, "feature_router": "deterministic", "token_router": "base"},
     "smlp_partial": {
         **_SPARSE,

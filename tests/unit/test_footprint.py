@@ -248,7 +248,7 @@ ON_TWO_RANKS = {
     "transformer_selective": "--recompute-granularity selective",
     "gmlp_selective": "--architecture gmlp --recompute-activations",
     "amlp_selective": "--architecture amlp --spatial-heads 4 --tiny-attention-width 16"
-    " --recompute-activations",
+    " --recompute-activations --position-embedding-type rope",
     "partial_selective": f"{SPARSE_MLP} --feature-router partial {WHOLE_EXPERTS}"
     " --recompute-granularity selective",
 }

@@ -207,6 +207,10 @@ def test_a_run_by_samples_decays_by_samples():
         "--group-query-attention --num-query-groups 2 --architecture amlp",
         "--use-rotary-position-embeddings --architecture gmlp",
         "--rotary-base 5000 --architecture gmlp",
+        *(
+            f"{flag} --architecture amlp --position-embedding-type rope"
+            for flag in ("--no-rope-freq 2", "--tiny-attention-width 9", "--kv-channels 32")
+        ),
         f"--rotary-base 500000 {TRANSFORMER}",
         f"--use-rope-scaling {TRANSFORMER}",
         f"--rope-scaling-factor 32 {TRANSFORMER} --position-embedding-type rope",

@@ -33,7 +33,7 @@ OTHERS = (
     "--architecture transformer --num-attention-heads 4",
     "--architecture transformer --num-attention-heads 4 --num-experts 4 --token-router switch",
     "--architecture gmlp --spatial-heads 2 --num-experts 4 --token-router hash",
-    "--architecture amlp --tiny-attention-width 8",
+    "--architecture amlp --tiny-attention-width 8 --position-embedding-type rope --rotary-base 500",
     "--architecture transformer --num-attention-heads 4 --num-experts 4 --token-router topk "
     "--moe-router-topk 3",
     f"{SMLP} --feature-router deterministic --num-feature-experts 2 --token-router base",

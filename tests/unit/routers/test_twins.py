@@ -41,6 +41,8 @@ MODERN = (
 MIXERS = {
     "gmlp": "--architecture gmlp --spatial-heads 2",
     "amlp": "--architecture amlp --tiny-attention-width 8",
+    "amlp_rope": "--architecture amlp --tiny-attention-width 8 --position-embedding-type rope "
+    "--rotary-base 500",
     "partial": "--architecture smlp --num-dense-layers 1 --feature-router partial "
     "--num-feature-experts 4 --prefix-fraction 0.3 --feature-aux-loss-coeff 0.5",
     "partial_more_chunks": "--architecture smlp --feature-router partial --num-feature-experts 3 "
