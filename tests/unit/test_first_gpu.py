@@ -19,22 +19,24 @@ import torch
 from support.cover import selected, slow_unless_in
 from support.first_gpu import running
 from support.first_gpu.__main__ import chosen
-from support.first_gpu.cases import CASES, Case
+from support.first_gpu.cases import CASES, Case, estimate
+from support.first_gpu.kernel_cases import variants
 from support.first_gpu.launched import KERNELS, check_launches
-from support.first_gpu.model_cases import estimated_memory, trains
+from support.first_gpu.model_cases import LAYOUTS, estimated_memory, trains
 from support.first_gpu.notes import Notes, Place
 from support.first_gpu.reference import Reference, Run, compare, distances, group_of, reference
 from support.first_gpu.report import Report
 from support.first_gpu.running import run_case
 from support.first_gpu.sabotage import SABOTAGES
 from support.first_gpu.training import NUM_STEPS, WAIT, run_flags
+from support.first_gpu.work import LIMIT, Work, seconds
 from support.launches import REPOSITORY, TIME_LIMIT, Step, clean_environment
 from support.systems import SYSTEMS
 
 from megatron_smlp.provenance import made_by
 from megatron_smlp.training.agreement import StepAgreement
 
-FOR_CUDA = {"environment", "fp16", "transformer_engine"}
+FOR_CUDA = {"environment", "fp16", "transformer_engine", "cuda_graphs"}
 """Cases that have no meaning on a CPU."""
 
 
@@ -52,8 +54,8 @@ def command(*flags: str) -> subprocess.CompletedProcess[str]:
 
 # Started one after the other: no single wait is long, on a machine that others use too.
 GROUPS = (
-    "reference_,train_,text,tp2,pp2,ep2,dp2,environment,operators,kernels,kernel_times,size_,"
-    "recompute,dropout,async_save,fp16,transformer_engine",
+    "reference_,train_,text,tp2,pp2,ep2,dp2,ep8,environment,operators,kernels,kernel_times,size_,"
+    "recompute,dropout,async_save,fp16,transformer_engine,cuda_graphs",
     "evaluate,generate,convert,exported,serve",
 )
 
@@ -66,6 +68,7 @@ def _is_of(name: str, group: str) -> bool:
 FAST = (
     *("environment", "reference_smlp_deterministic", "train_smlp_deterministic", "operators"),
     *("kernel_times", "fp16", "transformer_engine", "text", "reference_layouts", "dp2"),
+    *("cuda_graphs",),
     "size_gmlp",
 )
 
@@ -98,6 +101,40 @@ def test_a_case_runs(reports: Callable[[str], dict[str, Any]], name: str):
     for verdict, text in case["lines"]:
         assert verdict != "not run" or ": " in text, "no reason"
     assert f"## {name}\n" in report["printed"]
+    if name not in FOR_CUDA and CASES[name].gpus == 1:
+        declared, done = CASES[name].work, case["data"].get("work", {})
+        assert done.get("trainings", 0) == declared.trainings
+        if "kernel" not in name:  # times, by which those of large steps are meant
+            several = declared.steps, declared.reference_steps, declared.large_steps
+            assert done.get("steps", 0) == sum(several)
+
+
+def test_one_gpu_takes_less_than_ten_minutes_by_count(tmp_path: Path):
+    """A case that is added, or does more, has to fit in."""
+    assert 300 < estimate() <= LIMIT
+    gates, norms = variants(Place("cuda", tmp_path))
+    of_gates = sum(4 + 2 * gate.normed + ("parts" in name) for name, gate in gates.items())
+    assert CASES["kernels"].work.kernels == of_gates + 2 * len(norms)
+    more = Work(trainings=2, steps=200, kernels=200)
+    assert seconds([*(case.work for case in CASES.values() if case.gpus == 1), more]) > LIMIT
+
+
+@pytest.mark.parametrize(("gpus", "few"), [(1, {2, 4, 8}), (2, {4, 8}), (4, {8}), (8, set[int]())])
+def test_layouts_of_more_gpus_than_there_are_do_not_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, gpus: int, few: set[int]
+):
+    monkeypatch.setattr(running, "_in_a_process", lambda case, place: Notes([("passed", "it ran")]))
+    place, results = Place("cuda", tmp_path, num_gpus=gpus), {}
+    for case in CASES.values():
+        results[case.name] = run_case(case, place, results)
+    asked = {name: layout.ranks for name, layout in LAYOUTS.items()}
+    missing = {name for name, ranks in asked.items() if ranks in few}
+    assert {name for name, result in results.items() if result.verdict != "passed"} >= missing
+    assert {name for name in asked if results[name].verdict == "passed"} == set(asked) - missing
+    for name in missing:
+        (line,) = results[name].notes.lines
+        said = f"it needs {asked[name]} GPUs, and this machine has {gpus}"
+        assert line == ("not run", f"{name}: {said}")
 
 
 def test_the_report_says_what_to_send_and_with_which_versions(
@@ -124,11 +161,11 @@ def test_kernels_are_timed_beside_what_they_replace(reports: Callable[[str], dic
 
 def test_every_system_and_layout_is_a_case():
     assert {f"train_{system}" for system in SYSTEMS} < set(CASES)
-    assert {"tp2", "pp2", "ep2", "dp2"} < set(CASES)
+    assert set(LAYOUTS) < set(CASES)
     assert {case for fault in SABOTAGES.values() for case in fault.cases} < set(CASES)
     assert chosen("serve") == ["environment", "text", "convert", "serve"]
-    with_references = ["reference_gmlp", "reference_layouts", "train_gmlp", "tp2"]
-    assert chosen("train_gmlp,tp2") == ["environment", *with_references]
+    with_references = ["reference_gmlp", "reference_layouts", "train_gmlp", "dp2"]
+    assert chosen("train_gmlp,dp2") == ["environment", *with_references]
     assert chosen(None) == list(CASES)
 
 

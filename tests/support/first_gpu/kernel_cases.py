@@ -55,11 +55,12 @@ def kernels(place: Place, notes: Notes) -> None:
     _note(notes, "experts, unequal and empty groups, bf16", answer)
     launches += answer[2]
     if place.on_cpu:
-        missing = [kind for kind in ("gate", "norm") if not any(kind in key for key in launches)]
+        kinds = ("gate", "parts of dM", "norm")
+        missing = [kind for kind in kinds if not any(kind in key for key in launches)]
         notes.check(not missing, f"{launches.total()} launches, interpreted")
         notes.not_run("compiled kernels: the CPU interprets them")
     else:
-        check_launches(notes, launches, ("gate", "norm", "grouped"))
+        check_launches(notes, launches, ("gate", "parts of dM", "norm", "grouped"))
 
 
 def _note(notes: Notes, name: str, answer: Answer) -> None:
@@ -99,6 +100,12 @@ def variants(place: Place) -> tuple[dict[str, Gate], dict[str, Gate]]:
         if not place.on_cpu or heads == 3:
             norm = Gate(tokens, batch, heads, width, dtype, normed=True)
             norms[f"norm with means, {size}"] = norm
+    many = {"added": (1, 1100, {}), "routed": (4, 1050, {"experts": 3, "prefix": tokens // 7})}
+    for kind, (heads, width, options) in many.items():
+        size = f"{heads} x {width}, T = {tokens}, bfloat16"
+        gates[f"dM in parts, {kind}, {size}"] = Gate(
+            tokens, batch, heads, width, bf16, bf16, **(options or kinds[kind])
+        )
     return gates, norms
 
 

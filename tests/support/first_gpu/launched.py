@@ -15,6 +15,7 @@ KERNELS = {
         "gated_mix",
         *("gated_mix", "gradients_of_gate", "gradients_of_values", "gradients_of_weights"),
     ),
+    "parts of dM": ("gated_mix", "sums_of_parts"),
     "norm": ("gelu_norm", "normed_gelu", "gradients"),
     "assignment": ("assignment", "extent", "spread", "balance", "choose", "accept", "fill"),
     "exchange": ("exchange", "exchange"),

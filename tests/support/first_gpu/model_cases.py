@@ -8,13 +8,13 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 from support.first_gpu.launched import OF_SYSTEMS, check_launches, counted
 from support.first_gpu.notes import Notes, Place
 from support.first_gpu.reference import (
-    LAYOUTS,
     Reference,
     Run,
     compare,
@@ -39,12 +39,32 @@ from support.launches import REPOSITORY, run_command
 from support.systems import SYSTEMS
 
 RECOMPUTED = 1e-3
+GRAPHED = ("gmlp", SPARSE)
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
-FLAGS_OF_LAYOUTS = {
-    "tp2": "--tensor-model-parallel-size 2 --sequence-parallel",
-    "pp2": "--pipeline-model-parallel-size 2",
-    "ep2": "--expert-model-parallel-size 2",
-    "dp2": "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
+GRAPHS = "--cuda-graph-impl local --allow-untested-flag cuda-graph-impl"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """GPUs of this machine, and where their run starts (training.STARTS)."""
+
+    ranks: int
+    flags: str
+    start: str = "layouts"
+
+
+TP, PP = "--tensor-model-parallel-size 2 --sequence-parallel", "--pipeline-model-parallel-size 2"
+OVERLAPS = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
+EP8 = f"--expert-model-parallel-size 8 {OVERLAPS}"
+LAYOUTS = {
+    "tp2": Layout(2, TP),
+    "pp2": Layout(2, PP),
+    "ep2": Layout(2, "--expert-model-parallel-size 2"),
+    "dp2": Layout(2, OVERLAPS),
+    "pp2_interleaved": Layout(2, f"{PP} --num-layers-per-virtual-pipeline-stage 1"),
+    "tp2_ep2": Layout(4, f"{TP} --expert-model-parallel-size 2"),
+    "ep8": Layout(8, EP8, "eight"),
+    "ep8_uneven": Layout(8, EP8, "uneven"),
 }
 
 
@@ -159,9 +179,23 @@ def transformer_engine(place: Place, notes: Notes) -> None:
         notes.not_run("Transformer Engine: it is not installed")
         return
     _check_signatures(notes)
-    for system in SYSTEMS:
-        folder, flags = place.folder / "transformer_engine" / system, run_flags(place, system)
-        run = saved_run(f"{flags} --transformer-impl transformer_engine", folder)
+    runs = {system: (system, "") for system in SYSTEMS}
+    runs["grouped GEMM"] = SPARSE, "--moe-grouped-gemm"
+    for name, (system, more) in runs.items():
+        folder, flags = place.folder / "transformer_engine" / name, run_flags(place, system)
+        run = saved_run(f"{flags} --transformer-impl transformer_engine {more}", folder)
+        compare(notes, f"{name}, against the CPU", run, Reference.read(place, system))
+        forget_checkpoints(folder)
+
+
+def cuda_graphs(place: Place, notes: Notes) -> None:
+    """Megatron's own, of the layers that do not route: what is replayed is what was captured."""
+    if place.on_cpu:
+        notes.not_run("CUDA graphs: they need a CUDA device")
+        return
+    for system in GRAPHED:
+        folder = place.folder / "cuda_graphs" / system
+        run = saved_run(f"{run_flags(place, system)} {GRAPHS}", folder)
         compare(notes, f"{system}, against the CPU", run, Reference.read(place, system))
         forget_checkpoints(folder)
 
@@ -184,14 +218,11 @@ def _check_signatures(notes: Notes) -> None:
 
 
 def layout(place: Place, notes: Notes, *, name: str) -> None:
-    """Two processes, from the checkpoint that the reference started from."""
-    if not place.on_cpu and place.num_gpus < 2:
-        notes.not_run(f"{name}: it needs two GPUs, and here is one")
-        return
-    folder = place.folder / name
-    flags = f"{saving(from_seed(place), folder)} {FLAGS_OF_LAYOUTS[name]}"
-    steps = on_ranks(place, 2, flags, folder / "log", notes)
+    """Ranks of this machine, from the checkpoint that the reference started from."""
+    folder, asked = place.folder / name, LAYOUTS[name]
+    flags = f"{saving(from_seed(place, asked.start), folder)} {asked.flags}"
+    steps = on_ranks(place, asked.ranks, flags, folder / "log", notes)
     if steps:
-        run = Run(steps, first_gradients(folder))
-        compare(notes, "against one process on the CPU", run, Reference.read(place, LAYOUTS))
+        run, known = Run(steps, first_gradients(folder)), Reference.read(place, asked.start)
+        compare(notes, "against one process on the CPU", run, known)
     forget_checkpoints(folder)

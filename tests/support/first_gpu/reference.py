@@ -17,6 +17,7 @@ from typing import Any
 from support.first_gpu.notes import Notes, Place, largest_difference
 from support.first_gpu.training import (
     NUM_STEPS,
+    STARTS,
     Around,
     Gradients,
     first_gradients,
@@ -47,8 +48,6 @@ GROUPS = {
 }
 """Group -> what is in the names of its parameters, if they are in none before."""
 PRECISIONS = {"bf16": "--bf16", "fp32": ""}
-LAYOUTS = "layouts"
-"""Who starts from a checkpoint: pipeline stages draw other weights than one process."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class Reference:
 
     @classmethod
     def read(cls, place: Place, name: str) -> Reference | None:
-        """Of a system, or LAYOUTS; None where its case left none."""
+        """Of a system, or of a start of layouts; None where its case left none."""
         import torch
 
         path = place.folder / "reference" / name / "reference.pt"
@@ -96,14 +95,14 @@ def forget_checkpoints(folder: Path) -> None:
 
 
 def reference(place: Place, notes: Notes, *, name: str) -> None:
-    """Train a system, or SPARSE for the layouts, on the CPU in both precisions."""
+    """Train a system, or what layouts start from, on the CPU in both precisions."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    if name == LAYOUTS:
-        make_seed(place)
+    if name in STARTS:
+        make_seed(place, name)
     folder, runs = place.folder / "reference" / name, {}
     for precision, flag in PRECISIONS.items():
-        if name == LAYOUTS:
-            flags = from_seed(place, precision=flag)
+        if name in STARTS:
+            flags = from_seed(place, name, precision=flag)
         else:
             flags = run_flags(place, name, precision=flag)
         runs[precision] = saved_run(flags, folder / precision)

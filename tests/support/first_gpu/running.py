@@ -17,6 +17,7 @@ from typing import Any
 from support.first_gpu.cases import CASES, Case
 from support.first_gpu.notes import Notes, Place, Verdict
 from support.first_gpu.sabotage import VARIABLE
+from support.first_gpu.training import COUNTED
 from support.launches import REPOSITORY
 from support.ranks import forkserver
 
@@ -88,6 +89,9 @@ def _hidden_gpus(*, hides: bool) -> Iterator[None]:
 
 def run_case(case: Case, place: Place, before: Mapping[str, Result]) -> Result:
     """Run it where what it needs is there; whatever happens to its process, there is a result."""
+    if not place.on_cpu and place.num_gpus < case.gpus:
+        here = f"it needs {case.gpus} GPUs, and this machine has {place.num_gpus}"
+        return Result(case.name, Notes([("not run", f"{case.name}: {here}")]), 0.0)
     passed = {name for name, result in before.items() if result.verdict == "passed"}
     missing = [name for name in case.needs if name not in passed]
     if missing:
@@ -155,4 +159,6 @@ def _work(name: str, place: Place, written: Path) -> None:
         traceback.print_exc()
         reason = " ".join(str(error).split())[:300]
         notes.failed(f"{type(error).__name__}: {reason}")
+    if COUNTED:
+        notes.data["work"] = dict(COUNTED)
     notes.write(written)

@@ -214,6 +214,18 @@ def _replica_dropped() -> list[Wrapper]:
     return [(buffers, "dist_reduce_scatter_func", _instead(_nothing))]
 
 
+def _token_displaced() -> list[Wrapper]:
+    """What comes back from the ranks of other experts is a token late."""
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+
+    from megatron_smlp.layers.token_dispatch import TopOneDispatcher
+
+    late = _afterwards(lambda result, *_: result.roll(1, 0))
+    return [
+        (kind, "token_combine", late) for kind in (TopOneDispatcher, MoEAlltoAllTokenDispatcher)
+    ]
+
+
 def _moments_lost() -> list[Wrapper]:
     """A resumed run has no first moments."""
     from megatron_smlp.checkpoints.optimizer_state import AnyLayout
@@ -244,9 +256,12 @@ SABOTAGES = {
     "prefix-shifted": Sabotage(_prefix_shifted, ("train_smlp_partial", "kernels")),
     "grad-scaled": Sabotage(_grad_scaled, (*GATED, "kernels")),
     "unbalanced": Sabotage(_unbalanced, ("train_base", *GATED[2:], "operators")),
-    "micro-batch-lost": Sabotage(_micro_batch_lost, ("train_transformer", "train_gmlp")),
+    "micro-batch-lost": Sabotage(
+        _micro_batch_lost, ("train_transformer", "train_gmlp", "pp2_interleaved")
+    ),
     "moments-lost": Sabotage(_moments_lost, ("train_gmlp", "async_save")),
     "draws-lost": Sabotage(_draws_lost, ("dropout",)),
     "sum-dropped": Sabotage(_sum_dropped, ("tp2", "pp2")),
+    "token-displaced": Sabotage(_token_displaced, ("ep2", "tp2_ep2", "ep8", "ep8_uneven")),
     "replica-dropped": Sabotage(_replica_dropped, ("dp2",)),
 }

@@ -14,6 +14,7 @@ import socket
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from support.systems import MODEL, SYSTEMS
 SPARSE = "smlp_deterministic"
 """The system of the cases that need one: gating, chunks and token experts."""
 NUM_STEPS = 3
+COUNTED: Counter[str] = Counter()
+"""What this process has done: trainings, and their steps."""
 RESUMED_FROM = 1
 WAIT = "called a synchronizing CUDA operation"
 MOMENTS = "optimizer.state.exp_avg."
@@ -38,6 +41,25 @@ no_context = contextlib.nullcontext
 type Around = Callable[[], contextlib.AbstractContextManager[object]]
 type Gradients = dict[str, Any]
 """Name of a parameter -> <fp32>, of its shape."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Weights that a layout starts from, drawn once: pipeline stages draw others than one process.
+
+    Flags as of `run_flags`: a system, and what differs for as many ranks.
+    """
+
+    system: str
+    flags: str = ""
+
+
+OF_EIGHT = "--num-experts 8 --micro-batch-size 1 --global-batch-size 8"
+STARTS = {
+    "layouts": Start(SPARSE),
+    "eight": Start(SPARSE, OF_EIGHT),
+    "uneven": Start("hash", OF_EIGHT),  # HASH balances nothing
+}
 
 
 def run_flags(place: Place, system: str, *, precision: str = "--bf16") -> str:
@@ -67,7 +89,9 @@ def train(flags: str, folder: Path, *, around: Around = no_context) -> list[Step
                 pretrain(args)
     finally:
         forget_run()
-    return steps(folder) if args.rank == 0 else []
+    made = steps(folder) if args.rank == 0 else []
+    COUNTED.update(trainings=1, steps=len(made))
+    return made
 
 
 @contextlib.contextmanager
@@ -104,17 +128,22 @@ def first_gradients(folder: Path) -> Gradients:
     return {name.removeprefix(MOMENTS): reader.read(name) for name in names}
 
 
-def make_seed(place: Place) -> None:
-    """Save weights that all layouts start from."""
+def make_seed(place: Place, start: str) -> None:
+    """Save weights that layouts start from."""
     flags = f"--train-iters 1 --lr-decay-iters {NUM_STEPS} --no-save-optim --no-save-rng"
-    flags = run_flags(place, SPARSE).replace(f"--train-iters {NUM_STEPS}", flags)
-    train(f"{flags} --save {place.folder / 'seed'}", place.folder / "seed_log")
+    flags = f"{run_flags(place, STARTS[start].system)} {STARTS[start].flags} {flags}"
+    train(f"{flags} --save {_seed(place, start)}", place.folder / f"seed_{start}_log")
 
 
-def from_seed(place: Place, *, precision: str = "--bf16") -> str:
+def from_seed(place: Place, start: str, *, precision: str = "--bf16") -> str:
     """Flags of a run that starts there."""
-    load = f"--load {place.folder / 'seed'} --finetune --no-load-optim --no-load-rng"
-    return f"{run_flags(place, SPARSE, precision=precision)} {load}"
+    load = f"--load {_seed(place, start)} --finetune --no-load-optim --no-load-rng"
+    flags = run_flags(place, STARTS[start].system, precision=precision)
+    return f"{flags} {STARTS[start].flags} {load}"
+
+
+def _seed(place: Place, start: str) -> Path:
+    return place.folder / f"seed_{start}"
 
 
 def resumed(flags: str, folder: Path) -> list[Step]:
