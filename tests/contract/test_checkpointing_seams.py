@@ -57,3 +57,22 @@ def test_signatures():
     assert names(async_utils.AsyncCallsQueue.maybe_finalize_async_calls)[1:] == [
         "blocking", "no_dist"
     ]  # fmt: skip
+
+
+def test_torch_writes_to_the_stream_of_the_transforms_and_leaves_the_file_open():
+    from torch.distributed.checkpoint import filesystem
+
+    stream = "transforms.transform_save_stream(\n        write_item, stream\n    )"
+    assert f"(transform_to, transform_descriptors) = {stream}" in inspect.getsource(
+        filesystem._write_item
+    )
+    assert "*transform_list, stream, " in inspect.getsource(
+        FileSystemWriterAsync.write_preloaded_data
+    )
+    assert not filesystem._StorageWriterTransforms().extensions, "which ours would leave out"
+
+
+def test_where_the_functions_are_called():
+    """By the name that is replaced."""
+    assert "save_config(" in inspect.getsource(serialization.save)
+    assert "get_write_results_queue(" in inspect.getsource(FileSystemWriterAsync.prepare_write_data)

@@ -24,3 +24,13 @@ def test_it_is_compiled_where_it_is_missing(
     compiled_helpers.apply()
     utils.compile_helpers()
     assert made == calls
+
+
+def test_megatron_looks_it_up_when_it_is_called():
+    """`initialize` imports the name inside of its function: replacing it in `utils` is enough."""
+    import inspect
+
+    from megatron.training import initialize
+
+    source = inspect.getsource(initialize._compile_dependencies)
+    assert "from megatron.core.datasets.utils import compile_helpers" in source

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from megatron.core import tensor_parallel
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
 from megatron.core.models.common.language_module import language_module
 from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 from torch.nn import functional
@@ -52,6 +53,44 @@ def test_it_equals_megatrons(
     torch.testing.assert_close(our_loss, loss, rtol=1e-6, atol=1e-6)
     rounding = 2**-8 if dtype == torch.bfloat16 else 1e-6
     torch.testing.assert_close(our_gradient, gradient, rtol=rounding, atol=1e-6)
+
+
+def test_megatrons_fused_one_is_the_same_in_bf16() -> None:
+    """configs/paper ask for it on a GPU; uncompiled here. Its gradient is bf16 whatever comes."""
+    values = (5 * torch.randn(7, 3, 100)).bfloat16()
+    target = torch.randint(100, (7, 3))
+    results = []
+    with torch.compiler.set_stance("force_eager"):
+        for function in (fused_vocab_parallel_cross_entropy, _with_group):
+            logits = values.clone().requires_grad_()
+            loss = function(
+                logits.clone(), target, parallel_state.get_tensor_model_parallel_group()
+            )
+            (gradient,) = torch.autograd.grad(loss.sum(), logits)
+            results.append((loss, gradient))
+        wide = torch.randn(7, 3, 100, requires_grad=True)
+        group = parallel_state.get_tensor_model_parallel_group()
+        loss = fused_vocab_parallel_cross_entropy(wide.clone(), target, group)
+        (rounded,) = torch.autograd.grad(loss.sum(), wide)
+    torch.testing.assert_close(results[0], results[1], rtol=2**-8, atol=1e-6)
+    assert torch.equal(rounded, rounded.bfloat16().float())
+
+
+def _with_group(logits: torch.Tensor, target: torch.Tensor, group: object) -> torch.Tensor:
+    return tensor_parallel.vocab_parallel_cross_entropy(logits, target, tp_group=group)
+
+
+def test_label_smoothing_stays_megatrons() -> None:
+    logits, target = torch.randn(4, 2, 10), torch.randint(10, (4, 2))
+    ours = tensor_parallel.vocab_parallel_cross_entropy(logits.clone(), target, 0.1)
+    assert torch.equal(ours, vocab_parallel_cross_entropy(logits.clone(), target, 0.1))
+
+
+def test_it_is_put_in_place_once() -> None:
+    before = tensor_parallel.vocab_parallel_cross_entropy
+    cross_entropy.apply()
+    assert tensor_parallel.vocab_parallel_cross_entropy is before
+    assert before.__wrapped__ is vocab_parallel_cross_entropy
 
 
 def test_megatrons_model_looks_for_it_there() -> None:

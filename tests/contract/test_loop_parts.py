@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from megatron.training.utils import common_utils
 from support.in_process import prepare_megatron
 
 from megatron_smlp.training.agreement import Agreed, StepAgreement
-from megatron_smlp.training.step import _rounded
+from megatron_smlp.training.step import GuardedUpdate, _rounded
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,6 +37,50 @@ def test_an_optimizer_asks_itself_for_the_norm_and_the_update():
     assert "self.clip_grad_norm(" in inspect.getsource(MixedPrecisionOptimizer.step)
 
 
+class Optimizer:
+    param_groups: ClassVar[list[Any]] = []
+
+    def __init__(self, order: list[str], *, overflows: bool) -> None:
+        self.order, self.overflows = order, overflows
+
+    def step_with_ready_grads(self) -> bool:
+        self.order.append("update")
+        return True
+
+    def get_grad_norm(self) -> float:
+        self.order.append("norm")
+        return 0.5
+
+    def clip_grad_norm(self, clip_grad: float) -> float:
+        return self.get_grad_norm()
+
+    def step(self) -> tuple[bool, float | None, None]:
+        if self.overflows:
+            return False, None, None
+        norm = self.get_grad_norm()
+        return self.step_with_ready_grads(), norm, None
+
+
+@pytest.mark.parametrize("is_finite", [True, False])
+@pytest.mark.parametrize("overflows", [True, False])
+def test_an_update_is_held_back_after_the_gradient_norm_is_known(is_finite: bool, overflows: bool):
+    """Asked once, whether Megatron comes to the update or not."""
+    order: list[str] = []
+
+    def may_update(norm: float | None) -> bool:
+        order.append(f"asked with {norm}")
+        return is_finite
+
+    optimizer = Optimizer(order, overflows=overflows)
+    update = GuardedUpdate(optimizer, agree=lambda: order.append("sent"), may_update=may_update)
+    for _ in range(2):
+        order.clear()
+        updated = is_finite and not overflows
+        assert update() == ((True, 0.5, None) if updated else (False, None, None))
+        asked = ["asked with None"] if overflows else ["norm", "asked with 0.5"]
+        assert order == ["sent", *asked, *(["update"] if updated else [])]
+
+
 @pytest.mark.parametrize("norm", [None, 0.1, 1e-30, 3.0, float("inf")])
 def test_a_norm_that_no_rank_is_asked_for_is_megatrons(norm: float | None):
     assert _rounded(norm) == common_utils.reduce_max_stat_across_model_parallel_group(norm)
@@ -46,7 +90,10 @@ def test_a_norm_that_no_rank_is_asked_for_is_megatrons(norm: float | None):
 @pytest.mark.parametrize("is_signalled", [False, True])
 @pytest.mark.parametrize("limit", [None, 1, 1000])
 def test_what_one_rank_agrees_on(
-    nonfinite: bool | None, is_signalled: bool, limit: int | None, monkeypatch: pytest.MonkeyPatch
+    nonfinite: bool | None,
+    is_signalled: bool,
+    limit: int | None,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     handler = SimpleNamespace(_signal_received=is_signalled)
     monkeypatch.setattr(global_vars, "_GLOBAL_SIGNAL_HANDLER", handler)

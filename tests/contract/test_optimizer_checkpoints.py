@@ -86,6 +86,15 @@ def test_plain_and_distributed_optimizers_save_the_same_names(
     assert distributed["rest"] == {"step": 0}
 
 
+def test_the_step_is_saved_once(optimizer: Callable[..., Any]) -> None:
+    built, model = optimizer(distributed=False)
+    for one in built.chained_optimizers:
+        torch_adam.allocate(one.optimizer)
+        for state in one.optimizer.state.values():
+            state["step"] += 7
+    assert saved(built, model)["rest"] == {"step": 7}
+
+
 def test_a_format_for_other_layouts_only_is_refused_by_a_plain_optimizer(
     optimizer: Callable[..., Any],
 ) -> None:

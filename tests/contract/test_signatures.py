@@ -49,13 +49,22 @@ LEADING = [
     (checkpoint, "function distribute_saved_activations"),
     (copy_to_tensor_model_parallel_region, "input_ group"),
     (sharded_state_dict_default, "module prefix sharded_offsets metadata"),
-    (apply_swiglu_sharded_factory, "original_sh_ten sharded_offsets singleton_local_shards"),
+    (
+        apply_swiglu_sharded_factory,
+        "original_sh_ten sharded_offsets singleton_local_shards",
+    ),
     (
         make_sharded_tensors_for_checkpoint,
         "state_dict prefix tensor_parallel_layers_axis_map sharded_offsets",
     ),
-    (pretrain, "cfg_container train_valid_test_dataset_provider model_type forward_step_func"),
-    (training.evaluate, "forward_step_func data_iterator model process_non_loss_data_func config"),
+    (
+        pretrain,
+        "cfg_container train_valid_test_dataset_provider model_type forward_step_func",
+    ),
+    (
+        training.evaluate,
+        "forward_step_func data_iterator model process_non_loss_data_func config",
+    ),
     (training.get_optimizer_param_scheduler, "optimizer"),
     (training.get_megatron_optimizer_config, "args"),
     (training.disable_forward_pre_hook, "model_chunks optimizer param_sync"),

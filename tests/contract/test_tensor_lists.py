@@ -55,6 +55,23 @@ class TestNorm:
         assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype) == ((1,), torch.float32)
         assert torch.equal(ours, theirs)
 
+    @pytest.mark.parametrize(
+        ("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)]
+    )
+    def test_it_is_close_to_that_of_one_vector(self, dtype: torch.dtype, tolerance: float):
+        """Megatron's sums the norms of bf16 tensors in bf16."""
+        given = tensors(dtype)
+        ours, _ = tensor_lists.norm(1, NO_OP, [given], False)
+        whole = torch.cat([tensor.double().flatten() for tensor in given]).norm()
+        torch.testing.assert_close(ours, whole.float().view(1), rtol=tolerance, atol=0)
+
+    @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+    def test_what_is_not_finite_stays_so(self, bad: float):
+        given = tensors()
+        given[1][0] = bad
+        ours, _ = tensor_lists.norm(1, NO_OP, [given], False)
+        assert not ours.isfinite()
+
     def test_three_operators_and_nothing_read(self):
         given = tensors()
         with Operators() as operators:
@@ -72,6 +89,16 @@ class TestScale:
         local_multi_tensor_scale(1, NO_OP, [sources, theirs], factor)
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
+    def test_sources_may_be_the_targets(self):
+        ours = tensors()
+        expected = [tensor * 0.25 for tensor in ours]
+        pointers = [tensor.data_ptr() for tensor in ours]
+        with Operators() as operators:
+            tensor_lists.scale(1, NO_OP, [ours, ours], 0.25)
+        assert operators.calls == {"_foreach_mul_": 1}
+        assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+        assert [tensor.data_ptr() for tensor in ours] == pointers
+
 
 class TestCopy:
     @pytest.mark.parametrize("dtype", DTYPES)
@@ -82,6 +109,9 @@ class TestCopy:
             tensor_lists.copy(sources, targets)
         assert operators.calls == {"_foreach_copy_": 1}
         assert all(torch.equal(t, s.to(dtype)) for s, t in zip(sources, targets, strict=True))
+
+    def test_of_no_tensors(self):
+        tensor_lists.copy([], [])
 
 
 def test_megatron_calls_them():
