@@ -140,19 +140,16 @@ def _cases(layouts: Mapping[str, str]) -> list[tuple[str, str]]:
 
 # What is not slow: each way to split or to recompute by systems whose parts it could break.
 FAST = {
-    "tp2": ("transformer", "amlp", "mixer", "feature_moe_partial"),
-    "tp2_sp": (
-        *("transformer_switch", "transformer_topk", "gmlp_1_head", "smlp"),
-        *("feature_moe_toeplitz", "amlp_rope"),
-    ),
-    "pp2": ("amlp", "smlp", "transformer_documents", "transformer_mup"),
-    "pp2_interleaved": ("transformer_switch", "smlp", "feature_moe_partial"),
-    "pp2_recompute": ("transformer_hash", "feature_moe_partial"),
+    "tp2": ("amlp", "mixer"),
+    "tp2_sp": ("transformer_topk", "smlp", "amlp_rope"),
+    "pp2": ("smlp", "transformer_documents", "transformer_mup"),
+    "pp2_interleaved": ("feature_moe_partial",),
+    "pp2_recompute": ("transformer_hash",),
     "dp2": ("amlp",),
-    "dp2_distributed_optimizer": ("transformer_switch", "feature_moe_partial"),
-    "ep2": ("transformer_gshard", "smlp", "smlp_partial"),
-    "recompute_full": ("smlp", "feature_moe_partial"),
-    "recompute_selective": ("transformer_switch", "feature_moe_partial"),
+    "dp2_distributed_optimizer": ("transformer_switch",),
+    "ep2": ("transformer_gshard", "smlp"),
+    "recompute_full": ("feature_moe_partial",),
+    "recompute_selective": ("transformer_switch",),
     "tp2_pp2": ("smlp",),
 }
 EACH = slow_unless_in({name for names in FAST.values() for name in names}, ARCHITECTURES)

@@ -105,6 +105,7 @@ def _measured(words: str) -> dict[str, float]:
     from support.in_process import MINIMAL, base_for, build_model, forget_arguments
 
     from megatron_smlp.flags.parse import parse_arguments
+    from megatron_smlp.layers import token_moe
     from megatron_smlp.ops import causal_attention
 
     forget_arguments()
@@ -123,6 +124,7 @@ def _measured(words: str) -> dict[str, float]:
     kept, sent = Kept(model), Sent()
     with (
         mock.patch.object(causal_attention, "LONGEST", 0),
+        mock.patch.object(token_moe, "ROWS", 1),  # a GPU pads no expert's rows
         torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda held: held.tensor),
         sent,
     ):

@@ -254,10 +254,8 @@ ON_TWO_RANKS = {
 }
 # What a case has alone: a mixer, a router, a way to split or to recompute.
 FAST = (
-    *("rope", "modern", "modern_experts", "mixer_sequence", "gmlp_bf16", "amlp", "shared"),
-    *("gmlp_toeplitz", "mixer_expansion", "gshard", "base", "hash"),
-    *("switch_split_bf16", "smlp", "partial", "transformer_block", "smlp_full"),
-    "partial_selective",
+    *("modern", "modern_experts", "mixer_sequence", "gmlp_bf16", "amlp", "gshard"),
+    *("switch_split_bf16", "smlp", "partial_selective"),
 )
 TWO_RANKS = """
     --hidden-size 64 --ffn-hidden-size 256 --num-attention-heads 4 --seq-length 128 --num-layers 4

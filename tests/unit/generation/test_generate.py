@@ -170,6 +170,7 @@ def test_lines_of_a_pipe_are_a_conversation(
     [
         ("", "--checkpoint"),
         ("--hf {0} --checkpoint {0}", "--checkpoint"),
+        ("--hf {0} --trust-remote-code", "--trust-remote-code"),
         ("--hf /absent --prompt a", "--hf /absent"),
         ("--checkpoint {1} --prompt a", "holds no checkpoint"),
         ("--hf {1} --prompt a", "config.json"),

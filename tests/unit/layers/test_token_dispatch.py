@@ -15,7 +15,7 @@ SPLIT = "tp2_ep2_split_experts"
 MOST_OPERATORS, MOST_WAITS = 12, 1
 
 
-@pytest.fixture(scope="module", params=["gloo", "stand-in"])
+@pytest.fixture(scope="module", params=["gloo", pytest.param("stand-in", marks=pytest.mark.slow)])
 def answers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Answers:
     """By layout, those of each rank: case -> what `compare` writes."""
     folder: Path = tmp_path_factory.mktemp("dispatches")

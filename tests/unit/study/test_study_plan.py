@@ -108,6 +108,13 @@ class TestWhatIsLeft:
         last = runs[-1]
         assert again.to_do(again.plan()) == [last.parent.parent, last.parent, last]
 
+    def test_a_diverged_trial_is_never_chosen(self, tmp_path: Path):
+        known = state_of(
+            write_study(tmp_path, tuning=TUNING | {"extend-at-edge": 1}), runs=tmp_path
+        )
+        pretend(known, lambda run: float("inf") if run.factor >= 2 else 5 - run.factor)
+        assert set(known.plan().factors.values()) <= {1.0, 1.41}
+
     def test_a_failed_trial_leaves_the_choice_of_its_system_open(self, tmp_path: Path):
         known = state_of(write_study(tmp_path, tuning=TUNING), runs=tmp_path)
         first = known.plan().runs[0]

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -180,6 +181,21 @@ def test_another_finished_run_is_not_replaced(run: Run, tmp_path: Path, source: 
     again = run(source, tmp_path / "data", *flags, "--resume", "--workers", 2)
     assert again.already_complete
     assert again.counts == done.counts
+
+
+def test_a_tokenizer_of_other_rules_is_another_one(
+    run: Run, tmp_path: Path, tokenizer_folder: Path
+):
+    """The same vocabulary gives other ids."""
+    folder = shutil.copytree(tokenizer_folder, tmp_path / "tokenizer")
+    flags = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", folder]
+    source = write_jsonl(tmp_path / "source.jsonl", ["Hello"])
+    run(source, tmp_path / "data", *flags)
+    rules = json.loads((folder / "tokenizer.json").read_text())
+    rules["normalizer"] = {"type": "Lowercase"}
+    (folder / "tokenizer.json").write_text(json.dumps(rules))
+    with pytest.raises(DataError, match="of other flags, tokenizer files or input"):
+        run(source, tmp_path / "data", *flags, "--resume")
 
 
 def test_one_bad_record_does_not_cost_the_work_before_it(run: Run, tmp_path: Path, source: Path):
