@@ -12,7 +12,7 @@ Megatron's.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from megatron.core import parallel_state, tensor_parallel
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
+
+from megatron_smlp.ops.rows import in_rows
 
 ELEMENTS = 2**18
 """Logits that are in fp32 at a time: 1 MiB."""
@@ -58,7 +60,7 @@ class _ByRows(torch.autograd.Function):
         ctx.save_for_backward(logits, target)
         losses = [
             functional.cross_entropy(wide.float(), correct, reduction="none")
-            for wide, correct in zip(*_in_rows(logits, target), strict=True)
+            for wide, correct in in_rows(ELEMENTS, logits, target)
         ]
         return torch.cat(losses)
 
@@ -67,15 +69,8 @@ class _ByRows(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         logits, target = ctx.saved_tensors
         result = torch.empty_like(logits)
-        for some, correct, scale, into in zip(
-            *_in_rows(logits, target, gradient, result), strict=True
-        ):
+        for some, correct, scale, into in in_rows(ELEMENTS, logits, target, gradient, result):
             excess = some.float().softmax(-1)  # softmax(logits) - [v is the target]
             excess[torch.arange(len(correct)), correct] -= 1
             into.copy_(excess.mul_(scale[:, None]))
         return result, None
-
-
-def _in_rows(logits: Tensor, *others: Tensor) -> list[Sequence[Tensor]]:
-    rows = max(1, ELEMENTS // logits.shape[1])
-    return [tensor.split(rows) for tensor in (logits, *others)]

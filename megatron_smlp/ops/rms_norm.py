@@ -11,12 +11,13 @@ Letters: n rows, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from megatron_smlp.ops.rows import in_rows
 
 ELEMENTS = 2**17
 """Elements of x that are in fp32 at a time: 512 KiB."""
@@ -29,8 +30,8 @@ class RowwiseRMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
-        scales = torch.empty(x.shape[:-1], dtype=wide, device=x.device)
-        for some, scale, into in _in_rows(x, scales, y):
+        scales = torch.empty((*x.shape[:-1], 1), dtype=wide, device=x.device)
+        for some, scale, into in in_rows(ELEMENTS, *_flat(x, scales, y)):
             rows = some.to(wide, copy=True)
             scale.copy_(rows.square().mean(-1, keepdim=True).add_(eps).rsqrt_())
             into.copy_(rows.mul_(scale).mul_(weight))
@@ -43,7 +44,7 @@ class RowwiseRMSNorm(torch.autograd.Function):
         x, weight, scales = ctx.saved_tensors
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
         dw = torch.zeros_like(weight, dtype=scales.dtype)
-        for some, scale, dy, into in _in_rows(x, scales, gradient, dx):
+        for some, scale, dy, into in in_rows(ELEMENTS, *_flat(x, scales, gradient, dx)):
             normed = some.to(scales.dtype, copy=True).mul_(scale)
             rows = dy.to(scales.dtype, copy=True)
             dw += (rows * normed).sum(0)
@@ -53,9 +54,5 @@ class RowwiseRMSNorm(torch.autograd.Function):
         return dx, dw.to(weight.dtype), None
 
 
-def _in_rows(x: Tensor, scales: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Yield views of [some rows, D] of x and the others, and of [some rows, 1] of scales."""
-    width = x.shape[-1]
-    flat = [scales.reshape(-1, 1), *(tensor.reshape(-1, width) for tensor in (x, *others))]
-    scale, first, *rest = (tensor.split(max(1, ELEMENTS // width)) for tensor in flat)
-    yield from zip(first, scale, *rest, strict=True)
+def _flat(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors]

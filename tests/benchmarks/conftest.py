@@ -1,6 +1,5 @@
 """benchmarks/ is a folder of scripts that import each other, not a package."""
 
-import sys
-from pathlib import Path
+from support.launches import import_benchmarks
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import_benchmarks()

@@ -91,6 +91,11 @@ def start_program(words: Sequence[str], *, log: Path) -> Any:
     return process
 
 
+def import_benchmarks() -> None:
+    """Let scripts of benchmarks/, which import each other, be imported: they are no package."""
+    sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+
+
 def run_command(
     command: Sequence[str | Path],
     *,

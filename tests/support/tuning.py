@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from support.launches import REPOSITORY
+from support.launches import import_benchmarks
 
 from megatron_smlp.ops import gated_mix_launches
 from megatron_smlp.ops.tiles import Tile, Tiles
@@ -50,8 +49,3 @@ def tuned_to_other_results(product: str) -> str:
     finally:
         setattr(gated_mix_launches, name, launch)
     return ""
-
-
-def import_benchmarks() -> None:
-    """Let scripts of benchmarks/ be imported, which are no package."""
-    sys.path.insert(0, str(REPOSITORY / "benchmarks"))

@@ -10,7 +10,7 @@ from typing import Any
 
 from support.first_gpu.notes import Notes, Place
 from support.first_gpu.sabotage import installed
-from support.launches import REPOSITORY
+from support.launches import import_benchmarks
 
 CLOCKS = "name,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu,mig.mode.current"
 
@@ -178,7 +178,7 @@ def _check_assignment(place: Place, notes: Notes) -> None:
 
 def kernel_times(place: Place, notes: Notes) -> None:
     """What replaces many operators beside what it replaces, as benchmarks/bench_gpu_kernels.py."""
-    sys.path.insert(0, str(REPOSITORY / "benchmarks"))  # scripts, not a package
+    import_benchmarks()
     from bench_gpu_kernels import TINY, Sizes, measured
 
     sizes, repeats = (TINY, 2) if place.on_cpu else (Sizes(), 10)

@@ -7,7 +7,6 @@ of the largest value. Without a GPU Triton interprets the kernels, at small size
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from support.first_gpu.launched import check_launches, counted
 from support.first_gpu.notes import Notes, Place
 from support.first_gpu.sabotage import installed
-from support.launches import REPOSITORY
+from support.launches import import_benchmarks
 
 if TYPE_CHECKING:
     import torch
@@ -181,7 +180,7 @@ def experts_answer(place: Place) -> Answer:
 
 @contextlib.contextmanager
 def _experts(place: Place) -> Iterator[Any]:
-    sys.path.insert(0, str(REPOSITORY / "benchmarks"))  # scripts, not a package
+    import_benchmarks()
     from bench_gpu_kernels import TINY, Sizes, build_experts, one_rank
 
     sizes = TINY if place.on_cpu else Sizes(hidden=256, expert=1024)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 from support.first_gpu.model_cases import estimated_memory
 from support.first_gpu.notes import Notes, Place
 from support.first_gpu.training import train
-from support.launches import REPOSITORY, records
+from support.launches import import_benchmarks, records
 
 SYSTEMS = ("transformer", "gmlp", "smlp_deterministic")
 NUM_STEPS = 20
@@ -43,7 +42,7 @@ def real_size(place: Place, notes: Notes, *, system: str) -> None:
     """Twenty steps: the loss stays finite, memory is what was estimated; the rest is measured."""
     import torch
 
-    sys.path.insert(0, str(REPOSITORY / "benchmarks"))  # scripts, not a package
+    import_benchmarks()
     from bench_gpu import flags as benchmark_flags
 
     flags = f"{benchmark_flags(system)} --train-iters {NUM_STEPS} --log-interval 1"
