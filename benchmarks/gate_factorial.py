@@ -69,8 +69,9 @@ class Looking(Listener):
         if router.training and self.iteration % EVERY == 0:
             x = inputs[0].detach().flatten(0, 1).float()
             probs, routing_map = outputs
+            values = probs.detach()  # a hook that holds its own tensor is never collected
             probs.register_hook(
-                lambda gradient: self.keep(router, x, probs.detach(), routing_map, gradient)
+                lambda gradient: self.keep(router, x, values, routing_map, gradient)
             )
 
     def keep(

@@ -94,8 +94,7 @@ def gates_alone() -> Iterator[list[tuple[str, Any]]]:
     """Count what each gate of a model asks for, forward and backward, when it is first called.
 
     Yields:
-        Kind and tally of each, filled as the model runs, and no layers: what holds one when
-        `forget_run` freezes the garbage collector's lists keeps its model for ever.
+        Kind and tally of each, filled as the model runs.
     """
     import torch
     from support.cuda_stand_in import watch

@@ -3,7 +3,6 @@
 Importing this module does it; a fork server preloads modules and calls nothing.
 """
 
-import gc
 import signal
 import sys
 
@@ -17,4 +16,3 @@ import megatron_smlp.study.preloaded  # noqa: F401
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a study's ignores
 quicken()
-gc.freeze()  # a collection after each run would look at all of it again

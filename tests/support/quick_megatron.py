@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from typing import Any
 
@@ -10,7 +11,8 @@ NUM_DOCUMENTS = 1000
 
 def quicken() -> None:
     """Remember the docstrings that Megatron's flags have from its sources; mock less data; leave
-    it to the system when a file reaches the disk.
+    it to the system when a file reaches the disk; let collections of garbage look at what runs
+    make, not at what was imported for them.
 
     The first two are half of a run of five steps. Megatron is imported here.
     """
@@ -22,6 +24,8 @@ def quicken() -> None:
     if not hasattr(ArgumentGroupFactory, "_read_docstrings"):
         ArgumentGroupFactory._read_docstrings = ArgumentGroupFactory._get_field_docstrings
         ArgumentGroupFactory._get_field_docstrings = _remembered
+        gc.collect()
+        gc.freeze()
 
 
 _docstrings: dict[type, dict[str, str]] = {}

@@ -24,7 +24,7 @@ def forget_run() -> None:
     from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
     from megatron.training.training import destroy_global_state
 
-    _forget_optimizers()
+    _break_circles()
     destroy_global_state()
     destroy_moe_metrics_tracker()  # its entries hold the process groups of the last run
     # Megatron forgets its groups without ending them, and each keeps a thread of gloo's awake.
@@ -32,18 +32,17 @@ def forget_run() -> None:
         if group is not torch.distributed.group.WORLD:
             torch.distributed.destroy_process_group(group)
     gc.collect()
-    gc.freeze()  # what is left are imports: the next collection need not look at them again
 
 
-def _forget_optimizers() -> None:
-    """A shard of an fp32 parameter has a graph behind it, whose hooks hold the model, and that the
-    optimizer: a circle through the graph, into which no collection looks."""
+def _break_circles() -> None:
+    """A shard of an fp32 parameter, and the probabilities of a dispatcher, have a graph behind
+    them, whose hooks hold the model, and that both: a circle into which no collection looks."""
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 
     for found in gc.get_objects():
-        if type(found) is DistributedOptimizer:
+        if issubclass(type(found), DistributedOptimizer | MoETokenDispatcher):
             vars(found).clear()
-    gc.collect()  # of the shards; what the graph held is seen by the next collection
 
 
 @contextlib.contextmanager
