@@ -44,6 +44,7 @@ MINHASH = "--architecture mixer --input-projection minhash --filter-size 64 --wi
 SYSTEMS = {
     "transformer": ATTENTION,
     "transformer_bf16": f"{ATTENTION} --bf16",
+    "transformer_mup": f"{ATTENTION} --use-mup --mup-base-hidden-size 16 --mup-base-head-dim 4",
     "gshard": f"{ATTENTION} --token-router gshard {EXPERTS} --moe-layer-freq 2",
     "switch": f"{ATTENTION} --token-router switch {EXPERTS} --moe-layer-freq 2",
     "base": f"{ATTENTION} --token-router base {EXPERTS} --moe-layer-freq 2",
@@ -86,7 +87,7 @@ LAYOUTS = {
 # (system, saved under, continued under)
 Case = tuple[str, str, str]
 SHORT: list[Case] = [
-    ("transformer", "tp_distributed", "pp_distributed"),
+    ("transformer_mup", "tp_distributed", "pp_distributed"),  # matrices have a rate of their own
     ("transformer", "pp_distributed", "interleaved"),
     # A stage of one layer: its bucket has padding, and that of the tied embedding comes after it.
     ("transformer", "interleaved_distributed", "pp"),
