@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.checkpoints import checkpoint_tensors
+from support.cover import selected, slow_unless_in
 from support.launches import Step, launch, steps
 
 SAVED, LAST = 2, 4
@@ -60,22 +61,27 @@ CASES = [
     ("bf16", "tp_dp_by_layers", "dp"),
 ]
 SOURCES = list(dict.fromkeys((system, source) for system, source, _ in CASES))
+FAST = [case for case in CASES if case[1:] in (("tp", "pp"), ("tp", "ep"), ("dp_by_layers", "one"))]
+FAST_SOURCES = [case[:2] for case in FAST]
+FAST_SYSTEMS = [case[0] for case in FAST]
 
 
 class Runs:
     """From a seed of each system, under each layout; and on from there, under others."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, cases: list[tuple[str, str, str]]) -> None:
         self.folder = folder
         self.planned: dict[int, dict[str, str]] = {}
-        for name in SYSTEMS:
+        systems = [name for name in SYSTEMS if name in {case[0] for case in cases}]
+        sources = [pair for pair in SOURCES if pair in {case[:2] for case in cases}]
+        for name in systems:
             self.plan(name, "seed", "--no-save-optim --no-save-rng --train-iters 1")
         self.launch()
         weights = "--finetune --no-load-optim --no-load-rng"
-        for name, layout in {*SOURCES, *((name, "one") for name in SYSTEMS)}:
+        for name, layout in {*sources, *((name, "one") for name in systems)}:
             self.plan(name, layout, f"{self.load(name, 'seed')} {weights} --save-interval {SAVED}")
         self.launch()
-        for name, source, target in [*CASES, *((*pair, pair[1]) for pair in SOURCES)]:
+        for name, source, target in [*cases, *((*pair, pair[1]) for pair in sources)]:
             more = f"{self.load(name, source)} --ckpt-step {SAVED}"
             self.plan(f"{name}/{source}", target, more)
         self.launch()
@@ -100,8 +106,9 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return Runs(tmp_path_factory.mktemp("muon"))
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    asked = selected(request, "system", "source", "target")
+    return Runs(tmp_path_factory.mktemp("muon"), [case for case in CASES if case in asked])
 
 
 def assert_same(ours: list[Step], plain: list[Step], system: str) -> None:
@@ -113,26 +120,26 @@ def assert_same(ours: list[Step], plain: list[Step], system: str) -> None:
         assert here.grad_norm == pytest.approx(there.grad_norm, rel=tolerance)
 
 
-@pytest.mark.parametrize(("system", "layout"), SOURCES)
+@pytest.mark.parametrize(("system", "layout"), slow_unless_in(FAST_SOURCES, SOURCES))
 def test_a_layout_trains_as_one_process(runs: Runs, system: str, layout: str) -> None:
     folder = runs.folder / system
     assert_same(steps(folder / layout), steps(folder / "one"), system)
 
 
-@pytest.mark.parametrize(("system", "source", "target"), CASES)
+@pytest.mark.parametrize(("system", "source", "target"), slow_unless_in(FAST, CASES))
 def test_another_layout_goes_on(runs: Runs, system: str, source: str, target: str) -> None:
     folder = runs.folder / system / source
     assert_same(steps(folder / target), steps(folder)[SAVED:], system)
 
 
-@pytest.mark.parametrize(("system", "layout"), SOURCES)
+@pytest.mark.parametrize(("system", "layout"), slow_unless_in(FAST_SOURCES, SOURCES))
 def test_the_same_layout_goes_on_in_the_same_bits(runs: Runs, system: str, layout: str) -> None:
     whole, parts = runs.tensors(system, layout), runs.tensors(system, layout, layout)
     assert whole.keys() == parts.keys()
     assert [name for name in whole if not torch.equal(whole[name], parts[name])] == []
 
 
-@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize("system", slow_unless_in(FAST_SYSTEMS, SYSTEMS))
 def test_muon_takes_linear_layers_and_adam_the_rest(runs: Runs, system: str) -> None:
     names = runs.tensors(system, "one").keys()
     start = "optimizer.state.momentum_buffer."
@@ -144,13 +151,11 @@ def test_muon_takes_linear_layers_and_adam_the_rest(runs: Runs, system: str) -> 
     assert has_spatial == any(re.search(r"exp_avg\..*spatial\.weight", name) for name in names)
 
 
-def test_nothing_above_a_diagonal_moves(runs: Runs) -> None:
-    for system in ("smlp", "bf16"):
-        tensors = runs.tensors(system, "one")
-        matrices = [
-            it for name, it in tensors.items() if re.match(r"decoder.*spatial\.weight", name)
-        ]
-        for matrix in matrices:
-            assert matrix.triu(1).abs().max() == 0
-            assert matrix.tril().abs().max() > 0
-        assert matrices
+@pytest.mark.parametrize("system", ["smlp", "bf16"])
+def test_nothing_above_a_diagonal_moves(runs: Runs, system: str) -> None:
+    tensors = runs.tensors(system, "one")
+    matrices = [it for name, it in tensors.items() if re.match(r"decoder.*spatial\.weight", name)]
+    for matrix in matrices:
+        assert matrix.triu(1).abs().max() == 0
+        assert matrix.tril().abs().max() > 0
+    assert matrices

@@ -23,6 +23,7 @@ def forget_run() -> None:
     import torch
     from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
     from megatron.training.training import destroy_global_state
+    from support.quick_megatron import forget_groups
 
     _break_circles()
     destroy_global_state()
@@ -31,6 +32,7 @@ def forget_run() -> None:
     for group in list(torch.distributed.distributed_c10d._world.pg_map):
         if group is not torch.distributed.group.WORLD:
             torch.distributed.destroy_process_group(group)
+    forget_groups()
     gc.collect()
 
 
