@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ def quicken() -> None:
         torch.distributed.new_group = _new_group
         gc.collect()
         gc.freeze()
+        atexit.register(gc.unfreeze)  # else nanobind names at the end what nothing collected
 
 
 _docstrings: dict[type, dict[str, str]] = {}

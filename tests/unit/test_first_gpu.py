@@ -18,7 +18,7 @@ import pytest
 import torch
 from support.cover import selected, slow_unless_in
 from support.first_gpu import running
-from support.first_gpu.__main__ import chosen
+from support.first_gpu.__main__ import chosen, options_of
 from support.first_gpu.cases import CASES, Case, estimate
 from support.first_gpu.kernel_cases import variants
 from support.first_gpu.launched import KERNELS, check_launches
@@ -231,6 +231,21 @@ def test_without_a_gpu_it_says_so_in_a_line():
     assert done.returncode == 2
     assert done.stderr.startswith("first-gpu: error: --device cuda: torch finds no CUDA device")
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "said"),
+    [
+        ("--only", "train_gmpl", "--only train_gmpl: no case has that in its name: environment,"),
+        ("--output", ".", "--output . has other files, and would be emptied: name a new folder"),
+    ],
+)
+def test_a_wrong_flag_is_refused(
+    capsys: pytest.CaptureFixture[str], flag: str, value: str, said: str
+):
+    with pytest.raises(SystemExit, match="2"):
+        options_of(["--device", "cpu", flag, value])
+    assert f"first-gpu: error: {said}" in capsys.readouterr().err
 
 
 def test_what_a_case_measures_on_cuda_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

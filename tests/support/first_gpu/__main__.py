@@ -40,13 +40,22 @@ def options_of(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="NAME",
         help="break the device's side, which its cases have to see: " + ", ".join(SABOTAGES),
     )
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if unknown := [part for part in (options.only or "").split(",") if not _named(part)]:
+        parser.error(f"--only {unknown[0]}: no case has that in its name: {', '.join(CASES)}")
+    before: Path = options.output
+    if before.exists() and not (before / "report.md").exists() and any(before.iterdir()):
+        parser.error(f"--output {before} has other files, and would be emptied: name a new folder")
+    return options
+
+
+def _named(part: str) -> list[str]:
+    return [name for name in CASES if part in name]
 
 
 def chosen(only: str | None) -> list[str]:
     """Names in their order, with the cases whose files they read."""
-    parts = (only or "").split(",")
-    names = {name for name in CASES if any(part in name for part in parts)}
+    names = {name for part in (only or "").split(",") for name in _named(part)}
     wanted: set[str] = {"environment"}
     while names:
         wanted |= names
@@ -85,6 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         place = replace(place, num_gpus=gpus, can_fork=can_fork, patience=options.patience)
     broken = SABOTAGES[options.sabotage].cases if options.sabotage else ()
     report = Report(place)
+    report.write()
     for name in chosen(options.only or ",".join(broken)):
         report.add(run_case(CASES[name], place, report.results))
         report.write()
@@ -92,7 +102,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not broken:
         return 1 if report.failed else 0
     unseen = [name for name in broken if name in report.results and name not in report.failed]
-    print(f"{options.sabotage} was not seen by: {', '.join(unseen) or 'nobody who should'}")
+    seen = ", ".join(name for name in broken if name in report.failed)
+    print(f"{options.sabotage} was seen by: {seen or 'no case'}")
+    if unseen:
+        print(f"{options.sabotage} was not seen by: {', '.join(unseen)}")
     return 1 if unseen else 0
 
 
