@@ -1,7 +1,7 @@
 """Times tiles of the causal gate's products on this GPU, and writes its row of the table.
 
-    python benchmarks/tune_kernels.py                      megatron_smlp/ops/tiles.json
-    python benchmarks/tune_kernels.py --compile-only 90    on any machine: what the compiler gives
+    python benchmarks/tune_kernels.py                      writes megatron_smlp/ops/tiles.json
+    python benchmarks/tune_kernels.py --compile-only 90    prints what fits, on any machine
 
 Each product alone, at the sizes of configs/paper/regular with eight samples, in turns with the row
 that is there: by all tiles that spill nothing and fit into shared memory. Of a tile the result may
@@ -240,7 +240,9 @@ def show(capability: int, choices: Sequence[Tile]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--compile-only", type=int, metavar="CAPABILITY", help="80, 89, 90, 100, 120"
     )

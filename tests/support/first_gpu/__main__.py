@@ -27,7 +27,9 @@ OUTPUT = REPOSITORY / "runs" / "first-gpu"
 
 
 def options_of(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="first-gpu", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="first-gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--only", metavar="A,B", help="cases that hold A or B, and what they need")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="(default runs/first-gpu)")
