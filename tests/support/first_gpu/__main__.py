@@ -112,4 +112,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("\nfirst-gpu: interrupted; report.md has the cases before", file=sys.stderr)
+        sys.exit(130)
