@@ -1,20 +1,19 @@
 """Check the index of a distributed checkpoint: the pieces of every tensor make up the tensor.
 
 Ranks write pieces, and `.metadata` says where each belongs and lies. Torch reads a tensor of which
-a part is missing as whatever the memory held before, and one with overlapping pieces in any order.
+a part is missing as whatever the memory held before, and one with overlapping pieces in any order;
+what it checks of an index when it writes one is checked here when one is read.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
 import os
 import pickle
-from collections.abc import Sequence
 from typing import IO, Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.default_planner import _validate_global_plan
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -22,14 +21,10 @@ from torch.distributed.checkpoint.metadata import (
     MetadataIndex,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.planner import SavePlan
 
 from megatron_smlp.errors import DamagedCheckpointError
 
-MOST_DIMENSIONS = 8
-"""A box has 2 ** dimensions corners."""
-
-Box = tuple[Sequence[int], Sequence[int]]
-"""Offsets and sizes."""
 Piece = tuple[tuple[int, ...], torch.dtype]
 """Sizes and type."""
 
@@ -44,6 +39,9 @@ def check_metadata(metadata: Metadata) -> None:
     places = metadata.storage_data or {}
     for place in places.values():
         _check_place(place)
+    # More than one plan: torch compares sizes only where it has those of all ranks.
+    if problems := _validate_global_plan([SavePlan([]), SavePlan([])], metadata):
+        raise pickle.UnpicklingError(problems[0])
     for name, entry in metadata.state_dict_metadata.items():
         for index, piece in _pieces_of(name, entry).items():
             if index not in places:
@@ -68,10 +66,6 @@ def _pieces_of(name: str, entry: Any) -> dict[MetadataIndex, Piece | None]:
     dtype = entry.properties.dtype
     if not isinstance(dtype, torch.dtype):
         raise pickle.UnpicklingError(f"it does not say of what type {name} is")
-    if not tile([(chunk.offsets, chunk.sizes) for chunk in entry.chunks], entry.size):
-        raise pickle.UnpicklingError(
-            f"the pieces of {name} overlap, leave gaps or lie outside of {list(entry.size)}"
-        )
     return {MetadataIndex(name, c.offsets): (tuple(c.sizes), dtype) for c in entry.chunks}
 
 
@@ -95,27 +89,3 @@ def check_piece(stored: IO[bytes], piece: Piece, name: str) -> Tensor:
             "damaged."
         )
     return written
-
-
-def tile(pieces: Sequence[Box], size: Sequence[int]) -> bool:
-    """Return true if boxes cover a box from the origin of this size, each place of it once.
-
-    A point that is a corner of an odd number of boxes is a corner of what an odd number of boxes
-    covers. If these are the corners of the whole, every place is covered at least once; if the
-    volumes add up to that of the whole too, exactly once. No pair of boxes is compared.
-    """
-    dimensions = len(size)
-    lists = [size, *(values for box in pieces for values in box)]
-    if dimensions > MOST_DIMENSIONS or any(len(values) != dimensions for values in lists):
-        return False
-    if any(value < 0 for values in lists for value in values):
-        return False
-    if sum(math.prod(sizes) for _, sizes in pieces) != math.prod(size):
-        return False
-    odd: set[tuple[int, ...]] = set()
-    for offsets, sizes in [*pieces, ((0,) * dimensions, size)]:
-        if math.prod(sizes):
-            ends = [(begin, begin + length) for begin, length in zip(offsets, sizes, strict=True)]
-            for corner in itertools.product(*ends):
-                odd ^= {corner}
-    return not odd
