@@ -113,7 +113,7 @@ def _tell(refused: list[str], folder: Path, say: Say) -> None:
     if refused:
         say(f"WARNING: going on from {folder} instead, the newest that is whole")
     if not is_ours(folder):
-        say(f"{folder} has no checksums: it was checked for missing and short files only")
+        say(f"{folder} has no checksums: nothing tells whether it is what was written")
 
 
 def _refusal(args: argparse.Namespace, refused: list[str]) -> str:

@@ -17,7 +17,6 @@ from pathlib import Path
 
 from megatron_smlp.checkpoints.folders import MARKER, SUMS, is_ours
 from megatron_smlp.durable import write_durably
-from megatron_smlp.errors import UserError
 
 DIGEST_BYTES = 32
 THREADS = 4  # of each process; hashlib leaves the lock of the interpreter while it computes
@@ -91,26 +90,19 @@ def seal(folder: Path) -> None:
 
 def read_sums(folder: Path) -> tuple[dict[str, str], list[str]]:
     """Return the checksums of a checkpoint of ours, and the problems of their own two files."""
-    lists: dict[str, dict[str, str]] = {}
+    lists: dict[str, dict[str, str] | None] = {}
     problems = []
     for name in (SUMS, MARKER):
         try:
-            sums = parse_sums((folder / name).read_text(encoding="utf-8"))
+            lists[name] = parse_sums((folder / name).read_text(encoding="utf-8"))
         except FileNotFoundError:
             problems.append(f"{name} is missing")
-            continue
-        except (OSError, UnicodeDecodeError):
-            sums = None
-        if sums is None:
-            problems.append(f"{name} is damaged")
-        lists[name] = sums or {}
-    sums, marker = lists.get(SUMS, {}), lists.get(MARKER)
-    if not problems and marker != {SUMS: file_sum(folder / SUMS)}:
-        # The marker, where the checksums are true and name every file.
-        unnamed = {path.name for path in folder.iterdir()} - {SUMS, MARKER, *sums}
-        wrong = SUMS if unnamed or problems_in(folder, sums) else MARKER
-        problems.append(f"{wrong} is damaged")
-    return sums, problems
+        except (OSError, UnicodeDecodeError) as error:
+            problems.append(f"{name} cannot be read ({error})")
+    sums = lists.get(SUMS)
+    if not problems and (sums is None or lists[MARKER] != {SUMS: file_sum(folder / SUMS)}):
+        problems.append(f"{SUMS} or {MARKER} is damaged")
+    return sums or {}, problems
 
 
 def problems_in(folder: Path, sums: Sums) -> list[str]:
@@ -135,41 +127,14 @@ def _problem(path: Path, expected: str) -> str | None:
 def plan(folder: Path) -> tuple[Sums, list[str]]:
     """Return the checksums to compare, or the problems that are known without them.
 
-    A checkpoint without checksums, of Megatron's or an older version, is looked at for shards that
-    are missing or too short.
+    Of a checkpoint without checksums, as Megatron's own, the index has to be there.
     """
     if not folder.is_dir():
         return {}, ["the folder is missing"]
     if is_ours(folder):
         return read_sums(folder)
-    return {}, structural_problems(folder)
-
-
-def structural_problems(folder: Path) -> list[str]:
-    """Name missing files, shards that are shorter than the index says, a damaged index."""
-    from megatron_smlp.checkpoints.safe_unpickling import read_index  # with torch
-
-    missing = [name for name in ("metadata.json", ".metadata") if not (folder / name).exists()]
-    if missing:
-        return [f"{name} is missing" for name in missing]
-    try:
-        entries = (read_index(folder).storage_data or {}).values()
-    except UserError as error:
-        return [str(error)]
-    ends: dict[str, int] = {}
-    for entry in entries:
-        end = entry.offset + entry.length
-        ends[entry.relative_path] = max(end, ends.get(entry.relative_path, 0))
-    return [problem for name, end in ends.items() if (problem := _short(folder / name, end))]
-
-
-def _short(shard: Path, end: int) -> str | None:
-    if not shard.exists():
-        return f"{shard.name} is missing"
-    size = shard.stat().st_size
-    if size == 0:
-        return f"{shard.name} is empty"
-    return f"{shard.name} is cut off: {size} of {end} bytes" if size < end else None
+    index = ("metadata.json", ".metadata")
+    return {}, [f"{name} is missing" for name in index if not (folder / name).exists()]
 
 
 def verify(folder: Path) -> list[str]:
