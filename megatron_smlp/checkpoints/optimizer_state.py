@@ -31,8 +31,6 @@ from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, S
 from megatron.core.optimizer import distrib_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from megatron_smlp.errors import UsageError
-
 FORMAT = "distrib_optim_sharding_type"
 ANY_LAYOUT = "fully_reshardable"
 # Where Megatron would have put an optimizer of this rank's layout.
@@ -54,9 +52,7 @@ class AnyLayout:
         self, model: Any, is_loading: bool = False, *, metadata: dict[str, Any]
     ) -> Any:
         """model: its sharded state. Collective."""
-        kind = metadata.get(FORMAT, ANY_LAYOUT)
-        if kind != ANY_LAYOUT:
-            _check_distributed(self.optimizer, kind)
+        if metadata.get(FORMAT, ANY_LAYOUT) != ANY_LAYOUT:
             return self.optimizer.sharded_state_dict(model, is_loading, metadata=metadata)
         if not is_loading:
             _allocate_moments(self.optimizer)
@@ -110,17 +106,6 @@ def _allocate_moments(optimizer: Any) -> None:
             allocate(part.optimizer)
         elif part.init_state_fn is not None:
             part.init_state_fn(part.optimizer, part.config)
-
-
-def _check_distributed(optimizer: Any, name: str) -> None:
-    """Raise UsageError where a plain optimizer meets what a distributed one saved in its format."""
-    if not all(isinstance(part, DistributedOptimizer) for part in optimizer.chained_optimizers):
-        raise UsageError(
-            f"the checkpoint's optimizer state has the format {name}, which only a run with "
-            "--use-distributed-optimizer in the same tensor, pipeline and expert parallel layout "
-            "can load. Resume that way and save with --optimizer-checkpoint any_layout, or give "
-            "--no-load-optim."
-        )
 
 
 def _parts(optimizer: Any, state: Any) -> Iterator[tuple[Any, Any]]:

@@ -21,7 +21,6 @@ from megatron_smlp.checkpoints.optimizer_state import (
     AnyLayout,
     model_parameters,
 )
-from megatron_smlp.errors import UsageError
 from megatron_smlp.megatron_patches import torch_adam
 
 pytestmark = pytest.mark.usefixtures("megatron")
@@ -93,14 +92,6 @@ def test_the_step_is_saved_once(optimizer: Callable[..., Any]) -> None:
         for state in one.optimizer.state.values():
             state["step"] += 7
     assert saved(built, model)["rest"] == {"step": 7}
-
-
-def test_a_format_for_other_layouts_only_is_refused_by_a_plain_optimizer(
-    optimizer: Callable[..., Any],
-) -> None:
-    built, model = optimizer(distributed=False)
-    with pytest.raises(UsageError, match=r"dp_reshardable.*--use-distributed-optimizer"):
-        AnyLayout(built).sharded_state_dict(model, True, metadata={FORMAT: "dp_reshardable"})
 
 
 def test_megatron_looks_for_the_step_among_the_loaded_moments(

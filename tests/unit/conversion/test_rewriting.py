@@ -68,6 +68,10 @@ def test_optimizer_state_of_one_layout_resumes_and_is_not_rewritten(tmp_path: Pa
     with pretrained(f"{words} --ckpt-step 2 --log-dir {tmp_path / 'log'}"):
         new = [r["loss"] for r in records(tmp_path / "log") if "loss" in r]
     assert new == pytest.approx(old[2:], rel=1e-6)
+    plain = f"{MODEL} --lr-decay-style constant --load {tmp_path / 'run'}"
+    said = pytest.raises(UsageError, match=r"dp_reshardable, which only .*--no-load-optim")
+    with said, pretrained(plain):
+        pass
     for layout in (None, dict(zip(LAYOUT, (2, 1, 1), strict=True))):
         changes = {"layout": layout} if layout else {}
         message = r"saved with --optimizer-checkpoint data_parallel \(optimizer.*--drop-optimizer"
