@@ -199,15 +199,10 @@ def _check_used(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is None or value is False:
             continue
-        is_unread = options.upcycle and name == "drop_optimizer"
-        if (
-            is_unread
-            or source not in (None, options.source)
-            or target not in (None, options.target)
-        ):
+        if source not in (None, options.source) or target not in (None, options.target):
             raise UsageError(
-                f"{flag_of(name)} says nothing about {'--upcycle ' * options.upcycle}--from "
-                f"{options.source} --to {options.target}: leave it out."
+                f"{flag_of(name)} says nothing about --from {options.source} --to "
+                f"{options.target}: leave it out."
             )
 
 

@@ -21,18 +21,6 @@ from megatron_smlp.errors import DamagedCheckpointError, UsageError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 BLOCK_BYTES = 2**24
 
 
@@ -65,13 +53,7 @@ class SafetensorsFolder:
             for name in file.keys():  # noqa: SIM118 - it is no mapping
                 if name in self.specs:
                     raise UsageError(f"{path} holds {name}, as another file does: which counts?")
-                tensor = file.get_slice(name)
-                if tensor.get_dtype() not in DTYPES:
-                    raise DamagedCheckpointError(
-                        f"{path} holds {name} of type {tensor.get_dtype()}; what can be read is "
-                        f"{', '.join(DTYPES)}."
-                    )
-                self.specs[name] = Spec(tuple(tensor.get_shape()), DTYPES[tensor.get_dtype()])
+                self.specs[name] = Spec.of(file.get_tensor(name))  # mapped, and not read
                 self._places[name] = path, name
 
     def _check(self, index: Mapping[str, str]) -> None:
