@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -37,18 +36,9 @@ SILENCE = 180.0
 Say = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """Where a run starts from."""
-
-    folder: Path | None
-    """Of the checkpoint; None: from scratch."""
-    damaged: frozenset[int] = frozenset()
-    """Iterations in --load that were passed over."""
-
-
-def choose_checkpoint(args: argparse.Namespace, say: Say) -> Chosen:
-    """Return the checkpoint that is to be loaded, and say what was passed over. Collective.
+def choose_checkpoint(args: argparse.Namespace, say: Say) -> Path | None:
+    """Return the folder of the checkpoint that is to be loaded, None to start from scratch; say
+    what was passed over. Collective.
 
     Raises:
         NoGoodCheckpointError: there are some, and none may be loaded.
@@ -63,18 +53,17 @@ def choose_checkpoint(args: argparse.Namespace, say: Say) -> Chosen:
             folders = _in_order(args) if args.load else []
     args.load, folders = from_first_rank((args.load, folders))
     if not folders:
-        return Chosen(None)
+        return None
     folder = _first_good(args, folders, say)
-    damaged = frozenset(n for path in folders[: folders.index(folder)] if (n := iteration_of(path)))
     iteration = iteration_of(folder)
     if iteration is None:
-        return Chosen(folder, damaged)
+        return folder
     compare_run(args, iteration, say)
     if iteration != args.ckpt_step:
         check_same_model(args, iteration)
         if args.rank == 0 and is_same_folder(args.load, args.save):
             _set_tracker(Path(args.load) / TRACKER, iteration, say)
-    return Chosen(folder, damaged)
+    return folder
 
 
 def _set_tracker(tracker: Path, iteration: int, say: Say) -> None:

@@ -36,7 +36,7 @@ def test_everything_is_put_back():
 
 
 def test_signatures():
-    """Of what checkpoints/state.py, background.py and the replacements call."""
+    """Of what checkpoints/state.py, saving.py and the replacements call."""
     assert {"async_sharded_save", "content_metadata", "async_strategy", "verify_integrity"} <= {
         *names(dist_checkpointing.save)
     }

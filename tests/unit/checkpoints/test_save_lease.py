@@ -13,7 +13,7 @@ from support.checkpoints import RUN
 from support.deletion import hidden_in
 from support.in_process import pretrained
 
-from megatron_smlp.checkpoints import background, save_lease
+from megatron_smlp.checkpoints import save_lease, saving
 from megatron_smlp.checkpoints.folders import TRACKER, iterations, tidy, tracked_iteration
 from megatron_smlp.checkpoints.save_lease import SaveLease
 from megatron_smlp.durable import write_durably
@@ -130,13 +130,13 @@ def test_one_that_is_taken_over_while_it_writes_says_so(
     """Not that a shard has no folder, which the new owner has removed; nor is anything left of what
     is still in the background then."""
     run = tmp_path / "run"
-    prepare, write = FileSystemWriterAsync.prepare_write_data, background.write_and_add_share
+    prepare, write = FileSystemWriterAsync.prepare_write_data, saving.write_and_add_share
 
     def write_late(*args: Any) -> None:
         time.sleep(1.0)  # the run is at its next saves by then
         write(*args)
 
-    monkeypatch.setattr(background, "write_and_add_share", write_late)
+    monkeypatch.setattr(saving, "write_and_add_share", write_late)
 
     def taken_over(*args: Any) -> None:
         prepare(*args)
