@@ -106,15 +106,12 @@ def _tell(refused: list[str], folder: Path, say: Say) -> None:
 
 
 def _refusal(args: argparse.Namespace, refused: list[str]) -> str:
-    restore = "restore one of them" if len(refused) > 1 else "restore it"
     if args.ckpt_step:
         remedy = f"--ckpt-step {args.ckpt_step} asks for it: leave that out, or choose another one"
     elif args.strict_load:
         remedy = "without --strict-load an older one is loaded instead"
-    elif is_same_folder(args.load, args.save):
-        remedy = f"{restore}, or start from scratch with --no-resume"
     else:
-        remedy = f"{restore}, or give another --load"
+        remedy = "restore one, give another --load, or start from scratch with --no-resume"
     return f"{'; '.join(refused)}. Nothing was loaded: {remedy}."
 
 

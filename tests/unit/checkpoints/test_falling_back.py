@@ -117,7 +117,7 @@ def test_weights_alone_are_verified_and_not_overlooked(finished_run: Path, tmp_p
         pretrain(f"--load {weights} --save {weights}")
     (weights / TRACKER).write_text(RELEASE)
     flip_a_bit(weights / RELEASE / "__0_0.distcp")
-    with pytest.raises(NoGoodCheckpointError, match=r"release is damaged .*: restore it, or give"):
+    with pytest.raises(NoGoodCheckpointError, match=r"release is damaged .*: restore one, give"):
         pretrain(f"--load {weights} --save {tmp_path / 'more'}")
 
 
