@@ -35,11 +35,7 @@ SIZE = 1024
 
 
 class HeldError(Exception):
-    """The folder's holder lives."""
-
-    def __init__(self, holder: Holder) -> None:
-        super().__init__(str(holder))
-        self.holder = holder
+    """The folder's holder, whom the error names, lives."""
 
 
 @dataclass(frozen=True)
@@ -307,7 +303,7 @@ def acquire(
             lives = sight.holder.lives()
             beats = sight.beats > 0 and sight.since != last_beat
             if (lives or beats) and time.monotonic() > gives_up:
-                raise HeldError(sight.holder)
+                raise HeldError(str(sight.holder))
             if lives is None and not has_said:
                 say(f"{folder} was last held by {sight.holder}: is it still at work?")
                 has_said = True

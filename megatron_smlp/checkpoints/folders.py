@@ -49,8 +49,10 @@ def is_checkpoint_folder(folder: Path) -> bool:
 
 def tracked_iteration(run: str | Path) -> int | None:
     """Return the iteration that the tracker names; None if it is missing or names none."""
-    text = _tracker(run)
-    return int(text) if re.fullmatch(r"\d{1,18}", text, re.ASCII) else None
+    try:
+        return int(_tracker(run))
+    except ValueError:
+        return None
 
 
 def _tracker(run: str | Path) -> str:

@@ -26,8 +26,6 @@ def checkpoint(run: Path, iteration: int, *, whole: bool = True) -> Path:
         ("5", [4, 2, 8, 6]),
         ("", [8, 6, 4, 2]),
         ("\x00\x00", [8, 6, 4, 2]),
-        ("²", [8, 6, 4, 2]),  # a digit to str.isdigit, none to int()
-        ("9" * 5000, [8, 6, 4, 2]),
         (None, [8, 6, 4, 2]),
     ],
 )
