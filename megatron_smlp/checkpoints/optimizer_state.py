@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace, nested_values
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase
 from megatron.core.optimizer import distrib_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -144,20 +144,14 @@ def _kept_local(state: Any) -> Any:
         if isinstance(state, dict):
             return {key: _kept_local(value) for key, value in state.items()}
         return [_kept_local(value) for value in state]
-    return LocalNonpersistentObject(_unwrapped(state))
+    unwrapped = dict_list_map_outplace(  # of the marks that Megatron itself set inside
+        lambda v: v.unwrap() if isinstance(v, LocalNonpersistentObject) else v, state
+    )
+    return LocalNonpersistentObject(unwrapped)
 
 
 def _has_sharded(state: Any) -> bool:
     return any(isinstance(value, ShardedBase) for value in nested_values(state))
-
-
-def _unwrapped(state: Any) -> Any:
-    """Return the same tree without the marks that Megatron itself set inside."""
-    if isinstance(state, LocalNonpersistentObject):
-        return state.unwrap()
-    if isinstance(state, dict):
-        return {key: _unwrapped(value) for key, value in state.items()}
-    return [_unwrapped(value) for value in state] if isinstance(state, list) else state
 
 
 def _step(optimizer: Any) -> int:
