@@ -168,25 +168,6 @@ def test_a_folder_is_replaced_only_on_demand(exported: Path, tmp_path: Path):
     assert not (tmp_path / "run" / "precious").exists()
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
-def test_an_interrupted_conversion_leaves_nothing(
-    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
-):
-    added = []
-
-    def add(self: TorchDistWriter, name: str, tensor: Tensor) -> None:
-        added.append(name)
-        if len(added) == 5:
-            raise error
-
-    monkeypatch.setattr(TorchDistWriter, "add", add)
-    expected = UsageError if isinstance(error, OSError) else KeyboardInterrupt
-    with pytest.raises(expected):
-        run(from_hf, exported, tmp_path / "run", checks=False)
-    assert len(added) == 5
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
