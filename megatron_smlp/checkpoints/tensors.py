@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 from megatron_smlp.errors import UsageError
+from megatron_smlp.progress import Progress
+
+GIGABYTE = 1e9
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,13 @@ def check_scale(specs: Mapping[str, Spec], flags: Mapping[str, Any], *, where: s
 
 
 def tensors_of(source: Source) -> Iterator[tuple[str, Tensor]]:
-    """Yield tensors one at a time, in the order of their names in the source."""
-    for name in source.specs:
-        yield name, source.read(name)
+    """Yield tensors to be written, one at a time, in the order of their names in the source.
+
+    The bytes of each are shown as written when the next one is asked for.
+    """
+    total, done = sum(spec.nbytes for spec in source.specs.values()), 0
+    with Progress(total) as progress:
+        for name, spec in source.specs.items():
+            yield name, source.read(name)
+            done += spec.nbytes
+            progress.show(done, f"{done / GIGABYTE:.1f} of {total / GIGABYTE:.1f} GB written")

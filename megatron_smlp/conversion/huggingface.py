@@ -371,6 +371,6 @@ def logits(build: Callable[[], Any], source: Source, tokens: Tensor) -> Tensor:
     build: makes it on the meta device; tokens: <int64>[B, T]. Returns <fp32>[B, T, V].
     """
     model = build()
-    with weights_from(source, model):
+    with weights_from(source.read, model):
         output: Tensor = model(tokens, use_cache=False).logits
     return output

@@ -18,7 +18,6 @@ from megatron_smlp.checkpoints.torch_dist import COMMON, NOT_WEIGHTS, TorchDistC
 from megatron_smlp.checkpoints.writer import write_checkpoint
 from megatron_smlp.conversion.record import converted_record, sizes
 from megatron_smlp.errors import UsageError
-from megatron_smlp.progress import written_tensors
 
 ANY_LAYOUT = "optimizer.state."
 """Start of the names of optimizer state that no layout is part of."""
@@ -92,5 +91,6 @@ def copy(
         iteration=checkpoint.iteration,
         is_new_model=False,
     )
-    tensors = written_tensors(tensors_of(source), source.specs.values())
-    write_checkpoint(run, checkpoint.iteration, tensors, objects, flags=flags, record=record)
+    write_checkpoint(
+        run, checkpoint.iteration, tensors_of(source), objects, flags=flags, record=record
+    )
