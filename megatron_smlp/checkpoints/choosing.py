@@ -7,6 +7,7 @@ file system may take longer for that than a collective may (first_rank.py).
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -61,19 +62,11 @@ def choose_checkpoint(args: argparse.Namespace, say: Say) -> Path | None:
     compare_run(args, iteration, say)
     if iteration != args.ckpt_step:
         check_same_model(args, iteration)
-        if args.rank == 0 and is_same_folder(args.load, args.save):
-            _set_tracker(Path(args.load) / TRACKER, iteration, say)
+        is_named = tracked_iteration(args.load) == iteration
+        if args.rank == 0 and is_same_folder(args.load, args.save) and not is_named:
+            with contextlib.suppress(OSError):  # it is for other programs: a run looks for itself
+                write_durably(Path(args.load) / TRACKER, str(iteration))
     return folder
-
-
-def _set_tracker(tracker: Path, iteration: int, say: Say) -> None:
-    """Name the checkpoint for later runs, where a newer one was damaged."""
-    if tracked_iteration(tracker.parent) == iteration:
-        return
-    try:
-        write_durably(tracker, str(iteration))
-    except OSError as error:  # later runs read it; this one knows
-        say(f"WARNING: {tracker} cannot be set to {iteration}: {error.strerror}")
 
 
 def _in_order(args: argparse.Namespace) -> list[Path]:
