@@ -86,7 +86,7 @@ class AveragedCheckpoint(TorchDistCheckpoint):
         count: how many there are.
 
     Raises:
-        UsageError: the run keeps fewer up to `iteration`, or of other models.
+        UsageError: the run keeps fewer up to `iteration`.
     """
 
     def __init__(self, folder: str | Path, *, iteration: int | None, count: int) -> None:
@@ -99,9 +99,6 @@ class AveragedCheckpoint(TorchDistCheckpoint):
                 f"{self.iteration}: give at least 2, and at most as many."
             )
         self.earlier = [TorchDistCheckpoint(run, iteration=it) for it in kept[-count:-1]]
-        for other in self.earlier:
-            if other.specs != self.specs:
-                raise UsageError(f"--average: {other.folder} and {self.folder} are of two models.")
 
     def read_into(self, target: Tensor, name: str, *, start: int = 0) -> None:
         super().read_into(target, name, start=start)

@@ -27,9 +27,6 @@ def check_layout(flags: Mapping[str, Any], layout: Mapping[str, int]) -> None:
     """Raise UsageError where the model cannot be spread that way, as pretrain_smlp.py would."""
     from megatron_smlp.flags.check_model import check_model
 
-    for name, size in layout.items():
-        if size < 1:
-            raise UsageError(f"--target-{name.replace('_', '-')} {size}: give 1 or more.")
     layout = sizes(layout, None)
     if all(size == 1 for size in layout.values()):
         return  # one process holds any model

@@ -176,7 +176,6 @@ def test_a_folder_is_replaced_only_on_demand(exported: Path, tmp_path: Path):
         ("--to hf", "--load nowhere"),
         ("--from hf --to torch_dist --ckpt-step 3", "--ckpt-step"),
         ("--to torch_dist --max-shard-size 1GB", "--max-shard-size"),
-        ("--to hf --license Apache_2.0", "--license Apache_2.0"),
         ("--to torch_dist --num-experts 4", "--num-experts"),
     ],
 )

@@ -87,7 +87,6 @@ def test_optimizer_state_of_one_layout_resumes_and_is_not_rewritten(tmp_path: Pa
     [
         ((3, 1, 1), "num-attention-heads"),
         ((1, 3, 1), "num-layers 4"),
-        ((0, 1, 1), "give 1"),
         ((4, 1, 1), "--make-vocab-size-divisible-by"),
     ],
 )
