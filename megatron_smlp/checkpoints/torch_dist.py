@@ -112,18 +112,11 @@ class AveragedCheckpoint(TorchDistCheckpoint):
 
 
 def _find(folder: Path, iteration: int | None) -> Path:
-    if iteration is None or (folder / ".metadata").is_file():
+    if iteration is None:
         checkpoint, why = checkpoint_of(folder), f"{TRACKER} names it"
-        if iteration is not None and iteration_of(checkpoint) != iteration:
-            raise UsageError(
-                f"--ckpt-step {iteration} chooses an iteration of a run, and {checkpoint} is one "
-                "checkpoint: give the run's folder, or leave --ckpt-step out."
-            )
     else:
-        checkpoint, why = (
-            iteration_folder(folder, iteration),
-            f"--ckpt-step {iteration} asks for it",
-        )
+        checkpoint = iteration_folder(folder, iteration)
+        why = f"--ckpt-step {iteration} asks for it"
     if not checkpoint.is_dir():
         raise UsageError(f"{checkpoint} does not exist, but {why}.")
     return checkpoint

@@ -197,10 +197,6 @@ def _check_used(options: argparse.Namespace) -> None:
 
 def _check_load(load: Path, source: str) -> None:
     """Raise UsageError where a folder is plainly not of the format that --from says."""
-    if not load.is_dir():
-        raise UsageError(
-            f"--load {load} is not a folder: give that of a run, or of a Hugging Face model."
-        )
     is_run = (load / TRACKER).is_file() or (load / ".metadata").is_file()
     is_huggingface = (load / "config.json").is_file()
     if source == "torch_dist" and is_huggingface and not is_run:

@@ -166,18 +166,17 @@ def read_config_json(folder: Path) -> dict[str, Any]:
     """Read `config.json` as it is.
 
     Raises:
-        UsageError: it is missing or not a JSON object.
+        UsageError: it is missing, or not a JSON object that says the model's type.
     """
     path = folder / "config.json"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        says_type = isinstance(values["model_type"], str)
     except FileNotFoundError as error:
         raise UsageError(f"{path} is missing: give the folder of a Hugging Face model.") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path} cannot be read ({error}).") from error
-    if not isinstance(values, dict):
-        raise UsageError(f"{path} does not hold a JSON object.")
-    if not isinstance(values.get("model_type"), str):
+    except (OSError, ValueError, RecursionError, TypeError, KeyError) as error:
+        raise UsageError(f"{path} does not say the model's type ({error}).") from error
+    if not says_type:
         raise UsageError(f"{path} does not say the model's type: model_type is not a string.")
     return values
 

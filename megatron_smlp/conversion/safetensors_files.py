@@ -28,8 +28,8 @@ class SafetensorsFolder:
     """The tensors of `model.safetensors`, or of all the files that its index names.
 
     Raises:
-        UsageError: there is no such file in the folder, or two files hold the same name.
-        DamagedCheckpointError: a file is missing, or not what it says.
+        UsageError: there is no such file in the folder.
+        DamagedCheckpointError: a file is missing, or not what it or the index says.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -37,32 +37,22 @@ class SafetensorsFolder:
         self.specs: dict[str, Spec] = {}
         self._places: dict[str, tuple[Path, str]] = {}
         """A tensor's name -> its file, and its name there."""
-        index = _read_index(self.folder / INDEX)
-        if index is None and not (self.folder / SINGLE).is_file():
+        index, single = _read_index(self.folder / INDEX), self.folder / SINGLE
+        if index is None and not single.is_file():
             raise UsageError(
                 f"{self.folder} holds neither {SINGLE} nor {INDEX}: give the folder of a Hugging "
                 "Face model with safetensors weights."
             )
-        for file in sorted(set(index.values())) if index else [SINGLE]:
-            self._add(self.folder / file)
-        if index is not None:
-            self._check(index)
-
-    def _add(self, path: Path) -> None:
-        with _opened(path) as file:
-            for name in file.keys():  # noqa: SIM118 - it is no mapping
-                if name in self.specs:
-                    raise UsageError(f"{path} holds {name}, as another file does: which counts?")
-                self.specs[name] = Spec.of(file.get_tensor(name))  # mapped, and not read
-                self._places[name] = path, name
-
-    def _check(self, index: Mapping[str, str]) -> None:
-        for name, file in index.items():
-            if name not in self._places or self._places[name][0].name != file:
-                raise DamagedCheckpointError(f"{self.folder / file} lacks {name}, see {INDEX}.")
-        for name, (path, _) in self._places.items():
-            if name not in index:
-                raise UsageError(f"{path} holds {name}, which {INDEX} does not name.")
+        held = set()
+        for path in sorted({self.folder / file for file in index.values()} if index else [single]):
+            with _opened(path) as file:
+                for name in file.keys():  # noqa: SIM118 - it is no mapping
+                    self.specs[name] = Spec.of(file.get_tensor(name))  # mapped, and not read
+                    self._places[name] = path, name
+                    held.add((name, path.name))
+        if index is not None and (wrong := held ^ set(index.items())):
+            name, place = min(wrong)
+            raise DamagedCheckpointError(f"{self.folder / place} and {INDEX} differ over {name}.")
 
     def read(self, name: str, row: int | None = None) -> Tensor:
         """Return one tensor, or one row of it; its memory is that of the file until it changes."""
