@@ -282,11 +282,9 @@ def take(folder: Path, *, expiry: float, observer: Observer) -> Lease | None:
 def acquire(
     folder: Path, *, expiry: float, say: Callable[[str], None] = print, patience: float = 0.0
 ) -> Lease:
-    """Take a folder as soon as its holder has ended.
+    """Take a folder, as `take` does, as soon as its holder has ended.
 
     Args:
-        folder: exists.
-        expiry: seconds without a heartbeat after which others may take it over.
         say: is told of a holder that has to be watched, once.
         patience: seconds in which a holder that lives may end.
 

@@ -28,11 +28,7 @@ Sums = Mapping[str, str]
 
 
 def file_sum(path: Path, *, sync: bool = False) -> str:
-    """Return the checksum of one file, in hexadecimal; with `sync` it is on the disk afterwards.
-
-    Raises:
-        OSError: it cannot be read.
-    """
+    """Return the checksum of one file, in hexadecimal; with `sync` it is on the disk afterwards."""
     with path.open("rb", buffering=0) as file:
         digest = hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=DIGEST_BYTES))
         if sync:
@@ -60,11 +56,7 @@ def parse_sums(text: str) -> dict[str, str] | None:
 
 
 def write_share(folder: Path, *, rank: int) -> None:
-    """Compute the checksums of the shards that this rank wrote, and leave them for `seal`.
-
-    Raises:
-        OSError: a shard cannot be read, or nothing more can be written.
-    """
+    """Compute the checksums of the shards that this rank wrote, and leave them for `seal`."""
     shards = [
         p for p in folder.iterdir() if (m := OWN_FILES.fullmatch(p.name)) and int(m[1]) == rank
     ]
@@ -73,11 +65,7 @@ def write_share(folder: Path, *, rank: int) -> None:
 
 
 def seal(folder: Path) -> None:
-    """Write checksums and marker, from the ranks' shares and of every other file.
-
-    Raises:
-        OSError: something cannot be read or written.
-    """
+    """Write checksums and marker, from the ranks' shares and of every other file."""
     sums: dict[str, str] = {}
     for share in sorted(folder.glob(SHARE.format(rank="*"))):
         sums |= parse_sums(share.read_text(encoding="utf-8")) or {}

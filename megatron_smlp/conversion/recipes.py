@@ -90,15 +90,7 @@ def _some(names: list[str]) -> str:
 
 
 class Converted:
-    """The new tensors of a plan, made when they are read.
-
-    Args:
-        expected: names and shapes that they have to have.
-        where: what the source is, for messages.
-
-    Raises:
-        UsageError: a tensor is missing, unknown or of another shape.
-    """
+    """The new tensors of a plan, made when they are read; `account` says what is checked before."""
 
     def __init__(
         self, plan: Plan, source: Source, expected: Mapping[str, tuple[int, ...]], *, where: str
