@@ -107,6 +107,22 @@ def test_a_lying_header_is_refused(tmp_path: Path, text: str, size: int):
         SafetensorsFolder(tmp_path)
 
 
+@pytest.mark.parametrize("place", [None, "model-00002-of-00002.safetensors"])
+def test_an_index_that_lies_is_refused(tmp_path: Path, place: str | None):
+    """It leaves a tensor out, or looks for it in the file of another one."""
+    tensors = {name: torch.ones(4) for name in "abc"}
+    specs = {name: Spec.of(tensor) for name, tensor in tensors.items()}
+    write_folder(tmp_path, specs, tensors.items(), limit=specs["a"].nbytes * 2)
+    assert_same(folder_weights(tmp_path), tensors)
+    path = tmp_path / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    places = index["weight_map"] | {"a": place}
+    index["weight_map"] = {name: file for name, file in places.items() if file}
+    path.write_text(json.dumps(index))
+    with pytest.raises(UserError, match="differ over a"):
+        SafetensorsFolder(tmp_path)
+
+
 def test_views_and_scalars_are_written_for_all_to_read(tmp_path: Path):
     tensors = {"empty": torch.empty(0, 4), "scalar": torch.tensor(3.5), "view": torch.ones(6, 4).T}
     specs = {name: Spec.of(tensor) for name, tensor in tensors.items()}
