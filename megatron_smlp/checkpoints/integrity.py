@@ -102,14 +102,12 @@ def problems_in(folder: Path, sums: Sums) -> list[str]:
 
 def _problem(path: Path, expected: str) -> str | None:
     try:
-        size = path.stat().st_size
-        if file_sum(path) == expected:
-            return None
+        is_same = file_sum(path) == expected
     except FileNotFoundError:
         return f"{path.name} is missing"
     except OSError as error:
         return f"{path.name} cannot be read ({error.strerror})"
-    return f"{path.name} is empty" if size == 0 else f"{path.name} is not what was written"
+    return None if is_same else f"{path.name} is not what was written"
 
 
 def plan(folder: Path) -> tuple[Sums, list[str]]:

@@ -27,7 +27,7 @@ from megatron_smlp.conversion.safetensors_files import (
 from megatron_smlp.conversion.streamed_weights import weights_from
 from megatron_smlp.data.tokenizers.factory import read_tokenizer
 from megatron_smlp.data.tokenizers.spec import TokenizerSpec
-from megatron_smlp.durable import rust_os_errors
+from megatron_smlp.durable import naming_errors
 from megatron_smlp.errors import DataError, UsageError
 from megatron_smlp.flag_facts import MEGATRON_FLAGS
 from megatron_smlp.hf import modeling_smlp
@@ -312,7 +312,7 @@ def _add_tokenizer(
     if loaded.pad_token is None:
         loaded.pad_token = loaded.eos_token  # as the model's configuration says
     loaded.model_max_length = config.max_position_embeddings
-    with rust_os_errors(folder):
+    with naming_errors(folder):
         loaded.save_pretrained(folder)
     ends = config.eos_token_id
     if not (isinstance(ends, list) and loaded.eos_token_id in ends):  # of one that was imported

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_smlp.checkpoints.tensors import Spec
-from megatron_smlp.durable import rust_os_errors
+from megatron_smlp.durable import naming_errors
 from megatron_smlp.errors import DamagedCheckpointError, UsageError
 
 INDEX = "model.safetensors.index.json"
@@ -175,6 +175,6 @@ def _write_file(path: Path, specs: dict[str, Spec], stream: Iterator[tuple[str, 
     assert {name: Spec.of(tensor) for name, tensor in tensors.items()} == specs, path
     path.touch()
     mode = path.stat().st_mode
-    with rust_os_errors(path):
+    with naming_errors(path):
         save_file(tensors, path, metadata={"format": "pt"})
         path.chmod(mode)  # the library's files are for their owner alone
