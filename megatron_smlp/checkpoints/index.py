@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import os
 import pickle
-from typing import IO, Any
+from typing import IO
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import _validate_global_plan
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     Metadata,
     MetadataIndex,
-    TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import SavePlan
 
@@ -38,35 +36,21 @@ def check_metadata(metadata: Metadata) -> None:
     """
     places = metadata.storage_data or {}
     for place in places.values():
-        _check_place(place)
+        path = place.relative_path
+        if os.sep in path or path in ("", ".", ".."):
+            raise pickle.UnpicklingError(f"it names {path!r:.60}, in another folder")
     # More than one plan: torch compares sizes only where it has those of all ranks.
     if problems := _validate_global_plan([SavePlan([]), SavePlan([])], metadata):
         raise pickle.UnpicklingError(problems[0])
     for name, entry in metadata.state_dict_metadata.items():
-        for index, piece in _pieces_of(name, entry).items():
+        pieces: dict[MetadataIndex, Piece | None] = {MetadataIndex(name): None}
+        if not isinstance(entry, BytesStorageMetadata):
+            dtype = entry.properties.dtype
+            pieces = {MetadataIndex(name, c.offsets): (tuple(c.sizes), dtype) for c in entry.chunks}
+        for index, piece in pieces.items():
             if index not in places:
                 raise pickle.UnpicklingError(f"it does not say where {name} is")
             places[index].piece = piece
-
-
-def _check_place(place: _StorageInfo) -> None:
-    path = place.relative_path
-    if os.sep in path or path in ("", ".", ".."):
-        raise pickle.UnpicklingError(f"it names {path!r:.60}, in another folder")
-    if place.offset < 0 or place.length < 0:
-        raise pickle.UnpicklingError(f"it places {place.length} bytes at byte {place.offset}")
-
-
-def _pieces_of(name: str, entry: Any) -> dict[MetadataIndex, Piece | None]:
-    """Return what has to be stored for an entry; None: an object."""
-    if isinstance(entry, BytesStorageMetadata):
-        return {MetadataIndex(name): None}
-    if not isinstance(entry, TensorStorageMetadata):
-        raise pickle.UnpicklingError(f"it describes {name!r:.60} as {entry!r:.60}")
-    dtype = entry.properties.dtype
-    if not isinstance(dtype, torch.dtype):
-        raise pickle.UnpicklingError(f"it does not say of what type {name} is")
-    return {MetadataIndex(name, c.offsets): (tuple(c.sizes), dtype) for c in entry.chunks}
 
 
 def check_piece(stored: IO[bytes], piece: Piece, name: str) -> Tensor:
@@ -81,11 +65,7 @@ def check_piece(stored: IO[bytes], piece: Piece, name: str) -> Tensor:
     """
     written: Tensor = torch.load(stored, map_location="meta", weights_only=True)
     if not isinstance(written, Tensor) or (tuple(written.shape), written.dtype) != piece:
-        what = "no tensor"
-        if isinstance(written, Tensor):
-            what = f"{list(written.shape)} of {written.dtype}"
         raise DamagedCheckpointError(
-            f"a piece of {name} is {what}, not {list(piece[0])} of {piece[1]}: the checkpoint is "
-            "damaged."
+            f"a piece of {name} is not {list(piece[0])} of {piece[1]}: the checkpoint is damaged."
         )
     return written
