@@ -115,6 +115,11 @@ def naming_errors(path: Path) -> Iterator[None]:
         raise OSError(number, os.strerror(number), str(path)) from error
 
 
+def text_of(error: OSError) -> str:
+    """Return `/run/.iter_0000010.partial-4f1c/__0_0.distcp: No space left on device`."""
+    return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
+
+
 def lock_if_possible(file: IO[bytes], operation: int) -> None:
     """Lock a file as `fcntl.flock` does; where a file system has no locks, as Lustre without
     `-o flock`, nobody is kept out.

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import re
 import signal
 import time
 from collections import deque
@@ -32,6 +33,7 @@ from megatron_smlp.checkpoints import integrity
 from megatron_smlp.checkpoints.folders import (
     TRACKER,
     iteration_folder,
+    latest_iteration,
     partial_folder,
     superfluous,
 )
@@ -39,15 +41,15 @@ from megatron_smlp.checkpoints.model_record import model_flags
 from megatron_smlp.checkpoints.room import gathers_on_gpus, missing_room
 from megatron_smlp.checkpoints.run_record import run_record, write_records
 from megatron_smlp.checkpoints.save_lease import PreviousRun, SaveLease
-from megatron_smlp.checkpoints.save_messages import left_in, reason_of, text_of, whose
 from megatron_smlp.checkpoints.state import Trained, write
 from megatron_smlp.checkpoints.tokenizer_copy import keep_tokenizer
 from megatron_smlp.collectives import from_first_rank, gathered
-from megatron_smlp.durable import remove_folder, replace_folder, write_durably
+from megatron_smlp.durable import remove_folder, replace_folder, text_of, write_durably
 from megatron_smlp.errors import SaveError, TakenOverError, UsageError
 
 FAILURES = (CheckpointException, SaveError)
 
+CUT_SHORT = "was written in part only, as on a full disk"
 MORE_ROOM = "Make room there, or put it back, and start the same command again"
 LESS_GATHERED = (
     "Start the same command again with --distrib-optim-fully-reshardable-mem-efficient, or see "
@@ -308,6 +310,33 @@ class Saving:
                 raise errors[0]
             if errors:
                 raise SaveError(f"{errors[0]}{whose(rank, self.lease.hosts)}")
+
+
+def left_in(run: Path) -> str:
+    left = latest_iteration(run)
+    if left is None:
+        return "no checkpoint is there yet"
+    return f"the newest there is of iteration {left}"
+
+
+def reason_of(error: BaseException, hosts: Sequence[str]) -> str:
+    """Return the innermost message of an error that torch and Megatron wrap several times.
+
+    Args:
+        hosts: of each rank, to name the one that failed.
+    """
+    failures: dict[int, Any] = getattr(error, "failures", None) or {}
+    rank, inner = next(
+        ((rank, str(failure[0])) for rank, failure in failures.items()), (None, str(error))
+    )
+    owner = "" if rank is None else whose(rank, hosts)
+    text = re.split(r"error: ", " ".join(inner.split()))[-1][:300]
+    # Torch's archives compare positions instead of asking the system, as on a full disk.
+    return re.sub(r"\[enforce fail at inline_container.*", CUT_SHORT, text) + owner
+
+
+def whose(rank: int, hosts: Sequence[str]) -> str:
+    return f" (rank {rank} on {hosts[rank]})" if hosts else ""
 
 
 def add_share(partial: Path, rank: int) -> None:
