@@ -62,8 +62,8 @@ def choose_checkpoint(args: argparse.Namespace, say: Say) -> Path | None:
     compare_run(args, iteration, say)
     if iteration != args.ckpt_step:
         check_same_model(args, iteration)
-        is_named = tracked_iteration(args.load) == iteration
-        if args.rank == 0 and is_same_folder(args.load, args.save) and not is_named:
+        is_unnamed = args.rank == 0 and tracked_iteration(args.load) != iteration
+        if is_unnamed and is_same_folder(args.load, args.save):
             with contextlib.suppress(OSError):  # it is for other programs: a run looks for itself
                 write_durably(Path(args.load) / TRACKER, str(iteration))
     return folder

@@ -150,7 +150,7 @@ def logits(model: Any, source: Source, tokens: Tensor) -> Tensor:
         match = EXPERT.search(name)
         if match is None:
             return source.read(name, row)
-        return source.read(EXPERT.sub(STACKED, name), int(match[1]))  # of which none takes a row
+        return source.read(EXPERT.sub(STACKED, name), int(match[1]))  # a stack
 
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     # What Megatron compiles would run once: compiling takes longer, and looks for a GPU.
