@@ -19,15 +19,6 @@ from megatron_smlp.options import MODEL_FLAGS, argument_of
 from megatron_smlp.platform.allocator import return_large_blocks
 
 DESCRIPTION = "Convert a checkpoint to another format or layout: one process, no GPU."
-CONVERSIONS = {
-    "torch_dist to hf": "torch_dist_to_hf",
-    "hf to torch_dist": "to_torch_dist",
-    "gpt2 to torch_dist": "to_torch_dist",
-    "torch_dist to torch_dist": "torch_dist_to_torch_dist",
-    "upcycled torch_dist to torch_dist": "upcycle",
-    "upcycled hf to torch_dist": "upcycle",
-    "upcycled gpt2 to torch_dist": "upcycle",
-}
 # A flag's destination -> the formats, from and to, that it says something about.
 ONLY = {
     "ckpt_step": ("torch_dist", None),
@@ -140,14 +131,10 @@ def _sparse_flags(options: argparse.Namespace) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = build_parser().parse_args(argv)
-    pair = f"{options.source} to {options.target}"
     model = _sparse_flags(options)
-    if options.upcycle:
-        pair = f"upcycled {pair}"
-    if pair not in CONVERSIONS:
+    if options.target == "hf" and (options.source != "torch_dist" or options.upcycle):
         raise UsageError(
-            f"{'--upcycle ' * options.upcycle}--from {options.source} --to {options.target} is not "
-            f"a conversion; possible are: {', '.join(CONVERSIONS)}."
+            "--to hf takes --from torch_dist, without --upcycle: convert to torch_dist first."
         )
     _check_used(options)
     shard_limit = parse_size(options.max_shard_size or SHARD_SIZE)
@@ -179,7 +166,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         drops_optimizer=options.drop_optimizer,
         model=model,
     )
-    getattr(convert, CONVERSIONS[pair])(chosen)
+    if options.target == "hf":
+        convert.torch_dist_to_hf(chosen)
+    elif options.upcycle:
+        convert.upcycle(chosen)
+    elif options.source == "torch_dist":
+        convert.torch_dist_to_torch_dist(chosen)
+    else:
+        convert.to_torch_dist(chosen)
 
 
 def _check_used(options: argparse.Namespace) -> None:

@@ -187,7 +187,7 @@ def test_a_folder_is_replaced_only_on_demand(exported: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--from hf --to hf", "--from hf"),
+        ("--from hf --to hf", "--to hf takes --from torch_dist"),
         ("--to hf --max-shard-size big", "--max-shard-size big"),
         ("--from hf --to torch_dist --ckpt-step 3", "--ckpt-step"),
         ("--to torch_dist --max-shard-size 1GB", "--max-shard-size"),
