@@ -103,28 +103,21 @@ def flush_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def naming_errors(path: Path) -> Iterator[None]:
-    """Give an error of the system a file's name where it has none: a full disk's names no file."""
+    """Give an error of the system a file's name where it has none: a full disk's names no file,
+    and that of a library in Rust is a text with `(os error 28)`."""
     try:
         yield
-    except OSError as error:
-        if error.errno is None or error.filename is not None:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
-
-
-@contextlib.contextmanager
-def rust_os_errors(path: Path) -> Iterator[None]:
-    """Turn an error of a library in Rust whose text has `(os error 28)` into an OSError that names
-    the file."""
-    try:
-        yield
-    except OSError:
-        raise
     except Exception as error:
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
+        in_text = re.search(r"os error (\d+)", str(error))
+        number = int(in_text[1]) if in_text else getattr(error, "errno", None)
+        if number is None or getattr(error, "filename", None) is not None:
             raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def text_of(error: OSError) -> str:
+    """Return `/run/.iter_0000010.partial-4f1c/__0_0.distcp: No space left on device`."""
+    return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
 
 
 def lock_if_possible(file: IO[bytes], operation: int) -> None:

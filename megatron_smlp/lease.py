@@ -35,11 +35,7 @@ SIZE = 1024
 
 
 class HeldError(Exception):
-    """The folder's holder lives."""
-
-    def __init__(self, holder: Holder) -> None:
-        super().__init__(str(holder))
-        self.holder = holder
+    """The folder's holder, whom the error names, lives."""
 
 
 @dataclass(frozen=True)
@@ -286,11 +282,9 @@ def take(folder: Path, *, expiry: float, observer: Observer) -> Lease | None:
 def acquire(
     folder: Path, *, expiry: float, say: Callable[[str], None] = print, patience: float = 0.0
 ) -> Lease:
-    """Take a folder as soon as its holder has ended.
+    """Take a folder, as `take` does, as soon as its holder has ended.
 
     Args:
-        folder: exists.
-        expiry: seconds without a heartbeat after which others may take it over.
         say: is told of a holder that has to be watched, once.
         patience: seconds in which a holder that lives may end.
 
@@ -307,7 +301,7 @@ def acquire(
             lives = sight.holder.lives()
             beats = sight.beats > 0 and sight.since != last_beat
             if (lives or beats) and time.monotonic() > gives_up:
-                raise HeldError(sight.holder)
+                raise HeldError(str(sight.holder))
             if lives is None and not has_said:
                 say(f"{folder} was last held by {sight.holder}: is it still at work?")
                 has_said = True

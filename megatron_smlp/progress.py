@@ -2,14 +2,12 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
     import rich.progress
 
 LINE_SECONDS = 10.0
-GIGABYTE = 1e9
 
 
 class Progress:
@@ -51,26 +49,3 @@ def _new_bar(total: int | None) -> "rich.progress.Progress":
     bar = Progress(BarColumn(), *share, text, TimeRemainingColumn(), console=Console(stderr=True))
     bar.add_task("starting", total=total)
     return bar
-
-
-class _Sized(Protocol):
-    @property
-    def nbytes(self) -> int: ...
-
-
-def written_tensors[T: _Sized](
-    tensors: Iterable[tuple[str, T]], specs: Iterable[_Sized]
-) -> Iterator[tuple[str, T]]:
-    """Yield the tensors, and count the bytes of each as written when the next one is asked for.
-
-    Args:
-        specs: of all tensors, for the total.
-    """
-    total, done = sum(spec.nbytes for spec in specs), 0
-    with Progress(total) as progress:
-        for name, tensor in tensors:
-            size = tensor.nbytes
-            yield name, tensor
-            del tensor  # before the next one is made
-            done += size
-            progress.show(done, f"{done / GIGABYTE:.1f} of {total / GIGABYTE:.1f} GB written")

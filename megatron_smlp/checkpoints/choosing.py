@@ -7,8 +7,8 @@ file system may take longer for that than a collective may (first_rank.py).
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -37,18 +37,9 @@ SILENCE = 180.0
 Say = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """Where a run starts from."""
-
-    folder: Path | None
-    """Of the checkpoint; None: from scratch."""
-    damaged: frozenset[int] = frozenset()
-    """Iterations in --load that were passed over."""
-
-
-def choose_checkpoint(args: argparse.Namespace, say: Say) -> Chosen:
-    """Return the checkpoint that is to be loaded, and say what was passed over. Collective.
+def choose_checkpoint(args: argparse.Namespace, say: Say) -> Path | None:
+    """Return the folder of the checkpoint that is to be loaded, None to start from scratch; say
+    what was passed over. Collective.
 
     Raises:
         NoGoodCheckpointError: there are some, and none may be loaded.
@@ -63,28 +54,19 @@ def choose_checkpoint(args: argparse.Namespace, say: Say) -> Chosen:
             folders = _in_order(args) if args.load else []
     args.load, folders = from_first_rank((args.load, folders))
     if not folders:
-        return Chosen(None)
+        return None
     folder = _first_good(args, folders, say)
-    damaged = frozenset(n for path in folders[: folders.index(folder)] if (n := iteration_of(path)))
     iteration = iteration_of(folder)
     if iteration is None:
-        return Chosen(folder, damaged)
+        return folder
     compare_run(args, iteration, say)
     if iteration != args.ckpt_step:
         check_same_model(args, iteration)
-        if args.rank == 0 and is_same_folder(args.load, args.save):
-            _set_tracker(Path(args.load) / TRACKER, iteration, say)
-    return Chosen(folder, damaged)
-
-
-def _set_tracker(tracker: Path, iteration: int, say: Say) -> None:
-    """Name the checkpoint for later runs, where a newer one was damaged."""
-    if tracked_iteration(tracker.parent) == iteration:
-        return
-    try:
-        write_durably(tracker, str(iteration))
-    except OSError as error:  # later runs read it; this one knows
-        say(f"WARNING: {tracker} cannot be set to {iteration}: {error.strerror}")
+        is_unnamed = args.rank == 0 and tracked_iteration(args.load) != iteration
+        if is_unnamed and is_same_folder(args.load, args.save):
+            with contextlib.suppress(OSError):  # it is for other programs: a run looks for itself
+                write_durably(Path(args.load) / TRACKER, str(iteration))
+    return folder
 
 
 def _in_order(args: argparse.Namespace) -> list[Path]:
@@ -113,19 +95,16 @@ def _tell(refused: list[str], folder: Path, say: Say) -> None:
     if refused:
         say(f"WARNING: going on from {folder} instead, the newest that is whole")
     if not is_ours(folder):
-        say(f"{folder} has no checksums: it was checked for missing and short files only")
+        say(f"{folder} has no checksums: nothing tells whether it is what was written")
 
 
 def _refusal(args: argparse.Namespace, refused: list[str]) -> str:
-    restore = "restore one of them" if len(refused) > 1 else "restore it"
     if args.ckpt_step:
         remedy = f"--ckpt-step {args.ckpt_step} asks for it: leave that out, or choose another one"
     elif args.strict_load:
         remedy = "without --strict-load an older one is loaded instead"
-    elif is_same_folder(args.load, args.save):
-        remedy = f"{restore}, or start from scratch with --no-resume"
     else:
-        remedy = f"{restore}, or give another --load"
+        remedy = "restore one, give another --load, or start from scratch with --no-resume"
     return f"{'; '.join(refused)}. Nothing was loaded: {remedy}."
 
 

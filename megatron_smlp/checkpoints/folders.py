@@ -1,4 +1,4 @@
-"""The folders of a run: their names, which of them are whole checkpoints, and their order.
+"""The folders of a run: their names, their order, which are whole, and which may be deleted.
 
 | in the --save folder | what it is |
 |---|---|
@@ -6,7 +6,7 @@
 | `latest_checkpointed_iteration.txt` | the tracker: the iteration of the newest |
 | `.iter_0000010.partial-4f1c/` | a save in progress, or what an interrupted one left |
 | `.iter_0000010.replaced/` | the older one of this name, for the moment of its replacement |
-| `.iter_0000010.deleted/` | one that retention is deleting |
+| `.iter_0000010.deleted/` | one that is being deleted |
 | `.lease-000007` | the lease of the run that writes here (save_lease.py) |
 """
 
@@ -49,8 +49,10 @@ def is_checkpoint_folder(folder: Path) -> bool:
 
 def tracked_iteration(run: str | Path) -> int | None:
     """Return the iteration that the tracker names; None if it is missing or names none."""
-    text = _tracker(run)
-    return int(text) if re.fullmatch(r"\d{1,18}", text, re.ASCII) else None
+    try:
+        return int(_tracker(run))
+    except ValueError:
+        return None
 
 
 def _tracker(run: str | Path) -> str:
@@ -145,6 +147,25 @@ def looks_whole(folder: Path) -> bool:
     if is_ours(folder):
         return (folder / MARKER).exists()
     return (folder / "metadata.json").exists() and (folder / ".metadata").exists()
+
+
+def superfluous(run: str | Path, *, newest: int, last: int | None, every: int | None) -> list[Path]:
+    """Return the checkpoints to delete: not among the last few, and no multiple to keep.
+
+    What is later than the newest belongs to another run, or is about to be replaced: it stays.
+    Links and incomplete checkpoints stay too, and are not counted: somebody may want to inspect
+    them.
+
+    Args:
+        newest: iteration that was just saved.
+        last: how many of the last to keep; None: all.
+        every: iterations that are a multiple of it are kept forever.
+    """
+    if last is None:
+        return []
+    folders = {n: iteration_folder(run, n) for n in iterations(run) if n <= newest}
+    whole = [n for n, path in folders.items() if looks_whole(path) and not path.is_symlink()]
+    return [folders[n] for n in whole[:-last] if not (every and n % every == 0)]
 
 
 def partial_folder(final: Path) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,17 @@ def build_parser() -> argparse.ArgumentParser:
         description="Look into checkpoints, compare two, check one.", allow_abbrev=False
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, count, summary in (
-        ("show", 1, "iteration, model, tensors with shapes and norms"),
-        ("diff", 2, "tensors that differ; exit 0 if none does, else 1"),
-        ("verify", 1, "compare all checksums; exit 0 or 1"),
+    for name, count, summary, answer in (
+        ("show", 1, "iteration, model, tensors with shapes and norms", _show),
+        ("diff", 2, "tensors that differ; exit 0 if none does, else 1", _diff),
+        ("verify", 1, "compare all checksums; exit 0 or 1", _verify),
     ):
         command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
         command.add_argument(
             "folders", nargs=count, metavar="DIR", help="folder of a run (its newest), or iter_*"
         )
         command.add_argument("--json", action="store_true", help="one JSON object")
+        command.set_defaults(answer=answer)
     return parser
 
 
@@ -39,10 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = build_parser().parse_args(argv)
     silence_libraries()
-    folders = [checkpoint_of(path) for path in args.folders]
-    commands: dict[str, Callable[..., tuple[dict[str, Any], int]]]
-    commands = {"show": _show, "diff": _diff, "verify": _verify}
-    answer, code = commands[args.command](*folders)
+    answer, code = args.answer(*map(checkpoint_of, args.folders))
     print(json.dumps(answer, indent=1) if args.json else "\n".join(_lines(answer)))
     return code
 

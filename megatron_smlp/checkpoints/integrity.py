@@ -17,7 +17,6 @@ from pathlib import Path
 
 from megatron_smlp.checkpoints.folders import MARKER, SUMS, is_ours
 from megatron_smlp.durable import write_durably
-from megatron_smlp.errors import UserError
 
 DIGEST_BYTES = 32
 THREADS = 4  # of each process; hashlib leaves the lock of the interpreter while it computes
@@ -29,11 +28,7 @@ Sums = Mapping[str, str]
 
 
 def file_sum(path: Path, *, sync: bool = False) -> str:
-    """Return the checksum of one file, in hexadecimal; with `sync` it is on the disk afterwards.
-
-    Raises:
-        OSError: it cannot be read.
-    """
+    """Return the checksum of one file, in hexadecimal; with `sync` it is on the disk afterwards."""
     with path.open("rb", buffering=0) as file:
         digest = hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=DIGEST_BYTES))
         if sync:
@@ -61,11 +56,7 @@ def parse_sums(text: str) -> dict[str, str] | None:
 
 
 def write_share(folder: Path, *, rank: int) -> None:
-    """Compute the checksums of the shards that this rank wrote, and leave them for `seal`.
-
-    Raises:
-        OSError: a shard cannot be read, or nothing more can be written.
-    """
+    """Compute the checksums of the shards that this rank wrote, and leave them for `seal`."""
     shards = [
         p for p in folder.iterdir() if (m := OWN_FILES.fullmatch(p.name)) and int(m[1]) == rank
     ]
@@ -74,11 +65,7 @@ def write_share(folder: Path, *, rank: int) -> None:
 
 
 def seal(folder: Path) -> None:
-    """Write checksums and marker, from the ranks' shares and of every other file.
-
-    Raises:
-        OSError: something cannot be read or written.
-    """
+    """Write checksums and marker, from the ranks' shares and of every other file."""
     sums: dict[str, str] = {}
     for share in sorted(folder.glob(SHARE.format(rank="*"))):
         sums |= parse_sums(share.read_text(encoding="utf-8")) or {}
@@ -91,26 +78,19 @@ def seal(folder: Path) -> None:
 
 def read_sums(folder: Path) -> tuple[dict[str, str], list[str]]:
     """Return the checksums of a checkpoint of ours, and the problems of their own two files."""
-    lists: dict[str, dict[str, str]] = {}
+    lists: dict[str, dict[str, str] | None] = {}
     problems = []
     for name in (SUMS, MARKER):
         try:
-            sums = parse_sums((folder / name).read_text(encoding="utf-8"))
+            lists[name] = parse_sums((folder / name).read_text(encoding="utf-8"))
         except FileNotFoundError:
             problems.append(f"{name} is missing")
-            continue
-        except (OSError, UnicodeDecodeError):
-            sums = None
-        if sums is None:
-            problems.append(f"{name} is damaged")
-        lists[name] = sums or {}
-    sums, marker = lists.get(SUMS, {}), lists.get(MARKER)
-    if not problems and marker != {SUMS: file_sum(folder / SUMS)}:
-        # The marker, where the checksums are true and name every file.
-        unnamed = {path.name for path in folder.iterdir()} - {SUMS, MARKER, *sums}
-        wrong = SUMS if unnamed or problems_in(folder, sums) else MARKER
-        problems.append(f"{wrong} is damaged")
-    return sums, problems
+        except (OSError, UnicodeDecodeError) as error:
+            problems.append(f"{name} cannot be read ({error})")
+    sums = lists.get(SUMS)
+    if not problems and (sums is None or lists[MARKER] != {SUMS: file_sum(folder / SUMS)}):
+        problems.append(f"{SUMS} or {MARKER} is damaged")
+    return sums or {}, problems
 
 
 def problems_in(folder: Path, sums: Sums) -> list[str]:
@@ -122,54 +102,25 @@ def problems_in(folder: Path, sums: Sums) -> list[str]:
 
 def _problem(path: Path, expected: str) -> str | None:
     try:
-        size = path.stat().st_size
-        if file_sum(path) == expected:
-            return None
+        is_same = file_sum(path) == expected
     except FileNotFoundError:
         return f"{path.name} is missing"
     except OSError as error:
         return f"{path.name} cannot be read ({error.strerror})"
-    return f"{path.name} is empty" if size == 0 else f"{path.name} is not what was written"
+    return None if is_same else f"{path.name} is not what was written"
 
 
 def plan(folder: Path) -> tuple[Sums, list[str]]:
     """Return the checksums to compare, or the problems that are known without them.
 
-    A checkpoint without checksums, of Megatron's or an older version, is looked at for shards that
-    are missing or too short.
+    Of a checkpoint without checksums, as Megatron's own, the index has to be there.
     """
     if not folder.is_dir():
         return {}, ["the folder is missing"]
     if is_ours(folder):
         return read_sums(folder)
-    return {}, structural_problems(folder)
-
-
-def structural_problems(folder: Path) -> list[str]:
-    """Name missing files, shards that are shorter than the index says, a damaged index."""
-    from megatron_smlp.checkpoints.safe_unpickling import read_index  # with torch
-
-    missing = [name for name in ("metadata.json", ".metadata") if not (folder / name).exists()]
-    if missing:
-        return [f"{name} is missing" for name in missing]
-    try:
-        entries = (read_index(folder).storage_data or {}).values()
-    except UserError as error:
-        return [str(error)]
-    ends: dict[str, int] = {}
-    for entry in entries:
-        end = entry.offset + entry.length
-        ends[entry.relative_path] = max(end, ends.get(entry.relative_path, 0))
-    return [problem for name, end in ends.items() if (problem := _short(folder / name, end))]
-
-
-def _short(shard: Path, end: int) -> str | None:
-    if not shard.exists():
-        return f"{shard.name} is missing"
-    size = shard.stat().st_size
-    if size == 0:
-        return f"{shard.name} is empty"
-    return f"{shard.name} is cut off: {size} of {end} bytes" if size < end else None
+    index = ("metadata.json", ".metadata")
+    return {}, [f"{name} is missing" for name in index if not (folder / name).exists()]
 
 
 def verify(folder: Path) -> list[str]:

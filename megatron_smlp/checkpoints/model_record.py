@@ -65,14 +65,12 @@ def flags_in(folder: Path) -> dict[str, Any]:
     """
     path = folder / MODEL
     try:
-        flags: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        flags: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError as error:
         raise UsageError(
             f"{folder} has no {MODEL}, which pretrain_smlp.py writes beside each checkpoint."
         ) from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise DamagedCheckpointError(f"{path} is not JSON ({error}).") from error
-    if not isinstance(flags, dict):
-        raise DamagedCheckpointError(f"{path} does not hold a JSON object.")
+    except (OSError, ValueError, RecursionError, TypeError) as error:
+        raise DamagedCheckpointError(f"{path} is not a JSON object ({error}).") from error
     plugin_texts.require(flags.get("plugins", {}), str(folder))
     return {**model_defaults(), **flags}

@@ -26,12 +26,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace, nested_values
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase
 from megatron.core.optimizer import distrib_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-
-from megatron_smlp.errors import UsageError
 
 FORMAT = "distrib_optim_sharding_type"
 ANY_LAYOUT = "fully_reshardable"
@@ -54,9 +52,7 @@ class AnyLayout:
         self, model: Any, is_loading: bool = False, *, metadata: dict[str, Any]
     ) -> Any:
         """model: its sharded state. Collective."""
-        kind = metadata.get(FORMAT, ANY_LAYOUT)
-        if kind != ANY_LAYOUT:
-            _check_distributed(self.optimizer, kind)
+        if metadata.get(FORMAT, ANY_LAYOUT) != ANY_LAYOUT:
             return self.optimizer.sharded_state_dict(model, is_loading, metadata=metadata)
         if not is_loading:
             _allocate_moments(self.optimizer)
@@ -112,17 +108,6 @@ def _allocate_moments(optimizer: Any) -> None:
             part.init_state_fn(part.optimizer, part.config)
 
 
-def _check_distributed(optimizer: Any, name: str) -> None:
-    """Raise UsageError where a plain optimizer meets what a distributed one saved in its format."""
-    if not all(isinstance(part, DistributedOptimizer) for part in optimizer.chained_optimizers):
-        raise UsageError(
-            f"the checkpoint's optimizer state has the format {name}, which only a run with "
-            "--use-distributed-optimizer in the same tensor, pipeline and expert parallel layout "
-            "can load. Resume that way and save with --optimizer-checkpoint any_layout, or give "
-            "--no-load-optim."
-        )
-
-
 def _parts(optimizer: Any, state: Any) -> Iterator[tuple[Any, Any]]:
     """Yield each chained optimizer with its part; a single one has no number in front."""
     chained = optimizer.chained_optimizers
@@ -159,20 +144,14 @@ def _kept_local(state: Any) -> Any:
         if isinstance(state, dict):
             return {key: _kept_local(value) for key, value in state.items()}
         return [_kept_local(value) for value in state]
-    return LocalNonpersistentObject(_unwrapped(state))
+    unwrapped = dict_list_map_outplace(  # of the marks that Megatron itself set inside
+        lambda v: v.unwrap() if isinstance(v, LocalNonpersistentObject) else v, state
+    )
+    return LocalNonpersistentObject(unwrapped)
 
 
 def _has_sharded(state: Any) -> bool:
     return any(isinstance(value, ShardedBase) for value in nested_values(state))
-
-
-def _unwrapped(state: Any) -> Any:
-    """Return the same tree without the marks that Megatron itself set inside."""
-    if isinstance(state, LocalNonpersistentObject):
-        return state.unwrap()
-    if isinstance(state, dict):
-        return {key: _unwrapped(value) for key, value in state.items()}
-    return [_unwrapped(value) for value in state] if isinstance(state, list) else state
 
 
 def _step(optimizer: Any) -> int:

@@ -79,14 +79,8 @@ def _tokenizer_identity(args: argparse.Namespace) -> str | None:
 
 
 def plain(value: Any) -> Any:
-    """Return the same for JSON; what JSON does not have becomes its text."""
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    return str(value)
+    """Return what JSON makes of a value; what it does not have becomes its text."""
+    return json.loads(json.dumps(value, default=str))
 
 
 def write_records(folder: Path, model: Mapping[str, Any], run: Mapping[str, Any]) -> None:

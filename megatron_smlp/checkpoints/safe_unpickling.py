@@ -41,10 +41,6 @@ ALLOWED = {
 }
 
 
-class _RefusedGlobal(pickle.UnpicklingError):
-    """A pickle asks for something that is not plain data."""
-
-
 class MetadataUnpickler(pickle.Unpickler):
     """Builds the classes of ALLOWED and torch's dtypes, and nothing else."""
 
@@ -54,7 +50,7 @@ class MetadataUnpickler(pickle.Unpickler):
             return super().find_class(module, name)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        raise _RefusedGlobal(f"GLOBAL {module}.{name}")
+        raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
 
 
 def load_metadata(file: IO[bytes]) -> Metadata:

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_smlp.checkpoints.save_messages import text_of
 from megatron_smlp.collectives import from_first_rank, gathered
+from megatron_smlp.durable import text_of
 from megatron_smlp.errors import TakenOverError, UsageError
 from megatron_smlp.first_rank import first_rank_first
 from megatron_smlp.lease import HeldError, Lease, acquire

@@ -6,7 +6,7 @@
 3. `add_share`: each rank leaves the checksums of its own shards in it, with --async-save in the
    process that wrote them.
 4. `commit`: rank 0 adds the flags, seals the folder with checksums and marker, renames it, moves
-   the tracker, and deletes what retention leaves over.
+   the tracker, and deletes what --keep-last leaves over.
 
 All ranks take each step together and agree on how it ended, so that a failure on one of them is a
 failure on all, and nobody waits for one that is gone. The folder is shared between nodes.
@@ -16,6 +16,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
+import re
+import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -26,26 +29,27 @@ from typing import Any, Protocol
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_smlp.checkpoints import integrity, retention
-from megatron_smlp.checkpoints.background import add_share, in_background
+from megatron_smlp.checkpoints import integrity
 from megatron_smlp.checkpoints.folders import (
     TRACKER,
     iteration_folder,
+    latest_iteration,
     partial_folder,
+    superfluous,
 )
 from megatron_smlp.checkpoints.model_record import model_flags
 from megatron_smlp.checkpoints.room import gathers_on_gpus, missing_room
 from megatron_smlp.checkpoints.run_record import run_record, write_records
 from megatron_smlp.checkpoints.save_lease import PreviousRun, SaveLease
-from megatron_smlp.checkpoints.save_messages import left_in, reason_of, text_of, whose
 from megatron_smlp.checkpoints.state import Trained, write
 from megatron_smlp.checkpoints.tokenizer_copy import keep_tokenizer
 from megatron_smlp.collectives import from_first_rank, gathered
-from megatron_smlp.durable import remove_folder, replace_folder, write_durably
+from megatron_smlp.durable import remove_folder, replace_folder, text_of, write_durably
 from megatron_smlp.errors import SaveError, TakenOverError, UsageError
 
 FAILURES = (CheckpointException, SaveError)
 
+CUT_SHORT = "was written in part only, as on a full disk"
 MORE_ROOM = "Make room there, or put it back, and start the same command again"
 LESS_GATHERED = (
     "Start the same command again with --distrib-optim-fully-reshardable-mem-efficient, or see "
@@ -102,8 +106,6 @@ class Saving:
         self.lease = SaveLease(args, listener.say)
         self.unsaved = 0
         """The latest iteration that could not be saved; 0 if a later one was."""
-        self.damaged: set[int] = set()
-        """Iterations in --save that this run has found damaged."""
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
@@ -187,11 +189,20 @@ class Saving:
                 add_share(folder, self.args.rank)
                 self.commit()
             else:
-                rank, first = self.args.rank, self.before_writing
-                request = in_background(request, folder, rank, first=first, commit=self.commit)
-                self.queue.schedule_async_request(request)
+                self.queue.schedule_async_request(self._in_background(request, folder))
         except FAILURES as error:
             self._give_up(self.open[-1], error)
+
+    def _in_background(self, request: Any, folder: Path) -> Any:
+        """Return Megatron's request with our steps: a process that is forked for one save writes
+        (decision 21); when those of all ranks are done, this one commits."""
+        request.finalize_fns.append(self.commit)
+        if request.async_fn is None:  # nothing to write on this rank
+            return request
+        write = functools.partial(
+            write_and_add_share, request.async_fn, folder, self.args.rank, self.before_writing
+        )
+        return request._replace(async_fn=write)
 
     def finish(self, *, blocking: bool = False) -> None:
         """Commit what was written in the background; `blocking` waits for all of it. Collective.
@@ -253,13 +264,12 @@ class Saving:
             return [error]
         except OSError as error:
             return [text_of(error)]
-        self.damaged.discard(save.iteration)
-        run, last, every = self.args.save, self.args.keep_last, self.args.keep_every
-        doomed = retention.superfluous(
-            run, newest=save.iteration, last=last, every=every, damaged=self.damaged
-        )
-        for problem in retention.delete(run, doomed):
-            self.listener.say(problem)
+        last, every = self.args.keep_last, self.args.keep_every
+        for folder in superfluous(self.args.save, newest=save.iteration, last=last, every=every):
+            try:
+                remove_folder(folder)
+            except OSError as error:
+                self.listener.say(f"{folder} could not be deleted: {error.strerror}")
         return []
 
     def _give_up(self, save: Save, error: Exception) -> None:
@@ -300,3 +310,56 @@ class Saving:
                 raise errors[0]
             if errors:
                 raise SaveError(f"{errors[0]}{whose(rank, self.lease.hosts)}")
+
+
+def left_in(run: Path) -> str:
+    left = latest_iteration(run)
+    if left is None:
+        return "no checkpoint is there yet"
+    return f"the newest there is of iteration {left}"
+
+
+def reason_of(error: BaseException, hosts: Sequence[str]) -> str:
+    """Return the innermost message of an error that torch and Megatron wrap several times.
+
+    Args:
+        hosts: of each rank, to name the one that failed.
+    """
+    failures: dict[int, Any] = getattr(error, "failures", None) or {}
+    rank, inner = next(
+        ((rank, str(failure[0])) for rank, failure in failures.items()), (None, str(error))
+    )
+    owner = "" if rank is None else whose(rank, hosts)
+    text = re.split(r"error: ", " ".join(inner.split()))[-1][:300]
+    # Torch's archives compare positions instead of asking the system, as on a full disk.
+    return re.sub(r"\[enforce fail at inline_container.*", CUT_SHORT, text) + owner
+
+
+def whose(rank: int, hosts: Sequence[str]) -> str:
+    return f" (rank {rank} on {hosts[rank]})" if hosts else ""
+
+
+def add_share(partial: Path, rank: int) -> None:
+    """Leave the checksums of this rank's shards; where that fails, `commit` computes them."""
+    with contextlib.suppress(OSError):
+        integrity.write_share(partial, rank=rank)
+
+
+def write_and_add_share(
+    write: Callable[..., Any],
+    partial: Path,
+    rank: int,
+    first: Callable[[], None],
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    """Write shards, then leave their checksums: the work of a process that writes."""
+    first()
+    # Ctrl-C reaches every process at the terminal; the training process answers it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        write(*args, **kwargs)
+    except Exception as error:
+        args[-1].put(RuntimeError(repr(error)))  # its queue: nobody else tells the training process
+        return
+    add_share(partial, rank)

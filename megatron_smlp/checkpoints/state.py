@@ -26,7 +26,6 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from megatron.core.dist_checkpointing.utils import _clean_metadata_for_serialization
 from megatron.core.num_microbatches_calculator import update_num_microbatches
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.utils import unwrap_model
 from megatron.training.checkpointing import (
     _build_sharded_state_dict_metadata,
@@ -179,14 +178,12 @@ def read(parts: Trained, folder: Path) -> int:
     saved = common.get("args") or argparse.Namespace()
     goes_on = not args.finetune and "iteration" in common and folder.name != RELEASE
     same_layout = _layout(saved) == _layout(args)
-    metadata = dist_checkpointing.load_content_metadata(preloaded_state_dict=common) or {}
-    if metadata:
-        metadata.setdefault(FORMAT, ANY_LAYOUT)
-    metadata["dp_cp_group"] = parts.groups.dp_cp
+    content = dist_checkpointing.load_content_metadata(preloaded_state_dict=common) or {}
+    metadata = {FORMAT: ANY_LAYOUT} | content | {"dp_cp_group": parts.groups.dp_cp}
     has_optimizer = parts.optimizer is not None and not getattr(saved, "no_save_optim", False)
     with_optimizer = goes_on and has_optimizer and not args.no_load_optim
-    if with_optimizer and not same_layout:
-        _check_optimizer(args, metadata)
+    if with_optimizer:
+        _check_optimizer(args, metadata[FORMAT], same_layout=same_layout)
     has_rng = same_layout and not getattr(saved, "no_save_rng", False)
     with_rng = goes_on and has_rng and not args.no_load_rng
     wanted = _state(
@@ -236,14 +233,13 @@ def _layout(args: argparse.Namespace) -> tuple[int, int]:
     )
 
 
-def _check_optimizer(args: argparse.Namespace, metadata: dict[str, Any]) -> None:
-    kind = metadata.get(FORMAT)
-    reshardable = DistributedOptimizer.checkpoint_fully_reshardable_formats
-    if args.use_distributed_optimizer and kind not in reshardable:
+def _check_optimizer(args: argparse.Namespace, kind: str, *, same_layout: bool) -> None:
+    if kind != ANY_LAYOUT and not (args.use_distributed_optimizer and same_layout):
         raise UsageError(
-            f"the checkpoint's optimizer state has the format {kind}, which only the tensor and "
-            "pipeline parallel sizes that saved it can load: give these and save with "
-            "--optimizer-checkpoint any_layout, or give --no-load-optim."
+            f"the checkpoint's optimizer state has the format {kind}, which only a run with "
+            "--use-distributed-optimizer in the same tensor, pipeline and expert parallel layout "
+            "can load. Resume that way and save with --optimizer-checkpoint any_layout, or give "
+            "--no-load-optim."
         )
 
 

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 from megatron_smlp.errors import UsageError
+from megatron_smlp.progress import Progress
+
+GIGABYTE = 1e9
 
 
 @dataclass(frozen=True)
@@ -58,17 +61,21 @@ def check_scale(specs: Mapping[str, Spec], flags: Mapping[str, Any], *, where: s
     Raises:
         UsageError: there is not a tensor for each layer, or not a row for each expert.
     """
-    num_layers, num_experts = flags.get("num_layers"), flags.get("num_experts")
-    if not isinstance(num_layers, int) or num_layers > len(specs):
-        raise UsageError(
-            f"{where} holds {len(specs)} tensors, too few for a model of {num_layers} layers."
-        )
-    most = max((spec.shape[0] for spec in specs.values() if spec.shape), default=0)
-    if not isinstance(num_experts, int | None) or (num_experts or 0) > most:
-        raise UsageError(f"{where} holds no tensor with rows for {num_experts} experts.")
+    num_layers, num_experts = flags.get("num_layers"), flags.get("num_experts") or 0
+    rows = max((spec.shape[0] for spec in specs.values() if spec.shape), default=0)
+    for number, most, what in ((num_layers, len(specs), "layers"), (num_experts, rows, "experts")):
+        if not isinstance(number, int) or number > most:
+            raise UsageError(f"{where} holds too little for a model of {number} {what}.")
 
 
 def tensors_of(source: Source) -> Iterator[tuple[str, Tensor]]:
-    """Yield tensors one at a time, in the order of their names in the source."""
-    for name in source.specs:
-        yield name, source.read(name)
+    """Yield tensors to be written, one at a time, in the order of their names in the source.
+
+    The bytes of each are shown as written when the next one is asked for.
+    """
+    total, done = sum(spec.nbytes for spec in source.specs.values()), 0
+    with Progress(total) as progress:
+        for name, spec in source.specs.items():
+            yield name, source.read(name)
+            done += spec.nbytes
+            progress.show(done, f"{done / GIGABYTE:.1f} of {total / GIGABYTE:.1f} GB written")

@@ -21,11 +21,8 @@ tokenizer's own runs where whoever reads it gives --trust-remote-code."""
 
 
 def keep_tokenizer(args: argparse.Namespace, run: Path) -> None:
-    """Copy the files that the flags name into a run's folder, unless a run that goes on has a copy.
-
-    Raises:
-        OSError: a file cannot be read or written.
-    """
+    """Copy the files that the flags name into a run's folder, unless a run that goes on has a
+    copy."""
     given = [path for name in FLAGS if (path := getattr(args, name, None))]
     sources = {Path(path).name: source for path in given if (source := _on_this_machine(path))}
     goes_on = is_same_folder(getattr(args, "load", None), str(run))

@@ -86,7 +86,7 @@ class AveragedCheckpoint(TorchDistCheckpoint):
         count: how many there are.
 
     Raises:
-        UsageError: the run keeps fewer up to `iteration`, or of other models.
+        UsageError: the run keeps fewer up to `iteration`.
     """
 
     def __init__(self, folder: str | Path, *, iteration: int | None, count: int) -> None:
@@ -99,9 +99,6 @@ class AveragedCheckpoint(TorchDistCheckpoint):
                 f"{self.iteration}: give at least 2, and at most as many."
             )
         self.earlier = [TorchDistCheckpoint(run, iteration=it) for it in kept[-count:-1]]
-        for other in self.earlier:
-            if other.specs != self.specs:
-                raise UsageError(f"--average: {other.folder} and {self.folder} are of two models.")
 
     def read_into(self, target: Tensor, name: str, *, start: int = 0) -> None:
         super().read_into(target, name, start=start)
@@ -115,18 +112,11 @@ class AveragedCheckpoint(TorchDistCheckpoint):
 
 
 def _find(folder: Path, iteration: int | None) -> Path:
-    if iteration is None or (folder / ".metadata").is_file():
+    if iteration is None:
         checkpoint, why = checkpoint_of(folder), f"{TRACKER} names it"
-        if iteration is not None and iteration_of(checkpoint) != iteration:
-            raise UsageError(
-                f"--ckpt-step {iteration} chooses an iteration of a run, and {checkpoint} is one "
-                "checkpoint: give the run's folder, or leave --ckpt-step out."
-            )
     else:
-        checkpoint, why = (
-            iteration_folder(folder, iteration),
-            f"--ckpt-step {iteration} asks for it",
-        )
+        checkpoint = iteration_folder(folder, iteration)
+        why = f"--ckpt-step {iteration} asks for it"
     if not checkpoint.is_dir():
         raise UsageError(f"{checkpoint} does not exist, but {why}.")
     return checkpoint

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
-import os
 import pickle
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -57,9 +55,7 @@ class TorchDistWriter:
             with contextlib.suppress(OSError):
                 self.file.close()
             return
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
+        self.file.close()  # what `seal` brings to the disk
         with (self.folder / ".metadata").open("wb") as file:
             pickle.dump(self.metadata, file)
         save_config(CheckpointingConfig("torch_dist"), str(self.folder))
@@ -83,17 +79,12 @@ class TorchDistWriter:
 
     def _append(self, index: MetadataIndex, value: Any) -> None:
         offset = self.file.tell()
-        if isinstance(value, Tensor):
-            try:
-                torch.save(value, self.file)
-            except RuntimeError as error:  # torch closes its archive over what went wrong before
-                if isinstance(error.__context__, OSError | KeyboardInterrupt):
-                    raise error.__context__ from None
-                raise
-        else:
-            box = io.BytesIO()
-            torch.save(value, box)
-            self.file.write(box.getbuffer())
+        try:
+            torch.save(value, self.file)
+        except RuntimeError as error:  # torch closes its archive over what went wrong before
+            if isinstance(error.__context__, OSError | KeyboardInterrupt):
+                raise error.__context__ from None
+            raise
         length = self.file.tell() - offset
         self.metadata.storage_data[index] = _StorageInfo(SHARD, offset, length)
 

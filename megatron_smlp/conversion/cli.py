@@ -19,15 +19,6 @@ from megatron_smlp.options import MODEL_FLAGS, argument_of
 from megatron_smlp.platform.allocator import return_large_blocks
 
 DESCRIPTION = "Convert a checkpoint to another format or layout: one process, no GPU."
-CONVERSIONS = {
-    "torch_dist to hf": "torch_dist_to_hf",
-    "hf to torch_dist": "to_torch_dist",
-    "gpt2 to torch_dist": "to_torch_dist",
-    "torch_dist to torch_dist": "torch_dist_to_torch_dist",
-    "upcycled torch_dist to torch_dist": "upcycle",
-    "upcycled hf to torch_dist": "upcycle",
-    "upcycled gpt2 to torch_dist": "upcycle",
-}
 # A flag's destination -> the formats, from and to, that it says something about.
 ONLY = {
     "ckpt_step": ("torch_dist", None),
@@ -38,7 +29,6 @@ ONLY = {
     "license": (None, "hf"),
     "max_shard_size": (None, "hf"),
 }
-LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")
 SHARD_SIZE = "5GB"
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -141,26 +131,12 @@ def _sparse_flags(options: argparse.Namespace) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = build_parser().parse_args(argv)
-    pair = f"{options.source} to {options.target}"
     model = _sparse_flags(options)
-    if options.upcycle:
-        pair = f"upcycled {pair}"
-    if pair not in CONVERSIONS:
+    if options.target == "hf" and (options.source != "torch_dist" or options.upcycle):
         raise UsageError(
-            f"{'--upcycle ' * options.upcycle}--from {options.source} --to {options.target} is not "
-            f"a conversion; possible are: {', '.join(CONVERSIONS)}."
+            "--to hf takes --from torch_dist, without --upcycle: convert to torch_dist first."
         )
     _check_used(options)
-    divisible_by = options.make_vocab_size_divisible_by
-    if divisible_by is not None and divisible_by < 1:
-        raise UsageError(
-            f"--make-vocab-size-divisible-by {divisible_by}: give 1 (no padding) or more."
-        )
-    if options.license is not None and not LICENSE.fullmatch(options.license):
-        raise UsageError(
-            f"--license {options.license}: give a name of the Hub's, of small letters, digits, '.' "
-            "and '-': apache-2.0, mit, cc-by-4.0, ..., other."
-        )
     shard_limit = parse_size(options.max_shard_size or SHARD_SIZE)
     _check_load(options.load, options.source)
     check_target(options.save, options.load, overwrite=options.overwrite)
@@ -181,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         shard_limit=shard_limit,
         tokenizer=options.tokenizer_model,
         license=options.license,
-        divisible_by=divisible_by,
+        divisible_by=options.make_vocab_size_divisible_by,
         layout={
             name: size
             for name in LAYOUT
@@ -190,7 +166,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         drops_optimizer=options.drop_optimizer,
         model=model,
     )
-    getattr(convert, CONVERSIONS[pair])(chosen)
+    if options.target == "hf":
+        convert.torch_dist_to_hf(chosen)
+    elif options.upcycle:
+        convert.upcycle(chosen)
+    elif options.source == "torch_dist":
+        convert.torch_dist_to_torch_dist(chosen)
+    else:
+        convert.to_torch_dist(chosen)
 
 
 def _check_used(options: argparse.Namespace) -> None:
@@ -199,24 +182,15 @@ def _check_used(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is None or value is False:
             continue
-        is_unread = options.upcycle and name == "drop_optimizer"
-        if (
-            is_unread
-            or source not in (None, options.source)
-            or target not in (None, options.target)
-        ):
+        if source not in (None, options.source) or target not in (None, options.target):
             raise UsageError(
-                f"{flag_of(name)} says nothing about {'--upcycle ' * options.upcycle}--from "
-                f"{options.source} --to {options.target}: leave it out."
+                f"{flag_of(name)} says nothing about --from {options.source} --to "
+                f"{options.target}: leave it out."
             )
 
 
 def _check_load(load: Path, source: str) -> None:
     """Raise UsageError where a folder is plainly not of the format that --from says."""
-    if not load.is_dir():
-        raise UsageError(
-            f"--load {load} is not a folder: give that of a run, or of a Hugging Face model."
-        )
     is_run = (load / TRACKER).is_file() or (load / ".metadata").is_file()
     is_huggingface = (load / "config.json").is_file()
     if source == "torch_dist" and is_huggingface and not is_run:

@@ -41,7 +41,6 @@ from megatron_smlp.durable import flush_folder, replace_folder
 from megatron_smlp.errors import UsageError
 from megatron_smlp.hf.configuration_smlp import SMLPConfig
 from megatron_smlp.platform.one_process import one_process
-from megatron_smlp.progress import written_tensors
 from megatron_smlp.signals import interrupt
 
 Say = Callable[[str], None]
@@ -117,7 +116,7 @@ def torch_dist_to_hf(options: Options, say: Say = print) -> None:
                 folder,
                 config,
                 converted.specs,
-                written_tensors(tensors_of(converted), converted.specs.values()),
+                tensors_of(converted),
                 shard_limit=options.shard_limit,
                 tokenizer=tokenizer,
                 recorded=recorded_tokenizer(checkpoint.args),
@@ -316,8 +315,7 @@ def _release(
         )
     ]
     with _whole(options, Path(before.where)) as folder:
-        tensors = written_tensors(tensors_of(source), source.specs.values())
-        write_checkpoint(folder, None, tensors, objects, flags=flags, record=record)
+        write_checkpoint(folder, None, tensors_of(source), objects, flags=flags, record=record)
         keep_tokenizer(before.args, folder)
         yield folder
 

@@ -27,7 +27,7 @@ from megatron_smlp.conversion.safetensors_files import (
 from megatron_smlp.conversion.streamed_weights import weights_from
 from megatron_smlp.data.tokenizers.factory import read_tokenizer
 from megatron_smlp.data.tokenizers.spec import TokenizerSpec
-from megatron_smlp.durable import rust_os_errors
+from megatron_smlp.durable import naming_errors
 from megatron_smlp.errors import DataError, UsageError
 from megatron_smlp.flag_facts import MEGATRON_FLAGS
 from megatron_smlp.hf import modeling_smlp
@@ -166,18 +166,17 @@ def read_config_json(folder: Path) -> dict[str, Any]:
     """Read `config.json` as it is.
 
     Raises:
-        UsageError: it is missing or not a JSON object.
+        UsageError: it is missing, or not a JSON object that says the model's type.
     """
     path = folder / "config.json"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        says_type = isinstance(values["model_type"], str)
     except FileNotFoundError as error:
         raise UsageError(f"{path} is missing: give the folder of a Hugging Face model.") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path} cannot be read ({error}).") from error
-    if not isinstance(values, dict):
-        raise UsageError(f"{path} does not hold a JSON object.")
-    if not isinstance(values.get("model_type"), str):
+    except (OSError, ValueError, RecursionError, TypeError, KeyError) as error:
+        raise UsageError(f"{path} does not say the model's type ({error}).") from error
+    if not says_type:
         raise UsageError(f"{path} does not say the model's type: model_type is not a string.")
     return values
 
@@ -313,7 +312,7 @@ def _add_tokenizer(
     if loaded.pad_token is None:
         loaded.pad_token = loaded.eos_token  # as the model's configuration says
     loaded.model_max_length = config.max_position_embeddings
-    with rust_os_errors(folder):
+    with naming_errors(folder):
         loaded.save_pretrained(folder)
     ends = config.eos_token_id
     if not (isinstance(ends, list) and loaded.eos_token_id in ends):  # of one that was imported
@@ -371,6 +370,6 @@ def logits(build: Callable[[], Any], source: Source, tokens: Tensor) -> Tensor:
     build: makes it on the meta device; tokens: <int64>[B, T]. Returns <fp32>[B, T, V].
     """
     model = build()
-    with weights_from(source, model):
+    with weights_from(source.read, model):
         output: Tensor = model(tokens, use_cache=False).logits
     return output

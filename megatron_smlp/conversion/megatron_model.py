@@ -139,29 +139,22 @@ def object_names(flags: Mapping[str, Any]) -> list[str]:
     return [value.unique_key for value in state.values() if isinstance(value, ShardedObject)]
 
 
-class _LocalNames:
-    """A checkpoint's tensors under the names that they have in the model of this process."""
-
-    def __init__(self, source: Source) -> None:
-        self.source = source
-
-    def read(self, name: str, row: int | None = None) -> Tensor:
-        """Return a tensor; an expert's is a row of a stack, of which no model takes a row again."""
-        match = EXPERT.search(name)
-        if match is None:
-            return self.source.read(name, row)
-        return self.source.read(EXPERT.sub(STACKED, name), int(match[1]))
-
-
 @torch.no_grad()
 def logits(model: Any, source: Source, tokens: Tensor) -> Tensor:
     """Compute logits of `tokens` with the weights of a checkpoint, in fp32.
 
     tokens: <int64>[B, T]. Returns <fp32>[B, T, V].
     """
+
+    def read(name: str, row: int | None) -> Tensor:
+        match = EXPERT.search(name)
+        if match is None:
+            return source.read(name, row)
+        return source.read(EXPERT.sub(STACKED, name), int(match[1]))  # a stack
+
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     # What Megatron compiles would run once: compiling takes longer, and looks for a GPU.
     eagerly = torch.compiler.set_stance("force_eager")
-    with eagerly, weights_from(_LocalNames(source), model):
+    with eagerly, weights_from(read, model):
         output: Tensor = model(tokens, positions, None)
     return output

@@ -59,7 +59,7 @@ def write_card(
         "A causal language model of megatron_smlp, exported for transformers.",
         _table({**_model_facts(of, specs, parameters), **training}),
         "## Loading",
-        _loading(config, is_ours=is_ours, has_tokenizer=has_tokenizer),
+        _loading(is_ours=is_ours, has_tokenizer=has_tokenizer),
     ]
     if is_ours:
         parts.append(
@@ -124,7 +124,7 @@ def _table(rows: Mapping[str, str]) -> str:
     return "\n".join(["| | |", "|---|---|", *lines])
 
 
-def _loading(config: PreTrainedConfig, *, is_ours: bool, has_tokenizer: bool) -> str:
+def _loading(*, is_ours: bool, has_tokenizer: bool) -> str:
     trusts = f", {TRUSTS}" if is_ours else ""
     model = f'model = AutoModelForCausalLM.from_pretrained("."{trusts})'
     if has_tokenizer:

@@ -56,19 +56,11 @@ def account(
     Raises:
         UsageError: with the name of a tensor that is missing, unknown or of another shape.
     """
-    for target, recipe in plan.items():
-        for name in recipe.sources:
-            if name not in source:
-                raise UsageError(f"{where} lacks the tensor {name}, which {target} is made of.")
-        if target not in expected:
-            named = ", ".join(recipe.sources)
-            raise UsageError(f"{where} holds {named}, which has no place in this model ({target}).")
-    missing = [name for name in expected if name not in plan]
-    if missing:
-        raise UsageError(f"{where} lacks what {_some(missing)} could be made of.")
     used = {name for recipe in plan.values() for name in recipe.sources}
-    unknown = sorted(set(source) - used)
-    if unknown:
+    if missing := [*sorted(used - set(source)), *(name for name in expected if name not in plan)]:
+        raise UsageError(f"{where} lacks {_some(missing)}, or what they are made of.")
+    placed = {name for target in expected for name in plan[target].sources}
+    if unknown := sorted(set(source) - placed):
         raise UsageError(f"{where} holds {_some(unknown)}, which this model does not know.")
     specs = {target: _outcome(target, recipe, source, where) for target, recipe in plan.items()}
     for target, spec in specs.items():
@@ -98,15 +90,7 @@ def _some(names: list[str]) -> str:
 
 
 class Converted:
-    """The new tensors of a plan, made when they are read.
-
-    Args:
-        expected: names and shapes that they have to have.
-        where: what the source is, for messages.
-
-    Raises:
-        UsageError: a tensor is missing, unknown or of another shape.
-    """
+    """The new tensors of a plan, made when they are read; `account` says what is checked before."""
 
     def __init__(
         self, plan: Plan, source: Source, expected: Mapping[str, tuple[int, ...]], *, where: str

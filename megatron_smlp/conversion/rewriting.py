@@ -18,7 +18,6 @@ from megatron_smlp.checkpoints.torch_dist import COMMON, NOT_WEIGHTS, TorchDistC
 from megatron_smlp.checkpoints.writer import write_checkpoint
 from megatron_smlp.conversion.record import converted_record, sizes
 from megatron_smlp.errors import UsageError
-from megatron_smlp.progress import written_tensors
 
 ANY_LAYOUT = "optimizer.state."
 """Start of the names of optimizer state that no layout is part of."""
@@ -28,9 +27,6 @@ def check_layout(flags: Mapping[str, Any], layout: Mapping[str, int]) -> None:
     """Raise UsageError where the model cannot be spread that way, as pretrain_smlp.py would."""
     from megatron_smlp.flags.check_model import check_model
 
-    for name, size in layout.items():
-        if size < 1:
-            raise UsageError(f"--target-{name.replace('_', '-')} {size}: give 1 or more.")
     layout = sizes(layout, None)
     if all(size == 1 for size in layout.values()):
         return  # one process holds any model
@@ -92,5 +88,6 @@ def copy(
         iteration=checkpoint.iteration,
         is_new_model=False,
     )
-    tensors = written_tensors(tensors_of(source), source.specs.values())
-    write_checkpoint(run, checkpoint.iteration, tensors, objects, flags=flags, record=record)
+    write_checkpoint(
+        run, checkpoint.iteration, tensors_of(source), objects, flags=flags, record=record
+    )

@@ -16,23 +16,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_smlp.checkpoints.tensors import Spec
-from megatron_smlp.durable import rust_os_errors
+from megatron_smlp.durable import naming_errors
 from megatron_smlp.errors import DamagedCheckpointError, UsageError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 BLOCK_BYTES = 2**24
 
 
@@ -40,8 +28,8 @@ class SafetensorsFolder:
     """The tensors of `model.safetensors`, or of all the files that its index names.
 
     Raises:
-        UsageError: there is no such file in the folder, or two files hold the same name.
-        DamagedCheckpointError: a file is missing, or not what it says.
+        UsageError: there is no such file in the folder.
+        DamagedCheckpointError: a file is missing, or not what it or the index says.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -49,38 +37,22 @@ class SafetensorsFolder:
         self.specs: dict[str, Spec] = {}
         self._places: dict[str, tuple[Path, str]] = {}
         """A tensor's name -> its file, and its name there."""
-        index = _read_index(self.folder / INDEX)
-        if index is None and not (self.folder / SINGLE).is_file():
+        index, single = _read_index(self.folder / INDEX), self.folder / SINGLE
+        if index is None and not single.is_file():
             raise UsageError(
                 f"{self.folder} holds neither {SINGLE} nor {INDEX}: give the folder of a Hugging "
                 "Face model with safetensors weights."
             )
-        for file in sorted(set(index.values())) if index else [SINGLE]:
-            self._add(self.folder / file)
-        if index is not None:
-            self._check(index)
-
-    def _add(self, path: Path) -> None:
-        with _opened(path) as file:
-            for name in file.keys():  # noqa: SIM118 - it is no mapping
-                if name in self.specs:
-                    raise UsageError(f"{path} holds {name}, as another file does: which counts?")
-                tensor = file.get_slice(name)
-                if tensor.get_dtype() not in DTYPES:
-                    raise DamagedCheckpointError(
-                        f"{path} holds {name} of type {tensor.get_dtype()}; what can be read is "
-                        f"{', '.join(DTYPES)}."
-                    )
-                self.specs[name] = Spec(tuple(tensor.get_shape()), DTYPES[tensor.get_dtype()])
-                self._places[name] = path, name
-
-    def _check(self, index: Mapping[str, str]) -> None:
-        for name, file in index.items():
-            if name not in self._places or self._places[name][0].name != file:
-                raise DamagedCheckpointError(f"{self.folder / file} lacks {name}, see {INDEX}.")
-        for name, (path, _) in self._places.items():
-            if name not in index:
-                raise UsageError(f"{path} holds {name}, which {INDEX} does not name.")
+        held = set()
+        for path in sorted({self.folder / file for file in index.values()} if index else [single]):
+            with _opened(path) as file:
+                for name in file.keys():  # noqa: SIM118 - it is no mapping
+                    self.specs[name] = Spec.of(file.get_tensor(name))  # mapped, and not read
+                    self._places[name] = path, name
+                    held.add((name, path.name))
+        if index is not None and (wrong := held ^ set(index.items())):
+            name, place = min(wrong)
+            raise DamagedCheckpointError(f"{self.folder / place} and {INDEX} differ over {name}.")
 
     def read(self, name: str, row: int | None = None) -> Tensor:
         """Return one tensor, or one row of it; its memory is that of the file until it changes."""
@@ -203,6 +175,6 @@ def _write_file(path: Path, specs: dict[str, Spec], stream: Iterator[tuple[str, 
     assert {name: Spec.of(tensor) for name, tensor in tensors.items()} == specs, path
     path.touch()
     mode = path.stat().st_mode
-    with rust_os_errors(path):
+    with naming_errors(path):
         save_file(tensors, path, metadata={"format": "pt"})
         path.chmod(mode)  # the library's files are for their owner alone

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-
-class Reader(Protocol):
-    def read(self, name: str, row: int | None = None) -> Tensor: ...
+Read = Callable[[str, int | None], Tensor]
+"""Returns a tensor by its name, or one row of it."""
 
 
 class StreamedWeight(Tensor):
@@ -21,20 +20,20 @@ class StreamedWeight(Tensor):
     `weight[3]` reads that row alone, so that a stack of experts is never in memory as a whole.
     """
 
-    reader: Reader
+    read: Read
     key: str
 
     @staticmethod
-    def of(reader: Reader, name: str, like: Tensor) -> StreamedWeight:
+    def of(read: Read, name: str, like: Tensor) -> StreamedWeight:
         dtype = torch.float32 if like.is_floating_point() else like.dtype
         meta = torch.empty(like.shape, dtype=dtype, device="meta")
         weight: StreamedWeight = Tensor._make_subclass(StreamedWeight, meta)
-        weight.reader, weight.key = reader, name
+        weight.read, weight.key = read, name
         return weight
 
     def values(self, row: int | None = None) -> Tensor:
-        read = self.reader.read(self.key, row)
-        return read.float() if read.is_floating_point() else read
+        values = self.read(self.key, row)
+        return values.float() if values.is_floating_point() else values
 
     @classmethod
     def __torch_function__(
@@ -67,11 +66,11 @@ def _values(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def weights_from(reader: Reader, model: nn.Module) -> Iterator[None]:
+def weights_from(read: Read, model: nn.Module) -> Iterator[None]:
     """Put streamed weights in the place of the model's parameters and saved buffers.
 
     Args:
-        reader: gives a weight by the name that it has in the model; of a tied one, by the first.
+        read: by the name that a weight has in the model, of a tied one by the first.
         model: on the meta device.
     """
     first: dict[int, str] = {}
@@ -83,7 +82,7 @@ def weights_from(reader: Reader, model: nn.Module) -> Iterator[None]:
             owner = model.get_submodule(path)
             table = owner._parameters if leaf in owner._parameters else owner._buffers
             before.append((table, leaf, value))
-            table[leaf] = StreamedWeight.of(reader, tied, value)
+            table[leaf] = StreamedWeight.of(read, tied, value)
     try:
         yield
     finally:

@@ -143,13 +143,7 @@ def plan(
     expected: Mapping[str, tuple[int, ...]],
     target: Mapping[str, Any],
 ) -> Plan:
-    """Return recipes for the sparse model's tensors from the dense model's.
-
-    Args:
-        source: the dense checkpoint's tensors.
-        expected: the sparse model's tensors.
-        target: the sparse model's flags.
-    """
+    """Return recipes for the sparse model's tensors, `expected`, from the dense model's."""
     recipes = _Recipes(source, expected, target, main_dtype(source))
     return {name: recipes.of(name) for name in expected}
 

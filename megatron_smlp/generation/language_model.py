@@ -128,7 +128,7 @@ def _trained(options: argparse.Namespace) -> tuple[Any, TokenizerSpec | None, st
 
 def model_of(checkpoint: Any) -> Any:
     """Convert a `TorchDistCheckpoint` of any layout to a Hugging Face model, in memory."""
-    from megatron_smlp.checkpoints.tensors import main_dtype, tensors_of
+    from megatron_smlp.checkpoints.tensors import main_dtype
     from megatron_smlp.conversion import huggingface
     from megatron_smlp.conversion.recipes import Converted
 
@@ -138,7 +138,8 @@ def model_of(checkpoint: Any) -> Any:
     expected = huggingface.expected_shapes(model)
     converted = Converted(plan, checkpoint, expected, where=str(checkpoint.folder))
     # `Converted` has compared the names; only a tied output layer is not among them.
-    model.load_state_dict(dict(tensors_of(converted)), assign=True, strict=False)
+    tensors = {name: converted.read(name) for name in converted.specs}
+    model.load_state_dict(tensors, assign=True, strict=False)
     model.tie_weights()
     model.generation_config = huggingface.generation_config(config)
     return model.to(main_dtype(converted.specs)).eval()

@@ -93,10 +93,8 @@ def resume(run: Run, parts: Parts) -> int:
     """Take the folder, load the newest whole checkpoint, and return its iteration. Collective."""
     args = run.args
     run.saving.take_folder()
-    chosen = choose_checkpoint(args, run.reporter.say)
-    if is_same_folder(args.load, args.save):
-        run.saving.damaged = set(chosen.damaged)
-    args.iteration = read(parts, chosen.folder) if chosen.folder else 0
+    folder = choose_checkpoint(args, run.reporter.say)
+    args.iteration = read(parts, folder) if folder else 0
     return int(args.iteration)
 
 

@@ -1,12 +1,10 @@
 """Resuming in another layout replaces parts of Megatron: they are there, and need replacing."""
 
-import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -21,7 +19,6 @@ from megatron_smlp.checkpoints.optimizer_state import (
     AnyLayout,
     model_parameters,
 )
-from megatron_smlp.errors import UsageError
 from megatron_smlp.megatron_patches import torch_adam
 
 pytestmark = pytest.mark.usefixtures("megatron")
@@ -95,14 +92,6 @@ def test_the_step_is_saved_once(optimizer: Callable[..., Any]) -> None:
     assert saved(built, model)["rest"] == {"step": 7}
 
 
-def test_a_format_for_other_layouts_only_is_refused_by_a_plain_optimizer(
-    optimizer: Callable[..., Any],
-) -> None:
-    built, model = optimizer(distributed=False)
-    with pytest.raises(UsageError, match=r"dp_reshardable.*--use-distributed-optimizer"):
-        AnyLayout(built).sharded_state_dict(model, True, metadata={FORMAT: "dp_reshardable"})
-
-
 def test_megatron_looks_for_the_step_among_the_loaded_moments(
     optimizer: Callable[..., Any],
 ) -> None:
@@ -130,16 +119,6 @@ def test_a_rank_without_parameters_has_a_state(optimizer: Callable[..., Any]) ->
     groups = one.state_dict()["optimizer"]["param_groups"]
     assert groups
     assert all(group["step"] == 0 and "params" not in group for group in groups)
-
-
-def test_signatures() -> None:
-    give = inspect.signature(ChainedOptimizer.sharded_state_dict).parameters
-    assert list(give) == ["self", "model_sharded_state_dict", "is_loading", "kwargs"]
-    for kind in (ChainedOptimizer, DistributedOptimizer):
-        assert list(inspect.signature(kind.load_state_dict).parameters) == ["self", "state_dict"]
-    assert {"checkpoint_dir", "preloaded_state_dict"} == set(
-        inspect.signature(dist_checkpointing.load_content_metadata).parameters
-    )
 
 
 def saved_as_they_are(optimizer: Callable[..., Any], *, by_megatron: bool) -> bool:

@@ -6,7 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.rerun_state_machine import RerunStateMachine
 from megatron.core.tensor_parallel import checkpoint, copy_to_tensor_model_parallel_region
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
@@ -27,7 +30,7 @@ from megatron.core.transformer.utils import (
     sharded_state_dict_default,
 )
 from megatron.core.utils import get_batch_on_this_tp_rank
-from megatron.training import pretrain, training
+from megatron.training import checkpointing, pretrain, training
 
 LEADING = [
     (get_transformer_layer_offset, "config vp_stage pp_rank"),
@@ -74,6 +77,11 @@ LEADING = [
     (training.dummy_train_step, "data_iterator"),
     (RerunStateMachine.should_run_forward_backward, "self data_iterator"),
     (MoEMetricsTracker.report, "self loss_scale iteration writer wandb_writer"),
+    (dist_checkpointing.save, "sharded_state_dict checkpoint_dir sharded_strategy"),
+    (dist_checkpointing.load, "sharded_state_dict checkpoint_dir sharded_strategy"),
+    (checkpointing.generate_state_dict, "args model optimizer opt_param_scheduler rng_state"),
+    (checkpointing.get_rng_state, "ckpt_format tp_group pp_group"),
+    (ChainedOptimizer.sharded_state_dict, "self model_sharded_state_dict is_loading kwargs"),
 ]
 """By place, so that a new parameter among them is one to look at."""
 NAMED = [
@@ -82,6 +90,8 @@ NAMED = [
     (make_sharded_tensors_for_checkpoint, "tp_group dp_cp_group"),
     (GPTModel.forward, "labels"),
     (pretrain, "store"),
+    (dist_checkpointing.save, "async_sharded_save content_metadata async_strategy"),
+    (FileSystemWriterAsync.write_preloaded_data, "write_bucket results_queue"),
     (
         get_batch_on_this_tp_rank,
         "has_cu_seqlens is_hybrid_cp create_attention_mask_in_dataloader broadcast_src_rank "

@@ -30,7 +30,6 @@ from megatron_smlp.conversion import convert
 from megatron_smlp.errors import SaveError, UsageError
 from megatron_smlp.metrics_records import MetricsFile
 from megatron_smlp.program import readable_errors
-from megatron_smlp.training.captured_output import CapturedOutput
 
 CONVERSIONS: dict[str, Any] = {
     "hf": from_hf,
@@ -99,15 +98,6 @@ def write_metrics(disk: str) -> None:
     metrics.write({"iteration": 4})
     lines = (Path(disk) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["iteration"] for line in lines] == [1, 4]
-
-
-def write_transcript(disk: str) -> None:
-    with CapturedOutput() as output:
-        output.open(disk, rank=0)
-        print("early")
-        fill(Path(disk), leave=0)
-        for _ in range(5):
-            print("x" * 5000)
 
 
 def convert_without_room(disk: str, kind: str, source: str) -> None:

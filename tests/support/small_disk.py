@@ -9,16 +9,15 @@ sees the file system, and it is gone with the process.
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import json
 import os
+import subprocess
 import sys
 import traceback
 from pathlib import Path
 from typing import Any
 
-MS_REC, MS_PRIVATE = 0x4000, 0x40000
 CANNOT_MOUNT = 77
 
 
@@ -32,7 +31,7 @@ def run_case(work: str, arguments: list[Any], folder: str, kilobytes: int, outpu
         log = os.open(output, os.O_WRONLY | os.O_CREAT)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        code = _mounted(Path(folder), kilobytes)
+        code = _mount(Path(folder), kilobytes)
         if code == 0:
             module, _, function = work.partition(":")
             getattr(importlib.import_module(module), function)(*arguments)
@@ -45,36 +44,24 @@ def run_case(work: str, arguments: list[Any], folder: str, kilobytes: int, outpu
         os._exit(code)
 
 
-def _mounted(folder: Path, kilobytes: int) -> int:
+def _mount(folder: Path, kilobytes: int) -> int:
     folder.mkdir(parents=True, exist_ok=True)
+    user, group = os.getuid(), os.getgid()
     try:
-        _mount(folder, kilobytes)
-    except (AttributeError, OSError) as error:  # os.unshare is of Linux
+        try:
+            os.unshare(os.CLONE_NEWNS)
+        except PermissionError:
+            os.unshare(os.CLONE_NEWNS | os.CLONE_NEWUSER)
+            Path("/proc/self/setgroups").write_text("deny", encoding="utf-8")
+            Path("/proc/self/uid_map").write_text(f"0 {user} 1", encoding="utf-8")
+            Path("/proc/self/gid_map").write_text(f"0 {group} 1", encoding="utf-8")
+        tmpfs = ["-t", "tmpfs", "-o", f"size={kilobytes}k", "small", str(folder)]
+        for arguments in (["--make-rprivate", "/"], tmpfs):
+            subprocess.run(["mount", *arguments], check=True)
+    except (AttributeError, OSError, subprocess.CalledProcessError) as error:  # not on Linux
         print(error)
         return CANNOT_MOUNT
     return 0
-
-
-def _mount(folder: Path, kilobytes: int) -> None:
-    user, group = os.getuid(), os.getgid()
-    try:
-        os.unshare(os.CLONE_NEWNS)
-    except PermissionError:
-        os.unshare(os.CLONE_NEWNS | os.CLONE_NEWUSER)
-        Path("/proc/self/setgroups").write_text("deny", encoding="utf-8")
-        Path("/proc/self/uid_map").write_text(f"0 {user} 1", encoding="utf-8")
-        Path("/proc/self/gid_map").write_text(f"0 {group} 1", encoding="utf-8")
-    _call_mount("none", "/", None, MS_REC | MS_PRIVATE, None)
-    _call_mount("small", str(folder), "tmpfs", 0, f"size={kilobytes}k")
-
-
-def _call_mount(
-    source: str, target: str, kind: str | None, flags: int, options: str | None
-) -> None:
-    words = [word.encode() if word is not None else None for word in (source, target, kind)]
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.mount(*words, flags, options.encode() if options else None):
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), target)
 
 
 def free_kilobytes(folder: Path) -> int:

@@ -9,9 +9,9 @@ from support.deletion import names_in
 from megatron_smlp import durable
 from megatron_smlp.durable import (
     link_durably,
+    naming_errors,
     remove_folder,
     replace_folder,
-    rust_os_errors,
     write_durably,
 )
 
@@ -77,6 +77,6 @@ def test_a_library_in_rust_says_what_the_system_said(tmp_path: Path) -> None:
 
     path = tmp_path / "none" / "tokenizer.json"
     said = pytest.raises(FileNotFoundError, match="No such file or directory")
-    with said as caught, rust_os_errors(path):
+    with said as caught, naming_errors(path):
         Tokenizer(models.BPE()).save(str(path))
     assert caught.value.filename == str(path)

@@ -217,27 +217,6 @@ def test_a_lease_that_cannot_be_read_now_is_nobodys_death(tmp_path: Path):
         acquire(tmp_path, expiry=30.0)
 
 
-def test_of_many_that_wait_one_takes_over(tmp_path: Path):
-    held(tmp_path).release()
-    elsewhere(tmp_path, expiry=SHORT)
-    taken: list[Lease] = []
-    refused: list[str] = []
-
-    def attempt() -> None:
-        try:
-            taken.append(acquire(tmp_path, expiry=LONG))
-        except HeldError as error:
-            refused.append(str(error))
-
-    threads = [threading.Thread(target=attempt) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert (len(taken), len(refused)) == (1, 7)
-    assert taken[0].is_held()
-
-
 def test_one_that_was_taken_over_notices_and_leaves_the_successor_alone(tmp_path: Path):
     old = held(tmp_path, expiry=SHORT)
     (tmp_path / ".lease-000002").write_bytes(Holder.here(expiry=LONG).content())

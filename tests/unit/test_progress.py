@@ -4,9 +4,11 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from megatron_smlp import progress
-from megatron_smlp.progress import Progress, written_tensors
+from megatron_smlp.checkpoints.tensors import Spec, tensors_of
+from megatron_smlp.progress import Progress
 
 
 def test_a_log_file_gets_a_line_every_so_often(
@@ -24,11 +26,11 @@ def test_tensors_are_counted_when_the_next_one_is_asked_for(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
-    rows = [(name, SimpleNamespace(nbytes=10**9)) for name in "ab"]
-    passed = written_tensors(iter(rows), [tensor for _, tensor in rows])
-    assert next(passed) == rows[0]
+    specs = dict.fromkeys("ab", Spec((10**9,), torch.uint8))
+    passed = tensors_of(SimpleNamespace(specs=specs, read=str.upper))
+    assert next(passed) == ("a", "A")
     assert capsys.readouterr().err == ""
-    assert list(passed) == rows[1:]
+    assert list(passed) == [("b", "B")]
     assert capsys.readouterr().err == "1.0 of 2.0 GB written\n2.0 of 2.0 GB written\n"
 
 

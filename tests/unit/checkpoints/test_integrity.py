@@ -65,7 +65,7 @@ def test_whatever_happens_to_any_file_of_any_checkpoint(run: Path):
             damage(path)
         changed = {p.name for p in before if not p.exists() or p.read_bytes() != before[p]}
         named = {text.split()[0] for text in verify(accident[0][0].parent)}
-        if changed & {SUMS, MARKER} and len(changed) > 1:  # which of both is true then?
+        if changed & {SUMS, MARKER}:  # what is in one of them may be true or not
             assert named & {SUMS, MARKER}, (accident, changed, named)
         else:
             assert named == changed, (accident, changed, named)
@@ -78,7 +78,7 @@ def test_checksums_cut_at_the_end_of_a_line(folder: Path):
     """All that is left of them is true, but they no longer name every file."""
     lines = (folder / SUMS).read_text().splitlines(keepends=True)
     (folder / SUMS).write_text("".join(lines[:-1]))
-    assert verify(folder) == [f"{SUMS} is damaged"]
+    assert verify(folder) == [f"{SUMS} or {MARKER} is damaged"]
 
 
 def test_without_a_marker_it_is_not_whole(folder: Path):
@@ -89,27 +89,9 @@ def test_without_a_marker_it_is_not_whole(folder: Path):
     assert verify(folder) == [f"{SUMS} is missing", f"{MARKER} is missing"]
 
 
-class TestWithoutChecksums:
-    """Of Megatron's own, or of an older version: what the index tells."""
-
-    @pytest.fixture
-    def foreign(self, folder: Path) -> Path:
-        for name in (SUMS, MARKER, RUN):
-            (folder / name).unlink(missing_ok=True)
-        return folder
-
-    def test_a_good_one(self, foreign: Path):
-        assert verify(foreign) == []
-
-    @pytest.mark.parametrize("damage", [cut, Path.unlink])
-    @pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
-    def test_missing_and_short_files(
-        self, foreign: Path, name: str, damage: Callable[[Path], None]
-    ):
-        damage(foreign / name)
-        [found] = verify(foreign)
-        assert name in found
-
-    def test_half_a_save(self, foreign: Path):
-        (foreign / "metadata.json").unlink()
-        assert verify(foreign) == ["metadata.json is missing"]
+def test_half_of_a_save_by_another_program(folder: Path):
+    for name in (SUMS, MARKER, RUN):
+        (folder / name).unlink()
+    assert verify(folder) == []
+    (folder / "metadata.json").unlink()
+    assert verify(folder) == ["metadata.json is missing"]

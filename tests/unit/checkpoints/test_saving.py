@@ -117,14 +117,14 @@ def test_old_checkpoints_go_when_the_new_one_is_there(tmp_path: Path, flags: str
 # A rank that is killed when the process that it has forked for a save has written almost all.
 KILLED_RANK = """
 import os, signal, sys, time
-from megatron_smlp.checkpoints import background
+from megatron_smlp.checkpoints import saving
 from support.checkpoints import pretrain
 
 def kill(*_):
     os.kill(rank, signal.SIGKILL)
     time.sleep(1000)
 
-rank, background.add_share = os.getpid(), kill
+rank, saving.add_share = os.getpid(), kill
 pretrain(f"--save {sys.argv[1]} --async-save")
 """
 

@@ -1,8 +1,6 @@
-"""A small model without an embedding table: trained, resumed, refused; exported elsewhere."""
+"""A small model without an embedding table: trained and resumed; exported elsewhere."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +11,6 @@ from support.launches import records
 from tokenizers import Tokenizer
 
 from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
-from megatron_smlp.errors import UsageError
 from megatron_smlp.layers.minhash import fingerprints
 
 SIZES = "--hash-count 16 --filter-size 128 --window 2"
@@ -70,18 +67,3 @@ def test_a_resume_ends_in_the_same_bits_whatever_the_tokenizer_says_by_then(
     whole, parts = (checkpoint_tensors(folder, 4) for folder in (trained, tmp_path / "run"))
     assert whole.keys() == parts.keys()
     assert [name for name in whole if not torch.equal(whole[name], parts[name])] == []
-
-
-def test_a_checkpoint_of_the_other_input_is_refused(
-    parse: Callable[..., Any], trained: Path, tokenizer: Path
-):
-    for flag in ("--hash-count 8", "--window 0"):
-        with pytest.raises(UsageError, match=flag):
-            parse(f"--architecture mixer {flag}")
-    words = f"--architecture mixer {NO_NUMBERS} {tokenizer} --load {trained}"
-    message = r"--input-projection embedding contradicts the checkpoint .* made with minhash"
-    with pytest.raises(UsageError, match=message):
-        parse(words)
-    message = r"--filter-size 64 contradicts the checkpoint .* which was made with 128"
-    with pytest.raises(UsageError, match=message):
-        parse(f"{words} --input-projection minhash {SIZES} --filter-size 64")
