@@ -33,6 +33,7 @@ from support.first_gpu.work import LIMIT, Work, seconds
 from support.launches import REPOSITORY, TIME_LIMIT, Step, clean_environment
 from support.systems import SYSTEMS
 
+from megatron_smlp.provenance import made_by
 from megatron_smlp.training.agreement import StepAgreement
 
 FOR_CUDA = {"environment", "fp16", "transformer_engine", "cuda_graphs"}
@@ -134,6 +135,12 @@ def test_layouts_of_more_gpus_than_there_are_do_not_run(
         (line,) = results[name].notes.lines
         said = f"it needs {asked[name]} GPUs, and this machine has {gpus}"
         assert line == ("not run", f"{name}: {said}")
+
+
+def test_the_report_has_the_versions(reports: Callable[[str], dict[str, Any]]):
+    printed = reports("fp16")["printed"]
+    assert f"* torch: {torch.__version__.split('+')[0]}" in printed
+    assert f"* package: {made_by()['sources']}\n* cases: " in printed
 
 
 def test_every_system_and_layout_is_a_case():

@@ -227,7 +227,6 @@ ON_TWO_RANKS = {
     "gmlp": "--architecture gmlp",
     "gmlp_bf16": "--architecture gmlp --bf16",
     "gmlp_heads": "--architecture gmlp --spatial-heads 4",
-    "gmlp_toeplitz": "--architecture gmlp --toeplitz",
     "amlp": "--architecture amlp --tiny-attention-width 16 --sequence-parallel",
     "mixer_expansion": "--architecture mixer --spatial-heads 4 --mixer-expansion",
     "switch": f"{EXPERTS} --token-router switch {WHOLE_EXPERTS}",
@@ -235,7 +234,6 @@ ON_TWO_RANKS = {
     "hash": f"{EXPERTS} --token-router hash {WHOLE_EXPERTS}",
     # The estimate counts GShard's second expert as if it always served.
     "gshard": f"{EXPERTS} --token-router gshard --gshard-second-expert all {WHOLE_EXPERTS}",
-    "base": f"{EXPERTS} --token-router base {WHOLE_EXPERTS}",
     "shared": f"{EXPERTS} --token-router topk {WHOLE_EXPERTS}"
     " --moe-shared-expert-intermediate-size 64",
     "smlp": f"{SPARSE_MLP} --feature-router deterministic {WHOLE_EXPERTS}",
@@ -243,8 +241,6 @@ ON_TWO_RANKS = {
     "transformer_full": f"{FULL} --recompute-method uniform --recompute-num-layers 1",
     "transformer_by_two": f"{FULL} --recompute-method uniform --recompute-num-layers 2",
     "transformer_block": f"{FULL} --recompute-method block --recompute-num-layers 2",
-    "smlp_full": f"{SPARSE_MLP} --feature-router deterministic {WHOLE_EXPERTS} {FULL}"
-    " --recompute-method uniform --recompute-num-layers 1",
     "transformer_selective": "--recompute-granularity selective",
     "gmlp_selective": "--architecture gmlp --recompute-activations",
     "amlp_selective": "--architecture amlp --spatial-heads 4 --tiny-attention-width 16"
