@@ -20,13 +20,14 @@ def environment(place: Place, notes: Notes) -> None:
     import torch
 
     from megatron_smlp.platform import cpu
-    from megatron_smlp.provenance import made_by
+    from megatron_smlp.provenance import made_by, version_of
 
     made = made_by()
     notes.data = {"commit": made["commit"] or "none: no repository", "package": made["sources"]}
     notes.data["cases"] = checksum(Path(__file__).parents[1])
     packages = ("torch", "megatron-core", "transformer-engine", "apex", "flash-attn", "triton")
-    notes.data |= {"python": sys.version.split()[0]} | {name: version(name) for name in packages}
+    notes.data["python"] = sys.version.split()[0]
+    notes.data |= {name: version_of(name) or "not installed" for name in packages}
     notes.data["CUDA of torch"] = str(torch.version.cuda)
     if place.on_cpu:
         notes.not_run("devices: --device cpu, the CPU stands in for a GPU")
@@ -43,17 +44,6 @@ def environment(place: Place, notes: Notes) -> None:
     cpu.apply()
     notes.check((torch.cuda.current_device, torch.empty) == before, "no name is a CPU's")
     notes.passed(f"{torch.cuda.device_count()} devices")
-
-
-def version(package: str) -> str:
-    """Of an installed distribution."""
-    from importlib.metadata import PackageNotFoundError
-    from importlib.metadata import version as installed
-
-    try:
-        return installed(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def checksum(folder: Path) -> str:
