@@ -15,7 +15,6 @@ The figures go to --plots as PNG.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import tempfile
@@ -24,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from timing import Record, report
+from timing import Record, benchmark_parser, report
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -282,13 +281,10 @@ def summarise(records: Sequence[Record], sweeps: Sequence[str], plots: Path | No
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = benchmark_parser(__doc__, repeats=3, of="steps per point")
     names = [*SWEEPS, "memory"]
     parser.add_argument("sweeps", nargs="*", default=names, metavar="SWEEP", help=", ".join(names))
-    parser.add_argument("--json", type=Path, help="write the records here")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw the sweeps here")
-    parser.add_argument("--repeats", type=int, default=3, help="steps per point")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     arguments = parser.parse_args()
     unknown = set(arguments.sweeps) - set(names)
     if unknown:
