@@ -4,13 +4,10 @@ Prints the times and how much of the optimum is reached: `quality` is the share 
 random balanced assignment to the optimum. scipy sees the same problem, one column a slot.
 """
 
-import argparse
-from pathlib import Path
-
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
-from timing import Record, compare, report
+from timing import Record, benchmark_parser, compare, report
 from torch import Tensor
 
 from megatron_smlp.ops.balanced_assignment import balanced_assignment
@@ -62,11 +59,7 @@ def _bench(kind: str, shape: tuple[int, int], repeats: int) -> Record:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, help="write the records here")
-    parser.add_argument("--repeats", type=int, default=3, help="calls per case and side")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    arguments = parser.parse_args()
+    arguments = benchmark_parser(__doc__, repeats=3).parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     records = [_bench(kind, shape, arguments.repeats) for kind, shape in CASES]

@@ -11,12 +11,9 @@ Products in blocks wait for their slowest thread more often than one large produ
 quiet machine, or with --threads 1.
 """
 
-import argparse
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
-from timing import Record, compare, report
+from timing import Record, benchmark_parser, compare, report
 from torch import Tensor
 
 from megatron_smlp.ops.causal_mix import causal_mix
@@ -88,11 +85,7 @@ def _bench_unit(shape: tuple[int, int, int, int], dtype: torch.dtype, repeats: i
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, help="write the records here")
-    parser.add_argument("--repeats", type=int, default=15, help="calls per case and side")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    arguments = parser.parse_args()
+    arguments = benchmark_parser(__doc__, repeats=15).parse_args()
     torch.set_num_threads(arguments.threads)
     keep_freed_memory()
     torch.manual_seed(0)

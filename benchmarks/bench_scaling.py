@@ -15,7 +15,6 @@ The figures go to --plots as PNG.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import tempfile
@@ -24,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from timing import Record, report
+from timing import Record, benchmark_parser, report
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -194,10 +193,12 @@ def as_records(measured: Mapping[Point, float]) -> Iterator[Record]:
 def memory_records() -> Iterator[Record]:
     """Kept bytes a token of the second half's layers, which are sparse in an sMLP."""
     import torch
-    from kept_activations import build_layer, kept_bytes
+    from support.in_process import layer_config
+    from support.parallel_models import kept_by
 
     from megatron_smlp.accounting.footprint import activation_elements
     from megatron_smlp.accounting.ranks import ParallelLayout
+    from megatron_smlp.architectures import SlottedLayer
     from megatron_smlp.platform.one_process import one_process
 
     with one_process():
@@ -206,9 +207,13 @@ def memory_records() -> Iterator[Record]:
                 values = Point("T", system, length).values | {"num_dense_layers": 0}
                 shape = ModelShape.from_args(resolve(values))
                 expected = activation_elements(shape, ParallelLayout(), shape.slots[0]) * 2
-                layer = build_layer(batch=2, length=length, **_layer_flags(values))
+                layer = SlottedLayer(layer_config(spatial_length=length, **_layer_flags(values)))
                 hidden = torch.randn(length, 2, SIZES["hidden_size"], dtype=torch.bfloat16)
-                kept = kept_bytes(layer, hidden) / (2 * length)
+                hidden.requires_grad_()
+                with kept_by(layer) as bytes_kept:
+                    output = layer(hidden, attention_mask=None)
+                kept = bytes_kept.peak / (2 * length)
+                del output
                 yield Record(
                     case=f"{system} memory T={length}",
                     ours_ms=kept,
@@ -276,13 +281,10 @@ def summarise(records: Sequence[Record], sweeps: Sequence[str], plots: Path | No
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = benchmark_parser(__doc__, repeats=3, of="steps per point")
     names = [*SWEEPS, "memory"]
     parser.add_argument("sweeps", nargs="*", default=names, metavar="SWEEP", help=", ".join(names))
-    parser.add_argument("--json", type=Path, help="write the records here")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw the sweeps here")
-    parser.add_argument("--repeats", type=int, default=3, help="steps per point")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     arguments = parser.parse_args()
     unknown = set(arguments.sweeps) - set(names)
     if unknown:

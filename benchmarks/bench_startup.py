@@ -7,7 +7,6 @@ allowed: a ratio over 1 is within it.
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from timing import Record, add_only, report
+from timing import Record, add_only, benchmark_parser, report
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = f"""
@@ -55,10 +54,7 @@ def _has_a_line(path: Path) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, help="write the records here")
-    parser.add_argument("--repeats", type=int, default=3, help="calls per case")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser = benchmark_parser(__doc__, repeats=3, of="calls per case")
     add_only(parser, CASES)
     arguments = parser.parse_args()
     records = []

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from timing import Record, add_only, report
+from timing import Record, add_only, benchmark_parser, report
 
 from megatron_smlp.training.events import Listener, Outcome
 
@@ -77,10 +77,7 @@ def run(
         measure: case, steps -> its record; called in that process.
         repeats: steps per case and side, where the user names no other number.
     """
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--json", type=Path, help="write the records here")
-    parser.add_argument("--repeats", type=int, default=repeats, help="steps per case and side")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser = benchmark_parser(description, repeats=repeats, of="steps per case and side")
     add_only(parser, cases)
     arguments = parser.parse_args()
     import_once()

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
 from megatron_smlp.plotting.figures import DPI, looks, tidy
 
@@ -48,11 +47,8 @@ def scaling_figure(sweeps: Sequence[Sweep]) -> Figure:
             panel.plot(line.sizes, line.expected, "--", color=color, linewidth=1.0)
         panel.set(xscale="log", yscale="log", xlabel=sweep.size, ylabel=sweep.cost)
         sizes = sorted({size for line in sweep.lines.values() for size in line.sizes})
-        for axis, ticks in ((panel.xaxis, sizes), (panel.yaxis, _ticks(sweep))):
-            axis.set_major_locator(FixedLocator(ticks))
-            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axis.set_minor_locator(NullLocator())
-            axis.set_minor_formatter(NullFormatter())
+        panel.set_xticks(sizes, [f"{size:g}" for size in sizes])
+        panel.xaxis.minorticks_off()
         tidy(panel)
     handles = [
         panels[0].plot([], [], "o-", color=colors[label], markersize=4)[0] for label in labels
@@ -66,16 +62,3 @@ def scaling_figure(sweeps: Sequence[Sweep]) -> Figure:
         frameon=False,
     )
     return figure
-
-
-def _ticks(sweep: Sweep) -> list[float]:
-    """Round numbers, some six of them, that span the panel's costs."""
-    costs = [cost for line in sweep.lines.values() for cost in (*line.measured, *line.expected)]
-    low, high = min(costs), max(costs)
-    round_numbers = [
-        digit * 10.0**power
-        for power in range(int(np.floor(np.log10(low))) - 1, int(np.log10(high)) + 2)
-        for digit in (1, 1.2, 1.4, 1.6, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9)
-    ]
-    inside = [number for number in round_numbers if low / 1.1 <= number <= high * 1.1]
-    return inside[:: max(1, len(inside) // 8)]

@@ -69,6 +69,17 @@ def report(records: list[Record], path: Path | None) -> None:
         path.write_text(json.dumps(records, indent=2) + "\n")
 
 
+def benchmark_parser(
+    description: str | None, *, repeats: int, of: str = "calls per case and side"
+) -> argparse.ArgumentParser:
+    """Return a parser with --json, --repeats and --threads."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--json", type=Path, help="write the records here")
+    parser.add_argument("--repeats", type=int, default=repeats, help=of)
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    return parser
+
+
 def add_only(parser: argparse.ArgumentParser, cases: Iterable[str]) -> None:
     """Add --only, which chooses of the cases: `arguments.cases` has their names, all by default."""
     names = list(cases)

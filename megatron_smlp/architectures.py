@@ -49,11 +49,11 @@ from megatron_smlp.options import ModelOptions, options_of
 from megatron_smlp.systems import (
     ARCHITECTURES,
     CHANNELS,
+    MIXERS,
     LayerSlots,
     feature_router_class,
     layer_slots,
     load,
-    mixer_of,
     token_router_class,
 )
 
@@ -164,7 +164,7 @@ def layer_submodules(config: TransformerConfig, slots: LayerSlots) -> Transforme
 def _mixer(
     config: TransformerConfig, slots: LayerSlots, backend: BackendSpecProvider
 ) -> ModuleSpec:
-    options, mixer = options_of(config), mixer_of(slots)
+    options, mixer = options_of(config), MIXERS[slots.mixer]
     chosen = {"kind": mixer.plugin} if mixer.plugin else {}
     if mixer.routes:
         chosen = {"feature_router": feature_router_class(options.feature_router)}

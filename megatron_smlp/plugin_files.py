@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_smlp import options, systems
-from megatron_smlp.command_line import flag_of
+from megatron_smlp.command_line import Parser, flag_of
 from megatron_smlp.errors import UsageError
 from megatron_smlp.flag_facts import Facts
 from megatron_smlp.flags import early
@@ -40,19 +40,13 @@ def take(argv: Sequence[str]) -> list[str]:
     Raises:
         UsageError: see `load`; or the flag has no value.
     """
-    rest, named = [], named_in(config_paths(argv))
-    arguments = iter(argv)
-    for word in arguments:
-        flag, equals, value = word.partition("=")
-        if word == ALLOW:
-            ALLOWED.add(word)
-        elif flag != FLAG:
-            rest.append(word)
-        elif equals:
-            named.append(value)
-        else:
-            named.append(next(arguments, ""))
-    for name in named:
+    parser = Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument(FLAG, action="append", default=[], dest="names")
+    parser.add_argument(ALLOW, action="store_true", dest="allows")
+    options, rest = parser.parse_known_args(argv)
+    if options.allows:
+        ALLOWED.add(ALLOW)
+    for name in (*named_in(config_paths(argv)), *options.names):
         load(name)
     return rest
 

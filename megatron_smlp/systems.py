@@ -271,21 +271,7 @@ class LayerSlots:
     @property
     def routes(self) -> bool:
         """Return whether one of the slots sends tokens or chunks to experts."""
-        return self.channel == "token_moe" or mixer_of(self).routes
-
-
-def mixer_of(slots: LayerSlots) -> Mixer:
-    """Look a layer's token mixer up.
-
-    Raises:
-        ValueError: nothing describes it.
-    """
-    if slots.mixer not in MIXERS:
-        raise ValueError(
-            f"the token mixer {slots.mixer!r} is not described: give it an entry in MIXERS of "
-            f"megatron_smlp/systems.py, beside {', '.join(MIXERS)}."
-        )
-    return MIXERS[slots.mixer]
+        return self.channel == "token_moe" or MIXERS[self.mixer].routes
 
 
 def is_moe_layer(index: int, moe_layer_freq: int | list[int]) -> bool:

@@ -23,12 +23,12 @@ from megatron_smlp.options import PLUGIN_OPTIONS, ModelOptions, options_of
 from megatron_smlp.systems import (
     BY_PREFIX,
     CHANNELS,
+    MIXERS,
     TOKEN_ROUTERS,
     LayerSlots,
     experts_of_a_token,
     layer_slots,
     load,
-    mixer_of,
 )
 
 TOKENS_PER_REPORT = 1024
@@ -279,12 +279,8 @@ def norm_cost(shape: ModelShape) -> Cost:
 
 
 def layer_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
-    """Both slots of one layer, each with its norm.
-
-    Raises:
-        ValueError: a mixer that systems.py does not describe.
-    """
-    entry = mixer_of(slots)
+    """Both slots of one layer, each with its norm."""
+    entry = MIXERS[slots.mixer]
     mixer: Cost = load(entry.cost)(shape, entry.plugin or slots)
     channels = {"mlp": mlp_cost, "token_moe": token_moe_cost, "none": lambda _: Cost()}
     if slots.channel in CHANNELS:

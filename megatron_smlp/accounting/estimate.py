@@ -29,13 +29,14 @@ from megatron_smlp.flags.megatron_flags import listed
 from megatron_smlp.flags.yaml_file import StrictLoader, read_yaml, spelling
 from megatron_smlp.options import (
     DEFAULTS,
+    OUR_FLAGS,
     PLUGIN_OPTIONS,
     ModelOptions,
     choices_of,
     model_defaults,
 )
 from megatron_smlp.partial_prediction import prefix_length
-from megatron_smlp.systems import ARCHITECTURES, BY_PREFIX, TOP_K
+from megatron_smlp.systems import ARCHITECTURES, BY_PREFIX
 
 _REQUIRED = ("num_layers", "hidden_size", "seq_length")
 _LAYOUT: dict[str, Any] = {
@@ -66,24 +67,15 @@ _LAYOUT: dict[str, Any] = {
     "recompute_activations": False,
 }
 _UNCOUNTED: dict[str, Any] = {
-    **dict.fromkeys(
-        (
-            *("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank"),
-            *("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"),
-            *("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"),
-            *("pipeline_model_parallel_layout", "distribute_saved_activations"),
-            *("fp8_format", "fp4_format", "fp32_residual_connection"),
-            *("use_precision_aware_optimizer", "optimizer_cpu_offload"),
-            *("use_megatron_fsdp", "use_torch_fsdp2", "ddp_bucket_size", "ddp_num_buckets"),
-        )
-    ),
-    "num_distributed_optimizer_instances": 1,
+    "num_layers_per_virtual_pipeline_stage": None,
+    "ddp_bucket_size": None,
     "context_parallel_size": 1,
     "optimizer": "adam",
     "recompute_modules": ["core_attn"],
     "moe_token_dispatcher_type": "alltoall",
 }
-"""Flags that change memory or traffic in ways that are not counted, unless they have this value."""
+"""Flags that change memory or traffic in ways that are not counted, unless they have this value; so
+may all that a run takes as untested only."""
 _GATHERED_BYTES = 12
 """Of a parameter: its fp32 value and Adam's two moments."""
 _PINNED = 2
@@ -98,14 +90,13 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 }
 _SIZES = {
     *_REQUIRED,
-    *("relation_width", "num_feature_chunks", "ffn_hidden_size", "num_attention_heads"),
+    *("num_feature_chunks", "ffn_hidden_size", "num_attention_heads"),
     *("kv_channels", "max_position_embeddings", "num_experts", "moe_ffn_hidden_size"),
     *("moe_shared_expert_intermediate_size", "padded_vocab_size", "global_batch_size"),
     *("expert_tensor_parallel_size", "world_size", "recompute_num_layers"),
     *(name for name, default in _DEFAULTS.items() if type(default) is int),
 } - {"rotary_base", "moe_layer_freq"}
 """What has to be a whole number."""
-_FROM_ZERO = {"hash_seed", "num_dense_layers", "window"}
 _TYPED = dict.fromkeys(_REQUIRED)
 _TYPED |= {name: value for name, value in _DEFAULTS.items() if name not in _RESOLVED}
 _TYPED |= {field.name: field.default for field in dataclasses.fields(TokenizerSpec)}
@@ -209,16 +200,15 @@ def _refuse_misspelt(values: dict[str, Any]) -> None:
 
 
 def _refuse_wrong(values: Mapping[str, Any]) -> None:
-    """Refuse what is not one of the choices, and what is no number, or no size, where it has to."""
+    """Refuse what is not one of the choices, and what is no number where it has to be."""
     # A plugin that a study names may have come since this file was imported.
     ours = {field.name: choices_of(field) for field in dataclasses.fields(ModelOptions)}
     for name, value in values.items():
         choices = _CHOICES.get(name) or ours.get(name)
         if choices and value is not None and value not in choices:
             raise ValueError(f"{flag_of(name)} {value}: give one of {', '.join(choices)}")
-        least = 0 if name in _FROM_ZERO else 1
-        if name in _SIZES and value is not None and not (type(value) is int and value >= least):
-            raise ValueError(f"{flag_of(name)} {value}: give a whole number from {least} on")
+        if name in _SIZES and type(value) not in (int, type(None)):
+            raise ValueError(f"{flag_of(name)} {value}: give a whole number")
         is_number = name == "rotary_base" or type(_DEFAULTS.get(name)) is float
         if is_number and type(value) not in (int, float, type(None)):
             raise ValueError(f"{flag_of(name)} {value}: give a number")
@@ -233,22 +223,19 @@ def _refuse_impossible(args: argparse.Namespace) -> None:
         check_sparse(args)
     if args.num_experts is not None:
         check_experts(args)
-    topk = args.moe_router_topk if args.token_router in TOP_K else 1
-    if topk > (args.num_experts or topk):
-        raise ValueError(f"--moe-router-topk {topk} of --num-experts {args.num_experts}: give less")
     prefix = prefix_length(args, seq_length=args.seq_length)
     if args.feature_router in BY_PREFIX and not 0 < prefix < args.seq_length:
         raise ValueError(f"--prefix-fraction {args.prefix_fraction}: give a part of the sequence")
-    if args.bf16 and args.fp16:
-        raise ValueError("--bf16 and --fp16 exclude one another: give one of them")
 
 
 def uncounted(values: Mapping[str, Any]) -> list[str]:
     """Return the names of flags with which memory and traffic are not those that are counted."""
+    known = {*_TYPED, *OUR_FLAGS}
     return [
         name
-        for name, harmless in _UNCOUNTED.items()
-        if values.get(name, harmless) not in (None, False, harmless)
+        for name, value in values.items()
+        if value not in (None, False, _UNCOUNTED.get(name))
+        if name in _UNCOUNTED or not (name in known or flag_of(name) in listed())
     ]
 
 
@@ -353,12 +340,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         config, as_json = given.pop("config"), given.pop("json")
         file = {spelling(key): value for key, value in read_yaml(*config).items()}
         values = merged(file, given, rest)
+        result = estimate(values)
         for name in uncounted(values):
             raise ValueError(
                 f"{flag_of(name)} {values[name]}: memory and traffic with it are not counted here. "
                 f"--no-{flag_of(name)[2:]} leaves it out"
             )
-        result = estimate(values)
     except ValueError as error:
         print(f"estimate.py: error: {error}", file=sys.stderr)
         return 2

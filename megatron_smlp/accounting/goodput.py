@@ -76,19 +76,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print a table.
 
     Raises:
-        UsageError: a time or a number of GPUs is not positive, or a run has no restarts.
+        UsageError: a number is not positive, or a run has no restarts.
     """
     args = _arguments(argv)
-    if min(args.gpus) < 1:
-        raise UsageError(f"--gpus {min(args.gpus)}: give numbers of 1 or more.")
     restart = measured_restart(Path(args.run)) if args.run else args.restart_seconds
-    for flag, value in (
-        ("--save-seconds", args.save_seconds),
-        ("--restart-seconds", restart),
-        ("--mtbf-hours", args.mtbf_hours),
-    ):
-        if not value > 0:
-            raise UsageError(f"{flag} {value}: give a number over 0.")
+    if min(*args.gpus, args.save_seconds, restart, args.mtbf_hours) <= 0:
+        raise UsageError("goodput: times and numbers of GPUs are over 0.")
     table = rows(args.gpus, save=args.save_seconds, restart=restart, gpu_hours=args.mtbf_hours)
     if args.json:
         print(json.dumps(table))

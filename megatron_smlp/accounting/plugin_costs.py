@@ -27,11 +27,7 @@ class Counted(NamedTuple):
 
 
 def counted(kind: type[Mixer], *, features: int, length: int, values: Mapping[str, Any]) -> Counted:
-    """Run a mixer on the meta device.
-
-    Raises:
-        ValueError: see `_flops`.
-    """
+    """Run a mixer on the meta device."""
     import torch
 
     from megatron_smlp.plugins import masked_product, mix
@@ -64,11 +60,7 @@ def counted(kind: type[Mixer], *, features: int, length: int, values: Mapping[st
 
 
 def feature_router_cost(shape: ModelShape, kind: type[FeatureRouter], *, num_experts: int) -> Cost:
-    """Return the cost of a plugin's rule, of the scores of all chunks; each rank has all of it.
-
-    Raises:
-        ValueError: see `_flops`.
-    """
+    """Return the cost of a plugin's rule, of the scores of all chunks; each rank has all of it."""
     import torch
 
     with torch.device("meta"):
@@ -109,22 +101,14 @@ def _flops(what: str, run: Callable[[], Any]) -> int:
 
 def plugin_cost(shape: ModelShape, kind: type[Mixer]) -> Cost:
     """Return the cost of a slot with a mixer of this class: norm, projections, and between them
-    what torch counts, or what the class's `cost` says.
-
-    Raises:
-        ValueError: see `counted`.
-    """
+    what torch counts, or what the class's `cost` says."""
     from megatron_smlp.plugins import weights_of
 
     values = _values(shape, kind)
     features = kind.features(
         hidden_size=shape.hidden_size, ffn_hidden_size=shape.ffn_hidden_size, values=values
     )
-    sizes: dict[str, Any] = {
-        "features": features,
-        "length": shape.seq_length,
-        "values": values,
-    }
+    sizes: dict[str, Any] = {"features": features, "length": shape.seq_length, "values": values}
     mixer, square, above, kept = counted(kind, **sizes)
     flops, square = kind.cost(**sizes) or (square - above, square)
     weights = weights_of(mixer)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 
@@ -28,6 +29,31 @@ class Row:
 
 
 Check = Callable[[], Row]
+
+
+def checked(check: Callable[[str, Any], Row], name: str, kind: type) -> Row:
+    """Make a check of a class; what the class raises is what is wrong with it."""
+    try:
+        with DoubleStays():
+            return check(name, kind)
+    except Exception as error:  # of any kind, as the class is the user's
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return wrong(name, check.__name__.strip("_").replace("_", " "), f"it raises {reason}")
+
+
+def wrong(subject: str, compared: str, advice: str) -> Row:
+    """Return the row of what could not be compared."""
+    return Row(subject=subject, compared=compared, apart="-", advice=advice)
+
+
+def gradients(subject: str, function: Callable[..., Tensor], inputs: Any, advice: str) -> Row:
+    """Return the row of a function's gradients against finite differences."""
+    compared = "gradients and finite differences, fp64"
+    try:
+        torch.autograd.gradcheck(function, inputs, atol=1e-6, rtol=1e-5)
+    except (RuntimeError, AssertionError) as error:
+        return wrong(subject, compared, f"{advice}: {' '.join(str(error).split())[:160]}")
+    return Row(subject=subject, compared=compared, apart="under 1e-5")
 
 
 def close(subject: str, compared: str, difference: float, limit: float, advice: str) -> Row:

@@ -1,14 +1,12 @@
-"""lm-evaluation-harness's own `hf` model over an exported folder, with readable refusals."""
+"""lm-evaluation-harness's own `hf` model over an exported folder."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 from lm_eval.models.huggingface import HFLM
 
-from megatron_smlp.errors import UsageError
 from megatron_smlp.evaluation.harness import Request
 from megatron_smlp.generation.language_model import check_with_tokenizer
 
@@ -20,7 +18,7 @@ class ExportedModel(HFLM):
         dtype: to compute in; "auto": what the weights are stored in.
 
     Raises:
-        UsageError: the folder is not a model, has no tokenizer, or one of another vocabulary.
+        UsageError: the folder is not a model, or has no tokenizer.
     """
 
     def __init__(
@@ -38,22 +36,10 @@ class ExportedModel(HFLM):
         if not self.tokenizer.encode(""):
             # Documents of the training began behind an end, not behind a token that is only named.
             self.custom_prefix_token_id = self.tokenizer.eos_token_id
-        entries, rows = len(self.tokenizer), self.model.config.vocab_size
-        if entries > rows:
-            raise UsageError(
-                f"--hf {folder}: the tokenizer has {entries} entries and the model {rows}: they do "
-                "not belong together"
-            )
 
     @property
     def longest(self) -> int:
         return int(self.max_length)
-
-    def loglikelihood(
-        self, requests: list[Any], disable_tqdm: bool = False
-    ) -> list[tuple[float, bool]]:
-        """Score as the base class does, with progress bars on a terminal only."""
-        return super().loglikelihood(requests, disable_tqdm=disable_tqdm or not sys.stderr.isatty())
 
     def _loglikelihood_tokens(
         self, requests: list[Request], *args: Any, **kwargs: Any

@@ -71,17 +71,13 @@ def validation_part(index: Index, split: str | None) -> Part:
     )
 
     try:
-        with np.errstate(invalid="ignore"):
-            shares = parse_and_normalize_split(split)
-        if any(map(math.isnan, shares)):  # they are all zero, or there is none
-            raise ValueError("no share is over 0")
+        share = convert_split_vector_to_split_matrix(parse_and_normalize_split(split))[1]
+        first, last = (round(bound * index.num_sequences) for bound in share or (0, 0))
     except (AssertionError, ValueError) as error:
         raise UsageError(
             f"--split {split}: give the run's shares of training, validation and test, for "
             "example 969,30,1"
         ) from error
-    share = convert_split_vector_to_split_matrix(shares)[1]
-    first, last = (round(bound * index.num_sequences) for bound in share or (0, 0))
     if first == last:
         raise UsageError(
             f"--split {split} leaves no document of {index.prefix} for validation: leave it out "

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -106,16 +104,14 @@ def _load(names: Sequence[str], manager: Any, *, remedy: str) -> Selection:
     built: list[Any] = []
     for name in names:
         try:
-            with _harness_errors() as said:
-                loaded = _outermost(manager.load([name]))
-                manager.load([*built, *loaded])  # which refuses one that is there twice
+            loaded = _outermost(manager.load([name]))
+            manager.load([*built, *loaded])  # which refuses one that is there twice
         except UsageError:
             raise
         except Exception as error:  # of files and code that are not ours, and of the network
-            reason = "; ".join([_in_words(error), *said])
             raise UsageError(
-                f"--tasks {name} cannot be loaded ({reason}): check {_file_of(name, manager)}, "
-                f"{remedy}"
+                f"--tasks {name} cannot be loaded ({_in_words(error)}): check "
+                f"{_file_of(name, manager)}, {remedy}"
             ) from error
         built += loaded
     return Selection(built, manager)
@@ -138,41 +134,12 @@ def _in_words(error: Exception) -> str:
     return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
 
 
-@contextlib.contextmanager
-def _harness_errors() -> Iterator[list[str]]:
-    """Collect what the harness logs as an error, of which its exceptions may say nothing."""
-    said: list[str] = []
-
-    class Collect(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            said.append(record.getMessage())
-
-    logger, handler = logging.getLogger("lm_eval"), Collect(logging.ERROR)
-    logger.addHandler(handler)
-    try:
-        yield said
-    finally:
-        logger.removeHandler(handler)
-
-
-def _unread(folder: str | None) -> Iterator[str]:
-    """Yield the task files of a folder that the harness passes over in silence, and why."""
-    from lm_eval.tasks._index import TaskIndex
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    for path in sorted(Path(folder).rglob("*.yaml")) if folder else ():
-        try:
-            TaskIndex.process_cfg(load_yaml(path, resolve_func=False), path, {})
-        except Exception as error:  # of any kind, as the harness itself catches it
-            yield f"{path} is passed over ({' '.join(str(error).split())[:200]})"
-
-
 def _check_known(name: str, known: Sequence[str], *, include_path: str | None) -> None:
-    """Raise `UsageError` where a task is unknown, with files that may be its, and near names."""
+    """Raise `UsageError` where a task is unknown, with near names."""
     if name in known:
         return
-    unread = "; ".join(_unread(include_path))
     hint = did_you_mean(name, known, most=3, cutoff=0.5)
     few = f"known are {', '.join(known)}" if len(known) < 20 else "`lm_eval ls tasks` lists all"
-    text = "; ".join(part for part in (unread, hint, few) if part)
+    own = include_path and f"a file of {include_path} that is no task in YAML is passed over"
+    text = "; ".join(part for part in (hint, few, own) if part)
     raise UsageError(f"--tasks {name} is not a task: {text}")

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.errors import UsageError, require_package
 from megatron_smlp.flags.check_model import slots_of
-from megatron_smlp.systems import ARCHITECTURES, MIXERS, mixer_of
+from megatron_smlp.systems import ARCHITECTURES, MIXERS
 
 CORE = "core_attn"
 """What Megatron calls the part of a token mixer that recomputes, where one does."""
@@ -68,7 +68,7 @@ def check_recomputing(args: argparse.Namespace) -> None:
     slots = slots_of(args)
     channels = {layer.channel for layer in slots}
     is_there = {
-        CORE: any(mixer_of(layer).recomputes for layer in slots),
+        CORE: any(MIXERS[layer.mixer].recomputes for layer in slots),
         "mlp": "mlp" in channels,
         "moe": "token_moe" in channels,
         "shared_experts": bool(args.moe_shared_expert_intermediate_size),

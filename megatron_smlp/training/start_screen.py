@@ -21,7 +21,7 @@ from megatron_smlp.accounting.costs import (
     model_cost,
 )
 from megatron_smlp.accounting.ranks import updates_by_layers
-from megatron_smlp.systems import TOP_K, LayerSlots, mixer_of
+from megatron_smlp.systems import MIXERS, TOP_K, LayerSlots
 
 PRECISIONS = ("bf16", "fp16")
 WIDTH = 40
@@ -92,7 +92,7 @@ def describe(args: argparse.Namespace, slots: LayerSlots) -> tuple[str, str]:
         "token_moe": f"token MoE ({router}), experts: {args.num_experts}{shared}",
         "none": "-",
     }
-    mixer = mixer_of(slots).title.format_map({**vars(args), "heads": slots.heads})
+    mixer = MIXERS[slots.mixer].title.format_map({**vars(args), "heads": slots.heads})
     if args.toeplitz:
         mixer += ", Toeplitz"
     return mixer, channels.get(slots.channel, f"{slots.channel} (plugin)")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import weakref
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -84,6 +85,21 @@ class _Held:
         self.tensor = tensor
 
 
+@contextlib.contextmanager
+def kept_by(model: nn.Module) -> Iterator[Kept]:
+    """Count what is kept as on a GPU: without attention in blocks, without padded experts."""
+    from megatron_smlp.layers import token_moe
+    from megatron_smlp.ops import causal_attention
+
+    kept = Kept(model)
+    with (
+        mock.patch.object(causal_attention, "LONGEST", 0),
+        mock.patch.object(token_moe, "ROWS", 1),
+        torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda held: held.tensor),
+    ):
+        yield kept
+
+
 def measure(cases: Mapping[str, str], folder: str) -> None:
     """Train one micro-batch of each case, name -> flags, and write this rank's numbers: bytes that
     autograd keeps at most, and that are sent in the tensor parallel group and in others."""
@@ -105,8 +121,6 @@ def _measured(words: str) -> dict[str, float]:
     from support.in_process import MINIMAL, base_for, build_model, forget_arguments
 
     from megatron_smlp.flags.parse import parse_arguments
-    from megatron_smlp.layers import token_moe
-    from megatron_smlp.ops import causal_attention
 
     forget_arguments()
     args = parse_arguments([*base_for(words, MINIMAL).split(), *words.split()])
@@ -121,13 +135,7 @@ def _measured(words: str) -> dict[str, float]:
     model = build_model(args).train().to(args.params_dtype)
     ids = torch.randint(args.padded_vocab_size, (args.micro_batch_size, args.seq_length))
     places = torch.arange(args.seq_length).expand_as(ids)
-    kept, sent = Kept(model), Sent()
-    with (
-        mock.patch.object(causal_attention, "LONGEST", 0),
-        mock.patch.object(token_moe, "ROWS", 1),  # a GPU pads no expert's rows
-        torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda held: held.tensor),
-        sent,
-    ):
+    with kept_by(model) as kept, Sent() as sent:
         model(ids, places, None, labels=ids).mean().backward()
     group = parallel_state.get_tensor_model_parallel_group().group_name
     return {

@@ -137,26 +137,10 @@ def test_layouts_of_more_gpus_than_there_are_do_not_run(
         assert line == ("not run", f"{name}: {said}")
 
 
-def test_the_report_says_what_to_send_and_with_which_versions(
-    reports: Callable[[str], dict[str, Any]],
-):
-    report = reports("fp16")
-    printed = report["printed"]
+def test_the_report_has_the_versions(reports: Callable[[str], dict[str, Any]]):
+    printed = reports("fp16")["printed"]
     assert f"* torch: {torch.__version__.split('+')[0]}" in printed
-    assert "## What to send to the maintainers" in printed
     assert f"* package: {made_by()['sources']}\n* cases: " in printed
-    assert "the CPU in place of a GPU" in printed
-    passed = len(report["cases"]) - len(FOR_CUDA)
-    assert passed > 0
-    assert f"\n{passed} passed, 0 failed, {len(FOR_CUDA)} not run" in printed
-
-
-def test_kernels_are_timed_beside_what_they_replace(reports: Callable[[str], dict[str, Any]]):
-    times = reports("kernel_times")["cases"]["kernel_times"]["data"]
-    kinds = ("assignment", "experts, grouped", "its parts", "dense product", "attention")
-    for kind in kinds:
-        assert any(kind in name for name in times), kind
-    assert all(re.fullmatch(r"\d+\.\d{3} ms, the other \d+\.\d{3} ms", t) for t in times.values())
 
 
 def test_every_system_and_layout_is_a_case():
@@ -373,12 +357,6 @@ def test_a_run_may_lie_a_few_roundings_away(ours: Run, verdict: str, said: str):
     compare(notes, "it", ours, known)
     assert notes.verdict == verdict
     assert said in notes.lines[0][1]
-
-
-def test_without_a_reference_nothing_is_compared():
-    notes = Notes()
-    compare(notes, "it", run_of(), None)
-    assert notes.verdict == "not run"
 
 
 @pytest.mark.parametrize("name", slow_unless_in(("gate-zero",), SABOTAGES))

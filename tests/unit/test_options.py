@@ -12,11 +12,7 @@ from megatron_smlp.options import MODEL_FLAGS, OUR_FLAGS, ModelOptions, RunOptio
 from megatron_smlp.partial_prediction import prefix_length
 from megatron_smlp.systems import (
     ARCHITECTURES,
-    MIXERS,
-    TOKEN_ROUTERS,
-    is_moe_layer,
     layer_slots,
-    load,
 )
 
 ATTENTION, GATING, FEATURE = "attention", "spatial_gating", "feature_moe"
@@ -47,15 +43,6 @@ def test_what_fills_the_slots(options: dict, experts: int | None, freq: object, 
     sizes = Namespace(num_layers=4, moe_layer_freq=freq, num_attention_heads=8)
     slots = layer_slots(ModelOptions(**options), sizes, num_experts=experts)
     assert [dataclasses.astuple(row) for row in slots] == rows
-
-
-@pytest.mark.parametrize(
-    ("freq", "expected"),
-    [(1, [1, 1, 1, 1, 1]), (2, [1, 0, 1, 0, 1]), (3, [1, 0, 0, 1, 0]), ([0, 0, 1, 0, 1], None)],
-)
-def test_placement_is_megatrons(freq: int | list[int], expected: list[int] | None):
-    placed = [is_moe_layer(index, freq) for index in range(5)]
-    assert placed == [bool(value) for value in expected or freq]
 
 
 def test_the_page_of_flags_is_that_of_the_records():
@@ -128,13 +115,6 @@ def test_records_of_the_hugging_face_configuration_are_those_of_its_file():
     learned = {n for n, one in ARCHITECTURES.items() if one.positions == "learned_absolute"}
     assert (set(hf._FEED_FORWARD), set(hf._ATTENTION)) == (with_ffn, learned)
     assert set(hf._TOEPLITZ) == set(OUR_FLAGS["toeplitz"].architectures)
-
-
-@pytest.mark.parametrize("entry", [*MIXERS.values(), *TOKEN_ROUTERS.values()])
-def test_what_the_tables_name_is_there(entry: object):
-    for reference in vars(entry).values():
-        if isinstance(reference, str) and ":" in reference and reference.startswith("megatron_"):
-            assert callable(load(reference))
 
 
 @pytest.mark.parametrize(

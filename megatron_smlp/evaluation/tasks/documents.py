@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,19 +87,18 @@ def read_documents(
     from datasets import Dataset
 
     path = find_file(task, data_dir)
-    reader = _rows_of_csv if path.suffix == ".csv" else _rows_of_json
     documents: list[Document] = []
     try:
-        for line, row in reader(path):
+        for line, row in _rows(path):
             try:
-                documents += convert(row)
+                documents += convert(json.loads(row) if isinstance(row, str) else row)
             except (KeyError, TypeError, ValueError) as error:
                 raise UsageError(
                     f"{path}:{line} is no document of task {task} ({type(error).__name__}: "
                     f"{error}); its data is {FILES[task].origin}"
                 ) from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8 text: {error.reason}") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UsageError(f"{path} cannot be read: {error}") from error
     if not documents:
         raise UsageError(f"{path} is empty: task {task} has nothing to evaluate")
     return {"validation": Dataset.from_list(documents)}
@@ -122,31 +120,16 @@ def _choice(row: Document, name: str, allowed: Iterable[int | str]) -> str:
     return str(row[name])
 
 
-def _rows_of_json(path: Path) -> Iterator[tuple[int, Document]]:
-    """Yield the number and the object of each line that is not blank."""
-    # Lines end in a line feed: other characters that end lines are data within a string.
-    with path.open(encoding="utf-8-sig", newline="\n") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UsageError(f"{path}:{number} is not JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise UsageError(f"{path}:{number} is not a JSON object")
-            yield number, row
-
-
-def _rows_of_csv(path: Path) -> Iterator[tuple[int, Document]]:
-    """Yield the number of the last line and the columns of each row."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
-        try:
-            for row in reader:
-                yield reader.line_num, row
-        except csv.Error as error:
-            raise UsageError(f"{path}:{reader.line_num + 1} is not CSV: {error}") from error
+def _rows(path: Path) -> Iterator[tuple[int, Document | str]]:
+    """Yield the number of each line that is not blank, and its columns of CSV, or its JSON."""
+    is_csv = path.suffix == ".csv"
+    # JSON's lines end in a line feed: other characters that end lines are data within a string.
+    with path.open(encoding="utf-8-sig", newline="" if is_csv else "\n") as file:
+        if is_csv:
+            reader = csv.DictReader(file, strict=True)
+            yield from ((reader.line_num, row) for row in reader)
+        else:
+            yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
 
 
 def copa(data_dir: str | None = None, **metadata: Any) -> dict[str, Any]:
@@ -198,22 +181,11 @@ def storycloze(data_dir: str, **metadata: Any) -> dict[str, Any]:
 
 def hellaswag(data_dir: str, **metadata: Any) -> dict[str, Any]:
     def convert(row: Document) -> Iterator[Document]:
-        start, rest = (row["ctx_a"], row["ctx_b"]) if "ctx_a" in row else split_context(row["ctx"])
         label = _choice(row, "label", range(len(row["endings"])))
-        kept = {**_texts(row, "activity_label"), "endings": row["endings"]}
-        yield {**kept, "ctx_a": start, "ctx_b": rest, "label": label}
+        kept = {name: row[name] for name in ("ctx_a", "ctx_b", "endings")}
+        yield {**_texts(row, "activity_label"), **kept, "label": label}
 
     return read_documents("hellaswag", data_dir, convert)
-
-
-def split_context(context: str) -> tuple[str, str]:
-    """Split ctx into ctx_a, whole sentences, and ctx_b, the beginning of the sentence to complete.
-
-    For copies of the data without these two; the harness writes ctx_b with a capital letter.
-    """
-    ends = [match.end() for match in re.finditer(r"[.!?]['\")]*\s+", context)]
-    cut = ends[-1] if ends and not re.search(r"[.!?]['\")]*\s*$", context) else len(context)
-    return context[:cut].rstrip(), context[cut:]
 
 
 def record(data_dir: str, **metadata: Any) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def _all() -> dict[str, Case]:
         )
         for name in SYSTEMS
     ]
-    cases += [Case(operators.__name__, operators, work=Work(kernels=26))]
+    cases += [Case(operators.__name__, operators, work=Work(kernels=6))]
     cases += [Case(kernel_times.__name__, kernel_times, work=Work(kernels=22, large_steps=5))]
     cases += [Case(recompute.__name__, recompute, work=Work(trainings=6, steps=18))]
     cases += [Case(dropout.__name__, dropout, work=RESUMED)]

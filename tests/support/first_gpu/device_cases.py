@@ -20,13 +20,14 @@ def environment(place: Place, notes: Notes) -> None:
     import torch
 
     from megatron_smlp.platform import cpu
-    from megatron_smlp.provenance import made_by
+    from megatron_smlp.provenance import made_by, version_of
 
     made = made_by()
     notes.data = {"commit": made["commit"] or "none: no repository", "package": made["sources"]}
     notes.data["cases"] = checksum(Path(__file__).parents[1])
     packages = ("torch", "megatron-core", "transformer-engine", "apex", "flash-attn", "triton")
-    notes.data |= {"python": sys.version.split()[0]} | {name: version(name) for name in packages}
+    notes.data["python"] = sys.version.split()[0]
+    notes.data |= {name: version_of(name) or "not installed" for name in packages}
     notes.data["CUDA of torch"] = str(torch.version.cuda)
     if place.on_cpu:
         notes.not_run("devices: --device cpu, the CPU stands in for a GPU")
@@ -43,17 +44,6 @@ def environment(place: Place, notes: Notes) -> None:
     cpu.apply()
     notes.check((torch.cuda.current_device, torch.empty) == before, "no name is a CPU's")
     notes.passed(f"{torch.cuda.device_count()} devices")
-
-
-def version(package: str) -> str:
-    """Of an installed distribution."""
-    from importlib.metadata import PackageNotFoundError
-    from importlib.metadata import version as installed
-
-    try:
-        return installed(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def checksum(folder: Path) -> str:
@@ -91,8 +81,6 @@ def operators(place: Place, notes: Notes) -> None:
                 worst = _rounding(place, product, reference, shape, dtype)
                 what = f"{product.__name__}, T = {length}, {str(dtype).removeprefix('torch.')}"
                 notes.check(worst <= rounding, f"{what}: {worst:.1e} of the largest value")
-    for length in lengths:
-        _check_gate(place, notes, length)
     with installed():
         _check_assignment(place, notes)
 
@@ -116,49 +104,6 @@ def _with_gradients(product: Any, weight: Any, values: Any, upstream: Any) -> tu
     weight, values = weight.requires_grad_(), values.requires_grad_()
     output = product(weight, values)
     return output.detach(), *torch.autograd.grad(output, (weight, values), upstream)
-
-
-def _check_gate(place: Place, notes: Notes, length: int) -> None:
-    """The gate and its gradients in bf16 against fp64."""
-    import torch
-
-    from megatron_smlp.ops import gated_mix
-
-    batch, width = (2, 48) if place.on_cpu else (8, 1024)
-    shape = (length, batch, width)
-    exact = [torch.randn(length, batch, 2 * width, dtype=torch.float64)]
-    exact += [torch.randn(width, dtype=torch.float64) for _ in range(2)]
-    exact += [torch.randn(1, length, length, dtype=torch.float64) / length**0.5]
-    exact += [torch.randn(1, length, dtype=torch.float64)]
-    ours = [tensor.to(place.device, torch.bfloat16) for tensor in exact]
-    by_kernels = gated_mix.gates_by_kernels(ours[0], 1, torch.nn.functional.gelu)
-
-    def parts(u: Any, weight: Any, bias: Any, *others: Any) -> Any:
-        return gated_mix.gelu_gate_reference(u, (weight, bias, 1e-5), *others)
-
-    def kernels(u: Any, weight: Any, bias: Any, *others: Any) -> Any:
-        return gated_mix.gelu_gate(u, (weight, bias, 1e-5), *others)
-
-    gate = kernels if by_kernels else parts
-    # The same rounded numbers on both sides: what differs is the arithmetic.
-    rounded = [tensor.double().cpu() for tensor in ours]
-    upstream = torch.randn(shape).to(torch.bfloat16)
-    pairs = zip(
-        _gate_with_gradients(gate, ours, upstream.to(place.device)),
-        _gate_with_gradients(parts, rounded, upstream.double()),
-        strict=True,
-    )
-    worst = max(float((one.double().cpu() - e).abs().max() / e.abs().max()) for one, e in pairs)
-    what = f"gate, T = {length}, bfloat16, {'kernels' if by_kernels else 'its parts'}"
-    notes.check(worst <= 2e-2, f"{what}: {worst:.1e} of the largest value")
-
-
-def _gate_with_gradients(function: Any, operands: Any, upstream: Any) -> list[Any]:
-    import torch
-
-    operands = [operand.detach().requires_grad_() for operand in operands]
-    output = function(*operands)
-    return [output.detach(), *torch.autograd.grad(output, operands, upstream)]
 
 
 def _check_assignment(place: Place, notes: Notes) -> None:

@@ -89,15 +89,17 @@ def variants(place: Place) -> tuple[dict[str, Gate], dict[str, Gate]]:
     }
     gates, norms = {}, {}
     for number, (heads, width, dtype) in enumerate(shapes):
-        size = f"{heads} x {width}, T = {tokens}, {str(dtype).removeprefix('torch.')}"
+        # The last one's rows begin at odd places.
+        length = tokens if place.on_cpu or number + 1 < len(shapes) else 2047
+        size = f"{heads} x {width}, T = {length}, {str(dtype).removeprefix('torch.')}"
         weights = (torch.float32, dtype)[number % 2]
         # Interpreted, one kind of each shape.
         asked = [list(kinds)[number % len(kinds)]] if place.on_cpu else list(kinds)
         for kind in asked:
             options = kinds[kind]
-            gates[f"{kind}, {size}"] = Gate(tokens, batch, heads, width, dtype, weights, **options)
+            gates[f"{kind}, {size}"] = Gate(length, batch, heads, width, dtype, weights, **options)
         if not place.on_cpu or heads == 3:
-            norm = Gate(tokens, batch, heads, width, dtype, normed=True)
+            norm = Gate(length, batch, heads, width, dtype, normed=True)
             norms[f"norm with means, {size}"] = norm
     many = {"added": (1, 1100, {}), "routed": (4, 1050, {"experts": 3, "prefix": tokens // 7})}
     for kind, (heads, width, options) in many.items():

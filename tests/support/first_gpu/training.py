@@ -10,7 +10,6 @@ import contextlib
 import functools
 import multiprocessing
 import os
-import socket
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -21,7 +20,7 @@ from typing import Any
 
 from support.first_gpu import sabotage
 from support.first_gpu.notes import Notes, Place
-from support.launches import Step, steps
+from support.launches import Step, free_port, steps
 from support.runs import ending_well, forget_run
 from support.systems import MODEL, SYSTEMS
 
@@ -245,9 +244,7 @@ class Watch:
 
 def on_ranks(place: Place, count: int, flags: str, folder: Path, notes: Notes) -> list[Step]:
     """The same run in `count` processes of this machine, one a GPU; notes one that dies."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     context = multiprocessing.get_context("fork" if place.can_fork else "spawn")
     ranks = [
         context.Process(target=_rank, args=(rank, count, port, flags, folder), name=f"rank {rank}")

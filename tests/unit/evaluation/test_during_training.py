@@ -123,7 +123,6 @@ def _check_tensorboard(folder: Path, scored: list[dict[str, Any]]) -> None:
     ("flags", "said"),
     [
         ("--eval-tasks-interval 2", "--eval-tasks-interval 2 needs --eval-tasks"),
-        ("--eval-tasks copa --eval-tasks-interval 0", "--eval-tasks-interval 0: give 1 or more"),
         ("--eval-tasks copq --eval-tasks-data-dir {tasks}", "did you mean copa"),
         ("--eval-tasks record --eval-tasks-data-dir {tasks}", "has no record"),
         ("--eval-tasks copa --eval-tasks-data-dir {tasks}", "needs a tokenizer of text"),

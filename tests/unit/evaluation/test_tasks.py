@@ -9,7 +9,6 @@ from evaluation_helpers import write_task
 
 from megatron_smlp.errors import UsageError
 from megatron_smlp.evaluation.selection import Selection, select_tasks
-from megatron_smlp.evaluation.tasks.documents import split_context
 
 ROWS: dict[str, Any] = {
     "copa.jsonl": {
@@ -22,7 +21,8 @@ ROWS: dict[str, Any] = {
         "option1": "trophy", "option2": "case", "answer": "1",
     },
     "hellaswag.jsonl": {
-        "activity_label": "Roof shingle removal", "ctx": "A man is sitting on a roof. he",
+        "activity_label": "Roof shingle removal", "ctx_a": "A man is sitting on a roof.",
+        "ctx_b": "he",
         "endings": ["is [laughing].", "starts pulling up roofing."], "label": 1,
     },
     "record.jsonl": {
@@ -135,19 +135,6 @@ def test_records_likeliest_entity_counts_by_the_nearest_answer(
     assert found == {"f1": pytest.approx(f1), "em": em}
 
 
-@pytest.mark.parametrize(
-    ("context", "parts"),
-    [
-        ("He sat. the lady", ("He sat.", "the lady")),
-        ('"Go!" he said. "Now." she', ('"Go!" he said. "Now."', "she")),
-        ("[header] How to cook [title] Buy rice.", ("[header] How to cook [title] Buy rice.", "")),
-        ("no end", ("no end", "")),
-    ],
-)
-def test_context_is_cut_where_its_last_sentence_begins(context: str, parts: tuple[str, str]):
-    assert split_context(context) == parts
-
-
 CAPITALS = [("The capital of France is", [" Paris", " Rome"])]
 
 
@@ -185,8 +172,6 @@ def test_no_network_is_one_line():
         ('"{{question}}"', "!function absent.text"),
         ("test_split: train", "test_split: none"),
         ("{{question}}", "{{question"),
-        ("task: capitals", "tusk: capitals"),
-        ("output_type:", "output_type: ["),
     ],
 )
 def test_a_mistake_in_a_task_of_ones_own_is_named_with_its_file(
@@ -230,7 +215,7 @@ def test_a_value_that_is_not_allowed_is_named_with_its_line(
         ("copa.jsonl", b"\xff\xfe{}", ""),
         ("storycloze.csv", STORY.replace(",2\n", ",3\n").encode(), ":2"),
         ("storycloze.csv", STORY.replace(",Mum came.,2", "").encode(), ":2"),
-        ("storycloze.csv", STORY.replace('ran."', "ran.").encode(), ":2"),
+        ("storycloze.csv", STORY.replace('ran."', "ran.").encode(), ""),
     ],
 )
 def test_a_malformed_file_is_named_with_its_line(
