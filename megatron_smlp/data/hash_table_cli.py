@@ -3,13 +3,8 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from megatron_smlp.command_line import Parser, require_positive
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -42,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     require_positive(args, "num_experts", "vocab_size")
     # Not before --help.
+    import numpy as np
+
     from megatron_smlp.data.blending import parse_blend
     from megatron_smlp.data.token_counts import token_counts, vocabulary_of
     from megatron_smlp.durable import write_durably
@@ -52,18 +49,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     table = balanced_table(counts, num_experts=args.num_experts)
     write_durably(Path(args.output), table_as_json(table, num_experts=args.num_experts))
     print(f"{args.output}: {len(table):,} ids over {args.num_experts} experts")
-    print(_balance_text(counts, table, args.num_experts))
-
-
-def _balance_text(counts: "NDArray[np.int64]", table: "NDArray[np.int64]", num_experts: int) -> str:
-    """Return how even the experts' loads are, and why not, where one token is too frequent."""
-    import numpy as np
-
-    if not counts.sum():
-        return "the corpus holds no token: ids are spread by their number"
-    loads = np.bincount(table, weights=counts, minlength=num_experts) / counts.sum() * num_experts
-    text = f"load of an expert: {loads.min():.4f} to {loads.max():.4f} of an even share"
-    if counts.max() * num_experts > 1.1 * counts.sum():
-        share = counts.max() / counts.sum()
-        text += f"\none id is {share:.1%} of all tokens: no table spreads it over several experts"
-    return text
+    even = max(counts.sum(), 1) / args.num_experts
+    loads = np.bincount(table, weights=counts, minlength=args.num_experts) / even
+    print(f"load of an expert: {loads.min():.4f} to {loads.max():.4f} of an even share")

@@ -19,25 +19,15 @@ def vocabulary_of(blend: Blend) -> int:
     Raises:
         DataError: a dataset has no manifest, or they are of several vocabularies.
     """
-    prefixes: dict[tuple[int, str | None], str] = {}
-    for prefix in blend.prefixes:
-        origin = find_manifest(prefix)
-        if origin is None:
-            raise DataError(
-                f"{prefix} has no manifest that tells its vocabulary: give --vocab-size"
-            )
-        written = origin.manifest.tokenizer
-        prefixes[written.vocab_size, written.identity] = prefix
-    if len(prefixes) > 1:
-        listed = ", ".join(
-            f"{prefix} has {size:,} ids (vocabulary {str(identity)[:12]})"
-            for (size, identity), prefix in prefixes.items()
-        )
+    origins = [find_manifest(prefix) for prefix in blend.prefixes]
+    written = [origin.manifest.tokenizer for origin in origins if origin]
+    known = {(tokenizer.vocab_size, tokenizer.identity) for tokenizer in written}
+    if len(written) < len(origins) or len(known) > 1:
         raise DataError(
-            f"--data-path holds data of several vocabularies: {listed}; preprocess all of it with "
-            f"one tokenizer, or give --vocab-size if the ids mean the same"
+            f"--data-path: not all of {', '.join(blend.prefixes)} have a manifest with the same "
+            "vocabulary; give --vocab-size if the ids mean the same"
         )
-    [(size, _)] = prefixes
+    [(size, _)] = known
     return size
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import itertools
 import json
 import sys
@@ -138,8 +137,6 @@ def _check(options: argparse.Namespace) -> None:
 
     if options.prompt is not None and options.prompts_file:
         raise UsageError("give --prompt or --prompts-file, not both")
-    if options.prompt == "":
-        raise UsageError("--prompt is empty: give some text to continue")
     require_positive(options, "max_new_tokens", "num_beams", "num_samples", "batch_size")
     for flag, is_allowed, allowed in (
         ("temperature", options.temperature >= 0, "0 or more"),
@@ -148,16 +145,12 @@ def _check(options: argparse.Namespace) -> None:
     ):
         if not is_allowed:
             raise UsageError(f"{flag_of(flag)} {getattr(options, flag)}: give {allowed}")
-    if 1 < options.num_beams < options.num_samples:
+    draws_freely = options.num_beams == 1 and options.temperature >= COLDEST
+    if options.num_samples > options.num_beams and not draws_freely:
         raise UsageError(
-            f"--num-samples {options.num_samples} with --num-beams {options.num_beams}: a search "
-            "ends with as many texts as beams; give as many --num-beams, or leave them out"
-        )
-    if options.temperature < COLDEST and options.num_samples > options.num_beams:
-        raise UsageError(
-            f"--num-samples {options.num_samples} with --temperature {options.temperature:g} would "
-            "be the same text "
-            "again: give a temperature over 0, or as many --num-beams"
+            f"--num-samples {options.num_samples} with --num-beams {options.num_beams} and "
+            f"--temperature {options.temperature:g}: a search ends with as many texts as beams; "
+            "give as many --num-beams, or none and a temperature over 0"
         )
 
 
@@ -229,8 +222,6 @@ def _report_the_end(lm: LanguageModel, done: Completion) -> None:
 
 def _converse(lm: LanguageModel, sampling: Sampling) -> None:
     """Continue lines of the terminal or a pipe; a wrong one does not end the conversation."""
-    if isinstance(sys.stdin, io.TextIOWrapper):  # so that bytes of no character are refused below
-        sys.stdin.reconfigure(errors="surrogateescape")
     sign = "> " if sys.stdin.isatty() else ""
     while True:
         try:

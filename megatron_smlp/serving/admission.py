@@ -1,8 +1,9 @@
 """Admit requests: JSON, to a host that is this one, with the key if there is one.
 
 A web page can send requests to a server on the machine of whoever reads it. A browser sends a
-page's request of another type than JSON unasked, and one to a name that the page's owner points at
-127.0.0.1 (DNS rebinding) as if it were for the page's own server; so both are refused.
+page's request of another type than JSON unasked (for JSON it asks first, and gets no leave), and
+one to a name that the page's owner points at 127.0.0.1 (DNS rebinding) as if it were for the page's
+own server; so both are refused.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ class Admission:
     """Requirements on a request's headers, and the server's limits."""
 
     hosts: Collection[str] = ()
-    """Names in `Host` and `Origin`, in any case, beside this machine's own. A `Host` may also be a
-    number, which nobody points elsewhere, and an `Origin` the same as it."""
+    """Names in `Host`, in any case, beside this machine's own and numeric addresses, which nobody
+    points elsewhere."""
     api_key: str | None = None
     max_body_bytes: int
     max_waiting: int
@@ -41,29 +42,23 @@ class Admission:
         is_right = secrets.compare_digest(given.encode(), (self.api_key or "").encode())
         if self.api_key is not None and not (is_right and scheme.lower() == "bearer"):
             raise RequestError("Authorization: Bearer KEY is missing or wrong", status=401)
-        host = _name_in(f"//{headers.get('host', '')}")
-        if not _is_numeric(host):
-            self._check_name("Host", host)
-        if "origin" in headers and (origin := _name_in(headers["origin"])) != host:
-            self._check_name("Origin", origin)
+        host = _name_in(headers.get("host", ""))
+        known = {name.lower() for name in self.hosts} | {"localhost", socket.gethostname().lower()}
+        if ANY not in known and host not in known and not _is_numeric(host):
+            raise RequestError(
+                f"Host {host!r:.80} is not known to this server: start it with --allowed-hosts",
+                status=403,
+            )
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         if has_body and kind != "application/json":
             raise RequestError(
                 f"the body's Content-Type is {kind!r:.60}: send application/json", status=415
             )
 
-    def _check_name(self, header: str, name: str) -> None:
-        known = {host.lower() for host in self.hosts} | {"localhost", socket.gethostname().lower()}
-        if ANY not in known and name not in known:
-            raise RequestError(
-                f"{header} {name!r:.80} is not known to this server: start it with --allowed-hosts",
-                status=403,
-            )
 
-
-def _name_in(address: str) -> str:
+def _name_in(host: str) -> str:
     try:
-        return urlsplit(address).hostname or ""
+        return urlsplit(f"//{host}").hostname or ""
     except ValueError:
         return ""
 

@@ -20,7 +20,6 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.types import Receive, Scope, Send
 
 from megatron_smlp.generation.language_model import LanguageModel
 from megatron_smlp.serving.admission import Admission
@@ -33,21 +32,6 @@ Pieces = asyncio.Queue[dict[str, Any] | None]
 POLL_SECONDS = 0.2
 """Time between two looks of a waiting request at whether its client is still connected."""
 FAILURE = error_body("the server failed at this request; its log says why", "server_error")
-
-
-class Events(StreamingResponse):
-    """Server-sent events about a request, which is cancelled when they end or are read no more."""
-
-    def __init__(self, events: AsyncIterator[str], work: Work) -> None:
-        super().__init__(events, media_type="text/event-stream")
-        self.work = work
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # Not in the generator of the events: it never starts for a client that has gone by then.
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self.work.cancelled.set()
 
 
 class Service:
@@ -101,15 +85,15 @@ class Service:
         }
         if work.request.stream:
             done.add_done_callback(lambda _: pieces.put_nowait(None))
-            return Events(_events(work, done, pieces, head), work)
+            events = _events(work, done, pieces, head)
+            return StreamingResponse(events, media_type="text/event-stream")
         try:
             while not done.done():
                 await asyncio.wait({done}, timeout=POLL_SECONDS)
                 if await request.is_disconnected():
                     work.cancelled.set()
-        except asyncio.CancelledError:  # the server ends
+        finally:  # also where the server ends
             work.cancelled.set()
-            raise
         return JSONResponse({**head, "choices": done.result(), "usage": work.usage()})
 
     async def _started(self, body: bytes, pieces: Pieces) -> tuple[Work, Choices]:
@@ -150,8 +134,11 @@ async def _events(
     work: Work, done: Choices, pieces: Pieces, head: dict[str, Any]
 ) -> AsyncIterator[str]:
     """Yield server-sent events: a piece of an answer each, then [DONE]."""
-    while (piece := await pieces.get()) is not None:
-        yield _event({**head, "choices": [piece]})
+    try:
+        while (piece := await pieces.get()) is not None:
+            yield _event({**head, "choices": [piece]})
+    finally:  # also where they are read no more
+        work.cancelled.set()
     error = done.exception()
     if error is not None:
         logger.error("a request failed", exc_info=error)
@@ -178,25 +165,17 @@ def build_app(lm: LanguageModel, admission: Admission) -> FastAPI:
 
     app = FastAPI(lifespan=lifespan, openapi_url=None)
 
-    async def completions(request: Request) -> Response:
-        try:
-            return await service.complete(request)
-        except RequestError:
-            raise
-        except ClientDisconnect:
-            return Response()  # nobody reads it
-        except Exception:
-            logger.exception("a request failed")
-            return JSONResponse(FAILURE, status_code=500)
-
     async def refused(_: Request, error: HTTPException) -> JSONResponse:
         wrong = RequestError(f"{error.detail}: this server has /v1/completions and /v1/models")
         return JSONResponse(wrong.body(), status_code=error.status_code)
 
     app.add_api_route("/v1/models", service.models, methods=["GET"], response_model=None)
     app.add_api_route("/v1/models/{name:path}", service.model, methods=["GET"], response_model=None)
-    app.add_api_route("/v1/completions", completions, methods=["POST"], response_model=None)
+    app.add_api_route("/v1/completions", service.complete, methods=["POST"], response_model=None)
     app.add_exception_handler(HTTPException, refused)
+    app.add_exception_handler(ClientDisconnect, lambda *_: Response())  # nobody reads it
+    # uvicorn logs it.
+    app.add_exception_handler(Exception, lambda *_: JSONResponse(FAILURE, status_code=500))
     app.add_exception_handler(
         RequestError, lambda _, error: JSONResponse(error.body(), status_code=error.status)
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_smlp.generation.language_model import LanguageModel
 from megatron_smlp.serving.answers import Answer, logprobs_of
-from megatron_smlp.serving.requests import CompletionRequest
+from megatron_smlp.serving.requests import Asked
 from megatron_smlp.serving.sampling import Job, Token, answer, score
 
 Send = Callable[[dict[str, Any]], object]
@@ -24,7 +24,7 @@ class Work:
         send: called with each piece of an answer as it comes; None: pieces are not wanted.
     """
 
-    def __init__(self, lm: LanguageModel, request: CompletionRequest, send: Send | None) -> None:
+    def __init__(self, lm: LanguageModel, request: Asked, send: Send | None) -> None:
         self.lm, self.request, self.send = lm, request, send
         self.cancelled = threading.Event()
         self.num_new = 0
@@ -43,7 +43,8 @@ class Work:
     def _answers(self, prompt: list[int], number: int) -> list[dict[str, Any]]:
         asked, lm = self.request, self.lm
         first = number * asked.n
-        given = len(lm.start) if asked.is_text(number) else 0  # what was put before it is not
+        # What was put before a text is not part of it.
+        given = len(lm.start) if isinstance(asked.prompt[number], str) else 0
         echoed = score(lm, prompt, asked.logprobs)[given:] if asked.echo else []
         echo = lm.decode(prompt[given:]) if asked.echo else ""
         answers = [Answer(lm, prompt, asked.stop) for _ in range(asked.n)]

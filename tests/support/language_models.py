@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from support.conversions import save_exported
 from support.smlp_systems import make_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from megatron_smlp.generation.language_model import LanguageModel
 
 END = "<|endoftext|>"
 
@@ -36,6 +40,17 @@ def strings(folder: Path) -> str:
     """Flags of such a tokenizer, which the input needs that hashes the strings of tokens."""
     save_tokenizer(folder)
     return f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {folder}"
+
+
+@torch.no_grad()
+def greedy(lm: LanguageModel, ids: Sequence[int], count: int) -> list[int]:
+    """The likeliest tokens behind `ids`, up to an end, by a whole forward pass for each."""
+    new: list[int] = []
+    while len(new) < count and lm.end not in new:
+        logits = lm.model(torch.tensor([[*ids, *new]])).logits[0, -1]
+        logits[lm.padding_ids] = -torch.inf
+        new.append(int(logits.argmax()))
+    return new
 
 
 def save_language_model(folder: Path, system: str, **changes: Any) -> Path:

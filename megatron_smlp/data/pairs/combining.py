@@ -3,9 +3,8 @@
 import contextlib
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -22,7 +21,6 @@ from megatron_smlp.durable import empty_locked, remove_locked
 from megatron_smlp.errors import DataError
 
 COPY_DOCUMENTS = 1 << 16
-WIDER = {np.dtype("uint16"), np.dtype("int32")}
 
 
 def find_pairs(inputs: Sequence[str], *, output_prefix: str) -> list[str]:
@@ -31,7 +29,7 @@ def find_pairs(inputs: Sequence[str], *, output_prefix: str) -> list[str]:
     A pair that is found again, perhaps through a link, is left out, as the user is told.
 
     Raises:
-        DataError: a folder without a pair, a lone `.bin` or `.idx`, or the output as its own input.
+        DataError: a folder without a pair, or the output as its own input.
     """
     prefixes: dict[Path, str] = {}
     for name in inputs:
@@ -48,14 +46,10 @@ def find_pairs(inputs: Sequence[str], *, output_prefix: str) -> list[str]:
 
 def _pairs_in(folder: Path) -> list[str]:
     halves = [path for path in folder.iterdir() if path.suffix in (".bin", ".idx")]
-    stems = sorted({path.with_suffix("") for path in halves if path.is_file()})
+    stems = {str(path.with_suffix("")) for path in halves if path.is_file()}
     if not stems:
         raise DataError(f"--input {folder}: the folder holds no .bin/.idx pair")
-    for stem in stems:
-        for path in (bin_path(str(stem)), idx_path(str(stem))):
-            if not path.is_file():
-                raise DataError(f"--input {folder}: {path.name} is missing beside its other half")
-    return [str(stem) for stem in stems]
+    return sorted(stems)
 
 
 def merge(prefixes: Sequence[str], *, output_prefix: str, allow_mismatch: bool = False) -> None:
@@ -65,15 +59,14 @@ def merge(prefixes: Sequence[str], *, output_prefix: str, allow_mismatch: bool =
     that differ and are allowed to, the result has no manifest.
 
     Raises:
-        DataError: a damaged pair, types that do not merge, or tokenizers that differ.
+        DataError: a damaged pair, or half of one, or tokenizers that differ.
     """
     # One pair is open at a time: each map of a file counts as an open one, which are limited.
-    dtypes = [open_index(prefix).dtype for prefix in prefixes]
+    dtypes = {open_index(prefix).dtype for prefix in prefixes}
     manifests = [_manifest_of(prefix) for prefix in prefixes]
     tokenizer_agrees = _check_tokenizers(prefixes, manifests, allow_mismatch)
-    dtype = _common_dtype(prefixes, dtypes)
     with scratch_folder(output_prefix) as folder:
-        writer = PairWriter(folder / "merged", dtype=dtype)
+        writer = PairWriter(folder / "merged", dtype=np.result_type(*dtypes))
         for index in map(open_index, prefixes):
             require_sound_index(index)
             for part in document_parts(index, 0, index.num_documents):
@@ -113,14 +106,9 @@ def _check_tokenizers(
         if _without_name(ours) != _without_name(theirs):
             if allow_mismatch:
                 return False
-            differences = ", ".join(
-                f"{name} {value} against {getattr(theirs, name)}"
-                for name, value in asdict(ours).items()
-                if value != getattr(theirs, name)
-            )
             raise DataError(
                 f"{prefix!r} and {first!r} were not written with the same tokenizer settings "
-                f"({differences}); preprocess one of them again, or pass "
+                f"({ours} against {theirs}); preprocess one of them again, or pass "
                 "--allow-tokenizer-mismatch if the ids mean the same"
             )
     return True
@@ -129,17 +117,6 @@ def _check_tokenizers(
 def _without_name(record: TokenizerRecord) -> TokenizerRecord:
     """Leave out the type, which does not matter where the vocabulary is known."""
     return replace(record, type="") if record.identity else record
-
-
-def _common_dtype(prefixes: Sequence[str], dtypes: list[np.dtype[Any]]) -> np.dtype[Any]:
-    kinds = set(dtypes)
-    if len(kinds) == 1:
-        return kinds.pop()
-    if kinds <= WIDER:
-        return np.dtype("int32")
-    pairs = zip(prefixes, dtypes, strict=True)
-    names = ", ".join(sorted(f"{prefix!r}: {dtype}" for prefix, dtype in pairs))
-    raise DataError(f"only uint16 and int32 pairs merge with one another, not {names}")
 
 
 def _joined(manifests: list[Manifest], name: str) -> str:

@@ -11,12 +11,13 @@ from megatron_smlp.data.pairs.indexed import (
     COPY_ITEMS,
     Index,
     bin_path,
+    damage,
     idx_path,
     in_parts,
     open_index,
     strip_suffix,
 )
-from megatron_smlp.data.pairs.manifest import Manifest, PairRecord, find_manifest, sha256_of
+from megatron_smlp.data.pairs.manifest import PairRecord, find_manifest, sha256_of
 from megatron_smlp.errors import DataError
 
 Array = NDArray[Any]
@@ -40,7 +41,6 @@ def validate(prefix: str, *, vocab_size: int | None = None) -> Iterator[tuple[st
     checks = {rule: partial(check, index) for rule, check in INDEX_RULES.items()}
     checks["token ids"] = partial(check_ids, index, size)
     if origin is not None:
-        checks["end-of-document ids"] = partial(_check_eod, index, origin.manifest)
         checks["checksums of the manifest"] = partial(_check_checksums, index, origin.pair)
     for rule, check in checks.items():
         try:
@@ -59,7 +59,7 @@ def require_sound_index(index: Index) -> None:
         try:
             check(index)
         except DataError as error:
-            raise index.damage(str(error)) from None
+            raise damage(idx_path(index.prefix), str(error)) from None
 
 
 def check_lengths(index: Index) -> None:
@@ -120,24 +120,6 @@ def check_ids(index: Index, vocab_size: int | None, *, blocks: Sequence[slice] =
                 f"token {where} (sequence {sequence - 1}) has id {tokens[where]}, outside "
                 f"of 0 to {limit - 1}"
             )
-
-
-def _check_eod(index: Index, manifest: Manifest) -> None:
-    """Raise `DataError` where a document does not end in EOD, and the manifest says it does."""
-    if not manifest.tokenizer.append_eod or index.num_sequences == 0:
-        return
-    tokens = index.tokens
-    for at, starts in _numbered(index.documents[1:]):
-        before = np.concatenate(([index.documents[at]], starts[:-1]))
-        last = starts[starts > before] - 1
-        ends = index.pointers[last] // index.dtype.itemsize + index.lengths[last] - 1
-        if len(ends) and ends.max() < len(tokens) and ends.min() >= 0:
-            wrong = np.flatnonzero(tokens[ends] != manifest.tokenizer.eod)
-            if len(wrong):
-                raise DataError(
-                    f"the document that ends with sequence {last[wrong[0]]} ends in id "
-                    f"{tokens[ends[wrong[0]]]}, not in end-of-document {manifest.tokenizer.eod}"
-                )
 
 
 def _check_checksums(index: Index, pair: PairRecord) -> None:

@@ -23,14 +23,7 @@ from megatron_smlp.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
-DTYPE_CODES: dict[int, np.dtype[Any]] = {
-    1: np.dtype("uint8"),
-    2: np.dtype("int8"),
-    3: np.dtype("int16"),
-    4: np.dtype("int32"),
-    5: np.dtype("int64"),
-    8: np.dtype("uint16"),
-}
+DTYPE_CODES: dict[int, np.dtype[Any]] = {4: np.dtype("int32"), 8: np.dtype("uint16")}
 UINT16_VOCABULARY_LIMIT = 65500
 COPY_ITEMS = 1 << 20
 
@@ -92,11 +85,6 @@ class Index:
         """Return <dtype>[tokens] of document `number`."""
         return self.tokens_of(*self.documents[number : number + 2].tolist())
 
-    def damage(self, what: str) -> DataError:
-        """Return the error that says what is wrong with `.idx`."""
-        path = idx_path(self.prefix)
-        return DataError(f"{path} is damaged: {what}; preprocess again")
-
 
 def bin_path(prefix: str) -> Path:
     return Path(prefix + ".bin")
@@ -121,6 +109,11 @@ def refuse_existing(prefixes: Iterable[str], *, output_prefix: str, why: str = "
             )
 
 
+def damage(path: Path, what: str) -> DataError:
+    """Return the error that says what is wrong with an `.idx`."""
+    return DataError(f"{path} is damaged: {what}; preprocess again")
+
+
 def in_parts(array: NDArray[Any]) -> Iterator[NDArray[Any]]:
     """Cut `array` into views of at most COPY_ITEMS entries, to keep memory flat."""
     for start in range(0, len(array), COPY_ITEMS):
@@ -135,15 +128,13 @@ def open_index(prefix: str) -> Index:
     """
     for path in (idx_path(prefix), bin_path(prefix)):
         if not path.is_file():
-            raise DataError(_missing_message(prefix, path))
+            raise _missing(prefix, path)
     path = idx_path(prefix)
     dtype, sequences, starts = _read_header(path)
     expected, size = HEADER.size + 12 * sequences + 8 * starts, path.stat().st_size
     if size != expected:
-        raise DataError(
-            f"{path} is damaged: {size} bytes, but {sequences} sequences and {starts} document "
-            f"starts need {expected}; preprocess again"
-        )
+        what = f"{size} bytes, but {sequences} sequences and {starts} document starts need"
+        raise damage(path, f"{what} {expected}")
     lengths_at = HEADER.size
     pointers_at = lengths_at + 4 * sequences
     documents_at = pointers_at + 8 * sequences
@@ -158,14 +149,10 @@ def open_index(prefix: str) -> Index:
     return index
 
 
-def _missing_message(prefix: str, path: Path) -> str:
-    if path.suffix == ".idx" and bin_path(prefix).is_file():
-        return (
-            f"{path} is missing beside its .bin: an unfinished or partly copied dataset; copy both"
-        )
+def _missing(prefix: str, path: Path) -> DataError:
     names = sorted(index.stem for index in path.parent.glob("*.idx"))
     nearby = f"; in that folder there are: {', '.join(names[:5])}" if names else ""
-    return (
+    return DataError(
         f"no dataset at {prefix!r}: {path} does not exist{nearby} (give the path without .bin/.idx)"
     )
 
@@ -174,7 +161,7 @@ def _read_header(path: Path) -> tuple[np.dtype[Any], int, int]:
     with path.open("rb") as stream:
         raw = stream.read(HEADER.size)
     if len(raw) < HEADER.size:
-        raise DataError(f"{path} is truncated: {len(raw)} bytes, its header has {HEADER.size}")
+        raise damage(path, f"{len(raw)} bytes, and its header has {HEADER.size}")
     magic, version, code, sequences, starts = HEADER.unpack(raw)
     if magic != MAGIC or version != 1 or code not in DTYPE_CODES:
         raise DataError(
@@ -194,12 +181,10 @@ def _check_ends(index: Index) -> None:
     path = idx_path(index.prefix)
     starts = index.documents
     if len(starts) == 0 or starts[0] != 0 or starts[-1] != index.num_sequences:
-        raise DataError(
-            f"{path} is damaged: document starts must run from 0 to the {index.num_sequences} "
-            f"sequences, but run from {starts[:1]} to {starts[-1:]}; preprocess again"
-        )
+        what = f"document starts must run from 0 to the {index.num_sequences} sequences"
+        raise damage(path, f"{what}, but run from {starts[:1]} to {starts[-1:]}")
     if index.num_sequences and index.pointers[0] != 0:
-        raise DataError(f"{path} is damaged: the first sequence starts at byte {index.pointers[0]}")
+        raise damage(path, f"the first sequence starts at byte {index.pointers[0]}")
     size = bin_path(index.prefix).stat().st_size
     if size != index.expected_bin_bytes:
         raise DataError(

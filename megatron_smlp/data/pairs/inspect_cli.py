@@ -2,7 +2,6 @@
 
 import argparse
 import signal
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -162,19 +161,9 @@ def _sample(args: argparse.Namespace) -> int:
     require_positive(args, "count", "max_tokens")
     encoder = None
     if args.tokenizer_type:
-        from megatron_smlp.data.pairs.manifest import find_manifest
         from megatron_smlp.data.tokenizers.factory import read_tokenizer
 
-        tokenizer = read_tokenizer(TokenizerSpec.from_arguments(args))
-        origin = find_manifest(index.prefix)
-        if origin and origin.manifest.tokenizer.identity not in (None, tokenizer.identity):
-            print(
-                f"WARNING: {index.prefix} was written with another vocabulary (a "
-                f"{origin.manifest.tokenizer.type}, by {origin.path}): the text below is not its "
-                "own",
-                file=sys.stderr,
-            )
-        encoder = tokenizer.build()
+        encoder = read_tokenizer(TokenizerSpec.from_arguments(args)).build()
     count = min(args.count, index.num_documents)
     chosen = args.documents
     if chosen is None:

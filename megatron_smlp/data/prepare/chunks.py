@@ -36,7 +36,3 @@ class Chunk:
     """Uncompressed size, for bounds and progress."""
     damage: str | None = None
     """Why the file cannot be read beyond this chunk (which then has no records)."""
-
-    def release(self) -> None:
-        """Free the records once they are parsed or sent: one alone may fill a gigabyte."""
-        self.payload.clear()

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megatron_smlp.errors import DataError, require_package
+from megatron_smlp.errors import require_package
 
 BLOCK_BYTES = 1 << 20
 # Small, because a compressed block may grow a thousandfold.
@@ -49,8 +49,6 @@ def text_blocks(path: Path, *, skip: int = 0) -> Iterator[bytes]:
         if kind is None and not path.is_file():
             kind = _by_magic(stream.peek(8))
         if kind is None:
-            if skip and not stream.seekable():
-                raise DataError(f"{path} is a pipe, which --resume cannot read again; give a file")
             if skip:
                 stream.seek(skip)
             yield from iter(lambda: stream.read(BLOCK_BYTES), b"")

@@ -77,7 +77,7 @@ class ChunkEncoder:
                 documents.append(record)
             else:
                 result.num_empty += 1
-        chunk.release()
+        chunk.payload.clear()  # one record alone may fill a gigabyte
         self._encode_documents(chunk, documents, result)
         return result
 
@@ -127,22 +127,15 @@ class ChunkEncoder:
     def _finish(
         self, ids: NDArray[Any], lengths: NDArray[np.int64], counts: NDArray[np.int64]
     ) -> EncodedKey:
-        max_id = int(ids.max()) if len(ids) else -1
-        if max_id >= (size := self.settings.tokenizer.vocab_size):
-            raise ids_with_gaps(f"the tokenizer gave id {max_id}, but has {size} entries", size)
-        if len(lengths) and lengths.max() >= np.iinfo(np.int32).max:
-            raise DataError(f"a document of {lengths.max():,} tokens: the format counts in int32")
-        ids = ids.astype(self.dtype)
-        if self.settings.append_eod:
+        eod = self.settings.tokenizer.eod
+        if self.settings.append_eod and eod is not None:
             last = np.cumsum(counts)[counts > 0] - 1
             ends = np.cumsum(lengths)[last]
-            ids = np.insert(ids, ends, self.dtype.type(self.settings.tokenizer.eod))
+            ids = np.insert(ids.astype(np.int64), ends, eod)
             lengths[last] += 1
-        return EncodedKey(ids, lengths.astype(np.int32), counts.astype(np.int32))
-
-
-def ids_with_gaps(what: str, size: int) -> DataError:
-    """Return the error of a tokenizer with an id over its number of entries."""
-    return DataError(
-        f"{what}: its ids have gaps; number its tokens, the added ones too, from 0 to {size - 1}"
-    )
+        if len(ids) and (max_id := ids.max()) >= (size := self.settings.tokenizer.vocab_size):
+            raise DataError(
+                f"the tokenizer gave id {max_id}, but has {size} entries: its ids have gaps; "
+                f"number its tokens, the added ones too, from 0 to {size - 1}"
+            )
+        return EncodedKey(ids.astype(self.dtype), lengths.astype(np.int32), counts.astype(np.int32))

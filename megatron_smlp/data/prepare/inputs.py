@@ -2,7 +2,6 @@
 
 import glob
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,22 +22,11 @@ KNOWN_SUFFIXES = tuple(
 def find_inputs(patterns: Sequence[str]) -> list[Path]:
     """Return the files of paths, globs and folders (searched recursively), sorted within each.
 
-    `-` is the standard input. A file that is found again, perhaps through a link, is left out, as
-    the user is told.
+    `-` is the standard input. A file that is named again, perhaps through a link, is left out.
 
     Raises:
         DataError: a pattern names nothing, or a folder holds no known format.
     """
-    first_names: dict[Path, Path] = {}
-    for path in _named_files(patterns):
-        first = first_names.setdefault(path.resolve(), path)
-        if first is not path:
-            print(f"note: {shown(path)} is {shown(first)} again: read once", file=sys.stderr)
-    return list(first_names.values())
-
-
-def _named_files(patterns: Sequence[str]) -> list[Path]:
-    """Return each file as often as the patterns name it."""
     files: list[Path] = []
     for pattern in patterns:
         path = Path("/dev/stdin" if pattern == "-" else pattern)
@@ -53,7 +41,10 @@ def _named_files(patterns: Sequence[str]) -> list[Path]:
                 raise DataError(f"--input {pattern}: no such file, folder or match")
             for match in matches:
                 files += _files_in(match) if match.is_dir() else [match]
-    return files
+    first_names: dict[Path, Path] = {}
+    for path in files:
+        first_names.setdefault(path.resolve(), path)
+    return list(first_names.values())
 
 
 def _files_in(folder: Path) -> list[Path]:
@@ -114,15 +105,14 @@ def shown(path: Path) -> str:
     return os.fsencode(path).decode("utf-8", errors="backslashreplace")
 
 
-def stamps_of(files: Sequence[Path]) -> list[tuple[int, int] | None]:
+def stamps_of(files: Sequence[Path]) -> dict[Path, tuple[int, int] | None]:
     """Return size and time of change of each file; None for what is not a file, or is gone."""
-    stats = [path.stat() if path.is_file() else None for path in files]
-    return [stat and (stat.st_size, stat.st_mtime_ns) for stat in stats]
+    stats = {path: path.stat() if path.is_file() else None for path in files}
+    return {path: stat and (stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}
 
 
-def comparable_size(patterns: Sequence[str]) -> int | None:
+def comparable_size(files: Sequence[Path]) -> int | None:
     """Return the bytes of text in the input where they are known: plain text files only."""
-    files = {path.resolve(): path for path in _named_files(patterns)}.values()
     if any(is_parquet(path) or compression_of(path) for path in files):
         return None
     return sum(path.stat().st_size for path in files)

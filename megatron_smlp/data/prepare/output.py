@@ -8,7 +8,6 @@ off by a resumed run.
 import contextlib
 import io
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -80,25 +79,23 @@ class Journal:
         return cls(**body)
 
 
-def pair_prefixes(prefix: str, keys: Sequence[str], level: str) -> list[str]:
-    """Return the prefix of each key's pair."""
-    return [f"{prefix}_{key}_{level}" for key in keys]
-
-
 class PartialOutput:
     """Use as a context manager; it holds the folder's lock and its open files."""
 
     def __init__(
-        self, prefix: str, *, keys: tuple[str, ...], level: str, dtype: np.dtype[Any]
+        self, prefix: str, *, pairs: dict[str, str], level: str, dtype: np.dtype[Any]
     ) -> None:
-        self.prefix, self.keys, self.level, self.dtype = prefix, keys, level, dtype
+        """Args:
+        pairs: the prefix of each key's pair.
+        """
+        self.prefix, self.pairs, self.level, self.dtype = prefix, pairs, level, dtype
         self.folder = Path(prefix + ".partial")
         self.writers: list[PairWriter] = []
         self.rejected: BinaryIO = io.BytesIO()  # until the file is open
         self.journal = Journal(settings="")
 
     def __enter__(self) -> "PartialOutput":
-        names = [Path(prefix).name for prefix in self._pair_prefixes()]
+        names = [Path(prefix).name for prefix in self.pairs.values()]
         self.lock = lock_output(self.folder, self.prefix, pairs=names)
         return self
 
@@ -128,7 +125,7 @@ class PartialOutput:
             DataError: the folder was left by a run with other settings or inputs.
         """
         journal_path = self.folder / "journal.json"
-        num_keys = len(self.keys)
+        num_keys = len(self.pairs)
         self.journal = Journal(settings, pair_sizes=[None] * num_keys, max_ids=[-1] * num_keys)
         if resume and journal_path.is_file():
             self.journal = Journal.read(journal_path)
@@ -179,16 +176,11 @@ class PartialOutput:
         journal.position = position
         write_durably(self.folder / "journal.json", json.dumps(asdict(journal)))
 
-    def _pair_prefixes(self) -> list[str]:
-        return pair_prefixes(self.prefix, self.keys, self.level)
-
     def finish(self) -> dict[str, PairRecord]:
         """Write the indices; return the records of the pairs for the manifest, by name."""
         return {
             Path(prefix).name: writer.finish(key=key, level=self.level)
-            for prefix, writer, key in zip(
-                self._pair_prefixes(), self.writers, self.keys, strict=True
-            )
+            for (key, prefix), writer in zip(self.pairs.items(), self.writers, strict=True)
         }
 
     def publish(self, manifest: Manifest) -> None:
@@ -197,7 +189,7 @@ class PartialOutput:
         rejected_path.unlink(missing_ok=True)
         if self.journal.counts.rejected:
             link_durably(self.folder / "rejected.jsonl", rejected_path)
-        writers = dict(zip(self._pair_prefixes(), self.writers, strict=True))
+        writers = dict(zip(self.pairs.values(), self.writers, strict=True))
         publish(writers, manifest=manifest, manifest_path=Path(self.prefix + ".json"))
         self.discard()
 

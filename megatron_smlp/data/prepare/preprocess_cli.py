@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_smlp.command_line import Parser, note_ignored
 from megatron_smlp.data.tokenizers.spec import add_tokenizer_arguments
-from megatron_smlp.errors import UsageError
 from megatron_smlp.progress import Progress
 from megatron_smlp.signals import interrupt
 
@@ -25,12 +24,6 @@ IGNORED_FLAGS = (
     *("--chunk-size", "--vocab-extra-ids", "--make-vocab-size-divisible-by"),
     *("--padded-vocab-size", "--no-pad-vocab-size", "--disable-pad-vocab-size"),
     *("--tokenizer-metadata", "--chat-template", "--null-tokenizer-pad-id"),
-)
-# Flags of Megatron's tool that would change the ids.
-REFUSED_FLAGS = (
-    "--tokenizer-hf-no-use-fast",
-    "--no-tokenizer-sentencepiece-ignore-extra-whitespaces",
-    "--disable-tokenizer-sentencepiece-ignore-extra-whitespaces",
 )
 
 
@@ -73,8 +66,6 @@ def build_parser() -> argparse.ArgumentParser:
     add_tokenizer_arguments(parser)
     for flag in IGNORED_FLAGS:
         parser.add_argument(flag, nargs="*", action=_Ignored, help=argparse.SUPPRESS)
-    for flag in REFUSED_FLAGS:
-        parser.add_argument(flag, nargs=0, action=_Refused, help=argparse.SUPPRESS)
     return parser
 
 
@@ -85,15 +76,6 @@ class _Ignored(argparse.Action):
         note_ignored(option, "all of the input is read, in order, and it changes no id")
 
 
-class _Refused(argparse.Action):
-    """Refuse a flag of Megatron's tool."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
-        raise UsageError(
-            f"{option} is not supported: ids are those of the tokenizer's own files; leave it out"
-        )
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; `run_tool` shows the errors."""
     began = time.monotonic()
@@ -101,14 +83,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A scheduler's SIGTERM ends the run as Ctrl-C does: workers stop, finished shards stay.
     signal.signal(signal.SIGTERM, interrupt)
     from megatron_smlp.data.pairs.indexed import refuse_existing
-    from megatron_smlp.data.prepare.inputs import comparable_size
+    from megatron_smlp.data.prepare.inputs import comparable_size, find_inputs
     from megatron_smlp.data.prepare.preprocessing import preprocess, settings_from_arguments
 
     settings = settings_from_arguments(args)
     if not (args.overwrite or args.resume):
-        refuse_existing(settings.pairs, output_prefix=settings.output_prefix)
+        refuse_existing(settings.pairs.values(), output_prefix=settings.output_prefix)
     try:
-        with _Report(comparable_size(settings.inputs)) as report:
+        with _Report(comparable_size(find_inputs(settings.inputs))) as report:
             summary = preprocess(settings, on_progress=report.update)
     except KeyboardInterrupt:
         kept = Path(settings.output_prefix + ".partial").exists()
@@ -120,11 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Report(Progress):
-    """MB/s of input text, documents, tokens and time left.
-
-    The total is the size of the input on disk; for compressed input it is not comparable with the
-    text read (pass None).
-    """
+    """MB/s of input text, documents, tokens and time left."""
 
     start: tuple[float, int, int] | None = None
     """Time, bytes and documents at the first report: what an earlier run did, and the start-up, say

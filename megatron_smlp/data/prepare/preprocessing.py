@@ -1,11 +1,10 @@
 """Text to `.bin`/`.idx`: the run behind `tools/preprocess_data.py`, read from top to bottom."""
 
 import hashlib
-import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +18,20 @@ from megatron_smlp.data.pairs.manifest import (
     read_manifest,
 )
 from megatron_smlp.data.prepare.chunks import Position
-from megatron_smlp.data.prepare.encoding import EncodingSettings, ids_with_gaps
+from megatron_smlp.data.prepare.encoding import EncodingSettings
 from megatron_smlp.data.prepare.inputs import describe_inputs, find_inputs, shown, stamps_of
-from megatron_smlp.data.prepare.output import Counts, PartialOutput, pair_prefixes
+from megatron_smlp.data.prepare.output import Counts, PartialOutput
 from megatron_smlp.data.prepare.records import remedy
 from megatron_smlp.data.prepare.sentences import SentenceSettings, Splitter
 from megatron_smlp.data.prepare.sources import read_chunks
-from megatron_smlp.data.prepare.workers import InlineWorker, WorkerPool, start_workers
+from megatron_smlp.data.prepare.workers import InlineWorker, WorkerPool
 from megatron_smlp.data.tokenizers.factory import read_tokenizer
 from megatron_smlp.data.tokenizers.spec import READ_BY, Tokenizer, TokenizerSpec
 from megatron_smlp.errors import DataError, UsageError
 
 SHARD_BYTES = 64 << 20
+"""Uncompressed input between two commits."""
 SHARD_SECONDS = 20.0
-_NOT_THE_SAME = ", damaged or of other flags, tokenizer files or input, or of an older version"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,17 +52,15 @@ class PreprocessSettings:
     resume: bool = False
     overwrite: bool = True
     """Whether `resume` may replace a dataset that was made of other input or by other flags."""
-    shard_bytes: int = SHARD_BYTES
-    """Uncompressed input between two commits, bytes."""
 
     @property
     def level(self) -> str:
         return "sentence" if self.sentences else "document"
 
     @property
-    def pairs(self) -> list[str]:
+    def pairs(self) -> dict[str, str]:
         """Return the prefix of each key's pair."""
-        return pair_prefixes(self.output_prefix, self.keys, self.level)
+        return {key: f"{self.output_prefix}_{key}_{self.level}" for key in self.keys}
 
 
 @dataclass(frozen=True)
@@ -81,10 +78,9 @@ class Summary:
     already_complete: bool = False
 
 
-OnProgress = Callable[[Counts], None]
-
-
-def preprocess(settings: PreprocessSettings, *, on_progress: OnProgress | None = None) -> Summary:
+def preprocess(
+    settings: PreprocessSettings, *, on_progress: Callable[[Counts], None] = lambda counts: None
+) -> Summary:
     """Write the dataset that `settings` describe.
 
     Args:
@@ -99,29 +95,33 @@ def preprocess(settings: PreprocessSettings, *, on_progress: OnProgress | None =
     tokenizer = read_tokenizer(settings.tokenizer)
     _check(settings, tokenizer)
     stamps = stamps_of(files)
-    digest = _digest(settings, tokenizer, files, stamps)
+    encoding = EncodingSettings(tokenizer, settings.keys, settings.append_eod, settings.sentences)
+    # What decides the bytes of the output; of the tokenizer its rules, and not its ids alone.
+    digest = hashlib.sha256(repr((encoding, stamps)).encode()).hexdigest()
     if settings.resume:
-        for path, stamp in zip(files, stamps, strict=True):
+        for path, stamp in stamps.items():
             if stamp is None:
                 raise DataError(f"--resume: {shown(path)} cannot be read again; give a file")
         if done := _complete_already(settings, digest):
             return done
     partial = PartialOutput(
         settings.output_prefix,
-        keys=settings.keys,
+        pairs=settings.pairs,
         level=settings.level,
         dtype=optimal_dtype(tokenizer.vocab_size),
     )
-    encoding = EncodingSettings(tokenizer, settings.keys, settings.append_eod, settings.sentences)
     with partial:
         sources = describe_inputs(files)
         start = partial.start(digest, resume=settings.resume)
-        _check_rejected(settings, partial.journal.counts)
         bytes_before = partial.journal.counts.text_bytes
-        with start_workers(encoding, num_workers=settings.workers) as workers:
+        pool: InlineWorker | WorkerPool = (
+            WorkerPool(encoding, settings.workers)
+            if settings.workers > 1
+            else InlineWorker(encoding)
+        )
+        with pool as workers:
             began = time.monotonic()
-            can_resume = None not in stamps
-            _encode(workers, start, settings, files, partial, on_progress, can_resume=can_resume)
+            _encode(workers, start, settings, files, partial, on_progress)
         _publish(settings, tokenizer, sources, digest, partial)
         return Summary(
             settings.output_prefix,
@@ -139,12 +139,6 @@ def _check(settings: PreprocessSettings, tokenizer: Tokenizer) -> None:
             f"--append-eod: this {settings.tokenizer.tokenizer_type} has no end-of-document token; "
             f"set eos_token in its tokenizer_config.json, or leave out --append-eod"
         )
-    if settings.append_eod and (tokenizer.eod or 0) >= tokenizer.vocab_size:
-        size = tokenizer.vocab_size
-        what = f"the end-of-document token has id {tokenizer.eod}, but the tokenizer has {size}"
-        raise ids_with_gaps(f"{what} entries", size)
-    if len(set(settings.keys)) != len(settings.keys):
-        raise UsageError(f"--json-keys {' '.join(settings.keys)}: a key is named twice")
     for key in settings.keys:
         if "/" in key:
             raise UsageError(
@@ -153,33 +147,10 @@ def _check(settings: PreprocessSettings, tokenizer: Tokenizer) -> None:
             )
     kind = settings.tokenizer.tokenizer_type
     for name, kinds in READ_BY.items():
-        if getattr(settings.tokenizer, name) is None or kind in kinds:
-            continue
-        if name in ("vocab_file", "merge_file"):  # which Megatron's HuggingFaceTokenizer reads
-            raise UsageError(
-                f"{flag_of(name)}: a {kind} does not read it, only {', '.join(kinds)}; leave it out"
-            )
-        note_ignored(flag_of(name), f"a {kind} does not read it")
+        if getattr(settings.tokenizer, name) is not None and kind not in kinds:
+            note_ignored(flag_of(name), f"a {kind} does not read it")
     if settings.sentences:
         Splitter(settings.sentences)  # or each worker would say that its data is missing
-
-
-def _digest(
-    settings: PreprocessSettings,
-    tokenizer: Tokenizer,
-    files: list[Path],
-    stamps: list[tuple[int, int] | None],
-) -> str:
-    """Return a digest of what decides the bytes of the output.
-
-    The number of workers does not; nor does `skip_errors`, up to the first record that is refused.
-    """
-    stable = replace(settings, workers=1, resume=False, shard_bytes=0, output_prefix="")
-    inputs = [(str(path), *(stamp or ())) for path, stamp in zip(files, stamps, strict=True)]
-    flags = asdict(stable)
-    del flags["overwrite"], flags["skip_errors"]
-    what = [flags, repr(tokenizer), inputs]  # the rules of the tokenizer, and not its ids alone
-    return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
 
 def _complete_already(settings: PreprocessSettings, digest: str) -> Summary | None:
@@ -195,22 +166,13 @@ def _complete_already(settings: PreprocessSettings, digest: str) -> Summary | No
         manifest = read_manifest(path)
         counts = dict(manifest.counts)
         is_same = counts.pop("settings", None) == digest
-        if is_same and all(is_whole(pair, manifest) for pair in settings.pairs):
+        if is_same and all(is_whole(pair, manifest) for pair in settings.pairs.values()):
             done = Counts(**counts)
-            _check_rejected(settings, done)
             return Summary(settings.output_prefix, done, 0.0, 0, "", already_complete=True)
     if not settings.overwrite:
-        refuse_existing(settings.pairs, output_prefix=settings.output_prefix, why=_NOT_THE_SAME)
+        why = ", damaged or of other flags, tokenizer files or input, or of an older version"
+        refuse_existing(settings.pairs.values(), output_prefix=settings.output_prefix, why=why)
     return None
-
-
-def _check_rejected(settings: PreprocessSettings, counts: Counts) -> None:
-    """Raise DataError where records were left out of what is gone on from, and may not be."""
-    if counts.rejected and not settings.skip_errors:
-        raise DataError(
-            f"--resume: {counts.num_rejected} records were rejected ({counts.reasons}) under "
-            "--on-error skip; give that again, or leave out --resume"
-        )
 
 
 def _encode(
@@ -219,15 +181,9 @@ def _encode(
     settings: PreprocessSettings,
     files: list[Path],
     partial: PartialOutput,
-    on_progress: OnProgress | None,
-    *,
-    can_resume: bool,
+    on_progress: Callable[[Counts], None],
 ) -> None:
-    """Encode the input from `start` on into `partial`, with a commit every now and then.
-
-    Args:
-        can_resume: whether the input can be read again.
-    """
+    """Encode the input from `start` on into `partial`, with a commit every now and then."""
     counts = partial.journal.counts
     committed_bytes, committed_at = counts.text_bytes, time.monotonic()
     position = start
@@ -235,12 +191,9 @@ def _encode(
     for chunk, encoded in workers.encode(chunks):
         if encoded.rejections and not settings.skip_errors:
             first = encoded.rejections[0]
-            was_read = bool(counts.documents or encoded.num_documents)
-            left = f"nothing was written ({remedy(settings.keys, was_read=was_read)})"
-            if partial.has_journal and can_resume:
+            left = f"nothing was written ({remedy(settings.keys)})"
+            if partial.has_journal:
                 left = "finished shards are kept, --on-error skip --resume goes on"
-            elif partial.has_journal:
-                partial.discard()
             raise DataError(f"{first} [{first.reason}]; {left}")
         partial.write(encoded)
         position = chunk.end
@@ -249,9 +202,8 @@ def _encode(
             read = partial.journal.text_bytes
             number = str(chunk.end.file)
             read[number] = read.get(number, 0) + chunk.num_bytes
-        if on_progress is not None:
-            on_progress(counts)
-        due = counts.text_bytes - committed_bytes >= settings.shard_bytes
+        on_progress(counts)
+        due = counts.text_bytes - committed_bytes >= SHARD_BYTES
         if due or time.monotonic() - committed_at >= SHARD_SECONDS:
             partial.commit(position)
             committed_bytes, committed_at = counts.text_bytes, time.monotonic()
@@ -302,7 +254,7 @@ def settings_from_arguments(args: Any) -> PreprocessSettings:
         inputs=tuple(args.input),
         output_prefix=os.fspath(args.output_prefix),
         tokenizer=TokenizerSpec.from_arguments(args),
-        keys=tuple(args.json_keys),
+        keys=tuple(dict.fromkeys(args.json_keys)),
         append_eod=args.append_eod,
         sentences=sentences,
         workers=args.workers,

@@ -25,14 +25,8 @@ class Rejection:
         return f"{self.file}:{self.line}: {self.detail}"
 
 
-def remedy(keys: Sequence[str], *, was_read: bool) -> str:
-    """Return what to do about a refused record.
-
-    Args:
-        was_read: whether other records could be read; if not, the input may be something else.
-    """
-    if was_read:
-        return "--on-error skip goes on"
+def remedy(keys: Sequence[str]) -> str:
+    """Return what to do about a refused record."""
     names = " and ".join(map(repr, keys))
     return (
         f"expected: parquet, or JSON with a text under {names} in each line, or each object of an "
@@ -41,11 +35,7 @@ def remedy(keys: Sequence[str], *, was_read: bool) -> str:
 
 
 class _RefusedError(Exception):
-    """A record that cannot be used."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(reason, detail)
-        self.reason, self.detail = reason, detail
+    """A record that cannot be used: (reason, detail)."""
 
 
 def parse_chunk(
@@ -67,8 +57,9 @@ def _parse_rows(
         try:
             yield line, _texts(dict(zip(keys, values, strict=True)), keys)
         except _RefusedError as refused:
+            reason, detail = refused.args
             excerpt = repr(values)[:EXCERPT_CHARACTERS]
-            yield Rejection(chunk.file, line, refused.reason, refused.detail, excerpt)
+            yield Rejection(chunk.file, line, reason, detail, excerpt)
 
 
 def _parse_lines(
@@ -86,7 +77,8 @@ def _parse_lines(
         except _RefusedError as refused:
             excerpt = bytes(view[start : min(end, start + EXCERPT_CHARACTERS)])
             text = excerpt.decode("utf-8", errors="backslashreplace")
-            yield Rejection(chunk.file, line, refused.reason, refused.detail, text)
+            reason, detail = refused.args
+            yield Rejection(chunk.file, line, reason, detail, text)
         start, line = end + 1, line + 1
 
 
@@ -111,7 +103,8 @@ def _parse_json(raw: memoryview) -> Any:
 
 def _texts(record: Any, keys: Sequence[str]) -> tuple[str, ...]:
     if not isinstance(record, dict):
-        raise _RefusedError("not_an_object", f"a JSON object is expected, not {_kind(record)}")
+        detail = f"a JSON object is expected, not {type(record).__name__}"
+        raise _RefusedError("not_an_object", detail)
     return tuple(_text(record, key) for key in keys)
 
 
@@ -123,25 +116,11 @@ def _text(record: dict[str, Any], key: str) -> str:
     if text is None:
         raise _RefusedError("null_text", f"key {key!r} is null")
     if not isinstance(text, str):
-        raise _RefusedError("not_a_string", f"key {key!r} holds {_kind(text)}, not a string")
-    if not text.isascii():
-        _check_unicode(text, key)
-    return text
-
-
-def _check_unicode(text: str, key: str) -> None:
-    """Refuse half of a surrogate pair, which JSON escapes can spell: it is not a character."""
+        detail = f"key {key!r} holds {type(text).__name__}, not a string"
+        raise _RefusedError("not_a_string", detail)
     try:
         text.encode()
-    except UnicodeEncodeError as error:
-        code = f"\\u{ord(text[error.start]):04x}"
-        raise _RefusedError(
-            "lone_surrogate", f"key {key!r} holds {code}, half of a surrogate pair"
-        ) from None
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "an array", str: "a string", bool: "a boolean"}
-    if value is None:
-        return "null"
-    return names.get(type(value), "a number" if isinstance(value, int | float) else "bytes")
+    except UnicodeEncodeError as error:  # JSON escapes can spell it, but it is not a character
+        detail = f"key {key!r} holds half of a surrogate pair at character {error.start + 1}"
+        raise _RefusedError("lone_surrogate", detail) from None
+    return text

@@ -2,7 +2,6 @@
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from megatron_smlp.errors import DataError, require_package
@@ -47,13 +46,10 @@ class Splitter:
         try:
             self.punkt: Any = nltk.tokenize.punkt.PunktTokenizer(settings.language)
         except (LookupError, OSError):
-            folders = [Path(path, "tokenizers", "punkt_tab") for path in nltk.data.path]
-            languages = {path.name for folder in folders for path in folder.glob("*/")}
-            known = ", ".join(sorted(languages)) or "no language"
             raise DataError(
-                f"--split-sentences --lang {settings.language}: NLTK's punkt_tab data is not there "
-                f"(found: {known}); get it once with: {DOWNLOAD}, or set NLTK_DATA to a folder "
-                f"that holds tokenizers/punkt_tab/{settings.language}"
+                f"--split-sentences --lang {settings.language}: NLTK has no punkt_tab data for it; "
+                f"get it once with: {DOWNLOAD}, or set NLTK_DATA to a folder that holds "
+                f"tokenizers/punkt_tab/{settings.language}"
             ) from None
         if settings.keep_newlines:
             self.punkt = _keep_newlines(self.punkt)

@@ -106,10 +106,9 @@ def _parquet_chunks(path: Path, *, keys: Sequence[str], begin: Position) -> Iter
         raise DamagedInputError(f"not a readable parquet file: {error}") from None
     names = table.schema_arrow.names
     for key in keys:
-        if (count := names.count(key)) != 1:
-            matches = f"{count} columns" if count else "no column"
+        if key not in names:
             raise DataError(
-                f"--json-keys {key}: {path} has {matches} of this name, of {', '.join(names)}"
+                f"--json-keys {key}: {path} has no column of this name, but {', '.join(names)}"
             )
     row = 0
     try:

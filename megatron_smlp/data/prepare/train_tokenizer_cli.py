@@ -125,8 +125,7 @@ def _pieces(
         for record in parse_chunk(chunk, keys):
             if isinstance(record, Rejection):
                 if not skip_errors:
-                    advice = remedy(keys, was_read=size > 0)
-                    raise DataError(f"{record} [{record.reason}] ({advice})")
+                    raise DataError(f"{record} [{record.reason}] ({remedy(keys)})")
                 continue
             for piece in (piece for text in record[1] for piece in _cut(text)):
                 raw = piece.encode()[: max_bytes - size]

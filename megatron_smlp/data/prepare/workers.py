@@ -13,7 +13,7 @@ import signal
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any, Self
 
@@ -27,17 +27,6 @@ WORKER_BYTES = 3 << 20
 """The bound is at least this for each worker: a chunk, so that none waits for text."""
 PIECE_BYTES = 1 << 20
 JOIN_SECONDS = 5.0
-
-
-def start_workers(settings: EncodingSettings, *, num_workers: int) -> "WorkerPool | InlineWorker":
-    """Start processes that encode; one worker is this process. Use as a context manager.
-
-    Raises:
-        DataError: a worker could not start.
-    """
-    if num_workers == 1:
-        return InlineWorker(settings)
-    return WorkerPool(settings, num_workers=num_workers)
 
 
 class InlineWorker:
@@ -59,9 +48,13 @@ class InlineWorker:
 
 
 class WorkerPool:
-    """`num_workers` processes; use as a context manager, so that none outlives the work."""
+    """`num_workers` processes; use as a context manager, so that none outlives the work.
 
-    def __init__(self, settings: EncodingSettings, *, num_workers: int) -> None:
+    Raises:
+        DataError: a worker could not start.
+    """
+
+    def __init__(self, settings: EncodingSettings, num_workers: int) -> None:
         # "spawn": a forked copy of a process with threads (progress bar, tokenizer) may lock up.
         context = multiprocessing.get_context("spawn")
         self.threads = ThreadPoolExecutor(num_workers, thread_name_prefix="worker")
@@ -152,8 +145,8 @@ class _Worker:
             answer = self.connection.recv()
         except (EOFError, OSError):
             raise self._death(place) from None
-        if isinstance(answer, _Failure):
-            raise DataError(f"a worker process failed {place}: {answer.message}")
+        if isinstance(answer, DataError):
+            raise DataError(f"a worker process failed {place}: {answer}")
         return answer
 
     def _death(self, place: str) -> DataError:
@@ -185,7 +178,7 @@ def _send_chunk(connection: Connection, chunk: Chunk) -> None:
                 connection.send_bytes(view[at : at + PIECE_BYTES])
     else:
         connection.send(chunk)
-    chunk.release()
+    chunk.payload.clear()
 
 
 def _receive_chunk(connection: Connection) -> Chunk:
@@ -195,13 +188,6 @@ def _receive_chunk(connection: Connection) -> Chunk:
         while len(chunk.payload) < chunk.num_bytes:
             chunk.payload.extend(connection.recv_bytes())
     return chunk
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """Sent instead of an answer."""
-
-    message: str
 
 
 def _serve(connection: Connection, settings: EncodingSettings) -> None:
@@ -217,4 +203,4 @@ def _serve(connection: Connection, settings: EncodingSettings) -> None:
         return  # The parent closed the pipe, or died.
     # The parent reports whatever it is, panics from Rust (which are not an `Exception`) included.
     except BaseException as error:
-        connection.send(_Failure(f"{type(error).__name__}: {error}"))
+        connection.send(DataError(f"{type(error).__name__}: {error}"))

@@ -28,10 +28,10 @@ class SentencePiece(WithTexts):
     def from_spec(cls, spec: TokenizerSpec) -> "SentencePiece":
         require_package("sentencepiece", purpose=spec.tokenizer_type, extra="sentencepiece")
         path = spec.existing_file("tokenizer_model")
-        if spec.tokenizer_sentencepiece_legacy or spec.tokenizer_special_tokens:
+        if spec.tokenizer_special_tokens:
             raise DataError(
-                "--tokenizer-sentencepiece-legacy and --tokenizer-special-tokens are not supported "
-                "for SentencePiece; train the model with its special tokens in it"
+                "--tokenizer-special-tokens is not supported for SentencePiece; train the model "
+                "with its special tokens in it"
             )
         try:
             tokenizer = cls(path.read_bytes())

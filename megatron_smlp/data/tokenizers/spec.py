@@ -119,7 +119,6 @@ class TokenizerSpec:
     tokenizer_special_tokens: tuple[str, ...] = ()
     tokenizer_hf_no_include_special_tokens: bool = False
     trust_remote_code: bool = False
-    tokenizer_sentencepiece_legacy: bool = False
     tiktoken_pattern: str | None = None
     tiktoken_num_special_tokens: int = 1000
     null_tokenizer_eod_id: int | None = None
@@ -175,7 +174,6 @@ def add_tokenizer_arguments(parser: argparse.ArgumentParser, *, required: bool =
         help="leave out the tokens that a Hugging Face tokenizer puts around each text",
     )
     group.add_argument("--trust-remote-code", action="store_true")
-    group.add_argument("--tokenizer-sentencepiece-legacy", action="store_true")
     group.add_argument("--tiktoken-pattern", choices=["v1", "v2"])
     group.add_argument("--tiktoken-num-special-tokens", type=int, default=1000, metavar="N")
     group.add_argument("--null-tokenizer-eod-id", type=int, metavar="ID")

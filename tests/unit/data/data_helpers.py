@@ -1,7 +1,10 @@
 """Corpora and flags that several test files make."""
 
 import argparse
+import bz2
+import gzip
 import json
+import lzma
 import random
 import sys
 from collections import OrderedDict
@@ -9,6 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+import pytest
 
 from megatron_smlp.data.blending import Blends
 from megatron_smlp.data.prepare.preprocess_cli import build_parser
@@ -46,6 +51,16 @@ def write_jsonl(path: Path, documents: Sequence[str], key: str = "text") -> Path
     return path
 
 
+def _zstd(data: bytes) -> bytes:
+    return pytest.importorskip("zstandard").ZstdCompressor().compress(data)
+
+
+COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lambda data: lzma.compress(data, preset=1),
+    ".zst": _zstd,
+}
 BYTE_FLAGS = ["--tokenizer-type", "ByteLevelTokenizer"]
 Run = Callable[..., Summary]
 """The fixture `run`."""

@@ -12,20 +12,10 @@ from megatron_smlp.data.blending import Blend, Blends, blends_from_arguments, pa
 from megatron_smlp.errors import DataError
 
 
-@pytest.mark.parametrize(
-    ("words", "prefixes", "weights"),
-    [
-        (["a"], ("a",), None),
-        (["a", "b", "c"], ("a", "b", "c"), None),
-        (["1", "a"], ("a",), (1.0,)),
-        (["0.7", "a", "3e-1", "b"], ("a", "b"), (0.7, 0.3)),
-        (["30", "a/1", "70", "a/1"], ("a/1", "a/1"), (30.0, 70.0)),
-        (["a.bin", "b.idx"], ("a", "b"), None),
-        (["1", "a.bin"], ("a",), (1.0,)),
-    ],
-)
-def test_good_lists(words: list[str], prefixes: tuple[str, ...], weights: tuple[float, ...] | None):
-    assert parse_blend(words, source="--data-path") == Blend(prefixes, weights)
+def test_good_lists():
+    assert parse_blend(["a.bin", "b.idx"], source="x") == Blend(("a", "b"), None)
+    weighted = parse_blend(["30", "a/1", "7e1", "a/1.bin"], source="x")
+    assert weighted == Blend(("a/1", "a/1"), (30.0, 70.0))
 
 
 @pytest.mark.parametrize(

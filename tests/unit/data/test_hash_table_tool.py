@@ -63,5 +63,5 @@ def test_datasets_of_several_vocabularies(run: Run, tmp_path: Path, second: list
     vocabularies = {"a": [*NUMBERS[:3], "300"], "b": second}
     prefixes = [write_pair(run, tmp_path, n, ["1 2"], flags) for n, flags in vocabularies.items()]
     flags = ["--data-path", *prefixes, "--num-experts", "2", "--output", str(tmp_path / "t")]
-    with pytest.raises(DataError, match="several vocabularies"):
+    with pytest.raises(DataError, match="manifest with the same vocabulary"):
         hash_table_cli.main(flags)

@@ -155,12 +155,10 @@ def test_beams_are_those_of_transformers(folder: Path, capsys: pytest.CaptureFix
 def test_lines_of_a_pipe_are_a_conversation(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    lines = f"a\n{'z' * LONGEST}\n".encode() + b"caf\xe9\nb\n"
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines), encoding="utf-8"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"a\n{'z' * LONGEST}\nb\n"))
     cli.main(["--hf", str(folder), "--max-new-tokens", "1", *GREEDY])
     said = capsys.readouterr()
     assert "the prompt has 40 tokens and the model's sequences end at 40" in said.err
-    assert "the prompt cannot be encoded" in said.err
     assert said.out.startswith("a")
     assert "\nb" in said.out
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support.beginning import begin_texts
-from support.language_models import save_language_model
+from support.language_models import greedy, save_language_model
 from support.smlp_systems import LONGEST
 
 from megatron_smlp.errors import UsageError
@@ -38,15 +38,8 @@ def lm(folder: Path) -> LanguageModel:
     return loaded(folder)
 
 
-@torch.no_grad()
 def slow(lm: LanguageModel, ids: list[int], count: int) -> str:
-    """Greedy, with a whole forward for each token."""
-    longer = list(ids)
-    for _ in range(count):
-        logits = lm.model(torch.tensor([longer])).logits[0, -1]
-        logits[lm.padding_ids] = -torch.inf
-        longer.append(int(logits.argmax()))
-    return lm.continuation(ids, longer[len(ids) :])
+    return lm.continuation(ids, greedy(lm, ids, count))
 
 
 def test_a_prompt_begins_as_texts_of_the_training(

@@ -19,7 +19,7 @@ import openai
 import pytest
 import torch
 import uvicorn
-from support.language_models import END, save_language_model
+from support.language_models import END, greedy, save_language_model
 from support.smlp_systems import LONGEST
 from tokenizers import decoders
 from transformers import GenerationConfig
@@ -31,7 +31,7 @@ from megatron_smlp.serving import cli
 from megatron_smlp.serving.admission import Admission
 from megatron_smlp.serving.answers import Answer
 from megatron_smlp.serving.app import build_app
-from megatron_smlp.serving.requests import CompletionRequest, parse
+from megatron_smlp.serving.requests import Asked, parse
 from megatron_smlp.serving.sampling import Token
 
 ROOT = Path(__file__).parents[3]
@@ -81,18 +81,6 @@ def client(url: str) -> openai.OpenAI:
     return openai.OpenAI(base_url=url, api_key="none", max_retries=0)
 
 
-def greedy(lm: LanguageModel, prompt: str, count: int) -> list[int]:
-    """The slow way: a whole forward for each token."""
-    ids = lm.encode(prompt)
-    for _ in range(count):
-        logits = lm.model(torch.tensor([ids])).logits[0, -1]
-        logits[lm.padding_ids] = -torch.inf
-        ids.append(int(logits.argmax()))
-        if ids[-1] == lm.end:
-            break
-    return ids[len(lm.encode(prompt)) :]
-
-
 def logprobs_of(lm: LanguageModel, ids: list[int]) -> torch.Tensor:
     with torch.no_grad():
         return lm.model(torch.tensor([ids])).logits[0].float().log_softmax(dim=-1)
@@ -106,7 +94,7 @@ def test_models_are_listed(client: openai.OpenAI):
 
 
 def test_greedy_answers_with_log_probabilities(client: openai.OpenAI, lm: LanguageModel):
-    new = greedy(lm, "the file", 6)
+    new = greedy(lm, lm.encode("the file"), 6)
     answer = client.completions.create(
         model="hf", prompt="the file", max_tokens=6, temperature=0, logprobs=3, echo=True
     )
@@ -155,7 +143,7 @@ def test_pieces_together_are_the_whole(client: openai.OpenAI):
 
 
 def test_stop_texts_end_an_answer(client: openai.OpenAI, lm: LanguageModel):
-    free = lm.decode(greedy(lm, "abc", 12))
+    free = lm.decode(greedy(lm, lm.encode("abc"), 12))
     stop = free[4:6]
     asked: dict[str, Any] = {"model": "hf", "prompt": "abc", "max_tokens": 12, "temperature": 0}
     [choice] = client.completions.create(**asked, stop=[stop, "absent"]).choices
@@ -213,29 +201,26 @@ def test_fifty_clients_each_get_their_own_answer(url: str, lm: LanguageModel):
 
     answers = asyncio.run(ask_all())
     for number, prompt in enumerate(prompts):
-        new = [token for token in greedy(lm, prompt, 3 + number % 5) if token != lm.end]
+        new = [token for token in greedy(lm, lm.encode(prompt), 3 + number % 5) if token != lm.end]
         assert answers[number] == lm.decode(new), prompt
 
 
 JSON = {"Content-Type": "application/json"}
 BAD: list[tuple[bytes | dict[str, Any], int, str]] = [
     *((body, 400, "the body") for body in (b"{", b"\xff", b"[1]", b"[" * 9000)),
+    *(({"temperature": value}, 400, "the body") for value in (float("nan"), "\ud800")),
     (b"x" * 20_001, 413, "the body is over 20000 bytes"),
-    ({}, 400, "prompt must be"),
-    *(({"prompt": prompt}, 400, "prompt") for prompt in ("", ["a", 3], "\ud800")),
+    ({}, 400, "prompt"),
+    *(({"prompt": prompt}, 400, "prompt") for prompt in ("", [], ["a", ""], ["a", 3])),
     ({"prompt": [5, 9999]}, 400, "the token id 9999"),
     ({"prompt": "a" * (LONGEST + 1)}, 400, "the prompt has 41 tokens"),
     ({"max_tokens": LONGEST}, 400, "ask for at most 39"),
-    *(({"model": name}, 404, "does not exist") for name in ("gpt-4", "\ud800")),
-    *(({"temperature": value}, 400, "temperature must be") for value in (float("nan"), "\ud800")),
-    ({"top_p": 0}, 400, "top_p must be"),
-    ({"n": 10**30}, 400, "n must be"),
+    ({"model": "gpt-4"}, 404, "does not exist"),
     ({"prompt": ["a"] * 100, "n": 2}, 400, "over 128 answers"),
-    ({"logprobs": 21}, 400, "logprobs must be"),
-    *(({"stop": value}, 400, "stop must be") for value in ([1], 0)),
-    ({"echo": "yes"}, 400, "echo must be"),
-    ({"top_k": 1.5}, 400, "top_k must be"),
-    *(({name: 0.5}, 400, "is not supported") for name in ("suffix", "min_p", "\ud800")),
+    *(({name: 0.5}, 400, f"{name}: ") for name in ("top_k", "presence_penalty", "suffix", "min_p")),
+    *(({name: 0}, 400, f"{name}: ") for name in ("top_p", "echo", "stop")),
+    *(({name: 10**30}, 400, f"{name}: ") for name in ("n", "logprobs")),
+    ({"stop": ["a"] * 17}, 400, "stop: List"),
 ]
 
 
@@ -254,9 +239,7 @@ FOREIGN: list[tuple[dict[str, str], int]] = [
     ({**JSON, "Host": "evil.example:8000"}, 403),
     ({**JSON, "Host": "127.0.0.1.evil.example"}, 403),
     ({**JSON, "Host": "[::1"}, 403),
-    ({**JSON, "Origin": "http://evil.example"}, 403),
-    ({**JSON, "Origin": "null"}, 403),
-    ({**JSON, "Host": "localhost:8000", "Origin": "http://localhost:3000"}, 200),
+    ({**JSON, "Host": "localhost:8000"}, 200),
     ({**JSON, "Host": "[::1]:8000"}, 200),
     ({"Content-Type": "application/json; charset=utf-8"}, 200),
 ]
@@ -264,13 +247,30 @@ FOREIGN: list[tuple[dict[str, str], int]] = [
 
 @pytest.mark.parametrize(("headers", "status"), FOREIGN)
 def test_what_a_web_page_could_send_is_refused(url: str, headers: dict[str, str], status: int):
-    body = json.dumps({"prompt": "a", "max_tokens": 1}).encode()
+    body = json.dumps({"prompt": "a", "max_tokens": 1, "stop": "longer than 16 letters"}).encode()
     answer = httpx.post(f"{url}/completions", content=body, headers=headers, timeout=60)
     assert answer.status_code == status
     assert (status == 200) == ("choices" in answer.json())
-    assert "access-control-allow-origin" not in answer.headers
+    asks_first = {"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}
+    leave = httpx.options(f"{url}/completions", headers={**headers, **asks_first}, timeout=60)
+    for told in (answer, leave):
+        assert "access-control-allow-origin" not in told.headers
     if status == 403:
         assert httpx.get(f"{url}/models", headers=headers, timeout=60).status_code == 403
+
+
+def test_a_fault_of_the_server_is_json(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch):
+    def fails(*_: Any) -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr("megatron_smlp.serving.work.answer", fails)
+    with running(application(lm)) as address:
+        for streams, status in ((False, 500), (True, 200)):
+            asked = {"prompt": "a", "stream": streams}
+            answer = httpx.post(f"{address}/completions", json=asked, timeout=60)
+            assert answer.status_code == status
+            first = answer.text.splitlines()[0].removeprefix("data: ")
+            assert json.loads(first)["error"]["type"] == "server_error"
 
 
 def test_a_key_and_more_names(lm: LanguageModel):
@@ -291,7 +291,7 @@ def test_a_key_and_more_names(lm: LanguageModel):
 def test_the_coldest_temperatures_and_one_choice_are_greedy(
     client: openai.OpenAI, lm: LanguageModel
 ):
-    expected = lm.decode([token for token in greedy(lm, "abc", 6) if token != lm.end])
+    expected = lm.decode([token for token in greedy(lm, lm.encode("abc"), 6) if token != lm.end])
     asked: dict[str, Any] = {"model": "hf", "prompt": "abc", "max_tokens": 6}
     for temperature in (1e-39, 1e-300, 1e-29):
         [choice] = client.completions.create(**asked, temperature=temperature).choices
@@ -317,7 +317,7 @@ def test_a_repetition_penalty_is_transformers_own(client: openai.OpenAI, lm: Lan
         model="hf", prompt="abab", max_tokens=8, temperature=0, logprobs=0,
         extra_body={"repetition_penalty": 3.0},
     ).choices  # fmt: skip
-    assert new != greedy(lm, "abab", 8)
+    assert new != greedy(lm, lm.encode("abab"), 8)
     assert choice.text == lm.decode([token for token in new if token != lm.end])
     expected = logprobs_of(lm, [*ids[0].tolist(), *new])[ids.shape[1] - 1 : -1]
     rows = expected[range(len(new)), new].tolist()
@@ -357,7 +357,7 @@ def test_no_more_than_may_wait_get_in_at_once(
     count, max_waiting = 5, 2
     num_parsing, opened = 0, threading.Event()
 
-    def slow(body: bytes, lm: LanguageModel) -> CompletionRequest:
+    def slow(body: bytes, lm: LanguageModel) -> Asked:
         nonlocal num_parsing
         num_parsing += 1
         opened.wait(60)

@@ -109,8 +109,8 @@ def test_what_cannot_be_merged(pairs: list[str], tmp_path: Path):
     with pytest.raises(DataError, match="is one of the inputs"):
         find_pairs(pairs, output_prefix=pairs[0])
     Path(pairs[1] + ".idx").unlink()
-    with pytest.raises(DataError, match=r"part1_text_document\.idx is missing"):
-        find_pairs([str(tmp_path / "in")], output_prefix="x")
+    with pytest.raises(DataError, match=r"part1_text_document\.idx does not exist"):
+        merge(find_pairs([str(tmp_path / "in")], output_prefix="x"), output_prefix="x")
     with pytest.raises(DataError, match=r"holds no \.bin/\.idx pair"):
         find_pairs([str(tmp_path)], output_prefix="x")
 

@@ -54,7 +54,7 @@ def test_a_missing_file_is_said(prefix: str, tmp_path: Path):
     with pytest.raises(DataError, match=r"no dataset at .*data_text_document"):
         verify_for_training(str(tmp_path / "dato"))
     Path(prefix + ".idx").unlink()
-    with pytest.raises(DataError, match=r"\.idx is missing"):
+    with pytest.raises(DataError, match=r"no dataset at .*\.idx does not exist"):
         verify_for_training(prefix)
 
 

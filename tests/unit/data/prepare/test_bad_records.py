@@ -1,22 +1,18 @@
 """Bad lines of every kind: refused with file:line and reason, or listed and counted."""
 
-import bz2
 import contextlib
-import gzip
 import json
-import lzma
 import os
 import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
-from data_helpers import BYTE_FLAGS, PYTHON, ROOT, Run, write_jsonl
+from data_helpers import BYTE_FLAGS, COMPRESSORS, PYTHON, ROOT, Run, write_jsonl
 from support.living import lives
 
 from megatron_smlp.data.pairs.indexed import open_index
@@ -73,14 +69,6 @@ def test_skip_keeps_every_good_line_and_lists_the_others(run: Run, tmp_path: Pat
     )
 
 
-def test_empty_documents_are_counted_not_refused(run: Run, tmp_path: Path):
-    source = tmp_path / "empty.jsonl"
-    source.write_bytes(b'{"text": ""}\n' + GOOD + b'\n{"text": ""}\n')
-    summary = run(source, tmp_path / "data", *BYTE_FLAGS, "--append-eod")
-    assert (summary.counts.documents, summary.counts.empty) == (1, 2)
-    assert open_index(str(tmp_path / "data_text_document")).num_documents == 1
-
-
 def test_a_byte_order_mark_at_the_start_is_no_text(run: Run, tmp_path: Path):
     source = tmp_path / "bom.jsonl"
     source.write_bytes(b"\xef\xbb\xbf" + GOOD + b"\r\n" + GOOD)
@@ -93,18 +81,6 @@ def test_no_document_at_all_is_an_error(run: Run, tmp_path: Path):
     with pytest.raises(DataError, match="no document with text in 1 input"):
         run(source, tmp_path / "data", *BYTE_FLAGS)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["nothing.jsonl"]
-
-
-def _zstd(data: bytes) -> bytes:
-    return pytest.importorskip("zstandard").ZstdCompressor().compress(data)
-
-
-COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
-    ".gz": gzip.compress,
-    ".bz2": bz2.compress,
-    ".xz": lambda data: lzma.compress(data, preset=1),
-    ".zst": _zstd,
-}
 
 
 @pytest.mark.parametrize("suffix", COMPRESSORS)
