@@ -127,14 +127,6 @@ def test_a_flag_stands_in_for_keys_of_the_file(parse: Parse, yaml):
     assert args.recompute_num_layers is None
 
 
-def test_a_warm_up_in_the_other_unit_is_named(parse: Parse, yaml):
-    path = yaml("lr_warmup_iters: 2\n")
-    base = MINIMAL.replace("--train-iters 4", "--train-samples 16")
-    message = "--lr-warmup-iters 2 beside --train-samples 16: .*--lr-warmup-samples"
-    with pytest.raises(UsageError, match=message):
-        parse(f"--config {path} {GMLP}", base=base)
-
-
 def test_a_no_key_holds_against_the_checkpoint_too(parse: Parse, yaml, tmp_path: Path):
     first = parse(f"{GMLP} --bf16 --seed 7 --platform cpu")
     folder = iteration_folder(tmp_path, 3)
