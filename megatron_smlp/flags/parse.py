@@ -20,7 +20,7 @@ from megatron_smlp.data.pairs.indexed import idx_path, strip_suffix
 from megatron_smlp.flags.check import check, validate
 from megatron_smlp.flags.config_file import expand_config
 from megatron_smlp.flags.defaults import fill_in
-from megatron_smlp.flags.our_flags import add_our_flags
+from megatron_smlp.flags.our_flags import add_our_flags, new_parser
 from megatron_smlp.flags.parser_actions import actions_of, given_flags, refuse_unknown
 from megatron_smlp.flags.use_checkpoint_args import with_checkpoint_flags
 
@@ -70,13 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Megatron's parser with our two groups of flags."""
     from megatron.training.arguments import add_megatron_arguments
 
-    parser = argparse.ArgumentParser(
-        prog="pretrain_smlp.py",
-        usage="%(prog)s --config FILE.yaml [--flag value ...]",
-        description="Pretrain sparse all-MLP language models and their baselines.",
-        allow_abbrev=False,
-    )
-    return _with_readable_help(add_our_flags(add_megatron_arguments(parser)))
+    return _with_readable_help(add_our_flags(add_megatron_arguments(new_parser())))
 
 
 def _with_readable_help(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
