@@ -71,8 +71,7 @@ def train(args: Any, **observers: Any) -> None:
 
     check_data(args)
     forward = ForwardStep()
-    with args.thawed():
-        loop.train(args, forward=forward, tasks=tasks_of(args, forward.statistics), **observers)
+    loop.train(args, forward=forward, tasks=tasks_of(args, forward.statistics), **observers)
 
 
 def run() -> None:

@@ -124,7 +124,6 @@ def check_alone(argv: list[str]) -> None:
     """Check without Megatron's own validation, which asks the device."""
     args = parse(build_parser(), argv)
     fill_in(args)
-    args.freeze()
     check(args)
 
 

@@ -39,7 +39,7 @@ def require_positive(options: object, *names: str) -> None:
             raise UsageError(f"{flag_of(name)} {value}: give 1 or more")
 
 
-class _WithDefaults(argparse.ArgumentDefaultsHelpFormatter):
+class WithDefaults(argparse.ArgumentDefaultsHelpFormatter):
     """Names a default, unless the help does so or there is none to speak of."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
@@ -53,7 +53,7 @@ class Parser(argparse.ArgumentParser):
     """Wrong flags end like every other error of the tools: in one line, with 2."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs.setdefault("formatter_class", _WithDefaults)
+        kwargs.setdefault("formatter_class", WithDefaults)
         super().__init__(*args, **kwargs)
         self.add_argument("--version", action="version", version=VERSION, help="print it")
 

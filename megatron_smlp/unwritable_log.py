@@ -55,14 +55,15 @@ class TolerantStream(io.TextIOBase):
 
     def __init__(self, stream: TextIO, name: str) -> None:
         self.stream, self.lost = stream, UnwritableLog(name)
+        atexit.register(drop_unwritten, stream)
 
     def write(self, text: str) -> int:
-        with self._tolerated():
+        with self.lost.tolerated():
             self.stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with self._tolerated():
+        with self.lost.tolerated():
             self.stream.flush()
 
     def isatty(self) -> bool:
@@ -74,14 +75,6 @@ class TolerantStream(io.TextIOBase):
     @property
     def encoding(self) -> str:  # type: ignore[override]
         return self.stream.encoding
-
-    @contextlib.contextmanager
-    def _tolerated(self) -> Iterator[None]:
-        was_said = self.lost.is_said
-        with self.lost.tolerated():
-            yield
-        if self.lost.is_said and not was_said:
-            atexit.register(drop_unwritten, self.stream)
 
 
 def drop_unwritten(stream: TextIO) -> None:

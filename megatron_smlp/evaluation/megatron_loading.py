@@ -89,9 +89,8 @@ def load_model(
     )
     # It notes a SIGTERM for a training loop, and none will look: the process would go on.
     get_signal_handler().release()
-    with args.thawed():
-        args.load = str(folder)  # also where the run's tracker names another one
-        return args, _build_and_load(args, folder), tokenizer
+    args.load = str(folder)  # also where the run's tracker names another one
+    return args, _build_and_load(args, folder), tokenizer
 
 
 def sequence_length(args: argparse.Namespace, wanted: int | None) -> int:

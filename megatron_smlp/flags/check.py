@@ -1,7 +1,8 @@
-"""The third phase: refusals, on a namespace that cannot be assigned to until Megatron validates.
+"""The third phase: refusals. Nothing is assigned to the namespace before Megatron's own validation.
 
-Each names the flag, its value, what is allowed and what to do. Megatron stops at most of these with
-an assertion that names no flag, some of them after minutes, and takes others in silence.
+Each check raises a UsageError with the flag, its value, what is allowed and what to do. Megatron
+stops at most of these with an assertion that names no flag, some of them after minutes, and takes
+others in silence.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from pathlib import Path
 from megatron_smlp.checkpoints.folders import (
     RELEASE,
     TRACKER,
-    folder_at,
     is_checkpoint_folder,
     is_same_folder,
     iteration_folder,
@@ -23,7 +23,6 @@ from megatron_smlp.checkpoints.folders import (
     tracked_folder,
 )
 from megatron_smlp.checkpoints.run_record import read_run_record
-from megatron_smlp.command_line import flag_of
 from megatron_smlp.data.tokenizers.factory import strings_of_tokens
 from megatron_smlp.data.tokenizers.folder import local_gpt2_files
 from megatron_smlp.errors import UsageError
@@ -38,17 +37,12 @@ from megatron_smlp.flags.check_run import (
     check_schedule,
 )
 from megatron_smlp.flags.layout import check_layout
-from megatron_smlp.flags.namespace import Arguments
 from megatron_smlp.platform import choice, cpu
 from megatron_smlp.routers.hash_table import BALANCED, read_table
 
 
 def check(args: argparse.Namespace) -> None:
-    """Check everything that can be known before Megatron looks.
-
-    Raises:
-        UsageError: see the messages.
-    """
+    """Check everything that can be known before Megatron looks."""
     check_ranges(args)
     check_token_router(args)
     check_choices(args)
@@ -87,7 +81,6 @@ def _check_load(args: argparse.Namespace) -> None:
             f"--ckpt-step {args.ckpt_step} asks for a checkpoint, and {where}: give --load with "
             "the --save folder of the run, or leave --ckpt-step out."
         )
-    _check_kept_schedule(args)
 
 
 def _check_branch(args: argparse.Namespace) -> None:
@@ -113,23 +106,6 @@ def _check_branch(args: argparse.Namespace) -> None:
         )
 
 
-def _check_kept_schedule(args: argparse.Namespace) -> None:
-    """Refuse rates beside --use-checkpoint-opt_param-scheduler: the optimizer's groups would have
-    the ones that are given, and the schedule the checkpoint's."""
-    if not (args.use_checkpoint_opt_param_scheduler and args.load):
-        return
-    folder = folder_at(args.load, args.ckpt_step)
-    then = ((read_run_record(folder) if folder else None) or {}).get("flags", {})
-    for name in ("lr", "min_lr"):
-        now = args.explicit_flags.get(name)
-        if now is not None and then.get(name, now) != now:
-            raise UsageError(
-                f"{flag_of(name)} {now} beside --use-checkpoint-opt_param-scheduler, which keeps "
-                f"the checkpoint's {then[name]}: give {flag_of(name)} {then[name]}, or leave the "
-                "other out."
-            )
-
-
 def _nothing_in(load: Path) -> str:
     """Why --load is refused, and what to give in its place."""
     if is_checkpoint_folder(load):
@@ -146,7 +122,7 @@ def _nothing_in(load: Path) -> str:
     )
 
 
-def validate(args: Arguments) -> None:
+def validate(args: argparse.Namespace) -> None:
     """Run Megatron's own validation, which fills in more, and set its global state.
 
     Raises:
@@ -156,21 +132,17 @@ def validate(args: Arguments) -> None:
     from megatron.training.arguments import validate_args
     from megatron.training.global_vars import set_global_variables
 
-    with megatrons_refusals(), args.thawed(), local_gpt2_files(args):
+    with megatrons_refusals(), local_gpt2_files(args):
         validate_args(args, {"tokenizer_type": "GPT2BPETokenizer"})
         # Megatron then forks a process for each save: megatron_patches/checkpoint_files.py.
         args.use_persistent_ckpt_worker = False
         set_global_variables(args)
     size, padded = get_tokenizer().vocab_size, args.padded_vocab_size
-    if size > padded:
+    if size > padded or padded % args.tensor_model_parallel_size:
         raise UsageError(
-            f"--padded-vocab-size {padded} is less than the {size} ids of the tokenizer: give at "
-            "least that, or leave it out."
-        )
-    if padded % args.tensor_model_parallel_size:
-        raise UsageError(
-            f"--padded-vocab-size {padded} is not a multiple of --tensor-model-parallel-size "
-            f"{args.tensor_model_parallel_size}: give one, or leave it out."
+            f"--padded-vocab-size {padded}: give a multiple of --tensor-model-parallel-size "
+            f"{args.tensor_model_parallel_size}, for the {size} ids of the tokenizer at least, or "
+            "leave it out."
         )
     _check_hash_table(args)
     if args.input_projection == "minhash":

@@ -23,11 +23,7 @@ WITHOUT_MUON = {
 
 
 def check_muon(args: argparse.Namespace) -> None:
-    """Refuse Muon where its package is not there, and what it does not do or could not save.
-
-    Raises:
-        UsageError: with the flag.
-    """
+    """Refuse Muon where its package is not there, and what it does not do or could not save."""
     if args.optimizer != "muon":
         return
     require_package(
@@ -49,11 +45,7 @@ def check_muon(args: argparse.Namespace) -> None:
 
 
 def check_recomputing(args: argparse.Namespace) -> None:
-    """Refuse selective recomputation of what no layer has, or what needs Transformer Engine.
-
-    Raises:
-        UsageError: with the modules.
-    """
+    """Refuse selective recomputation of what no layer has, or what needs Transformer Engine."""
     needing = RECOMPUTED_BY_TRANSFORMER_ENGINE.intersection(args.recompute_modules or ())
     if needing and find_spec("transformer_engine") is None:
         raise UsageError(
@@ -79,11 +71,6 @@ def check_recomputing(args: argparse.Namespace) -> None:
             f"--recompute-modules {' '.join(modules)}{default}: no layer of this --architecture "
             f"{args.architecture} has that. Give --recompute-granularity full, or other modules."
         )
-    if "layernorm" in modules and args.fp8 and not ARCHITECTURES[args.architecture].attends:
-        raise UsageError(
-            "--recompute-modules layernorm with FP8 is for attention, not for --architecture "
-            f"{args.architecture}: give other modules."
-        )
 
 
 def check_cuda_graphs(args: argparse.Namespace) -> None:
@@ -91,38 +78,22 @@ def check_cuda_graphs(args: argparse.Namespace) -> None:
 
     A graph replays kernels as they were captured, in training and in training's shapes, and not the
     Python beside them. Layers that route are left out of it (architectures.SlottedLayer).
-
-    Raises:
-        UsageError: with the reason.
     """
     if args.explicit_flags.get("cuda_graph_impl") in (None, "none"):
         return
-    flag = f"--cuda-graph-impl {args.cuda_graph_impl}"
     mixer = MIXERS[ARCHITECTURES[args.architecture].mixer]
     dropout = max(args.hidden_dropout, args.attention_dropout if mixer.drops_attention else 0.0)
-    if all(layer.routes for layer in slots_of(args)):
+    if (
+        all(layer.routes for layer in slots_of(args))
+        or mixer.plugin
+        or (dropout and args.eval_iters)
+        or args.eval_micro_batch_size not in (None, args.micro_batch_size)
+        or args.eval_tasks
+    ):
         raise UsageError(
-            f"{flag} cannot capture layers that route, and every layer of this model would be "
-            "such: a graph runs no Python, which hands routers their inputs. Leave it out."
-        )
-    if mixer.plugin:
-        raise UsageError(
-            f"{flag} is not tried with --architecture {args.architecture}, which is a plugin's: "
-            "where a mixer's Python reads numbers, a replay would not. Leave it out."
-        )
-    if dropout and args.eval_iters:
-        raise UsageError(
-            f"{flag} with dropout replays it in evaluations: give --hidden-dropout 0 and "
-            "--attention-dropout 0, or --eval-iters 0, or leave it out."
-        )
-    if args.eval_micro_batch_size not in (None, args.micro_batch_size):
-        raise UsageError(
-            f"{flag} captures micro-batches of --micro-batch-size {args.micro_batch_size}, and "
-            f"--eval-micro-batch-size {args.eval_micro_batch_size} is another: leave one of them "
-            "out."
-        )
-    if args.eval_tasks:
-        raise UsageError(
-            f"{flag} captures sequences of one length, and --eval-tasks scores others: leave one "
-            "of them out; tools/evaluate.py scores checkpoints."
+            f"--cuda-graph-impl {args.cuda_graph_impl} replays a training's kernels, with its "
+            "shapes and dropout, and no Python: it needs layers that do not route, of no plugin, "
+            "and evaluations without dropout (--hidden-dropout 0, --attention-dropout 0, or "
+            "--eval-iters 0), in micro-batches of the training's size, without --eval-tasks. Leave "
+            "it out, or change those."
         )

@@ -11,11 +11,7 @@ from megatron_smlp.systems import ARCHITECTURES, LayerSlots, layer_slots, load
 
 
 def check_model(args: argparse.Namespace) -> None:
-    """Check the sizes of the layers, and how they are cut over ranks.
-
-    Raises:
-        UsageError: see the messages.
-    """
+    """Check the sizes of the layers, and how they are cut over ranks."""
     for name in ("num_layers", "hidden_size", "seq_length", "micro_batch_size"):
         value = getattr(args, name)
         if value is None or value < 1:
@@ -49,11 +45,7 @@ def slots_of(args: argparse.Namespace) -> list[LayerSlots]:
 
 
 def check_attention(args: argparse.Namespace) -> None:
-    """Check the heads of attention.
-
-    Raises:
-        UsageError: they divide neither the hidden size nor among the ranks.
-    """
+    """Check the heads of attention."""
     heads, tp = args.num_attention_heads, args.tensor_model_parallel_size
     if not heads or args.hidden_size % heads:
         raise UsageError(
@@ -70,28 +62,19 @@ def check_attention(args: argparse.Namespace) -> None:
 def check_mup(args: argparse.Namespace) -> None:
     """Check that muP's rules are for every weight of the model, and say which they are.
 
-    Raises:
-        UsageError: see the messages.
+    They are of weights whose inputs grow with the width, which those of T x T matrices do not, and
+    know neither routers and experts, which see a share of the tokens, nor other rates than Adam's.
     """
     if not args.use_mup:
         return
-    if not all(mixer.attends for mixer in ARCHITECTURES[args.architecture].mixers):
+    is_dense = all(slots.channel == "mlp" for slots in slots_of(args))
+    attends = all(mixer.attends for mixer in ARCHITECTURES[args.architecture].mixers)
+    others = (args.optimizer, args.decoupled_lr, args.input_projection)
+    if not (is_dense and attends and others == ("adam", None, "embedding")):
         raise UsageError(
-            "--use-mup is for Transformers: its rules are of weights whose inputs grow with the "
-            "width, and a T x T matrix has as many as a sequence has positions. Leave it out."
+            "--use-mup is for dense Transformers with a table of tokens, and for Adam without "
+            "--decoupled-lr: its source has no rules for others. Leave it out."
         )
-    if any(slots.channel != "mlp" for slots in slots_of(args)):
-        raise UsageError(
-            "--use-mup is for dense Transformers: its source has no rule for the rates of routers "
-            "and experts, which see a share of the tokens. Leave it out."
-        )
-    without = {"optimizer": "adam", "decoupled_lr": None, "input_projection": "embedding"}
-    for name, only in without.items():
-        if getattr(args, name) != only:
-            raise UsageError(
-                f"{flag_of(name)} {getattr(args, name)} beside --use-mup, whose rates are those of "
-                "Adam for a model with a table of tokens: leave one of them out."
-            )
     if not args.mup_base_hidden_size:
         raise UsageError(
             "--use-mup without --mup-base-hidden-size: give the width at which the rates were "
@@ -109,11 +92,7 @@ def _call(check: str | None, *args: Any) -> None:
 
 
 def check_sparse(args: argparse.Namespace) -> None:
-    """Check which layers of sMLP are sparse, and their experts of features.
-
-    Raises:
-        UsageError: see the messages.
-    """
+    """Check which layers of sMLP are sparse, and their experts of features."""
     if not 0 <= args.num_dense_layers <= args.num_layers:
         raise UsageError(
             f"--num-dense-layers {args.num_dense_layers} must lie between 0 and --num-layers "
@@ -127,11 +106,7 @@ def check_sparse(args: argparse.Namespace) -> None:
 
 
 def check_experts(args: argparse.Namespace) -> None:
-    """Check the number of experts of tokens, and which layers have them.
-
-    Raises:
-        UsageError: see the messages.
-    """
+    """Check the number of experts of tokens, and which layers have them."""
     experts, ep = args.num_experts, args.expert_model_parallel_size
     if experts is None:
         if ep > 1:

@@ -182,11 +182,7 @@ NEEDS = (
 
 
 def check_choices(args: argparse.Namespace) -> None:
-    """Refuse values of Megatron's flags that do not work here.
-
-    Raises:
-        UsageError: with the flag, and what is allowed.
-    """
+    """Refuse values of Megatron's flags that do not work here."""
     for name, allowed in VALUES.items():
         if name in args.explicit_flags and _text(args.explicit_flags[name]) not in allowed:
             raise UsageError(
@@ -207,11 +203,7 @@ def check_choices(args: argparse.Namespace) -> None:
 
 
 def check_needs(args: argparse.Namespace) -> None:
-    """Refuse flags without what they need.
-
-    Raises:
-        UsageError: with the flag, and what it needs.
-    """
+    """Refuse flags without what they need."""
     rotates = ARCHITECTURES[args.architecture].rotates
     if not rotates and args.position_embedding_type not in POSITIONS_WITHOUT_ATTENTION:
         raise UsageError(
@@ -236,11 +228,7 @@ def refuse_unless(args: argparse.Namespace, choice: str) -> None:
     """Refuse flags that are for another `choice` than the one that was made.
 
     Args:
-        choice: destination of the flag that chooses; options.Facts has its plural.
-
-    Raises:
-        UsageError: with the flag, and what it is for.
-    """
+        choice: destination of the flag that chooses; options.Facts has its plural."""
     chosen = getattr(args, choice)
     facts = {**OUR_FLAGS, **MEGATRON_FLAGS}
     for name in requested(args, facts):

@@ -15,11 +15,7 @@ CAPACITIES = ("moe_train_capacity_factor", "moe_eval_capacity_factor")
 
 
 def check_token_router(args: argparse.Namespace) -> None:
-    """Check the router's flags, and those of Megatron's that follow from the rule.
-
-    Raises:
-        UsageError: with flag, value, what is allowed, and what to do.
-    """
+    """Check the router's flags, and those of Megatron's that follow from the rule."""
     if args.token_router == "none":
         _refuse_experts(args)
     refuse_unless(args, "token_router")
@@ -61,11 +57,7 @@ def _check_prices(args: argparse.Namespace) -> None:
 
 
 def check_feature_router(args: argparse.Namespace) -> None:
-    """Check the flags of the feature router of --architecture smlp.
-
-    Raises:
-        UsageError: with flag, value, what is allowed, and what to do.
-    """
+    """Check the flags of the feature router of --architecture smlp."""
     refuse_unless(args, "feature_router")
     chunks, experts = args.num_feature_chunks, args.num_feature_experts
     if args.feature_router not in BY_PREFIX:
@@ -103,11 +95,6 @@ def _check_experts_per_token(args: argparse.Namespace) -> None:
         raise UsageError(
             f"--token-router {router} without --num-experts: give the number of experts, or "
             "--token-router none."
-        )
-    if topk < 1:
-        raise UsageError(
-            f"--moe-router-topk {topk}: give how many of the --num-experts {experts} a token "
-            "visits, 1 or more."
         )
     if experts < topk:
         raise UsageError(

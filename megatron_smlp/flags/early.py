@@ -20,7 +20,7 @@ from typing import Any
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.flags.config_file import expand_config
 from megatron_smlp.flags.megatron_flags import usable
-from megatron_smlp.flags.our_flags import add_our_flags
+from megatron_smlp.flags.our_flags import add_our_flags, new_parser
 from megatron_smlp.flags.parser_actions import refuse_unknown
 from megatron_smlp.flags.ranges import check_values
 from megatron_smlp.flags.use_checkpoint_args import FLAG as GOES_ON
@@ -43,7 +43,7 @@ def refuse(argv: Sequence[str]) -> None:
     release, *lines = TABLE.read_text(encoding="utf-8").splitlines()
     if GOES_ON in argv or release != version_of("megatron-core"):
         return
-    parser = add_our_flags(argparse.ArgumentParser(allow_abbrev=False))
+    parser = add_our_flags(new_parser())
     facts: dict[str, Any] = {}
     for line in lines:
         if line.startswith("{"):

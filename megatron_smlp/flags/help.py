@@ -1,4 +1,4 @@
-"""`--help`: our flags, from the records in options.py, without importing Megatron and torch.
+"""`--help`: our flags, as argparse prints them, without importing Megatron and torch.
 
 `--help-all` builds the parser, which takes seconds, and lists Megatron's flags too.
 
@@ -7,26 +7,21 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import sys
-import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_smlp.command_line import VERSION, flag_of
+from megatron_smlp.command_line import VERSION, WithDefaults, flag_of
 from megatron_smlp.flags.megatron_flags import TESTED
-from megatron_smlp.flags.our_flags import docstrings
+from megatron_smlp.flags.our_flags import add_our_flags, docstrings, new_parser
 from megatron_smlp.options import OUR_FLAGS, ModelOptions, RunOptions, choices_of
 
 FLAGS_PAGE = Path(__file__).parents[2] / "docs" / "flags.md"
 WIDTH = 100
 GROUPS = {"Model": ModelOptions, "Run": RunOptions}
-HEAD = """usage: pretrain_smlp.py --config FILE.yaml [--flag value ...]
-
-Pretrain sparse all-MLP language models and their baselines. These flags come on top of Megatron's,
-which keep their names and meaning: --help-all lists those too, docs/flags.md those that are tested.
-"""
 PAGE = """# Flags
 
 Ours come on top of Megatron's, of which [those that are tested](#megatrons-flags) can be given. A
@@ -49,7 +44,7 @@ def answered(argv: Sequence[str]) -> bool:
     if "--help-all" in argv:
         print(full_help(), end="")
     elif "--help" in argv or "-h" in argv:
-        print(short_help())
+        print(short_help(), end="")
     elif list(argv) == ["--version"]:
         print(VERSION)
     else:
@@ -58,31 +53,21 @@ def answered(argv: Sequence[str]) -> bool:
 
 
 def short_help() -> str:
-    """Return our flags as argparse would print them."""
-    lines = [HEAD]
-    for title, options in GROUPS.items():
-        lines.append(f"{title.lower()}:")
-        for name, allowed, default, meaning in rows(options):
-            lines.append(f"  {flag_of(name)}{f' {allowed}' if allowed else ''}")
-            text = meaning + (f" (default: {default})" if default else "")
-            lines += textwrap.wrap(
-                text, WIDTH, initial_indent=" " * 8, subsequent_indent=" " * 8,
-                break_on_hyphens=False,
-            )  # fmt: skip
-        lines.append("")
-    return "\n".join(lines).rstrip()
+    """Return our flags."""
+    return _help(add_our_flags(new_parser()))
 
 
 def full_help() -> str:
-    """Return every flag, Megatron's among them, as argparse prints it."""
-    import argparse
-
+    """Return every flag, Megatron's among them."""
     from megatron_smlp.flags.parse import build_parser
     from megatron_smlp.platform import cpu
 
     cpu.apply()
-    parser = build_parser()
-    parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, width=WIDTH)
+    return _help(build_parser())
+
+
+def _help(parser: argparse.ArgumentParser) -> str:
+    parser.formatter_class = lambda prog: WithDefaults(prog, width=WIDTH)
     return parser.format_help()
 
 

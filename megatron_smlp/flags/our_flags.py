@@ -18,6 +18,18 @@ from megatron_smlp.options import PLUGIN_OPTIONS, ModelOptions, RunOptions, choi
 GROUPS = {"sparse all-MLP model": ModelOptions, "run": RunOptions}
 
 
+def new_parser() -> argparse.ArgumentParser:
+    """Return a training's parser, without flags."""
+    return argparse.ArgumentParser(
+        prog="pretrain_smlp.py",
+        usage="%(prog)s --config FILE.yaml [--flag value ...]",
+        description="Pretrain sparse all-MLP language models and their baselines. Our flags come "
+        "on top of Megatron's, which keep their names and meaning: --help-all lists those too, "
+        "docs/flags.md those that are tested.",
+        allow_abbrev=False,
+    )
+
+
 def add_our_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add both groups of options.py; what is wrong is raised, and not printed."""
     for title, options in GROUPS.items():
@@ -25,7 +37,7 @@ def add_our_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         meanings = docstrings(options)
         for field in dataclasses.fields(options):
             group.add_argument(flag_of(field.name), **_keywords(field), help=meanings[field.name])
-    group = parser.add_argument_group("plugins", "Options of the files that --plugin names.")
+    group = parser.add_argument_group("plugins")
     for name, it in PLUGIN_OPTIONS.items():
         kind = (
             {"action": "store_true"}

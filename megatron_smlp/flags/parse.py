@@ -2,8 +2,8 @@
 
 1. parse     the YAML file's keys become flags, the command line comes after them and so wins
 2. defaults  what is left out follows from other flags, the machine, the checkpoint (defaults.py)
-3. check     refusals, which name flag, value, what is allowed and what to do (check.py), on a
-             frozen namespace. Megatron's own validation is the last of them, and may write to it.
+3. check     refusals, which name flag, value, what is allowed and what to do (check.py), and
+             assign nothing. Megatron's own validation is the last of them, and may write.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from megatron_smlp.data.pairs.indexed import idx_path, strip_suffix
 from megatron_smlp.flags.check import check, validate
 from megatron_smlp.flags.config_file import expand_config
 from megatron_smlp.flags.defaults import fill_in
-from megatron_smlp.flags.namespace import Arguments
-from megatron_smlp.flags.our_flags import add_our_flags
+from megatron_smlp.flags.our_flags import add_our_flags, new_parser
 from megatron_smlp.flags.parser_actions import actions_of, given_flags, refuse_unknown
 from megatron_smlp.flags.use_checkpoint_args import with_checkpoint_flags
 
@@ -29,8 +28,8 @@ FILES = (*tokenizer_copy.FLAGS, "hash_table", "data_args_path", "per_split_data_
 PREFIXES = ("data_path", *SPLIT_FLAGS)
 
 
-def parse_arguments(argv: Sequence[str]) -> Arguments:
-    """Return Megatron's namespace with our flags in it, validated by Megatron and frozen.
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Return Megatron's namespace with our flags in it, validated by Megatron.
 
     megatron_patches must be applied before, and platform/cpu.py where there is no GPU.
 
@@ -40,7 +39,6 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     parser = build_parser()
     args = parse(parser, argv)
     fill_in(args)
-    args.freeze()
     check(args)
     validate(args)
     if args.load:
@@ -48,7 +46,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     return args
 
 
-def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Arguments:
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
     """Parse, as the first phase: refuse unknown flags, and tell given values from defaults.
 
     Raises:
@@ -59,7 +57,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Arguments:
     argv = with_checkpoint_flags(parser, expanded)
     argv = with_absolute_paths(actions_of(parser), argv)
     refuse_unknown(parser, argv)
-    args = Arguments.of(_parse_like_megatron(argv))
+    args = _parse_like_megatron(argv)
     args.explicit_flags = {name: getattr(args, name) for name in given_flags(parser, argv)}
     places |= dict.fromkeys(given, "command line")
     args.places = {name: places.get(name, "checkpoint") for name in args.explicit_flags}
@@ -72,13 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Megatron's parser with our two groups of flags."""
     from megatron.training.arguments import add_megatron_arguments
 
-    parser = argparse.ArgumentParser(
-        prog="pretrain_smlp.py",
-        usage="%(prog)s --config FILE.yaml [--flag value ...]",
-        description="Pretrain sparse all-MLP language models and their baselines.",
-        allow_abbrev=False,
-    )
-    return _with_readable_help(add_our_flags(add_megatron_arguments(parser)))
+    return _with_readable_help(add_our_flags(add_megatron_arguments(new_parser())))
 
 
 def _with_readable_help(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

@@ -34,6 +34,7 @@ LEAST = {
     "expert_model_parallel_size": 1,
     "expert_tensor_parallel_size": 1,
     "context_parallel_size": 1,
+    "moe_router_topk": 1,
     "moe_shared_expert_intermediate_size": 1,
     "init_method_std": 0,
     "embedding_init_method_std": 0,

@@ -34,12 +34,9 @@ def given(flag: str, argv: Sequence[str]) -> Any:
     Raises:
         UsageError: that file cannot be read.
     """
-    value = None
-    for at, word in enumerate(argv):
-        if word == flag and at + 1 < len(argv):
-            value = argv[at + 1]
-        elif word.startswith(f"{flag}="):
-            value = word.partition("=")[2]
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(flag, dest="value", nargs="?")
+    value = parser.parse_known_args(list(argv))[0].value
     if value is None and flag.replace("--", "--no-", 1) not in argv:
         name = spelling(flag.removeprefix("--"))
         keys = {spelling(key): entry for key, entry in read_yaml(*config_paths(argv)).items()}

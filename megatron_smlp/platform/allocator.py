@@ -13,7 +13,6 @@ Elsewhere than on Linux with glibc (musl, macOS) neither function changes anythi
 from __future__ import annotations
 
 import ctypes
-import sys
 
 # The numbers of glibc's <malloc.h>, for mallopt(3).
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4
@@ -22,24 +21,21 @@ GROW_BY = 64 << 20  # bytes that the heap grows by: fewer calls to the kernel
 LARGE = 1 << 20  # bytes
 
 
-def keep_freed_memory() -> bool:
-    """Keep every block in the process; returns whether the allocator is one that can be told."""
-    return _tell({M_MMAP_MAX: 0, M_TRIM_THRESHOLD: NEVER, M_TOP_PAD: GROW_BY})
+def keep_freed_memory() -> None:
+    """Keep every block in the process."""
+    _tell({M_MMAP_MAX: 0, M_TRIM_THRESHOLD: NEVER, M_TOP_PAD: GROW_BY})
 
 
-def return_large_blocks() -> bool:
+def return_large_blocks() -> None:
     """Return every block of a megabyte or more to the system when it is freed.
 
     Otherwise glibc raises that size to 32 MB by itself, and keeps some of what tensors took.
     """
-    return _tell({M_MMAP_THRESHOLD: LARGE})
+    _tell({M_MMAP_THRESHOLD: LARGE})
 
 
-def _tell(settings: dict[int, int]) -> bool:
-    if not sys.platform.startswith("linux"):
-        return False
+def _tell(settings: dict[int, int]) -> None:
     library = ctypes.CDLL(None)
-    if not (hasattr(library, "gnu_get_libc_version") and hasattr(library, "mallopt")):
-        return False
-    accepted = [library.mallopt(name, value) == 1 for name, value in settings.items()]
-    return all(accepted)
+    if hasattr(library, "gnu_get_libc_version"):
+        for name, value in settings.items():
+            library.mallopt(name, value)

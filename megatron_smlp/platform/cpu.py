@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -135,7 +135,7 @@ def _replace_streams() -> None:
     stream = CPUStream()
     torch.cuda.Event = torch.cpu.Event
     torch.cuda.Stream = CPUStream
-    torch.cuda.stream = _no_context
+    torch.cuda.stream = contextlib.nullcontext
     torch.cuda.set_stream = _constant(None)
     torch.cuda.current_stream = _constant(stream)
 
@@ -174,7 +174,7 @@ def _replace_tensor_placement() -> None:
     torch.Tensor.cuda = stay
     torch.nn.Module.cuda = stay
     for owner in (torch.Tensor, torch.nn.Module):
-        owner.to = _to_on_cpu(owner.to)
+        owner.to = _on_cpu(owner.to)
 
 
 def _replace_tensor_types() -> None:
@@ -254,25 +254,17 @@ def _is_cuda(device: Any) -> bool:
     )
 
 
-def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(factory)
+def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a factory, or `to`: what is to be on a CUDA device is on the CPU, and not pinned."""
+
+    @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
+        args = tuple(CPU if _is_cuda(arg) else arg for arg in args)
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = CPU
         if kwargs.get("pin_memory"):
             kwargs["pin_memory"] = False
-        return factory(*args, **kwargs)
-
-    return wrapped
-
-
-def _to_on_cpu(to: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(to)
-    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        args = tuple(CPU if _is_cuda(arg) else arg for arg in args)
-        if _is_cuda(kwargs.get("device")):
-            kwargs["device"] = CPU
-        return to(self, *args, **kwargs)
+        return function(*args, **kwargs)
 
     return wrapped
 
@@ -282,8 +274,3 @@ def _constant(answer: Any) -> Callable[..., Any]:
         return answer
 
     return function
-
-
-@contextlib.contextmanager
-def _no_context(*_: Any, **__: Any) -> Iterator[None]:
-    yield

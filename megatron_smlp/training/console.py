@@ -87,10 +87,9 @@ class RunConsole:
 
 def dry_run(args: argparse.Namespace) -> None:
     """Print what the run would be, on rank 0 alone; Megatron may refuse what it is made of."""
-    with args.thawed():
-        configuration(args)
-        if args.hash_table != BALANCED:  # which reads the data
-            check_causality_of_layers(args)
+    configuration(args)
+    if args.hash_table != BALANCED:  # which reads the data
+        check_causality_of_layers(args)
     if args.rank == 0:
         print_dry_run(args, Console(file=terminal(), highlight=False, soft_wrap=True))
 

@@ -14,7 +14,7 @@ from megatron.core.datasets.gpt_dataset import GPTDatasetConfig, MockGPTDataset
 from megatron.core.datasets.utils import Split
 from megatron.training import get_tokenizer
 from megatron.training.utils import is_first_or_last_pipeline_stage
-from torch.utils.data import Dataset
+from torch.utils.data import Subset
 
 from megatron_smlp.data.blending import blends_from_arguments
 from megatron_smlp.data.datasets import build_datasets, dataset_uses, use_lines
@@ -104,7 +104,12 @@ def _training_samples(args: argparse.Namespace) -> int:
 
 
 def _first(dataset: Any, count: int, split: Split) -> Any:
-    return None if dataset is None else FirstSamples(dataset, count, split)
+    """Return what every evaluation of a run reads."""
+    if dataset is None:
+        return None
+    first: Any = Subset(dataset, range(count))
+    first.split = split  # which Megatron reads for the size of a batch
+    return first
 
 
 def _build(
@@ -138,20 +143,6 @@ def _build(
         )
     except DataError as error:
         raise UsageError(str(error)) from error
-
-
-class FirstSamples(Dataset[Any]):
-    """The first samples of a dataset: what every evaluation of a run reads."""
-
-    def __init__(self, dataset: Dataset[Any], count: int, split: Split) -> None:
-        self.dataset, self.count = dataset, count
-        self.split = split  # which Megatron reads for the size of a batch
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> Any:
-        return self.dataset[index]
 
 
 def may_be_padded(args: argparse.Namespace) -> bool:

@@ -198,9 +198,8 @@ def next_batch(
             args.micro_batch_size if torch.is_grad_enabled() else args.eval_micro_batch_size
         ),
         seq_length=args.seq_length,
-        mtp_on_this_rank=needs_every_batch(
-            args
-        ),  # then Megatron broadcasts all of it on all stages
+        # Then Megatron broadcasts all of it on all stages.
+        mtp_on_this_rank=needs_every_batch(args),
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),

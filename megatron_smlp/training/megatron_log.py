@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import time
 from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
@@ -33,6 +32,7 @@ from torch import Tensor
 from megatron_smlp.training.curves import Writers
 from megatron_smlp.training.events import Evaluation, Listener, Outcome
 from megatron_smlp.training.parts import Parts
+from megatron_smlp.training.speed import StepClock
 
 TIMERS = (
     "forward-backward layernorm-grads-all-reduce embedding-grads-all-reduce all-grads-sync "
@@ -61,17 +61,17 @@ class MegatronLog(Listener):
         self.memory_reports = 2
         """Still to come: optimizer state is there after the first update."""
         self.timers = " ".join(TIMERS[: args.timing_log_level]).split()
-        self.since = time.perf_counter()
-        """Where the steps since the last line would have begun without what held them up."""
+        self.clock = StepClock()
 
     def built(self, parts: Parts) -> None:
         self.parts = parts
         self.writers.write_flags(self.args)
 
     def ready(self) -> None:
-        self.since = time.perf_counter()
+        self.clock.restart()
 
     def stepped(self, outcome: Outcome) -> None:
+        self.clock.step()
         self._add(outcome)
         params_norm = calc_params_l2_norm(self.parts.model) if self.args.log_params_norm else None
         if self.writers and outcome.iteration % self.args.tensorboard_log_interval == 0:
@@ -144,7 +144,7 @@ class MegatronLog(Listener):
 
     def _line(self, outcome: Outcome, experts: str, params_norm: float | None) -> None:
         args, timers = self.args, get_timers()
-        seconds = (time.perf_counter() - self.since) / (self.made + self.skipped)
+        seconds = self.clock.pop_seconds_per_step()
         if args.log_timers_to_tensorboard:
             self._write("iteration-time", seconds, outcome.iteration, twice=False)
         parts = [
@@ -170,7 +170,6 @@ class MegatronLog(Listener):
         parts.append(f"number of nan iterations: {self.nan:3d} |")
         print_rank_last(" | ".join(parts))
         self.sums, self.made, self.skipped, self.nan = {}, 0, 0, 0
-        self.since = time.perf_counter()
         self._memory(outcome.iteration)
         if args.log_timers_to_tensorboard and self.writers:
             timers.write(
@@ -193,7 +192,7 @@ class MegatronLog(Listener):
             self.memory_reports = max(0, self.memory_reports - 1)
 
     def held_up(self, *, seconds: float) -> None:
-        self.since += seconds
+        self.clock.exclude(seconds)
 
     def evaluated(self, evaluation: Evaluation) -> None:
         title = evaluation.title.replace(" ", "-")

@@ -11,7 +11,6 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -72,14 +71,8 @@ class Failures:
         self.figures: dict[str, str] = {}
         self.restarts = 0
 
-    def survives(
-        self, name: str, disturb: Callable[[], None], *, restarts: bool = True, most: int = INTERVAL
-    ) -> None:
-        """Disturb it some steps later; it must get on, from a checkpoint or without.
-
-        Args:
-            most: steps that it may lose.
-        """
+    def survives(self, name: str, disturb: Callable[[], None], *, restarts: bool = True) -> None:
+        """Disturb it some steps later; it must get on, from a checkpoint or without."""
         job = self.job
         job.wait_for_iteration(job.iteration() + INTERVAL + 2, seconds=PATIENCE)
         began, at, said = time.monotonic(), job.iteration(), job.words_of_launchers()
@@ -101,7 +94,7 @@ class Failures:
         if restarts:
             job.wait_until(has_restarted, seconds=PATIENCE)
             lost = self.told()[-1]["lost_steps"]
-            assert lost <= most
+            assert lost <= INTERVAL
         else:
             job.wait_for_iteration(at + 1, seconds=PATIENCE)
             lost = 0
@@ -218,44 +211,6 @@ def test_a_machine_that_is_gone_for_ever_ends_a_job_without_a_spare(
     two.mend(1)
     job.start(0, 1)
     assert job.codes(0, 1) == [0, 0], job.ends_of_logs()
-    assert steps(job.save) == undisturbed(tmp_path, 300)
-
-
-def killed_while_saving(job: Job, *nodes: int) -> None:
-    """All ranks there, in the middle of a checkpoint's writing, and start them again.
-
-    The machines are frozen first: what is unfinished then stays so.
-    """
-    partials = job.save / ".iter_*.partial-*"
-
-    def unfinished() -> list[Path]:
-        return list(partials.parent.glob(partials.name))
-
-    while not unfinished():
-        job.wait_until(lambda: bool(unfinished()), seconds=PATIENCE)
-        for node in nodes:
-            job.net.signal(node, signal.SIGSTOP)
-        time.sleep(0.5)  # for those that could finish it without them
-        if not unfinished():
-            for node in nodes:
-                job.net.signal(node, signal.SIGCONT)
-    rebooted(job, *nodes)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1500)
-def test_killed_in_the_middle_of_an_async_save(
-    two: Network, variables: dict[str, str], tmp_path: Path
-):
-    job = Job(two, f"{FLAGS} --train-iters 300 --async-save", **variables)
-    job.start(0, 1)
-    run = Failures(job)
-    most = 4 * INTERVAL  # steps go on while a save is written, and nobody waits for it
-    for what, nodes in (("both nodes", (0, 1)), ("one node", (1,))):
-        kill = partial(killed_while_saving, job, *nodes)
-        run.survives(f"{what} killed in an async save", kill, most=most)
-    assert job.codes(0, 1) == [0, 0], job.ends_of_logs()
-    assert not list(job.save.glob(".iter_*.partial-*"))
     assert steps(job.save) == undisturbed(tmp_path, 300)
 
 
@@ -475,10 +430,7 @@ def test_no_progress_three_times(two: Network, variables: dict[str, str], tmp_pa
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"NNODES": "3:2"}, "NNODES=3:2: give the number of machines"),
-        ({"GLOO_SOCKET_IFNAME": "eth9"}, "eth9 is not an interface with an address; this machine"),
         ({"GLOO_SOCKET_IFNAME": "lo"}, "GLOO_SOCKET_IFNAME=lo does not lead to other machines"),
-        ({"LOCAL_ADDR": "10.9.9.9"}, "LOCAL_ADDR=10.9.9.9 is not an address of this machine"),
         ({"MASTER_ADDR": "10.9.9.9"}, "MASTER_ADDR=10.9.9.9 cannot be reached from this machine"),
         ({}, "has not answered 10.77."),
         ({"RENDEZVOUS": "file:OWN"}, "1 of 2 machines are in it (node1-10.77."),

@@ -50,8 +50,7 @@ def test_the_page_of_flags_is_that_of_the_records():
     assert written == help.flags_page(), "run `python -m megatron_smlp.flags.help`"
 
 
-def test_help_says_what_the_parser_takes():
-    """It is read from the records, because building the parser takes seconds."""
+def test_the_page_says_what_the_parser_takes():
     from megatron_smlp.flags.parse import build_parser
 
     actions = {action.dest: action for action in build_parser()._actions}

@@ -111,8 +111,7 @@ def test_a_flag_that_changes_a_training_step_comes_back(system: str, parse: Call
 
 
 def _step_of(args: argparse.Namespace) -> tuple[float, float]:
-    with args.thawed():
-        model = build_model(args)
+    model = build_model(args)
     torch.manual_seed(7)
     with torch.no_grad():
         for parameter in model.parameters():  # whatever they start with

@@ -80,6 +80,5 @@ def test_the_papers_commands_can_start(
         flags.write_text(yaml.safe_dump(dict(run.flags)), encoding="utf-8")
         words = "--mock-data --tokenizer-type NullTokenizer --vocab-size 50257"
         args = parse(f"--config {flags} {words}", base="")
-    with args.thawed():
-        args.rank = 0
-        assert built_parameters(args, monkeypatch) == expected_parameters(args, stage=0)
+    args.rank = 0
+    assert built_parameters(args, monkeypatch) == expected_parameters(args, stage=0)

@@ -96,11 +96,9 @@ def test_logits_are_smaller(scaled: Start, plain: Start):
 @pytest.mark.parametrize(
     "words",
     [
-        "--architecture gmlp --use-mup --mup-base-hidden-size 8",
         "--architecture amlp --use-mup --mup-base-hidden-size 8",
         f"{SCALED} --token-router switch --num-experts 2",
         f"{SCALED} --optimizer sgd",
-        f"{SCALED} --optimizer muon",
         f"{SCALED} --decoupled-lr 1e-3",
         f"{SCALED} --input-projection minhash",
         f"{TRANSFORMER} --use-mup",

@@ -42,14 +42,6 @@ class TestMetrics:
             assert step["mfu"] is None, "the peak of this device is not known"
             assert not step["skipped"]
 
-    def test_each_step_has_the_learning_rate_that_it_was_made_with(self, logged):
-        """Linear from --lr 1e-3 to --min-lr 1e-4 in four steps, of which the first is full."""
-        rates = [record["learning_rate"] for record in logged if "loss" in record]
-        assert rates == pytest.approx([1e-3, 7.75e-4, 5.5e-4, 3.25e-4])
-
-    def test_the_first_loss_is_that_of_a_uniform_guess(self, logged: list[dict[str, Any]]):
-        assert logged[0]["loss"] == pytest.approx(math.log(100), rel=0.02)
-
 
 def test_the_log_interval_thins_the_lines_and_keeps_the_last(tmp_path: Path):
     """Four steps, one line every third: the third, and the last."""

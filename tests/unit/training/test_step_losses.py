@@ -84,18 +84,15 @@ def test_validation_reports_the_whole_and_the_suffix(parse: Callable[..., Any], 
 
 @pytest.mark.parametrize("position", ["7", "0.45"])
 @pytest.mark.parametrize("trains", [True, False])
-@pytest.mark.parametrize(
-    "flags", ["--architecture gmlp", "--architecture transformer --num-attention-heads 4"]
-)
-def test_every_system_reports_a_suffix_where_asked(
-    parse: Callable[..., Any], flags: str, trains: bool, position: str
+def test_a_system_reports_a_suffix_where_asked(
+    parse: Callable[..., Any], trains: bool, position: str
 ):
     """0.45 of 16 tokens are 7."""
     losses, mask = losses_and_mask()
     given = losses if trains else losses.detach()
-    parse(flags)
+    parse("--architecture gmlp")
     assert set(ForwardStep()._loss(mask, given)[2]) == {"lm loss"}
-    parse(f"{flags} --suffix-from {position}")
+    parse(f"--architecture gmlp --suffix-from {position}")
     reports = ForwardStep()._loss(mask, given)[2]
     assert set(reports) == {"lm loss", SUFFIX_LOSS}
     torch.testing.assert_close(loss_of(reports["lm loss"]), mean(losses, mask, start=0))
