@@ -37,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--against",
         nargs="+",
         choices=["steps", "tokens", "flops", "square-flops", "time"],
-        help="what the loss is drawn against, a panel each (default: all that every run has)",
+        help="what the loss is drawn against, a panel each (default: all)",
     )
     parser.add_argument(
         "--formats",
@@ -86,11 +86,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def figures(
     runs: Sequence[Run], *, against: Sequence[str] | None, window: int | None
 ) -> Iterator[tuple[str, Figure]]:
-    """Yield name and figure of all that there is to draw."""
     from megatron_smlp.plotting.figures import load_figure, loss_figure, router_figure
-    from megatron_smlp.plotting.series import has_losses
+    from megatron_smlp.plotting.series import AXES, has_losses
 
-    axes = _axes(runs, against)
+    axes = list(against or AXES)
     yield "loss", loss_figure(runs, axes=axes, window=window)
     if any(has_losses(run, suffix=True)[0] for run in runs):
         yield "loss-suffix", loss_figure(runs, axes=axes, window=window, suffix=True)
@@ -103,20 +102,3 @@ def figures(
             if load is not None:
                 label = re.sub(r"[^\w.-]+", "_", run.label)
                 yield f"load-{label}{'-validation' * evaluation}", load
-
-
-def _axes(runs: Sequence[Run], against: Sequence[str] | None) -> list[str]:
-    """Return the axes that were asked for, or all that every run has."""
-    from megatron_smlp.plotting.series import AXES
-
-    lacking = {
-        name: [run for run in runs if not any(axis.field in record for record in run.training)]
-        for name, axis in AXES.items()
-    }
-    for name in against or ():
-        if lacking[name]:
-            raise UsageError(
-                f"{lacking[name][0].label}: no line has {AXES[name].field!r}: leave {name} out of "
-                "--against."
-            )
-    return list(against or [name for name, runs_without in lacking.items() if not runs_without])

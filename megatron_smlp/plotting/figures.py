@@ -27,7 +27,6 @@ from megatron_smlp.plotting.series import (
     RouterHistory,
     common_unit,
     curve,
-    default_window,
     has_losses,
     loss_fields,
     router_histories,
@@ -42,6 +41,7 @@ COLORS = (
     "#999933", "#EE7733", "#000000", "#999999",
 )  # fmt: skip
 STYLES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)))
+SMOOTHED = 50  # a curve averages over so small a part of its points, where nobody says
 EXTREME = 4.0  # times an even share, where the colours of a heat map end
 DPI = 150
 
@@ -52,7 +52,7 @@ def loss_figure(
     """Draw the loss of training (lines) and validation (dots) against each of `axes`, of AXES.
 
     Args:
-        window: logged lines that a training curve averages over; None: `default_window`.
+        window: logged lines that a training curve averages over; None: a fiftieth.
         suffix: the loss of the targets behind a prefix, of the runs that have it; else of all.
     """
     columns = min(2, len(axes))
@@ -79,7 +79,7 @@ def _draw_losses(
     for run, look in zip(runs, looks(), strict=False):
         training, validation = loss_fields(run, suffix=suffix)
         raw = curve(run.training, axis=axis, unit=unit, field=training)
-        line = smoothed(raw, window=window or default_window(raw))
+        line = smoothed(raw, window=window or len(raw.y) // SMOOTHED)
         if line is not raw:
             panel.plot(raw.x, raw.y, linewidth=0.4, alpha=0.35, color=look["color"])
         panel.plot(line.x, line.y, linewidth=1.4, **look)

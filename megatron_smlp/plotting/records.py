@@ -13,8 +13,6 @@ from megatron_smlp.metrics_records import FILE_NAME, Record, read_records
 
 @dataclass(frozen=True)
 class Run:
-    """The records that one run logged."""
-
     label: str
     training: list[Record]
     """Lines with a `loss`, one an iteration, ascending."""
@@ -29,14 +27,11 @@ def read_runs(paths: Sequence[Path], *, labels: Sequence[str] | None = None) -> 
         labels: one a run; default: the part in which their paths differ.
 
     Raises:
-        UsageError: another number of labels, one twice, or an error of `read_run`.
+        UsageError: another number of labels, or an error of `read_run`.
     """
     names = list(labels) if labels else default_labels(paths)
     if len(names) != len(paths):
         raise UsageError(f"--labels {' '.join(names)}: give one for each of the {len(paths)} runs.")
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise UsageError(f"label {twice!r} stands for two runs: name each one by --labels.")
     return [read_run(path, label=label) for path, label in zip(paths, names, strict=True)]
 
 

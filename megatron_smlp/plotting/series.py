@@ -96,11 +96,6 @@ def curve(records: Sequence[Record], *, axis: Axis, unit: float, field: str) -> 
     return Curve(x[finite], y[finite])
 
 
-def default_window(line: Curve) -> int:
-    """Return how many points a curve averages over where nobody says: a fiftieth of them."""
-    return max(1, len(line.y) // 50)
-
-
 def smoothed(line: Curve, *, window: int) -> Curve:
     """Return the mean of the last `window` points, of fewer at the start."""
     if window < 2 or not len(line.y):
@@ -113,8 +108,6 @@ def smoothed(line: Curve, *, window: int) -> Curve:
 
 @dataclass(frozen=True)
 class RouterHistory:
-    """One router over the run."""
-
     layer: int
     kind: str
     iterations: Floats

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -27,17 +26,22 @@ from megatron_smlp.study.systems import read_systems
 if TYPE_CHECKING:
     from megatron_smlp.study.results import Results
 
+HELP = {
+    "plan": "check that the study is fair, and list its runs",
+    "run": "work on it: start as many workers, on as many machines, as you like",
+    "evaluate": "score final checkpoints: zero-shot tasks, and where in a text the loss lies",
+    "status": "what is done, running, failed",
+    "report": "write the tables, figures and verdicts, from the runs and the kept CSV files",
+}
 RUNS = Path("runs/study")
 DATA = Path("runs/study-data")
-LEAST_EXPIRY = 10.0
-"""Seconds: shared file systems show a sign of life late, and one of a busy machine is late."""
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="study.py", description="Compare systems: a study of studies/*.yaml.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     parsers = {}
-    for name, (_, text) in COMMANDS.items():
+    for name, text in HELP.items():
         parsers[name] = command = commands.add_parser(
             name, help=text, description=f"{name}: {text}."
         )
@@ -49,10 +53,10 @@ def build_parser() -> argparse.ArgumentParser:
         ):
             command.add_argument(flag, type=Path, default=default, metavar="FOLDER", help=help_text)
     run, evaluate = parsers["run"], parsers["evaluate"]
-    run.add_argument("--processes", type=_processes, default=1, metavar="N", help="of each run")
+    run.add_argument("--processes", type=int, default=1, metavar="N", help="of each run")
     run.add_argument("--retry", action="store_true", help="try the runs that failed once more")
     run.add_argument(
-        "--expiry", type=seconds, default=state.EXPIRY, metavar="SECONDS",
+        "--expiry", type=float, default=state.EXPIRY, metavar="SECONDS",
         help="after which this worker counts as dead for others if it gives no sign",
     )  # fmt: skip
     run.add_argument(
@@ -74,19 +78,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _processes(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: give a whole number of 1 or more")
-    return int(text)
-
-
-def seconds(text: str) -> float:
-    """Return a time after which a worker may count as dead."""
-    if not LEAST_EXPIRY <= (value := float(text)) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text}: give {LEAST_EXPIRY:g} seconds or more")
-    return value
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; return its exit code: 1 where runs failed.
 
@@ -98,12 +89,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         require_package(package, purpose="a study", extra="'megatron-smlp[study]'")
     # Leases are given back at the end, for the next one to have them at once.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    work, _ = COMMANDS[args.command]
     states = read_states(args)
+    if args.command == "report":
+        return _report(args, states)
+    work = COMMANDS[args.command]
     if len(states) == 1:
         return work(args, *states[0])
-    if args.command == "report":
-        return _report_sizes(args, states)
     if args.command == "run" and not args.speed:
         for known, results in states:  # other workers are waited for once no size has a free run
             print(f"== {known.study.name}", flush=True)
@@ -122,22 +113,25 @@ def read_states(args: argparse.Namespace) -> list[tuple[State, Results]]:
     Raises:
         UsageError: see `read_studies`, `read_systems` and `check_fair`; or the study changed.
     """
+    from megatron_smlp.study.results import default_folder
+
     name, studies = read_studies(args.study)
+    if args.results is None and not (here := default_folder(name)).exists():
+        for other in sorted(here.parent.glob("*")):
+            text = f"{here} is not there; --results {other} reads and adds to another machine's"
+            print(f"note: {text}", file=sys.stderr)
     return [_read_state(args, name, study) for study in studies]
 
 
 def _read_state(args: argparse.Namespace, name: str, study: Study) -> tuple[State, Results]:
     """Read a study, or a size of the study `name`, which has a folder in that one's results."""
-    from megatron_smlp.study.results import Results, default_folder, left_out
+    from megatron_smlp.study.results import Results, default_folder
 
     systems = read_systems(study, folder=args.study.parent)
     check_fair(study, systems)
     folder = args.runs / study.name
     whole, own = args.results or default_folder(name), study.name if study.name != name else ""
     results = Results(whole / own)
-    if args.results is None:
-        for line in left_out(whole, own):
-            print(f"note: {line}", file=sys.stderr)
     records = {place: state.read_json(place / state.BEGUN) for place in (folder, results.folder)}
     begun = {place: before for place, before in records.items() if before}
     if begun and args.command != "run":
@@ -174,12 +168,11 @@ def _alone(known: State, what: str) -> Iterator[None]:
 
 def _plan(args: argparse.Namespace, known: State, results: Results) -> int:
     from megatron_smlp.study.fingerprints import lines_on_sources
-    from megatron_smlp.study.prices import evaluation_cost, price_lines, warm_up_lines
+    from megatron_smlp.study.prices import price_lines, warm_up_lines
     from megatron_smlp.study.tables import Tables
 
     plan = known.plan()
-    first = next(iter(known.systems.values()))
-    calendar = Calendar.of(known.study, first)
+    calendar = Calendar.of(known.study, next(iter(known.systems.values())))
     print(flops_table(known.study, known.systems))
     print(f"\n{'runs of a system':32}{'runs':>8}{'iterations':>12}{'tokens':>18}{'to do':>8}")
     to_do = {run.key for run in (*known.to_do(plan), *plan.pending)}
@@ -192,13 +185,9 @@ def _plan(args: argparse.Namespace, known: State, results: Results) -> int:
         print(f"  {name:30}{len(own):>8}{iterations:>12,}{tokens:>18,}{len(own_left):>8}")
     print()
     lines = price_lines(known.study, known.systems, left, Tables.of(results))
-    sources = (f"  {line}" for line in lines_on_sources(known, results))
-    print(*lines, *warm_up_lines(plan), *sources, sep="\n")
+    print(*lines, *warm_up_lines(plan), *lines_on_sources(known, results), sep="\n")
     for name in plan.at_edge:
         print(f"  WARNING: the best rate of {name} is at the edge of the trials")
-    print(f"\nevaluation: {evaluation_cost(first, calendar)}")
-    for name, system in known.systems.items():
-        print(f"  {name:30}{system.evaluation}")
     return 0
 
 
@@ -209,12 +198,13 @@ def _run(args: argparse.Namespace, known: State, results: Results, *, waits: boo
     if args.speed:
         return _time(args, known, results)
     state.begin(known.folder, state.description(known.study, known.systems, known.identity))
-    again = known.failures(known.plan()) if args.retry else {}
+    if args.retry:
+        known.retry_failures()
     data = StudyData(args.data)
     make_fingerprints(known, data, results, processes=args.processes)
     for line in lines_on_sources(known, results, processes=args.processes):
-        print(f"note: {line}", file=sys.stderr)
-    worker = Worker(state=known, data=data, processes=args.processes, again=again)
+        print(line, file=sys.stderr)
+    worker = Worker(state=known, data=data, processes=args.processes)
     worker.work(waits=waits)
     if failure := known.failure(known.plan()):
         print(f"{failure}. See tools/study.py status {args.study}", file=sys.stderr)
@@ -262,51 +252,26 @@ def _status(args: argparse.Namespace, known: State, _: Results) -> int:
     return 0
 
 
-def _report(args: argparse.Namespace, known: State, results: Results) -> int:
+def _report(args: argparse.Namespace, states: Sequence[tuple[State, Results]]) -> int:
     from megatron_smlp.study.report import Page, write_report
-
-    results.collect(known)
-    if not len(results.runs):
-        raise _nothing_to_report(args, known.study.name, results.folder)
-    page = Page(known, results, accept_other_sources=args.accept_other_sources)
-    print(*write_report(page), sep="\n")
-    return 0
-
-
-def _nothing_to_report(args: argparse.Namespace, name: str, folder: Path) -> UsageError:
-    return UsageError(
-        f"{folder}: no run of study {name!r} is over: start `tools/study.py run {args.study}` "
-        "first."
-    )
-
-
-def _report_sizes(args: argparse.Namespace, states: list[tuple[State, Results]]) -> int:
-    from megatron_smlp.study.report import Page, write_report
-    from megatron_smlp.study.results import default_folder
     from megatron_smlp.study.sizes import write_sizes
 
-    name, _ = read_studies(args.study)
-    folder, pages = args.results or default_folder(name), []
+    pages = []
     for known, results in states:
         results.collect(known)
         pages.append(Page(known, results, accept_other_sources=args.accept_other_sources))
         if len(results.runs):
             print(*write_report(pages[-1]), sep="\n")
     if not any(len(results.runs) for _, results in states):
-        raise _nothing_to_report(args, name, folder)
-    print(*write_sizes(name, pages, folder), sep="\n")
+        raise UsageError(
+            f"{args.study}: no run is over: start `tools/study.py run {args.study}` first."
+        )
+    if len(states) > 1:
+        name, _ = read_studies(args.study)
+        print(*write_sizes(name, pages, results.folder.parent), sep="\n")
     return 0
 
 
-Command = Callable[[argparse.Namespace, State, "Results"], int]
-COMMANDS: dict[str, tuple[Command, str]] = {
-    "plan": (_plan, "check that the study is fair, and list its runs"),
-    "run": (_run, "work on it: start as many workers, on as many machines, as you like"),
-    "evaluate": (
-        _evaluate, "score final checkpoints: zero-shot tasks, and where in a text the loss lies"
-    ),
-    "status": (_status, "what is done, running, failed"),
-    "report": (
-        _report, "write the tables, figures and verdicts, from the runs and the kept CSV files"
-    ),
+COMMANDS: dict[str, Callable[[argparse.Namespace, State, Results], int]] = {
+    "plan": _plan, "run": _run, "evaluate": _evaluate, "status": _status,
 }  # fmt: skip

@@ -14,7 +14,6 @@ from megatron_smlp.study.verdicts import SECONDS, TOKENS, Claim, Comparison
 
 
 def claim_lines(measured: Measured, claims: Sequence[Claim]) -> Iterator[str]:
-    """Yield the verdict on each claim, and of which comparisons it is made."""
     if not claims:
         yield "None of the paper's is tested." if measured.study.paper else "None is tested."
         return
@@ -39,7 +38,6 @@ def _because(measured: Measured, claim: Claim) -> Iterator[str]:
 
 
 def comparison_lines(measured: Measured, claims: Sequence[Claim]) -> Iterator[str]:
-    """Yield all comparisons, and why each that is undecided is."""
     is_design = measured.study.design is not None
     yield from table(
         "claim", "of", "difference or ratio", "95 % interval", "df", "p", "p (Holm)",
@@ -70,7 +68,6 @@ def comparison_lines(measured: Measured, claims: Sequence[Claim]) -> Iterator[st
 
 
 def other_lines(measured: Measured, others: Claim) -> Iterator[str]:
-    """Yield the comparisons of no claim."""
     if not others.comparisons:
         return
     pairs = "of no claim of the paper" if measured.study.paper else "that the study names"
@@ -84,7 +81,6 @@ def other_lines(measured: Measured, others: Claim) -> Iterator[str]:
 
 
 def deviation_lines(measured: Measured) -> Iterator[str]:
-    """Yield by which deviation losses are compared."""
     for field in dict.fromkeys(map(measured.field, measured.systems)):
         spread = measured.at_end(field)
         behind = " behind the prefix" * (field == SUFFIX_LOSS)
@@ -112,7 +108,6 @@ def deviation_lines(measured: Measured) -> Iterator[str]:
 
 
 def primary_lines(measured: Measured, looks: Sequence[Look]) -> Iterator[str]:
-    """Yield the looks at the primary comparison, if there is one."""
     study = measured.study
     if study.primary is None:
         return

@@ -29,7 +29,6 @@ class StudyData:
 
     @property
     def flags(self) -> list[str]:
-        """Return the flags of pretrain_smlp.py that name the data."""
         named = [word for split in SPLITS for word in (f"--{split}-data-path", self.prefix(split))]
         tokenizer = str(self.folder.absolute() / TOKENIZER)
         kind = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer]

@@ -48,8 +48,6 @@ def check_fair(study: Study, systems: Mapping[str, System]) -> None:
 
 def _check_common_flags(study: Study, systems: Mapping[str, System]) -> None:
     compared = study.may_differ or ()
-    if others := sorted({*compared} - {*COMMON_FLAGS}):
-        raise UsageError(f"may-differ: {flag_of(others[0])} may differ in any study: remove it.")
     for flag in (flag for flag in COMMON_FLAGS if flag not in compared):
         values = {name: system.flags.get(flag) for name, system in systems.items()}
         if len({json.dumps(value) for value in values.values()}) > 1:

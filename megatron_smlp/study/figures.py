@@ -1,4 +1,4 @@
-"""Draw a study: losses of converged points, evaluation curves, trials, speed-ups, expert load."""
+"""Draw a study: losses of converged points, trials, speed-ups, expert load, kinds of tokens."""
 
 from __future__ import annotations
 
@@ -45,25 +45,24 @@ class Drawing:
         self.measured = measured
         self.study, self.systems, self.tables = measured.study, measured.systems, measured.tables
         self.factors = factors
-        """The learning rate of each system whose tuning is done."""
         self.looks = _looks(self.systems)
         self.looks[self.study.subject]["zorder"] = 3  # over the others
 
     def figures(self, speedups: Sequence[Comparison]) -> Iterator[tuple[str, Figure]]:
-        """Yield name and figure of all that there is to draw."""
         asked = (VALIDATION_LOSS, self.measured.field(*self.systems))
         for field, what in FIELDS.items():
             if field in asked and self.tables.converged[field].notna().any():
                 yield f"loss{what.replace(' ', '-')}", self.losses(field, what)
-        trunks = pandas.concat([self._evaluations(name) for name in self.systems])
-        if len(trunks):  # a study that has begun has trials alone
-            yield "evaluations", self.evaluations()
         if len(self._trials()):
             yield "learning-rates", self.learning_rates()
         if any(math.isfinite(comparison.found.mean) for comparison in speedups):
             yield "speed-up", self.speedups(speedups)
-        if trunks["load_max"].notna().any():
-            yield "expert-load", self.load()
+        if loads := {
+            name: own
+            for name in self.looks
+            if len(own := self.tables.loads(name, self.study.longest))
+        }:
+            yield "expert-load", self.load(loads)
         if kinds := [kind for kind in PANELS if self.tables.labels(kind)]:
             yield "where-the-loss-lies", self.breakdown(kinds)
 
@@ -171,34 +170,6 @@ class Drawing:
                 points.append((self.tables.tokens(horizon), estimate.mean, *ends))
         return np.array(points, dtype=np.float64).reshape(-1, 4)
 
-    def _evaluations(self, name: str) -> pandas.DataFrame:
-        return self.tables.evaluations(name, self.study.longest)
-
-    def evaluations(self) -> Figure:
-        """Draw the evaluations of the trunks, and the ends of the decays that leave them."""
-        figure, panel = _single(7.4, 4.8)
-        unit, unit_name = unit_for(AXES["tokens"], self.study.longest)
-        names = [
-            name
-            for name in self.measured.trained_on(VALIDATION_LOSS)
-            if len(self._evaluations(name))
-        ]
-        for name in names:
-            look = self.looks[name]
-            mean = self._evaluations(name).groupby("tokens")[VALIDATION_LOSS].mean()
-            panel.plot(mean.index / unit, mean, linewidth=self._width(name, 1.2), **look)
-            ends = self._means(name, VALIDATION_LOSS)
-            panel.plot(
-                ends[:, 0] / unit, ends[:, 1], "o", markersize=4,
-                color=look["color"], markeredgecolor="white",
-            )  # fmt: skip
-        panel.set(xlabel=f"training tokens{unit_name}", ylabel="validation loss (nats per token)")
-        plain_log(panel)
-        tidy(panel)
-        note = "means of seeds; lines: constant learning rate, then the last decay; dots: decayed"
-        self._legend(figure, note, names)
-        return figure
-
     def _trials(self) -> pandas.DataFrame:
         """Return runs at several rates; of a design they are those that count."""
         if self.study.design is None:
@@ -287,20 +258,15 @@ class Drawing:
         tidy(panel)
         return figure
 
-    def load(self) -> Figure:
+    def load(self, loads: Mapping[str, pandas.DataFrame]) -> Figure:
         """Draw the greatest and the least load of any expert in the evaluations."""
         figure, panel = _single(7.4, 4.6)
         unit, unit_name = unit_for(AXES["tokens"], self.study.longest)
-        drawn = []
-        for name, look in self.looks.items():
-            lines = self._evaluations(name)
-            lines = lines[lines["load_max"].notna()]
-            if len(lines):
-                drawn.append(name)
-                mean = lines.groupby("tokens")[["load_min", "load_max"]].mean()
-                for field, width in (("load_max", 1.6), ("load_min", 0.8)):
-                    width = self._width(name, width)
-                    panel.plot(mean.index / unit, mean[field], linewidth=width, **look)
+        for name, lines in loads.items():
+            mean = lines.groupby("tokens")[["load_min", "load_max"]].mean()
+            for field, width in (("load_max", 1.6), ("load_min", 0.8)):
+                width = self._width(name, width)
+                panel.plot(mean.index / unit, mean[field], linewidth=width, **self.looks[name])
         panel.axhline(1, color="0.35", linewidth=0.9, linestyle=":")
         panel.set(
             xlabel=f"training tokens{unit_name}", ylabel="load in evaluations (1: an even share)"
@@ -308,11 +274,8 @@ class Drawing:
         plain_log(panel, "y")
         panel.set_ylim(bottom=LEAST_LOAD)
         tidy(panel)
-        self._legend(
-            figure,
-            "thick: the fullest expert of any layer; thin: the emptiest; mean of seeds",
-            drawn,
-        )
+        note = "thick: the fullest expert of any layer; thin: the emptiest; mean of seeds"
+        self._legend(figure, note, list(loads))
         return figure
 
     def breakdown(self, kinds: Sequence[str]) -> Figure:

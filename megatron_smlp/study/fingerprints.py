@@ -1,8 +1,8 @@
 """Fingerprints: the losses and gradient norms of a system's first steps, to the bit, as a hash.
 
-One is made before a system is trained by sources that it has none of, and where results of other
-sources are kept, on this kind of machine with as many processes and threads: others round
-differently, and can tell nothing.
+Where anything is left to train, one is made of each system that has none of the present sources on
+this kind of machine with as many processes and threads: others round differently, and can tell
+nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megatron_smlp.metrics_records import Record
 from megatron_smlp.provenance import HASH_DIGITS
 from megatron_smlp.study.data import StudyData
 from megatron_smlp.study.hardware import hardware
-from megatron_smlp.study.made_by import NOT_KNOWN, comparison
+from megatron_smlp.study.made_by import alike, listed
 from megatron_smlp.study.metrics import SUFFIX_LOSS, VALIDATION_LOSS
 from megatron_smlp.study.process import made_by_next, train_shortly
 from megatron_smlp.study.results import FINGERPRINTS, FOUND, Results
@@ -32,11 +32,12 @@ LOGGED = ("loss", "grad_norm", VALIDATION_LOSS, SUFFIX_LOSS)
 
 
 def make_fingerprints(known: State, data: StudyData, results: Results, *, processes: int) -> None:
-    """Make those that are asked for by what is to do and by what others made."""
+    """Make those that are not there yet, for runs by these sources to be compared with others."""
     now = made_by_next(processes)
     threads = os.environ.get("OMP_NUM_THREADS", "all")
     machine = f"{hardware()}, {processes} x {threads} threads"
-    for name in _asked(known):
+    plan = known.plan()
+    for name in known.systems if known.to_do(plan) or plan.pending else ():
         about = {"system": name, "sources": now["sources"], "machine": machine}
         folder = known.folder / FINGERPRINTS / name / _digest(about)
         if (folder / FOUND).exists() or _is_in(results, about):
@@ -71,30 +72,16 @@ def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:HASH_DIGITS]
 
 
-def _asked(known: State) -> Iterator[str]:
-    """Yield the systems that are to be trained, or were by sources that are known: others, or the
-    present ones where a worker was killed at the fingerprint."""
-    plan = known.plan()
-    to_do = {run.system for run in (*known.to_do(plan), *plan.pending)}
-    for name in known.systems:
-        made_by = {known.made_by(run)["sources"] for run in plan.runs if run.system == name}
-        if name in to_do or made_by - {NOT_KNOWN}:
-            yield name
-
-
 def lines_on_sources(known: State, results: Results, *, processes: int = 1) -> Iterator[str]:
-    """Yield in words how many of the runs that are over were not made by the present sources."""
-    now = made_by_next(processes)["sources"]
+    """Yield in a line how many of the runs that are over are not as of the present sources."""
+    now = str(made_by_next(processes)["sources"])
     fingerprints = results.fingerprints_of(known)
-    over = [run for run in known.plan().runs if known.ending(run)]
-    counts = Counter((run.system, *known.made_by(run).values()) for run in over)
-    if unknown := sum(count for (*_, sources), count in counts.items() if not sources):
-        yield f"by which sources is not known of {unknown} runs that are over"
-    for (system, commit, sources), count in counts.items():
-        for source in sources.split():
-            if source != now:
-                same = comparison(fingerprints, system, source, str(now))
-                yield (
-                    f"{count} runs of {system} that are over are of sources {source} (commit "
-                    f"{commit or 'not known'}), not of {now}: {same}"
-                )
+    same = {name: alike(fingerprints, name, now) for name in known.systems}
+    others = Counter(
+        run.system
+        for run in known.plan().runs
+        if known.ending(run) and not {*listed(known.made_by(run)["sources"])} <= same[run.system]
+    )
+    if others:
+        runs = ", ".join(f"{count} of {name}" for name, count in others.items())
+        yield f"note: runs that are over, of sources that may compute otherwise than {now}: {runs}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import os
 import platform
 import re
@@ -20,16 +19,13 @@ def hardware() -> str:
 
 def _gpus() -> list[str]:
     """Return `8x` and the name in words; nothing where there is none, or none may be used."""
-    entries = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    # CUDA looks at them up to the first that names none, such as -1.
-    visible = list(itertools.takewhile(lambda entry: entry and not entry.startswith("-"), entries))
-    is_given = "CUDA_VISIBLE_DEVICES" in os.environ
-    if (is_given and not visible) or not shutil.which("nvidia-smi"):
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible in ("", "-1") or not shutil.which("nvidia-smi"):
         return []
     query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     names = subprocess.run(query, capture_output=True, text=True, check=False)
-    models = [] if names.returncode else names.stdout.split("\n")[:-1]
-    count = min(len(models), len(visible)) if is_given else len(models)
+    models = [] if names.returncode else names.stdout.splitlines()
+    count = len(visible.split(",")) if visible else len(models)
     return [f"{count}x", *_words(models[0])] if models else []
 
 

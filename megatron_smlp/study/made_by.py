@@ -53,13 +53,9 @@ def alike(fingerprints: pandas.DataFrame, system: str, sources: str) -> set[str]
     return reached
 
 
-def comparison(fingerprints: pandas.DataFrame, system: str, left: str, right: str) -> str:
-    """Return in words whether two states of the sources compute the same for a system."""
-    if right in alike(fingerprints, system, left):
-        return "the first steps are the same, to the bit"
-    own = fingerprints[fingerprints["system"] == system]
-    machines = [set(own[own["sources"] == source]["machine"]) for source in (left, right)]
-    return "the first steps differ" if machines[0] & machines[1] else "not compared"
+def listed(sources: object) -> list[str]:
+    """Return the sources of a cell of runs.csv, or of `noted`."""
+    return (sources.split() if isinstance(sources, str) else []) or [NOT_KNOWN]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +90,6 @@ def _all_of(runs: Mapping[str, pandas.Series], key: str) -> Sequence[str]:
     """Return the sources of a run and of those that it continues."""
     sources: list[str] = []
     while key in runs:
-        text = runs[key]["sources"]
-        sources += (text.split() or [NOT_KNOWN]) if isinstance(text, str) else [NOT_KNOWN]
+        sources += listed(runs[key]["sources"])
         key = runs[key]["parent"]
     return sources

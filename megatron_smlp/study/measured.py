@@ -11,7 +11,6 @@ import numpy as np
 
 from megatron_smlp.study.metrics import SUFFIX_LOSS, VALIDATION_LOSS
 from megatron_smlp.study.rates import Rates
-from megatron_smlp.study.results import TASK
 from megatron_smlp.study.spread import Spread
 from megatron_smlp.study.statistics import Difference, unknown
 from megatron_smlp.study.study_file import Study
@@ -23,8 +22,6 @@ FITTED = 0
 
 
 class Measured:
-    """A study, its systems, and the tables of their runs."""
-
     def __init__(self, study: Study, systems: Mapping[str, System], tables: Tables) -> None:
         self.study = study
         self.systems = systems
@@ -50,7 +47,6 @@ class Measured:
         })  # fmt: skip
 
     def at_end(self, field: str) -> Spread | Rates:
-        """Return the losses at the longest horizon."""
         return self.at(self.study.longest, field)
 
     def slope(self, system: str, rival: str) -> Difference:
@@ -129,19 +125,4 @@ class Measured:
             diverged = [seed for seed, loss in losses.items() if math.isinf(loss)]
             for seeds, what in ((self.lacking(name), "is missing"), (diverged, "diverged")):
                 if seeds:
-                    yield f"{self._seeds(name, seeds)} {what}"
-
-    def unscored(self, names: Iterable[str]) -> Iterator[str]:
-        """Yield in words which tasks of which systems and seeds were not scored."""
-        for name in names:
-            lacking: dict[tuple[int, ...], list[str]] = {}
-            for task in self.tables.labels(TASK):
-                scored = self.tables.values(TASK, task, name)
-                seeds = tuple(seed for seed in self.study.seeds_of(name) if seed not in scored)
-                lacking.setdefault(seeds, []).append(task)
-            for seeds, tasks in lacking.items():
-                if seeds:
-                    yield f"{self._seeds(name, seeds)} lacks {', '.join(tasks)}"
-
-    def _seeds(self, name: str, seeds: Iterable[int]) -> str:
-        return f"{self.systems[name].title}: seed {', '.join(map(str, seeds))}"
+                    yield f"{self.systems[name].title}: seed {', '.join(map(str, seeds))} {what}"

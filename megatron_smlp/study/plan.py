@@ -50,7 +50,6 @@ class PlannedRun:
     start: int
     """Iterations that its parent has made."""
     end: int
-    """Its last iteration."""
     flags: Mapping[str, Any]
     """All that is given to pretrain_smlp.py, without paths."""
     parent: PlannedRun | None = None
@@ -81,7 +80,6 @@ class PlannedRun:
 
     @property
     def title(self) -> str:
-        """Its name for people."""
         what = "trunk" if self.horizon is None else f"{self.horizon / 1e6:g}M"
         return f"{self.system}, lr x {self.factor:g}, seed {self.seed}, {what} ({self.phase})"
 
@@ -143,13 +141,16 @@ def make_plan(
     # The subject and its rivals come before what only an ablation needs, and of these the first
     # seed of every system: a study that is not whole can decide most claims, or compares them all.
     needed = [name for name in systems if name == study.subject or not systems[name].is_smlp]
-    rounds = max(len(study.seeds_of(name)) for name in systems)
+    pairs = {
+        name: list(zip(study.seeds_of(name), study.rates_of(name), strict=True)) for name in systems
+    }
+    rounds = max(map(len, pairs.values()))
     main = [
         run
         for group in (needed, [name for name in systems if name not in needed])
         for number in range(rounds)
         for name in group
-        for seed, rate in _pairs(study, name)[number : number + 1]
+        for seed, rate in pairs[name][number : number + 1]
         for run in _pieces(
             functools.partial(
                 make, systems[name], phase="main", factor=rate or factors.get(name, 1.0), seed=seed
@@ -160,10 +161,6 @@ def make_plan(
     known = [run for run in main if run.system in factors]
     pending = tuple(run for run in main if run.system not in factors)
     return Plan(runs=(*tuning, *known), factors=factors, pending=pending)
-
-
-def _pairs(study: Study, system: str) -> list[tuple[int, float | None]]:
-    return list(zip(study.seeds_of(system), study.rates_of(system), strict=True))
 
 
 def _tuning(
@@ -304,8 +301,9 @@ def _run(
     }
     flags.setdefault("lr_wsd_decay_style", "minus_sqrt")
     flags |= {name: flags[name] * factor for name in ("lr", "min_lr") if flags.get(name)}
-    flags |= _warmup(flags, shortest=calendar.end(min(study.horizons)))
-    flags.pop("lr_warmup_fraction", None)
+    if (fraction := flags.pop("lr_warmup_fraction", None)) is not None:
+        # The warm-up is the same for every horizon.
+        flags["lr_warmup_iters"] = round(fraction * calendar.end(min(study.horizons)))
     if end < last:
         flags["exit_interval"] = end
     return PlannedRun(
@@ -313,9 +311,3 @@ def _run(
         horizon=None if is_trunk else horizon, start=parent.end if parent else 0, end=end,
         flags=flags, parent=parent, identity=identity,
     )  # fmt: skip
-
-
-def _warmup(flags: Mapping[str, Any], *, shortest: int) -> dict[str, int]:
-    """Return the warm-up in iterations: it is the same for every horizon."""
-    fraction = flags.get("lr_warmup_fraction")
-    return {} if fraction is None else {"lr_warmup_iters": round(fraction * shortest)}

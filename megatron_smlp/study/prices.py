@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from megatron_smlp.accounting.estimate import estimate, uncounted
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.errors import UsageError
 from megatron_smlp.study.cells import number
 from megatron_smlp.study.plan import Calendar, Plan, PlannedRun
-from megatron_smlp.study.study_file import Cluster, Study
+from megatron_smlp.study.study_file import Study
 from megatron_smlp.study.systems import System
 from megatron_smlp.study.tables import Tables
 
@@ -18,10 +17,6 @@ GIB = 2**30
 BACKWARD = 3  # a training step costs as much as three forward passes
 EVAL_ITERS = 100  # Megatron's default
 LONG_WARM_UP = 0.2
-SAVED_BYTES = 12
-"""Bytes per parameter in a checkpoint: two moments, and the weight in fp32."""
-HALF_BYTES = 2
-"""Beside them with --bf16 or --fp16: the weight in that."""
 
 
 def price_lines(
@@ -41,7 +36,7 @@ def price_lines(
     cluster = study.cluster
     share = f"{cluster.utilization:.0%} of {cluster.tflops:g} TFLOP/s in needed FLOPs, assumed"
     yield f"{cluster.gpus} GPUs ({share}), evaluations included"
-    yield f"  {'':24}{'GPU hours':>12}{'hours':>9}{'memory/GPU':>14}{'checkpoint':>14}  layout"
+    yield f"  {'':24}{'GPU hours':>12}{'hours':>9}{'memory/GPU':>14}"
     total = 0.0
     for name, system in systems.items():
         # By needed FLOPs, as the `mfu` of a training that may stand in `utilization`.
@@ -49,13 +44,12 @@ def price_lines(
         tokens = _tokens(study, system, runs)
         hours = tflops * tokens / (cluster.tflops * cluster.utilization) / 3600
         total += hours
-        costs = _costs_on(cluster, study, system)
-        memory = costs["per_gpu"]["memory_bytes"] / GIB
-        saved = _saved_bytes(system) * costs["total_parameters"] / GIB
-        yield (
-            f"  {name:24}{hours:>12,.0f}{hours / cluster.gpus:>9,.1f}{memory:>10,.1f} GiB"
-            f"{saved:>10,.1f} GiB  {_layout(system.flags)}"
-        )
+        flags = {**system.flags, "vocab_size": study.vocab_size, "world_size": cluster.gpus}
+        try:
+            memory = estimate(flags)["per_gpu"]["memory_bytes"] / GIB
+        except ValueError as error:
+            raise UsageError(f"cluster: gpus: {cluster.gpus}, {name}: {error}") from error
+        yield f"  {name:24}{hours:>12,.0f}{hours / cluster.gpus:>9,.1f}{memory:>10,.1f} GiB"
     yield f"  {'all':24}{total:>12,.0f}{total / cluster.gpus:>9,.1f}"
     ignored = {name for system in systems.values() for name in uncounted(system.flags)}
     if ignored:
@@ -79,24 +73,6 @@ def _hours_of_a_worker(
     )
 
 
-def evaluation_cost(system: System, calendar: Calendar) -> str:
-    """Return how often a run is evaluated, alike in all systems, and what that adds to it."""
-    share = _evaluation_share(system, calendar)
-    return (
-        f"{_batches(system)} batches every {calendar.evaluation} iterations, {share:.0%} on top of "
-        "the training's FLOPs"
-    )
-
-
-def _evaluation_share(system: System, calendar: Calendar) -> float:
-    return _batches(system) / BACKWARD / calendar.evaluation
-
-
-def _batches(system: System) -> int:
-    batches: int = system.flags.get("eval_iters", EVAL_ITERS)
-    return batches
-
-
 def warm_up_lines(plan: Plan) -> Iterator[str]:
     """Yield how much of a trial is warm-up, and a warning where that misleads the tuning."""
     trial = next((run for run in plan.runs if run.phase == "tuning"), None)
@@ -113,31 +89,9 @@ def warm_up_lines(plan: Plan) -> Iterator[str]:
         )
 
 
-def _saved_bytes(system: System) -> int:
-    is_half = system.flags.get("bf16") or system.flags.get("fp16")
-    return SAVED_BYTES + (HALF_BYTES if is_half else 0)
-
-
-def _costs_on(cluster: Cluster, study: Study, system: System) -> dict[str, Any]:
-    flags = {**system.flags, "vocab_size": study.vocab_size, "world_size": cluster.gpus}
-    try:
-        return estimate(flags)
-    except ValueError as error:
-        raise UsageError(f"cluster: gpus: {cluster.gpus}, {system.name}: {error}") from error
-
-
 def _tokens(study: Study, system: System, runs: Sequence[PlannedRun]) -> float:
     """Return the tokens of a system's runs, and as many more as their evaluations cost."""
     calendar = Calendar.of(study, system)
     iterations = sum(run.end - run.start for run in runs if run.system == system.name)
-    return (1 + _evaluation_share(system, calendar)) * calendar.batch * iterations
-
-
-def _layout(flags: Mapping[str, Any]) -> str:
-    sizes = {
-        "TP": "tensor_model_parallel_size",
-        "PP": "pipeline_model_parallel_size",
-        "EP": "expert_model_parallel_size",
-    }
-    parts = [f"{short} {flags[name]}" for short, name in sizes.items() if flags.get(name, 1) > 1]
-    return ", ".join(parts) or "data parallel"
+    evaluated = system.flags.get("eval_iters", EVAL_ITERS) / BACKWARD / calendar.evaluation
+    return float((1 + evaluated) * calendar.batch * iterations)

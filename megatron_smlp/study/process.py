@@ -44,8 +44,6 @@ LAST_LINES = 12
 LAUNCH = "from megatron_smlp.commands import launch; launch()"
 """Starts the project's agent, which ends with the code of the rank that failed (torchrun with 1):
 that of a loss that is not finite tells a run that diverged from one that failed."""
-REFUSED = "is being written by"
-"""Of the message of a training whose --save another one holds (checkpoints/save_lease.py)."""
 PATIENCE = 60.0  # seconds, for a run that saves before it ends
 
 
@@ -205,27 +203,7 @@ def _ended_with_us(process: subprocess.Popen[bytes] | _Fork) -> Iterator[None]:
             process.wait()
 
 
-def output_bytes(folder: Path) -> int:
-    """Return how much a run's commands have printed so far."""
-    output = folder / OUTPUT
-    return output.stat().st_size if output.exists() else 0
-
-
-def refusal(folder: Path, code: int, *, since: int) -> str:
-    """Return the line by which a command that ended with this code was kept out of its checkpoints,
-    by another process that writes there; empty: it was not.
-
-    Args:
-        since: bytes that had been printed before it; an agent prints more behind the line.
-    """
-    if code != UsageError.exit_code:
-        return ""
-    text = (folder / OUTPUT).read_bytes()[since:].decode(errors="replace")
-    return next((line for line in text.splitlines() if REFUSED in line), "")
-
-
 def last_lines(folder: Path) -> list[str]:
-    """Return the end of what a run printed."""
     try:
         text = (folder / OUTPUT).read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:

@@ -99,7 +99,6 @@ class Rates:
         return float(2 ** np.clip(exponent, -99, 99))
 
     def mean(self, name: str) -> Difference:
-        """Return a system's fitted minimum."""
         return self._weighted({name: 1})
 
     def difference(self, system: str, rival: str) -> Difference:

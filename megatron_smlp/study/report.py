@@ -37,7 +37,6 @@ from megatron_smlp.study.verdicts import claims_of, costs_to_losses, others_of, 
 
 
 def write_report(page: Page) -> list[Path]:
-    """Write everything that a reader sees; return the files."""
     written = []
     for name, figure in Drawing(page.measured, page.plan.factors).figures(page.times):
         written.append(page.folder / f"{name}.png")
@@ -77,7 +76,6 @@ class Page:
         self.figures: Sequence[str] = ()
 
     def text(self) -> str:
-        """Return report.md."""
         measured, paper = self.measured, self.study.paper
         is_fitted = self.study.design is not None
         number_of = "the fitted minimum over rates" if is_fitted else "the mean over seeds"

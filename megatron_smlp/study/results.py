@@ -52,7 +52,6 @@ RENAMED = {
 }
 SIGNIFICANT = "%.7g"
 TEXTS = ("key", "parent", "commit", "sources", "fingerprint")  # some of which look like numbers
-TABLES = ("runs", "curves", "speed", "evaluations")
 
 
 class Results:
@@ -239,19 +238,3 @@ def _curve_lines(run: PlannedRun, records: list[Record]) -> Iterator[dict[str, A
 def default_folder(name: str) -> Path:
     """Return studies/results/NAME/HARDWARE."""
     return ROOT / name / hardware()
-
-
-def left_out(folder: Path, size: str = "") -> Iterator[str]:
-    """Yield what a folder of results lacks and those of other machines beside it have.
-
-    Args:
-        size: the folder in each of them that is looked at.
-    """
-    for other in sorted(set(folder.parent.glob("*")) - {folder}):
-        files = [str(Path(size) / f"{name}.csv") for name in TABLES]
-        there = [name for name in files if (other / name).exists()]
-        if lacking := [name for name in there if not (folder / name).exists()]:
-            yield (
-                f"{', '.join(lacking)} of {other}, another machine's, are not read, and {folder} "
-                f"has none: --results {other} reads and adds to them"
-            )

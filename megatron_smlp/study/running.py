@@ -8,13 +8,13 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_smlp.checkpoints.folders import latest_iteration
 from megatron_smlp.errors import NonFiniteLossError
-from megatron_smlp.lease import Lease
+from megatron_smlp.lease import Lease, holder_of
 from megatron_smlp.progress import Progress
 from megatron_smlp.study.data import StudyData
 from megatron_smlp.study.made_by import note
@@ -23,8 +23,6 @@ from megatron_smlp.study.plan import Plan, PlannedRun
 from megatron_smlp.study.process import (
     last_lines,
     made_by_next,
-    output_bytes,
-    refusal,
     run_command,
     training_command,
 )
@@ -32,8 +30,6 @@ from megatron_smlp.study.state import CHECKPOINTS, DIVERGED, DONE, FAILED, State
 
 ATTEMPTS = 2
 WAIT_SECONDS = 2.0
-LONGEST_SAVE = 900.0
-"""Seconds for which a run waits for a dead worker's training to end that is still saving."""
 LOOKS = 2
 """Consecutive scans that must find no work: a run that ended after the first may have unlocked
 others."""
@@ -47,8 +43,6 @@ class Worker:
     data: StudyData
     processes: int = 1
     """Processes of one run."""
-    again: Mapping[str, int] = field(default_factory=dict)
-    """Failures, as of `State.failures`, that are to be tried once more by any of the workers."""
 
     def work(self, *, waits: bool = True) -> None:
         """Work until every run is over, or waits for one that failed, or, unless it `waits`, for
@@ -59,7 +53,7 @@ class Worker:
             looks = 0
             while looks < LOOKS:
                 plan = self.state.plan()
-                to_do = self.state.to_do(plan, again=self.again)
+                to_do = self.state.to_do(plan)
                 if self._run_one(to_do, plan, progress):
                     looks = 0
                 elif waits and any(self.state.is_held(run) for run in to_do):
@@ -82,7 +76,7 @@ class Worker:
                     with lease:
                         # Another worker may have ended it since the plan was made. Its checkpoints
                         # do not tell: those that nothing goes on from are removed at its end.
-                        still_to_do = self.state.to_do(self.state.plan(), again=self.again)
+                        still_to_do = self.state.to_do(self.state.plan())
                         if any(run.key == other.key for other in still_to_do):
                             self._make(run, lease, plan, progress)
                     return True
@@ -108,9 +102,13 @@ class Worker:
         # A worker that was killed may have left one that is whole. Trained again, it would go on
         # past its end, to the next multiple of --exit-interval.
         attempts = failures = code = 0
-        refused_since: float | None = None
         while failures < ATTEMPTS and not self._is_whole(run):
-            before, printed = latest_iteration(folder / CHECKPOINTS), output_bytes(folder)
+            if holder := holder_of(folder / CHECKPOINTS):  # what it has left saves before it ends
+                progress.show(over, f"{counts}; {run.title}: waiting for {holder}, which saves")
+                if lease.lost.wait(WAIT_SECONDS):
+                    return
+                continue
+            before = latest_iteration(folder / CHECKPOINTS)
             command = training_command(
                 folder, run.flags, paths=self._path_flags(run), processes=self.processes
             )
@@ -118,15 +116,6 @@ class Worker:
             code = run_command(command, folder=folder, stop=lease.lost, watch=watch)
             if lease.lost.is_set():
                 return
-            if line := refusal(folder, code, since=printed):
-                # What a dead worker has left is still saving.
-                if refused_since is None:
-                    print(f"waiting: {run.title}: {line}", file=sys.stderr, flush=True)
-                refused_since = refused_since or time.monotonic()
-                if lease.lost.wait(WAIT_SECONDS):
-                    return
-                if time.monotonic() - refused_since < LONGEST_SAVE:
-                    continue
             attempts += 1
             if code == NonFiniteLossError.exit_code:
                 break

@@ -99,7 +99,6 @@ def _rate(measured: Measured, plan: Plan, name: str) -> str:
 
 
 def loss_lines(measured: Measured) -> Iterator[str]:
-    """Yield each system's loss at each horizon."""
     horizons = sorted(measured.study.horizons)
     heads = [f"{horizon / 1e6:g}M tokens" for horizon in horizons]
     last = ("runs", "best rate") if measured.study.design else ("seeds", "sd of seeds")
@@ -180,7 +179,6 @@ def crossing(measured: Measured, name: str) -> str:
 
 
 def task_lines(measured: Measured) -> Iterator[str]:
-    """Yield the accuracies of the zero-shot tasks, beside the paper's."""
     tables, tasks = measured.tables, measured.tables.labels(TASK)
     if not tasks:
         yield "None was scored: `tools/study.py evaluate --tasks ...`."

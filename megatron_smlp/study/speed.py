@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 import threading
@@ -10,7 +9,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_smlp.errors import UsageError
-from megatron_smlp.lease import holder_of
 from megatron_smlp.progress import Progress
 from megatron_smlp.study.data import StudyData
 from megatron_smlp.study.process import last_lines, train_shortly
@@ -37,7 +35,6 @@ def time_systems(
     with Progress(speed.rounds * len(names)) as progress:
         for number in range(1, speed.rounds + 1):
             shift = number % len(names)
-            warn_of_others(known, f"round {number} of {speed.rounds}")
             for name in names[shift:] + names[:shift]:
                 progress.show(len(lines), f"round {number} of {speed.rounds}: {name}")
                 system = known.systems[name]
@@ -48,18 +45,6 @@ def time_systems(
                     "processes": processes, "steps": speed.steps,
                 })  # fmt: skip
             yield lines
-
-
-def warn_of_others(known: State, when: str) -> None:
-    """Warn of runs, of this study and those beside it, that workers train on this machine."""
-    taken = {path.parent for path in known.folder.parent.glob("*/*/*/*/.lease-*")}
-    here = socket.gethostname()
-    held = sorted(run for run in taken if (holder := holder_of(run)) and holder.host == here)
-    if held:
-        print(
-            f"warning: {when}: the machine is not quiet, workers train {', '.join(map(str, held))}",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
 
 
 def _product(system: System) -> dict[str, float]:

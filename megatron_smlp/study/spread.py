@@ -56,7 +56,6 @@ class Spread:
         )  # fmt: skip
 
     def mean(self, name: str) -> Difference:
-        """Return a system's mean loss."""
         losses = self.groups.get(name, ())
         mean = float(np.mean(losses)) if losses else math.nan
         error, df = self._error(name)

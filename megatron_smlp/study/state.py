@@ -6,12 +6,13 @@ folder has flags.yaml, metrics.jsonl, output.log, checkpoints/, and ended.json o
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from megatron_smlp.checkpoints.folders import latest_iteration
@@ -27,6 +28,8 @@ from megatron_smlp.study.systems import System
 
 CHECKPOINTS = "checkpoints"
 ENDED = "ended.json"
+RETRIED = "failed.json"
+"""What ENDED was of a run that failed and is tried once more: its system waits, and no other."""
 BEGUN = "study.json"
 EXPIRY = 120.0  # seconds
 DONE, DIVERGED, FAILED = "done", "diverged", "failed"
@@ -68,7 +71,8 @@ class State:
 
     def _endings(self) -> dict[str, dict[str, Any]]:
         """Return how every run that is over ended, by its hash."""
-        endings = (read_json(path) for path in self.folder.glob(f"*/*/*/{ENDED}"))
+        files = (file for name in (RETRIED, ENDED) for file in self.folder.glob(f"*/*/*/{name}"))
+        endings = map(read_json, files)
         return {**self.kept, **{ending["key"]: ending for ending in endings if ending}}
 
     def failure(self, plan: Plan) -> str:
@@ -80,10 +84,7 @@ class State:
         waiting += [
             run for run in self.to_do(plan) if any(parent.key in keys for parent in run.parents)
         ]
-        names = "; ".join(
-            run.title + ("" if self.status(run) == FAILED else " (not tried again here yet)")
-            for run in failed
-        )
+        names = "; ".join(run.title for run in failed)
         return f"failed: {names}; runs that wait for that: {len(waiting)}" if failed else ""
 
     def folder_of(self, run: PlannedRun) -> Path:
@@ -122,42 +123,29 @@ class State:
         folder.mkdir(parents=True, exist_ok=True)
         return take(folder, expiry=self.expiry, observer=self.observer)
 
-    def failures(self, plan: Plan) -> dict[str, int]:
-        """Return the runs that failed here, by their hash, and when: another failure of the same
-        run has another time."""
-        failed_at = {run.key: self._failed_at(run) for run in plan.runs}
-        return {key: at for key, at in failed_at.items() if at is not None}
+    def retry_failures(self) -> None:
+        """Let the runs that failed here be tried once more, by any of the workers."""
+        for run in self.plan().runs:
+            if (self._ending_here(run) or {}).get("status") == FAILED:
+                with contextlib.suppress(FileNotFoundError):  # another worker was faster
+                    (self.folder_of(run) / ENDED).replace(self.folder_of(run) / RETRIED)
 
-    def _failed_at(self, run: PlannedRun) -> int | None:
-        path = self.folder_of(run) / ENDED
-        is_failed = (self._ending_here(run) or {}).get("status") == FAILED
-        return path.stat().st_mtime_ns if is_failed else None
-
-    def to_do(
-        self, plan: Plan, *, again: Mapping[str, int] = MappingProxyType({})
-    ) -> list[PlannedRun]:
-        """Return what is not over, and parents whose checkpoint it needs and that lie elsewhere.
-
-        Args:
-            again: of `failures`, those that are to be tried once more, unless a worker has done
-                so meanwhile.
-        """
+    def to_do(self, plan: Plan) -> list[PlannedRun]:
+        """Return what is not over, and parents whose checkpoint it needs and that lie elsewhere."""
         needed: dict[str, PlannedRun] = {}
         for run in plan.runs:
-            is_again = run.key in again and self._failed_at(run) == again[run.key]
-            if self.ending(run) is None or is_again:
+            if self.ending(run) is None:
                 for missing in reversed(self._lacking(run)):
                     needed.setdefault(missing.key, missing)
         return list(needed.values())
 
     def _lacking(self, run: PlannedRun) -> list[PlannedRun]:
         """Return a run and the parents that are to be made first, the nearest first."""
-        chain = [run]
-        parent = run.parent
-        while parent is not None and not self.has_checkpoint(parent) and not self.is_lost(parent):
-            chain.append(parent)
-            parent = parent.parent
-        return chain
+
+        def is_lacking(parent: PlannedRun) -> bool:
+            return not self.has_checkpoint(parent) and not self.is_lost(parent)
+
+        return [run, *itertools.takewhile(is_lacking, run.parents)]
 
     def is_lost(self, run: PlannedRun) -> bool:
         """Return whether a run ended so that no other can go on from it."""

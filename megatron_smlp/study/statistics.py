@@ -67,7 +67,6 @@ class Difference:
 
     @property
     def error(self) -> float:
-        """The standard error."""
         return self.sd / math.sqrt(self.n) if self.n else math.nan
 
 
@@ -76,11 +75,8 @@ def paired(left: Mapping[int, float], right: Mapping[int, float]) -> Difference:
     seeds = sorted(set(left) & set(right))
     values = np.array([left[seed] - right[seed] for seed in seeds], dtype=np.float64)
     n = len(values)
-    if n == 0 or not np.isfinite(values).all():
-        mean = math.nan if n == 0 else float(np.mean(values))
-        return unknown(mean, n)
-    mean = float(np.mean(values))
-    if n == 1:
+    mean = float(np.mean(values)) if n else math.nan
+    if n < 2 or not np.isfinite(values).all():
         return unknown(mean, n)
     sd = float(np.std(values, ddof=1))
     error = sd / math.sqrt(n) if sd > ALIKE * abs(mean) else 0.0
@@ -88,7 +84,6 @@ def paired(left: Mapping[int, float], right: Mapping[int, float]) -> Difference:
 
 
 def unknown(mean: float, n: int) -> Difference:
-    """Return a mean of which nothing else is known."""
     return Difference(mean=mean, low=-math.inf, high=math.inf, p=1.0, n=n, sd=math.nan, df=math.nan)
 
 

@@ -18,12 +18,6 @@ OTHERS = "others"
 """The key that stands for every system which a mapping does not name."""
 LEAST_RATES = 3
 """Of a system in a design, for a parabola whose curvature is that of all systems."""
-SIZED = (
-    *("base", "systems", "variants", "fixed", "horizons", "evaluations", "seeds", "tuning"),
-    *("design", "primary", "ablations", "may_differ", "flops_tolerance"),
-    "needed_flops_tolerance",
-)
-"""Keys that a size of a study may have of its own."""
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 
 
@@ -167,8 +161,6 @@ class Cluster:
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """A study file."""
-
     name: str = key(_text)
     base: str = key(str)
     """Folder of <system>.yaml, from the study file's own."""
@@ -269,9 +261,6 @@ def _of_size(content: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     the `variants` of each system, to which it adds; null: without the key."""
     content, own = ({spelling(str(key)): value for key, value in side.items()}
                     for side in (content, own))  # fmt: skip
-    for name in own:
-        if name not in SIZED:
-            _refuse(name, list(SIZED))
     merged = content | own
     merged["fixed"] = {**_flags(content.get("fixed", {})), **_flags(own.get("fixed", {}))}
     variants, more = (_variants(side.get("variants", {})) for side in (content, own))
@@ -338,8 +327,6 @@ def _check(study: Study) -> None:
                 f"seeds: {tuning.seed} of {system!r} is also the tuning's: the learning rate "
                 "would be chosen on a run that counts. Take another one."
             )
-        if tuning and not tuning.factors(system):
-            raise ValueError(f"tuning: lr: none for {system!r}: name it, or {OTHERS!r}")
 
 
 def _check_design(study: Study) -> None:

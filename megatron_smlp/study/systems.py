@@ -30,15 +30,12 @@ WARM_UPS = {"lr_warmup_fraction", "lr_warmup_iters"}
 
 @dataclass(frozen=True, kw_only=True)
 class System:
-    """One of the systems that are compared."""
-
     name: str
     flags: Flags
     """Flags from its file and from the study, without those that the study sets for each run."""
     costs: Mapping[str, Any]
     """Costs according to accounting/estimate.py."""
     title: str
-    """Its name in tables and figures."""
 
     @property
     def is_smlp(self) -> bool:

@@ -34,7 +34,6 @@ class Tables:
 
     @classmethod
     def of(cls, results: Results) -> Tables:
-        """Return those of a folder of results."""
         speed = results.speed
         # Of the best: of many disturbed ones the median would be as slow.
         quiet = speed["gemm_tflops"] >= QUIET * speed["gemm_tflops"].max()
@@ -67,7 +66,6 @@ class Tables:
         return float(lines["stderr"].astype(float).mean())
 
     def common_tasks(self, *systems: str) -> list[str]:
-        """Return the tasks that all of these systems have."""
         return [
             task
             for task in self.labels(TASK)
@@ -136,7 +134,6 @@ class Tables:
         return {int(number): float(seconds) for number, seconds in pairs}
 
     def has_speed(self, *systems: str) -> bool:
-        """Return whether all of these were timed."""
         return all(self.step_seconds(system) for system in systems)
 
     def seconds_per_token(self, system: str) -> float:
@@ -155,17 +152,16 @@ class Tables:
             return 1 / self.seconds_per_token(system)
         return float(_where(self.runs, system=system)["tokens_per_second"].astype(float).median())
 
-    def evaluations(self, system: str, longest: int) -> pandas.DataFrame:
-        """Return the evaluations of the runs that together train from the start to the longest
-        horizon, by their tokens."""
+    def loads(self, system: str, longest: int) -> pandas.DataFrame:
+        """Return the evaluations that know the load of experts, of the runs that together train
+        from the start to the longest horizon, by their tokens."""
         runs = _where(self.runs, system=system, phase="main")
         keys = runs["key"][runs["horizon"].isna() | (runs["horizon"] == longest)]
-        lines = self.curves[self.curves["key"].isin(keys)]
+        lines = self.curves[self.curves["key"].isin(keys) & self.curves["load_max"].notna()]
         return lines[lines[VALIDATION_LOSS].notna()].sort_values("tokens")
 
 
 def _where(table: pandas.DataFrame, **values: Any) -> pandas.DataFrame:
-    """Return the lines that have these values."""
     for name, value in values.items():
         table = table[table[name] == value]
     return table

@@ -57,8 +57,6 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """A claim, of the paper or on a study's subject."""
-
     name: str
     text: str
     comparisons: tuple[Comparison, ...]
@@ -257,8 +255,7 @@ def _better_at_tasks(measured: Measured) -> Claim:
         for name in others
         if tasks
     }
-    notes = [f"of {', '.join(tasks)}", *measured.unscored([subject, *others])]
-    notes = notes if tasks else ["no task was scored: study.py evaluate"]
+    notes = [f"of {', '.join(tasks)}" if tasks else "no task was scored: study.py evaluate"]
     return _claim(
         differences, null=0.0, name="C4", notes=notes,
         text="zero-shot, as a mean over tasks, above every sparse Transformer",

@@ -78,7 +78,6 @@ class TestBadInput:
         (["runs/switch", "runs/base"], ["switch", "base"]),
         (["runs/switch/metrics.jsonl", "runs/base"], ["switch", "base"]),
         (["switch/log", "base/log"], ["switch", "base"]),
-        (["runs/one"], ["one"]),
     ],
 )
 def test_labels_are_where_the_paths_differ(paths: list[str], labels: list[str]):
@@ -126,10 +125,8 @@ class TestSeries:
     @pytest.mark.parametrize(
         ("name", "x", "label"),
         [
-            ("steps", [1, 2, 3], ""),
             ("tokens", [2, 4, 6], " (thousands)"),
             ("flops", [3, 6, 9], "T"),
-            ("time", [1, 2, 3], "minutes"),
         ],
     )
     def test_loss_against_each_axis(self, run: Run, name: str, x: list[float], label: str):
@@ -198,8 +195,7 @@ class TestCommandLine:
             assert path.read_bytes().startswith(starts[path.suffix[1:]])
 
     @pytest.mark.parametrize(
-        ("words", "named"),
-        [("--smooth 0", "--smooth 0"), ("--output {path}", "--output"), ("--against time", "time")],
+        ("words", "named"), [("--smooth 0", "--smooth 0"), ("--output {path}", "--output")]
     )
     def test_what_is_refused(self, tmp_path: Path, words: str, named: str):
         path = write(tmp_path, step(1), step(2))

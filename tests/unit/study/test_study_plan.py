@@ -115,18 +115,6 @@ class TestWhatIsLeft:
         pretend(known, lambda run: float("inf") if run.factor >= 2 else 5 - run.factor)
         assert set(known.plan().factors.values()) <= {1.0, 1.41}
 
-    def test_a_failed_trial_leaves_the_choice_of_its_system_open(self, tmp_path: Path):
-        known = state_of(write_study(tmp_path, tuning=TUNING), runs=tmp_path)
-        first = known.plan().runs[0]
-        fail(known, first)
-        pretend(known, lambda run: 5.0 + abs(run.factor - 1))
-        plan = known.plan()
-        assert plan.factors == {"switch": 1.0, "smlp_deterministic": 1.0}
-        assert {run.system for run in plan.pending} == {"transformer"}
-        assert {run.system for run in plan.runs if run.phase == "main"} == set(plan.factors)
-        assert known.status(first) == FAILED
-        assert known.failure(plan) == f"failed: {first.title}; runs that wait for that: 15"
-
     def test_the_others_get_as_many_trials_where_one_system_waits(self, tmp_path: Path):
         known = state_of(write_study(tmp_path, tuning=TUNING), runs=tmp_path)
         first = known.plan().runs[0]
@@ -165,8 +153,6 @@ def begun_as(known: State, other: State) -> None:
     [
         ({"seeds": [11, 12, 14]}, r"study\.seeds\.switch: \[11, 12, 13\] -> \[11, 12, 14\]"),
         ({"subject": "switch"}, "study.subject"),
-        ({"horizons": ["100K", "200K"]}, "study.horizons"),
-        ({"decay": 0.3}, "study.decay"),
         ({"systems": ["transformer", "smlp_deterministic"]}, "study.systems"),
     ],
 )

@@ -60,7 +60,7 @@ def test_the_csv_files_alone_give_the_same_report(known: State, tmp_path: Path):
     assert (results / "report.md").read_text(encoding="utf-8") == first
     figures = {path.stem for path in results.glob("*.png")}
     # No system here is trained on what is behind a prefix alone, which has a figure of its own.
-    assert figures == {"loss", "evaluations", "learning-rates", "expert-load", "speed-up"}
+    assert figures == {"loss", "learning-rates", "expert-load", "speed-up"}
 
 
 def test_a_missing_and_a_diverged_run_are_said(known: State, tmp_path: Path):

@@ -1,10 +1,9 @@
 """Workers on runs that are pretended to be trained: what they do where another one is faster."""
 
-import json
 import subprocess
 import sys
+import threading
 import time
-from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,8 @@ from support.living import lives
 from support.studies import state_of, study_argv, write_metrics, write_study
 
 from megatron_smlp.checkpoints.folders import iteration_folder
-from megatron_smlp.checkpoints.save_lease import SaveLease
-from megatron_smlp.errors import UsageError
-from megatron_smlp.lease import acquire
-from megatron_smlp.study import cli, metrics, process, running
+from megatron_smlp.lease import acquire, holder_of
+from megatron_smlp.study import cli, process, running
 from megatron_smlp.study.data import StudyData
 from megatron_smlp.study.plan import PlannedRun
 from megatron_smlp.study.running import Worker
@@ -64,12 +61,6 @@ def worker(known: State, folder: Path, *, processes: int = 1) -> Worker:
 def ended(known: State, run: PlannedRun) -> tuple[str, int]:
     ending = known.ending(run) or {}
     return ending["status"], ending["attempts"]
-
-
-def test_a_worker_makes_every_run_once(known: State, trained: list[Path], tmp_path: Path):
-    worker(known, tmp_path).work()
-    assert len(trained) == len(set(trained)) == 8
-    assert {known.status(run) for run in known.plan().runs} == {DONE}
 
 
 def failing(known: State, run: PlannedRun, broken: list[bool]) -> Callable[..., int]:
@@ -125,60 +116,20 @@ def test_a_run_that_falls_short_twice_is_a_failure(
 def test_a_training_that_waits_for_another_one_to_save_is_no_failure(
     known: State, trained: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """A killed worker's training saves before it ends; its successor's are refused until then."""
+    """A killed worker's training saves before it ends; its successor's would be refused."""
     first, train = known.plan().runs[0], running.run_command
     checkpoints = known.folder_of(first) / CHECKPOINTS
     checkpoints.mkdir(parents=True)
     saves = acquire(checkpoints, expiry=45.0)
-    starts: list[Path] = []
+    threading.Timer(0.5, saves.release).start()
 
     def start(command: Sequence[str], *, folder: Path, **how: object) -> int:
-        starts.append(folder)
-        if len(starts) <= running.ATTEMPTS:
-            args = Namespace(save=str(checkpoints), rank=0, distributed_timeout_minutes=1)
-            with pytest.raises(UsageError) as refusal:
-                SaveLease(args, print)._acquire(checkpoints)
-            print_refusal(folder, refusal.value)
-            return UsageError.exit_code
-        saves.release()
+        assert holder_of(checkpoints) is None
         return train(command, folder=folder, **how)
 
     monkeypatch.setattr(running, "run_command", start)
     make(known, first, tmp_path)
     assert ended(known, first) == (DONE, 1)
-
-
-def print_refusal(folder: Path, refusal: UsageError) -> None:
-    """Print it as the first of several ranks, whose agent ends the others."""
-    with (folder / process.OUTPUT).open("a", encoding="utf-8") as log:
-        print(f"pretrain_smlp.py: error: {refusal}", file=log)
-        print(*["Sending process 7 closing signal SIGTERM"] * 7, sep="\n", file=log)
-        print("launch: rank 0 on node ended with 2.", file=log)
-
-
-def test_a_failed_trial_that_is_tried_again_holds_its_own_system_alone(
-    known: State, trained: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    first, train = known.plan().runs[0], running.run_command
-    folder = known.folder_of(first)
-    plans: list[int] = []
-    monkeypatch.setattr(running, "run_command", failing(known, first, [True]))
-    worker(known, tmp_path).work()
-    assert len(trained) == 6  # five trials, and what the other system's decide
-    assert known.status(first) == FAILED
-
-    def look(command: Sequence[str], *, folder: Path, **how: Any) -> int:
-        plans.append(sum(run.phase == "main" for run in known.plan().runs))
-        return train(command, folder=folder, **how)
-
-    monkeypatch.setattr(running, "run_command", look)
-    failures = known.failures(known.plan())
-    assert list(failures) == [first.key]
-    Worker(state=known, data=StudyData(tmp_path), again=failures).work()
-    assert trained[6] == folder
-    assert plans[0] == 1
-    assert {known.status(run) for run in known.plan().runs} == {DONE}
-    assert known.failure(known.plan()) == ""
 
 
 def test_a_branch_that_is_tried_again_goes_on_from_its_trunk(
@@ -205,8 +156,8 @@ def test_a_branch_that_is_tried_again_goes_on_from_its_trunk(
     assert starts == [trunk, branch, branch, rest]
     broken.clear()
     starts.clear()
-    again = known.failures(known.plan())
-    Worker(state=known, data=StudyData(tmp_path), again=again).work()
+    known.retry_failures()
+    worker(known, tmp_path).work()
     assert starts == [branch]
     checkpoints = known.folder_of(trunk) / CHECKPOINTS
     assert not checkpoints.exists()
@@ -238,9 +189,11 @@ def test_a_failed_trial_does_not_stop_the_other_systems(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):
-    """A second worker finds nothing to do, and says why; a report of the CSV files does too."""
-    first = known.plan().runs[0]
+    """A second worker finds nothing to do, and says why; a report of the CSV files does too; one
+    that retries makes it whole."""
+    first, train = known.plan().runs[0], running.run_command
     monkeypatch.setattr(running, "run_command", failing(known, first, [True]))
+    monkeypatch.setattr(process, "run_command", lambda *_, **__: 1)  # no fingerprints
     monkeypatch.setattr(StudyData, "contents", lambda _: {})
     monkeypatch.setattr(StudyData, "check_vocabulary", lambda *_: None)
     monkeypatch.setattr("signal.signal", lambda *_: None)
@@ -253,12 +206,24 @@ def test_a_failed_trial_does_not_stop_the_other_systems(
     assert known.status(mains[0]) == DONE
     assert cli.main(study_argv("status", tmp_path)) == 0
     assert line in capsys.readouterr().out.splitlines()
-    elsewhere = line.replace(first.title, f"{first.title} (not tried again here yet)")
-    for runs, words_of_it in (("runs", line), ("none", elsewhere)):
+    for runs in ("runs", "none"):
         assert cli.main(study_argv("report", tmp_path, "--runs", str(tmp_path / runs))) == 0
         text = (tmp_path / "results" / "report.md").read_text()
-        assert f"**Not whole**: 6 of 8 runs are over; {words_of_it}." in text
+        assert f"**Not whole**: 6 of 8 runs are over; {line}." in text
         assert "smlp_deterministic | 5.000 |" in text
+    mains = []
+
+    def look(command: Sequence[str], *, folder: Path, **how: Any) -> int:
+        mains.append(sum(run.phase == "main" for run in known.plan().runs))
+        return train(command, folder=folder, **how)
+
+    monkeypatch.setattr(running, "run_command", look)
+    assert cli.main(study_argv("run", tmp_path, "--retry")) == 0
+    assert trained[6] == known.folder_of(first)
+    assert len(trained) == len(set(trained)) == 8
+    assert mains[0] == 1, "it holds its own system alone"
+    assert {known.status(run) for run in known.plan().runs} == {DONE}
+    assert known.failure(known.plan()) == ""
 
 
 def test_a_run_of_several_processes_that_diverges_is_no_failure(
@@ -293,13 +258,3 @@ def test_a_training_ends_with_its_worker(tmp_path: Path):
     while lives(child) and time.monotonic() < end:
         time.sleep(0.05)
     assert not lives(child)
-
-
-def test_the_last_step_is_read_at_the_end_of_a_file(tmp_path: Path):
-    assert metrics.last_step(tmp_path)[0] == 0
-    lines = [{"iteration": number, "loss": 1.0 + number} for number in range(1, 5000)]
-    lines.append({"iteration": 4999, "validation_loss": 2.0})
-    text = "".join(f"{json.dumps(line)}\n" for line in lines) + '{"iteration": 50'
-    (tmp_path / "metrics.jsonl").write_text(text, encoding="utf-8")
-    assert len(text) > 2 * metrics.TAIL_BYTES
-    assert metrics.last_step(tmp_path) == (4999, 5000.0)

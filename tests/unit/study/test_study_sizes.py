@@ -113,7 +113,7 @@ def test_a_variant_of_the_study_has_the_flags_of_the_size_as_well(tmp_path: Path
 @pytest.mark.parametrize(
     ("sizes", "said"),
     [
-        ({"D64": {"vocab-size": 7}}, "sizes: D64: unknown key 'vocab_size'"),
+        ({"D64": {"widths": [7]}}, "sizes: D64: unknown key 'widths'"),
         ({"D64": {"systems": ["hash"]}}, "sizes: D64: 'smlp_deterministic' is none of"),
         ({}, "give `name: keys of the study"),
     ],
