@@ -1,28 +1,34 @@
 """Check the index of a distributed checkpoint: the pieces of every tensor make up the tensor.
 
 Ranks write pieces, and `.metadata` says where each belongs and lies. Torch reads a tensor of which
-a part is missing as whatever the memory held before, and one with overlapping pieces in any order;
-what it checks of an index when it writes one is checked here when one is read.
+a part is missing as whatever the memory held before, and one with overlapping pieces in any order.
+Its own check of a plan is private, and answers differently from version to version.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 import pickle
+from collections.abc import Sequence
 from typing import IO
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import _validate_global_plan
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     Metadata,
     MetadataIndex,
 )
-from torch.distributed.checkpoint.planner import SavePlan
 
 from megatron_smlp.errors import DamagedCheckpointError
 
+MOST_DIMENSIONS = 8
+"""A box has 2 ** dimensions corners."""
+
+Box = tuple[Sequence[int], Sequence[int]]
+"""Offsets and sizes."""
 Piece = tuple[tuple[int, ...], torch.dtype]
 """Sizes and type."""
 
@@ -39,13 +45,14 @@ def check_metadata(metadata: Metadata) -> None:
         path = place.relative_path
         if os.sep in path or path in ("", ".", ".."):
             raise pickle.UnpicklingError(f"it names {path!r:.60}, in another folder")
-    # More than one plan: torch compares sizes only where it has those of all ranks.
-    if problems := _validate_global_plan([SavePlan([]), SavePlan([])], metadata):
-        raise pickle.UnpicklingError(problems[0])
     for name, entry in metadata.state_dict_metadata.items():
         pieces: dict[MetadataIndex, Piece | None] = {MetadataIndex(name): None}
         if not isinstance(entry, BytesStorageMetadata):
             dtype = entry.properties.dtype
+            if not tile([(chunk.offsets, chunk.sizes) for chunk in entry.chunks], entry.size):
+                raise pickle.UnpicklingError(
+                    f"the pieces of {name} overlap, leave gaps or lie outside of {list(entry.size)}"
+                )
             pieces = {MetadataIndex(name, c.offsets): (tuple(c.sizes), dtype) for c in entry.chunks}
         for index, piece in pieces.items():
             if index not in places:
@@ -69,3 +76,27 @@ def check_piece(stored: IO[bytes], piece: Piece, name: str) -> Tensor:
             f"a piece of {name} is not {list(piece[0])} of {piece[1]}: the checkpoint is damaged."
         )
     return written
+
+
+def tile(pieces: Sequence[Box], size: Sequence[int]) -> bool:
+    """Return true if boxes cover a box from the origin of this size, each place of it once.
+
+    A point that is a corner of an odd number of boxes is a corner of what an odd number of boxes
+    covers. If these are the corners of the whole, every place is covered at least once; if the
+    volumes add up to that of the whole too, exactly once. No pair of boxes is compared.
+    """
+    dimensions = len(size)
+    lists = [size, *(values for box in pieces for values in box)]
+    if dimensions > MOST_DIMENSIONS or any(len(values) != dimensions for values in lists):
+        return False
+    if any(value < 0 for values in lists for value in values):
+        return False
+    if sum(math.prod(sizes) for _, sizes in pieces) != math.prod(size):
+        return False
+    odd: set[tuple[int, ...]] = set()
+    for offsets, sizes in [*pieces, ((0,) * dimensions, size)]:
+        if math.prod(sizes):
+            ends = [(begin, begin + length) for begin, length in zip(offsets, sizes, strict=True)]
+            for corner in itertools.product(*ends):
+                odd ^= {corner}
+    return not odd
