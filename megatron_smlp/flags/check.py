@@ -16,6 +16,7 @@ from pathlib import Path
 from megatron_smlp.checkpoints.folders import (
     RELEASE,
     TRACKER,
+    folder_at,
     is_checkpoint_folder,
     is_same_folder,
     iteration_folder,
@@ -23,6 +24,7 @@ from megatron_smlp.checkpoints.folders import (
     tracked_folder,
 )
 from megatron_smlp.checkpoints.run_record import read_run_record
+from megatron_smlp.command_line import flag_of
 from megatron_smlp.data.tokenizers.factory import strings_of_tokens
 from megatron_smlp.data.tokenizers.folder import local_gpt2_files
 from megatron_smlp.errors import UsageError
@@ -81,6 +83,7 @@ def _check_load(args: argparse.Namespace) -> None:
             f"--ckpt-step {args.ckpt_step} asks for a checkpoint, and {where}: give --load with "
             "the --save folder of the run, or leave --ckpt-step out."
         )
+    _check_kept_schedule(args)
 
 
 def _check_branch(args: argparse.Namespace) -> None:
@@ -104,6 +107,23 @@ def _check_branch(args: argparse.Namespace) -> None:
             f"{flag} with --lr-wsd-decay-iters {args.lr_wsd_decay_iters} ends at iteration "
             f"{args.train_iters}, and the run's data at --train-iters {length}: lower one of them."
         )
+
+
+def _check_kept_schedule(args: argparse.Namespace) -> None:
+    """Refuse rates beside --use-checkpoint-opt_param-scheduler: the optimizer's groups would have
+    the ones that are given, and the schedule the checkpoint's."""
+    if not (args.use_checkpoint_opt_param_scheduler and args.load):
+        return
+    folder = folder_at(args.load, args.ckpt_step)
+    then = ((read_run_record(folder) if folder else None) or {}).get("flags", {})
+    for name in ("lr", "min_lr"):
+        now = args.explicit_flags.get(name)
+        if now is not None and then.get(name, now) != now:
+            raise UsageError(
+                f"{flag_of(name)} {now} beside --use-checkpoint-opt_param-scheduler, which keeps "
+                f"the checkpoint's {then[name]}: give {flag_of(name)} {then[name]}, or leave the "
+                "other out."
+            )
 
 
 def _nothing_in(load: Path) -> str:

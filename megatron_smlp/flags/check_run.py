@@ -6,6 +6,8 @@ import argparse
 import math
 import os
 import re
+import shutil
+import sysconfig
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -122,6 +124,14 @@ def check_names(args: argparse.Namespace) -> None:
             "--tokenizer-model FOLDER, as when the data was made; NullTokenizer with --vocab-size "
             "does for --mock-data and --dry-run."
         )
+    is_interleaved = args.num_layers_per_virtual_pipeline_stage or (
+        args.num_virtual_stages_per_pipeline_rank
+    )
+    if args.iterations_to_skip and (args.pipeline_model_parallel_size > 2 or is_interleaved):
+        raise UsageError(
+            f"--iterations-to-skip {' '.join(map(str, args.iterations_to_skip))}: Megatron 0.19 "
+            "skips data on the first and the last of two pipeline stages at most. Leave it out."
+        )
     if "Null" in args.tokenizer_type and not args.vocab_size:
         raise UsageError(
             f"--tokenizer-type {args.tokenizer_type} without --vocab-size: give the number of ids."
@@ -171,6 +181,21 @@ def _check_devices() -> None:
         raise error
 
 
+def _check_compiler() -> None:
+    """Refuse a GPU's run that would stop at the first kernel that torch or Triton compiles."""
+    if not (os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang")))):
+        raise UsageError(
+            "neither gcc nor clang was found, with which Triton builds its driver: install one, or "
+            "name a C compiler in the variable CC."
+        )
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    if not header.exists():
+        raise UsageError(
+            f"{header} is missing, which Triton builds its driver with: install Python's headers "
+            "(python3-dev), or use a Python that uv installs."
+        )
+
+
 def _check_transformer_engine(args: argparse.Namespace) -> None:
     if args.transformer_impl != "local" and find_spec("transformer_engine") is None:
         raise UsageError(
@@ -183,4 +208,5 @@ def check_machine(args: argparse.Namespace) -> None:
     """Check that the machine has the devices and packages that these flags need."""
     if not cpu.needed():
         _check_devices()
+        _check_compiler()
     _check_transformer_engine(args)

@@ -227,6 +227,15 @@ class TestRefusals:
         monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
         assert parse(words).ckpt_step is None
 
+    def test_a_schedule_that_is_kept_has_its_own_rates(self, parse: Parse, tmp_path: Path):
+        words = f"{GMLP} --load {tmp_path} --use-checkpoint-opt_param-scheduler --lr"
+        checkpoint(parse(GMLP), tmp_path)
+        folder = iteration_folder(tmp_path, 3)
+        write_records(folder, model_flags(parse(GMLP)), {"flags": {"lr": 1e-3, "min_lr": 0.0}})
+        integrity.seal(folder)
+        refusal(parse, f"{words} 2e-3", r"--lr 0\.002 beside .* give --lr 0\.001, or")
+        assert parse(f"{words} 1e-3")
+
     def test_an_iteration_of_nothing(self, parse: Parse, tmp_path: Path):
         message = "--ckpt-step 5 asks for a checkpoint, and there is no --load"
         refusal(parse, f"{GMLP} --ckpt-step 5", message)

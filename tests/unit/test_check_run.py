@@ -145,10 +145,25 @@ def test_every_process_of_a_machine_needs_a_gpu(
         assert (refusal.value.speaker == "") == (number == gpus)
 
 
+def test_a_gpu_needs_a_c_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path):
+    """Triton builds its driver when the first kernel is compiled, with Python's headers."""
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(check_run.shutil, "which", lambda name: None)
+    with pytest.raises(UsageError, match=r"neither gcc nor clang was found, .* in the variable CC"):
+        check_run._check_compiler()
+    monkeypatch.setenv("CC", "tcc")
+    monkeypatch.setattr(check_run.sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(UsageError, match=r"Python\.h is missing, .*python3-dev"):
+        check_run._check_compiler()
+    (tmp_path / "Python.h").touch()
+    check_run._check_compiler()
+
+
 @pytest.mark.skipif(find_spec("transformer_engine") is not None, reason="it is installed")
 def test_layers_of_what_is_not_installed(parse: Parse, monkeypatch: pytest.MonkeyPatch):
     """A CPU takes the local ones whatever is given."""
     monkeypatch.setattr(cpu, "needed", lambda: False)
+    monkeypatch.setenv("CC", "cc")
     refused(parse, "--transformer-impl transformer_engine")
 
 
