@@ -81,7 +81,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _arguments(argv)
     restart = measured_restart(Path(args.run)) if args.run else args.restart_seconds
     if min(*args.gpus, args.save_seconds, restart, args.mtbf_hours) <= 0:
-        raise UsageError("goodput: times and numbers of GPUs are over 0.")
+        flags = "--gpus, --save-seconds, --restart-seconds, --mtbf-hours"
+        raise UsageError(f"{flags}: give numbers over 0.")
     table = rows(args.gpus, save=args.save_seconds, restart=restart, gpu_hours=args.mtbf_hours)
     if args.json:
         print(json.dumps(table))

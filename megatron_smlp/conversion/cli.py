@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_smlp.checkpoints.folders import TRACKER
-from megatron_smlp.command_line import Parser, flag_of
+from megatron_smlp.command_line import Parser, flag_of, require_positive
 from megatron_smlp.conversion.record import LAYOUT
 from megatron_smlp.conversion.target import check_target
 from megatron_smlp.errors import UsageError
@@ -137,6 +137,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             "--to hf takes --from torch_dist, without --upcycle: convert to torch_dist first."
         )
     _check_used(options)
+    sizes = (f"target_{name}" for name in LAYOUT)
+    require_positive(options, "make_vocab_size_divisible_by", *sizes)
     shard_limit = parse_size(options.max_shard_size or SHARD_SIZE)
     _check_load(options.load, options.source)
     check_target(options.save, options.load, overwrite=options.overwrite)
