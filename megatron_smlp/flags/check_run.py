@@ -124,14 +124,6 @@ def check_names(args: argparse.Namespace) -> None:
             "--tokenizer-model FOLDER, as when the data was made; NullTokenizer with --vocab-size "
             "does for --mock-data and --dry-run."
         )
-    is_interleaved = args.num_layers_per_virtual_pipeline_stage or (
-        args.num_virtual_stages_per_pipeline_rank
-    )
-    if args.iterations_to_skip and (args.pipeline_model_parallel_size > 2 or is_interleaved):
-        raise UsageError(
-            f"--iterations-to-skip {' '.join(map(str, args.iterations_to_skip))}: Megatron 0.19 "
-            "skips data on the first and the last of two pipeline stages at most. Leave it out."
-        )
     if "Null" in args.tokenizer_type and not args.vocab_size:
         raise UsageError(
             f"--tokenizer-type {args.tokenizer_type} without --vocab-size: give the number of ids."
