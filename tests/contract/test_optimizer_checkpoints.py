@@ -1,5 +1,6 @@
 """Resuming in another layout replaces parts of Megatron: they are there, and need replacing."""
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -119,6 +120,11 @@ def test_a_rank_without_parameters_has_a_state(optimizer: Callable[..., Any]) ->
     groups = one.state_dict()["optimizer"]["param_groups"]
     assert groups
     assert all(group["step"] == 0 and "params" not in group for group in groups)
+
+
+def test_states_are_loaded_by_place() -> None:
+    for kind in (ChainedOptimizer, DistributedOptimizer):
+        assert list(inspect.signature(kind.load_state_dict).parameters) == ["self", "state_dict"]
 
 
 def saved_as_they_are(optimizer: Callable[..., Any], *, by_megatron: bool) -> bool:

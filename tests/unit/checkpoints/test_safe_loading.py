@@ -1,5 +1,6 @@
 """A checkpoint that would run code when it is loaded is refused, wherever the code hides."""
 
+import inspect
 import io
 import os
 import pickle
@@ -10,7 +11,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from support import exploits
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_smlp.checkpoints.safe_unpickling import load_metadata
@@ -21,6 +22,15 @@ from megatron_smlp.megatron_patches import safe_loading
 @pytest.fixture(scope="module", autouse=True)
 def applied() -> None:
     safe_loading.apply()
+
+
+def test_who_looks_up_what_is_replaced():
+    """torch reads objects by its planner, and Megatron what all ranks have in common."""
+    from megatron.core.dist_checkpointing import serialization
+
+    assert "planner.load_bytes(" in inspect.getsource(FileSystemReader.read_data.__wrapped__)
+    assert callable(DefaultLoadPlanner.load_bytes)
+    assert "load_common(" in inspect.getsource(serialization.load_common_state_dict)
 
 
 @pytest.fixture

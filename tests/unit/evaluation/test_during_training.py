@@ -56,11 +56,10 @@ def test_the_training_does_not_notice(
     assert [line["iteration"] for line in scored] == [3, 4]
     told = [line["seconds"] for line in lines if "seconds" in line]
     assert len(told) == 5, "tasks and validation twice each, and the test data"
-    assert len(excluded) == 5, (
-        "tasks and validation twice each, and a save; no step follows the test"
-    )
+    # By the clocks of both logs; no step follows the test.
+    assert len(excluded) == 2 * 5, "tasks and validation twice each, and a save"
     *between, _test = told
-    assert sum(excluded) > sum(between)
+    assert sum(excluded) / 2 > sum(between)
     assert "iteration 4 tasks | copa acc 0." in shown
     assert scored[-1]["tasks"] == _afterwards(tmp_path / "scored", tasks)
     assert scored[-1]["tasks"]["copa"]["examples"] == EXAMPLES
