@@ -230,12 +230,12 @@ def _refuse_impossible(args: argparse.Namespace) -> None:
 
 def uncounted(values: Mapping[str, Any]) -> list[str]:
     """Return the names of flags with which memory and traffic are not those that are counted."""
-    known = {*_TYPED, *OUR_FLAGS}
+    known, taken = {*_TYPED, *OUR_FLAGS}, listed()
     return [
         name
         for name, value in values.items()
         if value not in (None, False, _UNCOUNTED.get(name))
-        if name in _UNCOUNTED or not (name in known or flag_of(name) in listed())
+        if name in _UNCOUNTED or not (name in known or flag_of(name) in taken)
     ]
 
 

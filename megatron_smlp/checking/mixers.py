@@ -199,13 +199,13 @@ def _flops(name: str, kind: type[Mixer]) -> Row:
     said = kind.cost(features=WIDTH, length=LENGTH, values=values)
     _, products, above, _ = counted(kind, features=WIDTH, length=LENGTH, values=values)
     needed, square = said or (products - above, products)
-    wrong = not (0.4 * products <= needed <= square and products <= 1.1 * square)
+    is_off = not (0.4 * products <= needed <= square and products <= 1.1 * square)
     return Row(
         subject=name,
         compared="FLOPs of `cost` and those torch counts" if said else "FLOPs, as torch counts",
         apart=f"{needed:,} and {products:,}" if said or above else f"{products:,}",
         advice="`cost` says another number of FLOPs than the products have: forward FLOPs are 2 "
-        "a multiply-add, of one sequence, without the host's projections" if wrong else "",
+        "a multiply-add, of one sequence, without the host's projections" if is_off else "",
     )  # fmt: skip
 
 

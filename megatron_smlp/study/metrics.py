@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from megatron_smlp.metrics_records import FILE_NAME, Record
 
 VALIDATION_LOSS, SUFFIX_LOSS = "validation_loss", "validation_suffix_loss"
 """Names of the losses over all tokens, and over those behind the prefix of partial prediction."""
+TAIL_BYTES = 1 << 16
 
 
 def read_records(folder: Path) -> list[Record]:
@@ -29,6 +31,21 @@ def validation_at(folder: Path, iteration: int) -> Record | None:
 
 
 def last_step(folder: Path) -> tuple[int, float]:
-    """Return iteration and loss of the last step that was logged; 0 and NaN before the first."""
-    steps = [record for record in read_records(folder) if "loss" in record]
-    return (steps[-1]["iteration"], float(steps[-1]["loss"])) if steps else (0, math.nan)
+    """Return iteration and loss of the last step that was logged; 0 and NaN before the first.
+
+    It is asked for once a second: only the end of the file is read.
+    """
+    file = folder / FILE_NAME
+    if not file.exists():
+        return 0, math.nan
+    with file.open("rb") as stream:
+        stream.seek(max(0, file.stat().st_size - TAIL_BYTES))
+        lines = stream.read().splitlines()
+    for line in reversed(lines):
+        try:
+            record = json.loads(line)
+        except ValueError:  # half a line, at either end
+            continue
+        if "loss" in record:
+            return record["iteration"], float(record["loss"])
+    return 0, math.nan

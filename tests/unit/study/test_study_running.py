@@ -1,5 +1,6 @@
 """Workers on runs that are pretended to be trained: what they do where another one is faster."""
 
+import json
 import subprocess
 import sys
 import threading
@@ -14,7 +15,7 @@ from support.studies import state_of, study_argv, write_metrics, write_study
 
 from megatron_smlp.checkpoints.folders import iteration_folder
 from megatron_smlp.lease import acquire, holder_of
-from megatron_smlp.study import cli, process, running
+from megatron_smlp.study import cli, metrics, process, running
 from megatron_smlp.study.data import StudyData
 from megatron_smlp.study.plan import PlannedRun
 from megatron_smlp.study.running import Worker
@@ -258,3 +259,13 @@ def test_a_training_ends_with_its_worker(tmp_path: Path):
     while lives(child) and time.monotonic() < end:
         time.sleep(0.05)
     assert not lives(child)
+
+
+def test_the_last_step_is_read_at_the_end_of_a_file(tmp_path: Path):
+    assert metrics.last_step(tmp_path)[0] == 0
+    lines = [{"iteration": number, "loss": 1.0 + number} for number in range(1, 5000)]
+    lines.append({"iteration": 4999, "validation_loss": 2.0})
+    text = "".join(f"{json.dumps(line)}\n" for line in lines) + '{"iteration": 50'
+    (tmp_path / "metrics.jsonl").write_text(text, encoding="utf-8")
+    assert len(text) > 2 * metrics.TAIL_BYTES
+    assert metrics.last_step(tmp_path) == (4999, 5000.0)
