@@ -29,6 +29,7 @@ def answers() -> list[Any]:
     return interpreted([*calls, ("support.tuning:tuned_to_other_results", ("values",))])
 
 
+@pytest.mark.slow
 def test_the_fastest_tile_is_chosen(answers: list[Any]):
     """Of real launches, interpreted, with the results of today's row."""
     cases = [(product, choice) for product in tune_kernels.PRODUCTS for choice in CLOCKS.values()]
@@ -38,6 +39,7 @@ def test_the_fastest_tile_is_chosen(answers: list[Any]):
         assert seen == pytest.approx(gain)
 
 
+@pytest.mark.slow
 def test_another_result_ends_it(answers: list[Any]):
     assert answers[-1].startswith("values with Tile(rows=16,")
     assert "another result" in answers[-1]

@@ -4,12 +4,14 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
 from support.launches import REPOSITORY, run_command
 
 MOVED = {"largest logit": 6, "predicted logit": 16, "loss": 8, "gradient": 18}
 """Bytes of a logit, read and written; docs/decisions/0086-fused-linear-cross-entropy.md."""
 
 
+@pytest.mark.slow
 def test_it_compiles_and_moves_what_is_written_down(tmp_path: Path):
     script, output = (
         REPOSITORY / "tests" / "support" / "compiled_loss.py",

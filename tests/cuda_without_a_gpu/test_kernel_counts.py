@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from support.launches import REPOSITORY, run_command
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def counted() -> dict[str, Any]:

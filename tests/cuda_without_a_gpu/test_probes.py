@@ -18,6 +18,8 @@ from support.cpu_replacements import MEGATRONS
 from support.launches import REPOSITORY, run_command
 from support.systems import SYSTEMS
 
+pytestmark = pytest.mark.slow
+
 BY_PARTS = {name for name in MEGATRONS if name.endswith("_along_first_dim")}
 
 

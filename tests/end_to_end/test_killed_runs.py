@@ -65,7 +65,8 @@ def test_kills(tmp_path: Path, kills: str):
     check_stopped(tmp_path, how, stops=stops, seed=seed, ranks=ranks)
 
 
-@pytest.mark.parametrize("how", slow_unless_in([""], ["", "--async-save"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["", "--async-save"])
 def test_the_keyboard_stops_a_run_that_saves(tmp_path: Path, how: str):
     """Once, then twice, in some order: a whole checkpoint, or the one before, never a half one."""
     codes = check_stopped(tmp_path, how, stops=4, seed=5, by="keyboard")

@@ -58,7 +58,8 @@ def test_it_computes_and_fails_as_the_program(tmp_path: Path):
     assert last_lines(folders["diverges"])[-1].startswith("pretrain_smlp.py: error: ")
 
 
-@pytest.mark.parametrize("is_killed", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("is_killed", [True, False])
 def test_it_ends_with_its_worker(tmp_path: Path, is_killed: bool):
     """It saves before it ends, whether the worker is killed or Ctrl-C interrupts it."""
     words = words_of(tmp_path, "--train-iters 100000 --save-interval 100000")

@@ -32,8 +32,8 @@ INTERLEAVED = """
     --global-batch-size 4
 """
 WAYS = {"aligned": "", "each": "--no-align-param-gather"}
-# The modules of these are among those of others.
-COVERED = ("switch", "hash", "gmlp", "smlp_partial")
+# A gate beside attention, and both kinds of experts.
+FAST = ["amlp", "smlp_deterministic"]
 
 
 def with_tokenizer(flags: str, folder: Path) -> str:
@@ -43,10 +43,10 @@ def with_tokenizer(flags: str, folder: Path) -> str:
 @pytest.mark.parametrize(
     "systems",
     [
-        [name for name in SYSTEMS if name not in COVERED],
-        pytest.param([*COVERED], marks=pytest.mark.slow),
+        FAST,
+        pytest.param([name for name in SYSTEMS if name not in FAST], marks=pytest.mark.slow),
     ],
-    ids=["of each module one", "the others"],
+    ids=["two", "the others"],
 )
 def test_two_data_parallel_ranks(tmp_path: Path, systems: list[str]):
     runs = {name: with_tokenizer(SYSTEMS[name], tmp_path) for name in systems}

@@ -140,14 +140,14 @@ def _cases(layouts: Mapping[str, str]) -> list[tuple[str, str]]:
 
 # What is not slow: each way to split or to recompute by systems whose parts it could break.
 FAST = {
-    "tp2": ("amlp", "mixer"),
-    "tp2_sp": ("transformer_topk", "smlp", "amlp_rope"),
-    "pp2": ("smlp", "transformer_documents", "transformer_mup"),
+    "tp2": ("amlp",),
+    "tp2_sp": ("smlp",),
+    "pp2": ("smlp", "transformer_documents"),
     "pp2_interleaved": ("feature_moe_partial",),
     "pp2_recompute": ("transformer_hash",),
     "dp2": ("amlp",),
     "dp2_distributed_optimizer": ("transformer_switch",),
-    "ep2": ("transformer_gshard", "smlp"),
+    "ep2": ("smlp",),
     "recompute_full": ("feature_moe_partial",),
     "recompute_selective": ("transformer_switch",),
     "tp2_pp2": ("smlp",),
@@ -371,7 +371,7 @@ def test_every_router_counts_every_choice(one: Runs, architecture: str):
 
 LEARNING = list(itertools.product(ARCHITECTURES, PRECISIONS))
 # A dense and a sparse system in each; fp32 is what all other runs here have.
-LEARNING_FAST = [("gmlp_1_head", "fp32"), ("amlp", "bf16"), ("smlp_partial", "bf16")]
+LEARNING_FAST = [("gmlp_1_head", "fp32"), ("amlp", "bf16"), ("smlp", "bf16")]
 
 
 @pytest.mark.parametrize(("architecture", "precision"), slow_unless_in(LEARNING_FAST, LEARNING))

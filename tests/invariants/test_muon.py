@@ -61,7 +61,7 @@ CASES = [
     ("bf16", "tp_dp_by_layers", "dp"),
 ]
 SOURCES = list(dict.fromkeys((system, source) for system, source, _ in CASES))
-FAST = [("llama", "tp", "pp"), ("smlp", "tp", "ep"), ("bf16", "dp_by_layers", "one")]
+FAST = [("smlp", "tp", "ep"), ("bf16", "dp_by_layers", "one")]
 FAST_SOURCES = [case[:2] for case in FAST]
 FAST_SYSTEMS = [case[0] for case in FAST]
 

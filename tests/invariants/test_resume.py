@@ -66,7 +66,7 @@ TWO_PROCESSES = {
 }
 # Dropout needs the random numbers of a run beside all that is exact; what a resume restores is the
 # same for all mixers. Two processes have the deterministic router, with dropout, and plain gMLP.
-FAST = ("transformer_gshard_dropout", "smlp_partial_dropout", "smlp_tp2_dropout", "gmlp_dp2_bf16")
+FAST = ("transformer_gshard_dropout", "smlp_tp2_dropout", "gmlp_dp2_bf16")
 CASES = slow_unless_in(FAST, [*ONE_PROCESS, *TWO_PROCESSES])
 
 

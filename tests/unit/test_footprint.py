@@ -248,11 +248,8 @@ ON_TWO_RANKS = {
     "partial_selective": f"{SPARSE_MLP} --feature-router partial {WHOLE_EXPERTS}"
     " --recompute-granularity selective",
 }
-# What a case has alone: a mixer, a router, a way to split or to recompute.
-FAST = (
-    *("modern", "modern_experts", "mixer_sequence", "gmlp_bf16", "amlp", "gshard"),
-    *("switch_split_bf16", "smlp", "partial_selective"),
-)
+# Each kind of layer, in sequence parallel and recomputed.
+FAST = ("modern_experts", "gmlp_bf16", "amlp", "smlp", "partial_selective")
 TWO_RANKS = """
     --hidden-size 64 --ffn-hidden-size 256 --num-attention-heads 4 --seq-length 128 --num-layers 4
     --vocab-size 100 --micro-batch-size 2 --global-batch-size 2 --tensor-model-parallel-size 2

@@ -121,6 +121,7 @@ def test_weights_alone_are_verified_and_not_overlooked(finished_run: Path, tmp_p
         pretrain(f"--load {weights} --save {tmp_path / 'more'}")
 
 
+@pytest.mark.slow
 def test_ranks_wait_for_a_slow_file_system(run: Path, tmp_path: Path):
     """For longer than a collective may take: the first one's look, and another one's share."""
     flip_a_bit(iteration_folder(run, 6) / "__0_0.distcp")

@@ -129,6 +129,7 @@ pretrain(f"--save {sys.argv[1]} --async-save")
 """
 
 
+@pytest.mark.slow
 def test_a_writer_ends_with_its_rank(tmp_path: Path):
     """It would keep the rank's GPU and sockets, and the copy in memory, from the next start."""
     rank = subprocess.Popen(

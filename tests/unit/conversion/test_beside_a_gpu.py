@@ -37,15 +37,11 @@ def rotary(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return folder
 
 
-# A system of each architecture: the first of it.
-FAST = [*{SYSTEMS[name]["architecture"]: name for name in reversed(SYSTEMS)}.values()]
-
-
-@pytest.mark.parametrize("systems", [FAST, pytest.param([*SYSTEMS], marks=pytest.mark.slow)])
-def test_every_conversion(rotary: Path, tmp_path: Path, systems: list[str]):
-    words = [sys.executable, str(BESIDE_A_GPU), str(tmp_path), str(rotary), *systems]
+@pytest.mark.slow
+def test_every_conversion(rotary: Path, tmp_path: Path):
+    words = [sys.executable, str(BESIDE_A_GPU), str(tmp_path), str(rotary), *SYSTEMS]
     said = run_command(words, PYTHONPATH=str(REPOSITORY / "tests")).stdout
-    assert said.count("forward check: logits of") == 2 * len(systems) + 1
+    assert said.count("forward check: logits of") == 2 * len(SYSTEMS) + 1
 
 
 def test_the_command_hides_gpus_before_torch_looks(rotary: Path, tmp_path: Path):

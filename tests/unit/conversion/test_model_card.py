@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 from support.conversions import run
+from support.cover import slow_unless_in
 from support.in_process import pretrained
 from support.language_models import save_tokenizer
 from support.launches import clean_environment, records
@@ -23,7 +24,7 @@ SYSTEMS = {
 }
 
 
-@pytest.fixture(scope="module", params=SYSTEMS)
+@pytest.fixture(scope="module", params=slow_unless_in(["sparse"], SYSTEMS))
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four iterations of two samples of 16 tokens; the last validation is at 3, or at 4."""
     folder: Path = tmp_path_factory.mktemp(request.param)

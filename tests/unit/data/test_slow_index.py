@@ -21,7 +21,9 @@ def prefixes(run: Run, tmp_path: Path) -> list[str]:
     return [write_pair(run, tmp_path, name, make_documents(100)) for name in ("a", "b")]
 
 
-@pytest.mark.parametrize("kind", ["a blend", "slow on the second"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("a blend", marks=pytest.mark.slow), "slow on the second"]
+)
 def test_ranks_wait_for_an_index(tmp_path: Path, prefixes: list[str], kind: str):
     log = tmp_path / "log"
     words = ["1", prefixes[0], "2", prefixes[1]] if kind == "a blend" else prefixes[:1]

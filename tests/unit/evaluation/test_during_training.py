@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 from evaluation_helpers import EXAMPLES, SYSTEMS, loaded
 from support.checkpoints import checkpoint_tensors
-from support.cover import slow_unless_in
 from support.in_process import base_for, pretrained
 from support.launches import launch, records
 
@@ -72,7 +71,8 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", slow_unless_in(["dp2"], LAYOUTS))
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_processes_score_what_one_does(
     tasks: Path, tokenizer: Path, tmp_path: Path, layout: str
 ):

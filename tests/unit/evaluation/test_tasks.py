@@ -158,6 +158,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("offline")
+@pytest.mark.slow
 def test_no_network_is_one_line():
     """Without --data-dir the harness asks the hub."""
     with pytest.raises(UsageError, match=r"--tasks copa cannot be loaded .* --data-dir"):

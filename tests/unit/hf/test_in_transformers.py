@@ -218,6 +218,7 @@ def test_projections_are_quantised(system: str):
     torch.testing.assert_close(last, expected[:, 29:], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_layers_on_two_devices():
     """In a process of its own: where the CPU platform is active, "cuda" is the CPU."""
     pytest.importorskip("accelerate")

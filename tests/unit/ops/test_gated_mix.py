@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.cover import slow_unless_in
 from support.gating import Gate, exactly, norm_exactly
 from support.interpreted import interpreted
 from torch import Tensor
@@ -59,7 +60,6 @@ def interpretations() -> dict[str, list[Any]]:
         "by_kernels": [(gate,) for gate in GATES.values()],
         "norm_by_kernels": [(GATES[name],) for name in NORMED],
         "with_other_tokens_from": [(GATES[LONGEST], LAST)],
-        "twice": [(gate,) for gate in PARTED.values()],
         "biases_of_no_shift": [()],
     }
     pairs = [(name, arguments) for name, several in calls.items() for arguments in several]
@@ -92,14 +92,14 @@ def test_outputs_and_gradients_are_the_twins(case: str, answers: dict[str, list[
     assert not ours[gate.matrix + 1][:, upper].any()
 
 
-@pytest.mark.parametrize("number", range(len(PARTED)), ids=list(PARTED))
-def test_sums_in_parts(number: int, interpretations: dict[str, list[Any]]):
+@pytest.mark.parametrize("case", slow_unless_in(["parts"], PARTED))
+def test_sums_in_parts(case: str):
     """The same bits whichever program comes first, and nothing of memory that none has written."""
-    gate = list(PARTED.values())[number]
+    gate = PARTED[case]
     matrices = gate.experts or gate.heads
     columns = gate.batch * gate.heads * gate.width // matrices
     assert launches.num_parts(gate.tokens, matrices, columns, tiles.for_architecture("")) > 1
-    ours, again = interpretations["twice"][number]
+    [(ours, again)] = interpreted([("support.gating:twice", (gate,))])
     _assert_close(gate, ours)
     for first, second in zip(ours, again, strict=True):
         assert torch.equal(first, second)
