@@ -57,11 +57,7 @@ class Drawing:
             yield "learning-rates", self.learning_rates()
         if any(math.isfinite(comparison.found.mean) for comparison in speedups):
             yield "speed-up", self.speedups(speedups)
-        if loads := {
-            name: own
-            for name in self.looks
-            if len(own := self.tables.loads(name, self.study.longest))
-        }:
+        if loads := {name: own for name in self.looks if len(own := self._evaluated_loads(name))}:
             yield "expert-load", self.load(loads)
         if kinds := [kind for kind in PANELS if self.tables.labels(kind)]:
             yield "where-the-loss-lies", self.breakdown(kinds)
@@ -173,7 +169,7 @@ class Drawing:
     def _trials(self) -> pandas.DataFrame:
         """Return runs at several rates; of a design they are those that count."""
         if self.study.design is None:
-            return self.tables.runs[self.tables.runs["phase"] == "tuning"]
+            return self.tables.trials
         runs = self.tables.converged
         return runs[runs["horizon"] == self.study.longest]
 
@@ -257,6 +253,10 @@ class Drawing:
         plain_log(panel, "x")
         tidy(panel)
         return figure
+
+    def _evaluated_loads(self, name: str) -> pandas.DataFrame:
+        lines = self.tables.loads(name, self.study.longest)
+        return lines[lines[VALIDATION_LOSS].notna()]
 
     def load(self, loads: Mapping[str, pandas.DataFrame]) -> Figure:
         """Draw the greatest and the least load of any expert in the evaluations."""

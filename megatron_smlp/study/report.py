@@ -26,10 +26,12 @@ from megatron_smlp.study.sections import (
     breakdown_lines,
     crossing_lines,
     document_lines,
+    expert_lines,
     loss_lines,
     system_lines,
     task_lines,
     time_lines,
+    trial_lines,
 )
 from megatron_smlp.study.state import FAILED, State
 from megatron_smlp.study.tables import Tables
@@ -95,7 +97,9 @@ class Page:
             *other_lines(measured, self.others),
             *deviation_lines(measured),
             *("", "## Systems", "", *system_lines(measured, self.plan)),
+            *trial_lines(measured),
             *("", "## Losses", "", *loss_lines(measured)),
+            *expert_lines(measured),
             *("", "## Time to the others' losses", "", *time_lines(measured, self.times)),
             *("", "## Where curves cross", "", *crossing_lines(measured)),
             *("", "## Zero-shot tasks", "", *task_lines(measured)),

@@ -23,6 +23,7 @@ from megatron_smlp.study.metrics import VALIDATION_LOSS
 from megatron_smlp.study.plan import Plan
 from megatron_smlp.study.rates import Rates
 from megatron_smlp.study.results import DOCUMENT, ROUTING, TASK
+from megatron_smlp.study.state import DONE
 from megatron_smlp.study.statistics import crossings, paired, with_error
 from megatron_smlp.study.tables import QUIET
 from megatron_smlp.study.verdicts import SECONDS, TOKENS, Comparison
@@ -96,6 +97,59 @@ def _rate(measured: Measured, plan: Plan, name: str) -> str:
         return f"{min(rates):.2g} to {max(rates):.2g}"
     edge = " (edge)" if name in plan.at_edge else ""
     return f"{lr * plan.factors[name]:.2g}{edge}" if name in plan.factors else "n/a"
+
+
+def trial_lines(measured: Measured) -> Iterator[str]:
+    """Yield the loss of every trial, by its multiple of the system's learning rate."""
+    trials = measured.tables.trials
+    if not len(trials):
+        return
+    factors = sorted({float(factor) for factor in trials["factor"]})
+    yield from ("", "## Trials", "")
+    yield (
+        "One run at each multiple of the system's learning rate; bold: the best. Systems with "
+        "partial prediction by the loss behind the prefix.\n"
+    )
+    yield from table("system", "learning rate", *(f"x {factor:g}" for factor in factors))
+    for name, system in measured.systems.items():
+        own = trials[(trials["system"] == name) & (trials["status"] == DONE)]
+        losses = dict(zip(own["factor"], own["loss"].astype(float), strict=True))
+        cells = {factor: f"{loss:.3f}" for factor, loss in losses.items()}
+        if losses:
+            best = min(losses, key=losses.__getitem__)
+            cells[best] = f"**{cells[best]}**"
+        rate = f"{system.flags['lr']:g}"
+        yield row(system.title, rate, *(cells.get(factor, "") for factor in factors))
+
+
+def expert_lines(measured: Measured) -> Iterator[str]:
+    """Yield how full experts are at the end of the longest runs, and how sure routers are."""
+    loads = {
+        name: lines
+        for name in measured.systems
+        if len(lines := measured.tables.loads(name, measured.study.longest))
+    }
+    if not loads:
+        return
+    yield from ("", "## Experts", "")
+    yield (
+        "At the end of the longest runs, means over seeds, of the worst layer each: the emptiest "
+        "and the fullest expert (1: an even share), the entropy of the loads (1: even), the share "
+        "of choices that a capacity drops, and of those that a gate closes.\n"
+    )
+    yield from table("system", "load in training", "in evaluations", "entropy", "dropped", "closed")
+    for name, lines in loads.items():
+        trained, evaluated = (
+            lines[lines[VALIDATION_LOSS].notna() == is_evaluation].groupby("key").last()
+            for is_evaluation in (False, True)
+        )
+        cells = [
+            f"{number(ends['load_min'].mean())} to {number(ends['load_max'].mean())}"
+            for ends in (trained, evaluated)
+        ]
+        cells.append(number(evaluated["entropy"].mean(), ".3f"))
+        shares = (trained[kind].astype(float).mean() for kind in ("drop_rate", "closed_rate"))
+        yield row(measured.systems[name].title, *cells, *(number(share, ".1%") for share in shares))
 
 
 def loss_lines(measured: Measured) -> Iterator[str]:

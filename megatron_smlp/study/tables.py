@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pandas
 
-from megatron_smlp.study.metrics import VALIDATION_LOSS
 from megatron_smlp.study.results import TASK, Results
 from megatron_smlp.study.state import DIVERGED, DONE
 
@@ -152,13 +151,18 @@ class Tables:
             return 1 / self.seconds_per_token(system)
         return float(_where(self.runs, system=system)["tokens_per_second"].astype(float).median())
 
+    @property
+    def trials(self) -> pandas.DataFrame:
+        return self.runs[self.runs["phase"] == "tuning"]
+
     def loads(self, system: str, longest: int) -> pandas.DataFrame:
-        """Return the evaluations that know the load of experts, of the runs that together train
-        from the start to the longest horizon, by their tokens."""
+        """Return what is known of experts, in training and (where there is a validation loss) in
+        evaluations, of the runs that together train from the start to the longest horizon, by
+        their tokens."""
         runs = _where(self.runs, system=system, phase="main")
         keys = runs["key"][runs["horizon"].isna() | (runs["horizon"] == longest)]
         lines = self.curves[self.curves["key"].isin(keys) & self.curves["load_max"].notna()]
-        return lines[lines[VALIDATION_LOSS].notna()].sort_values("tokens")
+        return lines.sort_values("tokens")
 
 
 def _where(table: pandas.DataFrame, **values: Any) -> pandas.DataFrame:

@@ -124,7 +124,9 @@ def _records(run: PlannedRun, loss: float) -> list[dict[str, Any]]:
     for iteration in range(first, run.end + 1, distance):
         above = 0.1 * (run.end - iteration) / run.end
         common = {"iteration": iteration, "consumed_tokens": iteration * batch}
+        router = {"layer": 2, "load_share": [0.5, 0.5], "drop_rate": 0.1, "closed_rate": 0.25}
         step = {"loss": loss + above, "learning_rate": 1e-3, "tokens_per_second": 5000.0}
+        step["routers"] = [router]
         evaluation = {
             "validation_loss": loss + above,
             "validation_suffix_loss": loss + above - 0.1,

@@ -11,7 +11,14 @@ import pandas
 import pytest
 from support.cover import slow_unless_in
 from support.launches import REPOSITORY
-from support.studies import claims_and_text, loss_of, page_of, pretend, study_argv
+from support.studies import (
+    claims_and_text,
+    loss_of,
+    page_of,
+    page_of_study,
+    pretend,
+    study_argv,
+)
 
 from megatron_smlp.errors import UsageError
 from megatron_smlp.study import cli
@@ -45,6 +52,20 @@ def test_runs_of_a_rate_that_is_no_longer_best_do_not_count(known: State, tmp_pa
     other["validation_loss"] = 1.0
     pandas.concat([runs, other]).to_csv(path, index=False)
     assert claims_and_text(known, tmp_path)[0] == before
+
+
+def test_trials_and_experts_have_their_tables(tmp_path: Path):
+    """A trial that diverged has no loss; experts are those of training and of evaluations."""
+    losses = {1: 5.25, 2: 5.125, 4: math.inf}
+
+    def of_rate(run: PlannedRun) -> float:
+        return losses[run.factor] if run.phase == "tuning" else 5.0
+
+    tuning = {"seed": 1, "horizon": "400K", "lr": [*losses]}
+    text = page_of_study(tmp_path, of_rate, tuning=tuning).text()
+    assert re.search(r"\| system \| learning rate \| x 1 \| x 2 \| x 4 \|", text)
+    assert re.search(r"\| switch \| [\d.]+ \| 5\.250 \| \*\*5\.125\*\* \|  \|", text)
+    assert "| switch | 1 to 1 | 0.8 to 1.2 | 0.970 | 10.0% | 25.0% |" in text
 
 
 def test_the_csv_files_alone_give_the_same_report(known: State, tmp_path: Path):
