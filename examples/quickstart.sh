@@ -12,7 +12,7 @@ source examples/common.sh
 
 python=${PYTHON_BIN:-.venv/bin/python}
 run=runs/quickstart
-config=configs/cpu/smlp_deterministic.yaml
+config=configs/cpu/smlp_hash.yaml
 vocabulary=4096
 processes=2
 gpus=$(count_gpus)
@@ -53,9 +53,8 @@ tokenizer=(--tokenizer-type HuggingFaceTokenizer --tokenizer-model "$run/tokeniz
 "$python" tools/preprocess_data.py --input "$corpus" --output-prefix "$run/corpus" \
   "${tokenizer[@]}" --append-eod --workers 2 --overwrite
 
-# Half the configuration's steps: enough to be far better than a unigram model. Gates by prices, as
-# BASE's own close most experts (docs/decisions/0080-gates-by-prices.md).
-flags=(--train-iters 150 --eval-interval 75 --save-interval 75 --base-gate price)
+# Half the configuration's steps: enough to be far better than a unigram model.
+flags=(--train-iters 150 --eval-interval 75 --save-interval 75)
 train() {
   "$python" -m torch.distributed.run --standalone --nproc-per-node $processes pretrain_smlp.py \
     --config $config ${precision:+$precision} "${flags[@]}" "${tokenizer[@]}" \
