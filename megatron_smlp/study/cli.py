@@ -30,6 +30,7 @@ HELP = {
     "plan": "check that the study is fair, and list its runs",
     "run": "work on it: start as many workers, on as many machines, as you like",
     "evaluate": "score final checkpoints: zero-shot tasks, and where in a text the loss lies",
+    "export": "write the best run of each system for transformers, with a model card",
     "status": "what is done, running, failed",
     "report": "write the tables, figures and verdicts, from the runs and the kept CSV files",
 }
@@ -75,6 +76,14 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--data-dir", type=Path, metavar="DIR", help="local files of the tasks; no network"
     )
+    export = parsers["export"]
+    export.add_argument(
+        "--systems", required=True, metavar="A,B", help="of the study, in each of its sizes"
+    )
+    export.add_argument(
+        "--save", type=Path, required=True, metavar="FOLDER", help="for a folder STUDY-SYSTEM each"
+    )
+    export.add_argument("--license", metavar="NAME", help="in the model cards, as the Hub names it")
     return parser
 
 
@@ -236,6 +245,16 @@ def _evaluate(args: argparse.Namespace, known: State, results: Results) -> int:
     return 0
 
 
+def _export(args: argparse.Namespace, known: State, _: Results) -> int:
+    from megatron_smlp.study.final import export_best
+
+    for system in args.systems.split(","):
+        folder = args.save / f"{known.study.name}-{system}"
+        export_best(known, system, folder, license=args.license)
+        print(folder)
+    return 0
+
+
 def _status(args: argparse.Namespace, known: State, _: Results) -> int:
     plan = known.plan()
     for run in plan.runs:
@@ -273,5 +292,5 @@ def _report(args: argparse.Namespace, states: Sequence[tuple[State, Results]]) -
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace, State, Results], int]] = {
-    "plan": _plan, "run": _run, "evaluate": _evaluate, "status": _status,
+    "plan": _plan, "run": _run, "evaluate": _evaluate, "export": _export, "status": _status,
 }  # fmt: skip

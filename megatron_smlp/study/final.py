@@ -1,4 +1,4 @@
-"""Evaluate the final checkpoints of a study: zero-shot tasks, and where in a text the loss lies.
+"""The final checkpoints of a study: zero-shot tasks, where in a text the loss lies, and exports.
 
 Every line of evaluations.csv is one number of one checkpoint: of a task, of a kind of token, or of
 another way to route tokens.
@@ -51,7 +51,7 @@ def evaluate_finals(
     Raises:
         UsageError: an evaluation failed.
     """
-    finals = [run for run in known.plan().runs if _is_final(known, run)]
+    finals = [run for run in known.plan().runs if is_final(known, run)]
     missing = [(run, what_is_missing(results.evaluations, run.key, tasks)) for run in finals]
     left = [(run, what) for run, what in missing if any(what)]
     with Progress(len(left)) as progress:
@@ -76,9 +76,34 @@ def what_is_missing(
     return text, [task for task in tasks if task not in scored]
 
 
-def _is_final(known: State, run: PlannedRun) -> bool:
+def is_final(known: State, run: PlannedRun) -> bool:
     is_last = run.phase == "main" and run.horizon == known.study.longest
     return is_last and known.has_checkpoint(run)
+
+
+def export_best(known: State, system: str, folder: Path, *, license: str | None) -> None:
+    """Write the final checkpoint of a system with the lowest loss, as one for transformers.
+
+    Raises:
+        UsageError: none of its runs to the longest horizon has a checkpoint on this machine, or
+            the folder exists.
+    """
+    from megatron_smlp.conversion import cli
+
+    if system not in known.systems:
+        raise UsageError(
+            f"--systems {system}: not in the study, which has {', '.join(known.systems)}."
+        )
+    finals = [r for r in known.plan().runs if r.system == system and is_final(known, r)]
+    if not finals:
+        raise UsageError(
+            f"{system} has no checkpoint at the longest horizon in {known.folder}: train it here "
+            "by `tools/study.py run`, or give the --runs folder that has it."
+        )
+    best = min(finals, key=lambda run: float((known.ending(run) or {})["loss"]))
+    load = known.folder_of(best) / CHECKPOINTS
+    named = ["--license", license] if license else []
+    cli.main(["--load", str(load), "--save", str(folder), "--to", "hf", *named])
 
 
 def _of_text(

@@ -14,6 +14,7 @@ import pandas
 import pytest
 from support.launches import REPOSITORY, clean_environment, run_command
 from support.studies import write_study
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_smlp.provenance import sources
 from megatron_smlp.study.process import training_command
@@ -127,6 +128,17 @@ def test_a_study_from_data_to_report(tmp_path: Path, data: Path):
     assert set(runs["sources"]) == {sources()}
     fingerprints = pandas.read_csv(tmp_path / "results" / "fingerprints.csv")
     assert set(fingerprints["system"]) == {"transformer", "smlp_deterministic"}
+
+    export = ["--systems", "transformer,smlp_deterministic", "--save", str(tmp_path / "models")]
+    run_command([*TOOL, "export", *words(study, data), *export, "--license", "cc0-1.0"])
+    for name in ("transformer", "smlp_deterministic"):
+        folder = tmp_path / "models" / f"small-{name}"
+        loss = runs[(runs["system"] == name) & runs["horizon"].eq(runs["horizon"].max())]["loss"]
+        card = (folder / "README.md").read_text(encoding="utf-8")
+        assert "license: cc0-1.0" in card
+        assert f"| validation loss | {loss.min():.4f}" in card
+        AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+        assert len(AutoTokenizer.from_pretrained(folder)) == 280
 
     # In a second study folder the kept results are enough: nothing is left to do.
     again = run_command([*TOOL, "plan", *words(study, data), "--runs", str(tmp_path / "other")])

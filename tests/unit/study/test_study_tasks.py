@@ -8,12 +8,15 @@ import pandas
 import pytest
 from support.studies import NOISE, claims_and_text, loss_of, pretend, study_argv
 
+from megatron_smlp.checkpoints.folders import iteration_folder
+from megatron_smlp.conversion import cli as convert
+from megatron_smlp.errors import UsageError
 from megatron_smlp.study import cli
 from megatron_smlp.study.final import what_is_missing
 from megatron_smlp.study.measured import Measured
 from megatron_smlp.study.results import Results
 from megatron_smlp.study.sections import document_lines
-from megatron_smlp.study.state import State
+from megatron_smlp.study.state import CHECKPOINTS, State
 from megatron_smlp.study.tables import Tables
 
 
@@ -31,6 +34,27 @@ def test_what_was_looked_at_is_not_looked_at_again(tmp_path: Path):
     assert what_is_missing(results.evaluations, "neither", tasks) == (True, tasks)
     results.add_evaluations([one | {"value": 0.5}])  # as of a group of tasks that is asked again
     assert list(results.evaluations["value"]) == [1.0, 1.0, 0.5]
+
+
+def test_the_lowest_of_the_longest_runs_is_exported(
+    known: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    pretend(known, loss_of)  # the lowest of switch is seed 11's
+    words = ["--systems", "switch", "--save", str(tmp_path / "models"), "--license", "cc0-1.0"]
+    with pytest.raises(UsageError, match="switch has no checkpoint at the longest horizon"):
+        cli.main(study_argv("export", tmp_path, *words))
+    for run in known.plan().runs:
+        iteration_folder(known.folder_of(run) / CHECKPOINTS, run.end).mkdir(parents=True)
+    asked: list[list[str]] = []
+    monkeypatch.setattr(convert, "main", asked.append)
+    assert cli.main(study_argv("export", tmp_path, *words)) == 0
+    [[_, load, _, save, *rest]] = asked
+    [best] = [r for r in known.plan().runs if known.folder_of(r) / CHECKPOINTS == Path(load)]
+    assert (best.system, best.seed, best.horizon) == ("switch", 11, known.study.longest)
+    assert Path(save) == tmp_path / "models" / "small-switch"
+    assert rest == ["--to", "hf", "--license", "cc0-1.0"]
+    with pytest.raises(UsageError, match="--systems nobody: not in the study, which has transf"):
+        cli.main(study_argv("export", tmp_path, "--systems", "nobody", "--save", "models"))
 
 
 def test_what_final_checkpoints_were_found_to_do(known: State, tmp_path: Path):
