@@ -83,6 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--save", type=Path, required=True, metavar="FOLDER", help="for a folder STUDY-SYSTEM each"
     )
+    export.add_argument("--overwrite", action="store_true", help="replace what is in these folders")
     export.add_argument("--license", metavar="NAME", help="in the model cards, as the Hub names it")
     return parser
 
@@ -248,9 +249,11 @@ def _evaluate(args: argparse.Namespace, known: State, results: Results) -> int:
 def _export(args: argparse.Namespace, known: State, _: Results) -> int:
     from megatron_smlp.study.final import export_best
 
+    more = ["--overwrite"] if args.overwrite else []
+    more += ["--license", args.license] if args.license else []
     for system in args.systems.split(","):
         folder = args.save / f"{known.study.name}-{system}"
-        export_best(known, system, folder, license=args.license)
+        export_best(known, system, folder, more)
         print(folder)
     return 0
 

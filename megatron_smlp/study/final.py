@@ -81,12 +81,15 @@ def is_final(known: State, run: PlannedRun) -> bool:
     return is_last and known.has_checkpoint(run)
 
 
-def export_best(known: State, system: str, folder: Path, *, license: str | None) -> None:
+def export_best(known: State, system: str, folder: Path, more: Sequence[str]) -> None:
     """Write the final checkpoint of a system with the lowest loss, as one for transformers.
+
+    Args:
+        more: words for tools/convert_checkpoint.py.
 
     Raises:
         UsageError: none of its runs to the longest horizon has a checkpoint on this machine, or
-            the folder exists.
+            the folder is not empty.
     """
     from megatron_smlp.conversion import cli
 
@@ -102,8 +105,7 @@ def export_best(known: State, system: str, folder: Path, *, license: str | None)
         )
     best = min(finals, key=lambda run: float((known.ending(run) or {})["loss"]))
     load = known.folder_of(best) / CHECKPOINTS
-    named = ["--license", license] if license else []
-    cli.main(["--load", str(load), "--save", str(folder), "--to", "hf", *named])
+    cli.main(["--load", str(load), "--save", str(folder), "--to", "hf", *more])
 
 
 def _of_text(
