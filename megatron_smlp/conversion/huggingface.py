@@ -57,7 +57,6 @@ def config_of(flags: Mapping[str, Any]) -> SMLPConfig:
     architecture = ARCHITECTURES[flags["architecture"]]
     only_ones = dict(UNSUPPORTED)
     if not architecture.attends:
-        only_ones["swiglu"] = False
         if not (architecture.rotates and flags["position_embedding_type"] == "rope"):
             only_ones["position_embedding_type"] = architecture.positions
     else:

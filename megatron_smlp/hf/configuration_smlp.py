@@ -43,7 +43,7 @@ _TOP_K = ("token_router", ("topk",))
 _IS_FOR = {
     "toeplitz": ("architecture", _TOEPLITZ),
     "mixer_expansion": ("architecture", ("mixer",)),
-    **dict.fromkeys(("swiglu", "num_query_groups", "qk_layernorm"), ("architecture", _ATTENTION)),
+    **dict.fromkeys(("num_query_groups", "qk_layernorm"), ("architecture", _ATTENTION)),
     **dict.fromkeys(("feature_router", "num_dense_layers"), ("architecture", ("smlp",))),
     **dict.fromkeys(("moe_router_topk", "moe_router_topk_scaling_factor"), _TOP_K),
     **dict.fromkeys(("moe_router_num_groups", "moe_router_group_topk"), _TOP_K),
@@ -121,7 +121,7 @@ class SMLPConfig(PreTrainedConfig):
         tiny_attention_width: width of amlp's attention head.
         add_bias_linear: whether projections (not experts, not routers) have a bias.
         hidden_act: gelu (exact) or gelu_new (tanh approximation).
-        swiglu: transformer only: FFNs and experts are SwiGLU instead: silu(a) b of two projections.
+        swiglu: FFNs and experts are SwiGLU instead: silu(a) b of two projections.
         normalization: LayerNorm or RMSNorm, of all norms but that of a gate, which is LayerNorm.
         qk_layernorm: transformer: whether the queries and keys of each head have a norm of that
             kind, before they are turned.
@@ -269,6 +269,10 @@ class SMLPConfig(PreTrainedConfig):
         return (self.plugin or {}).get("layers") or []
 
     @property
+    def _attends(self) -> bool:
+        return self.architecture in _ATTENTION or "attention" in [m for m, _ in self._plugged]
+
+    @property
     def _positions(self) -> str:
         """The position_embedding_type of the architecture, where none is given."""
         if self._plugged:
@@ -310,7 +314,8 @@ class SMLPConfig(PreTrainedConfig):
             self._require(name, getattr(self, name) in allowed or name in plugged, what)
         for name, (field, values) in _IS_FOR.items():
             value, given = getattr(self, name), getattr(self, field)
-            if value and value != "none" and given not in values:
+            is_possible = given in values or (values == _ATTENTION and self._attends)
+            if value and value != "none" and not is_possible:
                 kinds = " or ".join(values)
                 raise ValueError(f"{name}={value} is for {field}={kinds}, not {given}")
         for name in _POSITIVE:
@@ -338,10 +343,8 @@ class SMLPConfig(PreTrainedConfig):
             self._require("window", 0 <= self.window < length, what)
 
     def _check_widths(self) -> None:
-        attends = self.architecture in _ATTENTION or "attention" in [m for m, _ in self._plugged]
-        if attends:
+        if self._attends:
             self._check_divides("hidden_size=", self.hidden_size, "num_attention_heads")
-        if attends:
             self._check_heads()
         else:
             allowed = [self._positions, *(["rope"] if self.architecture == "amlp" else [])]

@@ -18,10 +18,11 @@ import pandas
 
 from megatron_smlp.errors import UsageError
 from megatron_smlp.evaluation.reports import PAPER_METRICS
+from megatron_smlp.plugin_texts import FLAG
 from megatron_smlp.progress import Progress
 from megatron_smlp.study.data import StudyData
 from megatron_smlp.study.plan import PlannedRun
-from megatron_smlp.study.process import last_lines, run_command
+from megatron_smlp.study.process import last_lines, plugin_paths, run_command
 from megatron_smlp.study.results import DOCUMENT, ROUTING, TASK, Results
 from megatron_smlp.study.state import CHECKPOINTS, State
 
@@ -165,6 +166,7 @@ def _evaluated(
         *(sys.executable, "-c", "from megatron_smlp.commands import evaluate; evaluate()"),
         *("--checkpoint", str(known.folder_of(run) / CHECKPOINTS)),
         *(*flags, "--output", str(output)),
+        *(f"{FLAG}={path}" for path in plugin_paths(run.flags)),
     ]
     code = run_command(command, folder=folder, stop=threading.Event(), watch=watch)
     if code:

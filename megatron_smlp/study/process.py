@@ -53,8 +53,8 @@ def training_command(
     """Write the flags of a run to its folder, and return the command that trains by them."""
     folder.mkdir(parents=True, exist_ok=True)
     spelt = {name.replace("_", "-"): value for name, value in sorted(flags.items())}
-    if plugins := spelt.get(KEY):
-        spelt[KEY] = [str(LOADED[Path(name).stem].path) for name in plugins]
+    if plugins := plugin_paths(flags):
+        spelt[KEY] = plugins
     write_durably(folder / FLAGS, yaml.safe_dump(spelt, sort_keys=False))
     several = ["-c", LAUNCH, "agent", "--standalone", f"--nproc-per-node={processes}"]
     return [
@@ -63,6 +63,11 @@ def training_command(
         *(_script(), "--config", str(folder / FLAGS)),
         *paths,
     ]
+
+
+def plugin_paths(flags: Mapping[str, Any]) -> list[str]:
+    """Return the files of a run's plugins, which its flags have by name."""
+    return [str(LOADED[Path(name).stem].path) for name in flags.get(KEY, ())]
 
 
 def _script() -> str:

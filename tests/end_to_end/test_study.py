@@ -223,6 +223,10 @@ def test_a_plugin_is_a_system_of_a_study(data: Path, tmp_path: Path):
     tiny = TINY | {"systems": ["transformer", "aft"], "subject": "aft", "variants": variants}
     study = write_study(tmp_path, **tiny)
     run_command([*TOOL, "run", *words(study, data)])
+    assert run_command([*TOOL, "evaluate", *words(study, data)]).stdout.startswith("2 checkpoints")
+    export = ["export", *words(study, data), "--systems", "aft", "--save", str(tmp_path / "models")]
+    run_command([*TOOL, *export])
+    assert (tmp_path / "models" / "small-aft" / "aft.py").is_file()
     run_command([*TOOL, "report", *words(study, data)])
     runs = pandas.read_csv(tmp_path / "results" / "runs.csv")
     assert set(runs.status) == {"done"}

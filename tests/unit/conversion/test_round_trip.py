@@ -7,6 +7,7 @@ import pytest
 import torch
 from support.conversions import assert_same, folder_weights, from_hf, run, save_exported, weights
 from support.in_process import pretrained
+from support.launches import REPOSITORY
 from support.smlp_systems import SYSTEMS, make_model
 from transformers import AutoModelForCausalLM
 
@@ -14,12 +15,18 @@ from megatron_smlp.checkpoints import integrity
 from megatron_smlp.checkpoints.folders import checkpoint_of
 from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
 from megatron_smlp.conversion import convert
+from megatron_smlp.flags.parse import build_parser
 
 TRAINED = (
     "--architecture smlp --num-dense-layers 1 --num-layers 3 --feature-router partial "
     "--num-feature-experts 2 --num-feature-chunks 4 --num-experts 4 --token-router hash "
-    "--moe-ffn-hidden-size 40 --untie-embeddings-and-output-weights --bf16 --lr 1e-2 "
+    "--moe-ffn-hidden-size 40 --swiglu --untie-embeddings-and-output-weights --bf16 --lr 1e-2 "
     "--log-interval 1"
+)
+ALTERNATING = (
+    f"--plugin {REPOSITORY}/plugins/alternating.py --architecture alternating --num-layers 4 "
+    "--num-attention-heads 4 --group-query-attention --num-query-groups 2 --qk-layernorm --swiglu "
+    "--position-embedding-type rope --normalization RMSNorm --disable-bias-linear --lr 1e-2"
 )
 BASE = (
     "--architecture gmlp --token-router base --num-experts 4 --bf16 --lr 1e-2 --base-eval prices "
@@ -71,6 +78,18 @@ def test_a_trained_checkpoint_comes_back_bitwise(trained: Path, tmp_path: Path):
     assert before.specs["embedding.word_embeddings.weight"].dtype == torch.bfloat16
     changed = {name for name, value in before.flags.items() if after.flags[name] != value}
     assert not changed
+
+
+def test_attention_in_the_layers_of_a_plugin_keeps_what_it_has(tmp_path: Path):
+    with pretrained(f"{ALTERNATING} --save {tmp_path / 'run'}"):
+        pass
+    said = run(convert.torch_dist_to_hf, tmp_path / "run", tmp_path / "hf")
+    assert any("forward check: logits" in line for line in said)
+    run(from_hf, tmp_path / "hf", tmp_path / "again")
+    ours, theirs = (TorchDistCheckpoint(tmp_path / name) for name in ("run", "again"))
+    assert_same(weights(ours), weights(theirs))
+    for name in ("num_query_groups", "qk_layernorm", "swiglu", "normalization"):
+        assert ours.flags[name] == theirs.flags[name] != build_parser().get_default(name)
 
 
 def test_prices_of_base_stay_in_fp32(tmp_path: Path):
