@@ -171,9 +171,10 @@ def _tuning(
     losses: Losses,
     failed: Collection[str],
 ) -> tuple[list[PlannedRun], dict[str, float]]:
-    """Return all trials that are known, and the chosen learning rates once they are done.
+    """Return all trials that are known, and the chosen learning rates of systems that are done.
 
-    A system of which a trial failed has none yet, and the others do not wait for it.
+    A system of which a trial failed has none yet, and the others do not wait for it; nor for each
+    other once there can be no more trials, which all get where one's best is at an edge.
     """
     tuning = study.tuning
     if tuning is None:
@@ -197,12 +198,13 @@ def _tuning(
         every = [run for trials in runs.values() for run in trials]
         best = {name: _best(factors[name], values) for name, values in known.items()}
         is_at_edge = any(best[name] in (min(factors[name]), max(factors[name])) for name in best)
-        is_done = all(loss is not None for values in known.values() for loss in values)
-        if not is_done or not is_at_edge or extension == tuning.extend_at_edge:
+        done = {name: best[name] for name, values in known.items() if None not in values}
+        is_last = extension == tuning.extend_at_edge
+        if len(done) < len(known) or not is_at_edge or is_last:
             break
         for name, values in known.items():
             factors[name].append(next_factor(factors[name], _finite(values)))
-    return every, best if is_done else {}
+    return every, done if len(done) == len(known) or is_last else {}
 
 
 def _finite(losses: Sequence[float | None]) -> list[float]:

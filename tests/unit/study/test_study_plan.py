@@ -137,6 +137,21 @@ class TestWhatIsLeft:
         assert known.plan().pending == ()
         assert known.failure(known.plan()) == ""
 
+    @pytest.mark.parametrize(("extend", "chosen"), [(None, ["transformer"]), (1, [])])
+    def test_no_system_waits_for_the_trials_of_another_where_their_number_is_known(
+        self, tmp_path: Path, extend: int | None, chosen: list[str]
+    ):
+        tuning = {name: value for name, value in TUNING.items() if name != "extend-at-edge"}
+        tuning |= {"extend-at-edge": extend} if extend else {}
+        known = state_of(write_study(tmp_path, tuning=tuning), runs=tmp_path)
+        for run in known.plan().runs:
+            if run.system == "transformer":
+                known.folder_of(run).mkdir(parents=True)
+                known.end(run, status=DONE, loss=str(5.0 + abs(run.factor - 1)))
+        plan = known.plan()
+        assert [*plan.factors] == chosen
+        assert {run.system for run in plan.runs if run.phase == "main"} == {*chosen}
+
     def test_what_goes_on_from_a_failed_trunk_waits(self, tmp_path: Path):
         known = state_of(write_study(tmp_path), runs=tmp_path)
         trunk = known.plan().runs[0]
