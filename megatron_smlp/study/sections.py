@@ -124,10 +124,12 @@ def trial_lines(measured: Measured) -> Iterator[str]:
 
 def expert_lines(measured: Measured) -> Iterator[str]:
     """Yield how full experts are at the end of the longest runs, and how sure routers are."""
+    longest, runs = measured.study.longest, measured.tables.converged
+    last = runs["key"][runs["horizon"] == longest]
     loads = {
         name: lines
         for name in measured.systems
-        if len(lines := measured.tables.loads(name, measured.study.longest))
+        if len(lines := (own := measured.tables.loads(name, longest))[own["key"].isin(last)])
     }
     if not loads:
         return

@@ -124,7 +124,8 @@ def _records(run: PlannedRun, loss: float) -> list[dict[str, Any]]:
     for iteration in range(first, run.end + 1, distance):
         above = 0.1 * (run.end - iteration) / run.end
         common = {"iteration": iteration, "consumed_tokens": iteration * batch}
-        router = {"layer": 2, "load_share": [0.5, 0.5], "drop_rate": 0.1, "closed_rate": 0.25}
+        router = {"layer": 2, "load_share": [0.5, 0.5], "closed_rate": 0.25}
+        router["drop_rate"] = 0.1 if run.horizon and iteration == run.end else 0.3
         step = {"loss": loss + above, "learning_rate": 1e-3, "tokens_per_second": 5000.0}
         step["routers"] = [router]
         evaluation = {
