@@ -56,10 +56,10 @@ study: env ## the smoke study: data, plan, two workers, report (CORPUS=... for y
 	$(BIN)/python tools/study.py report studies/smoke.yaml --results runs/study/smoke/report
 
 # A file's tests stay in one worker, as they share launches; conftest.py puts the longest first.
-TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile \
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist loadfile \
   --no-loadscope-reorder --durations 25 --durations-min 3
 
-test: lint ## lint and every test that is not marked slow, in two workers
+test: lint ## lint and every test that is not marked slow, in three workers: each waits now and then
 	$(TEST) -m "not slow"
 
 QUICK := $(addprefix tests/golden/test_,golden.py refusals.py) tests/unit/layers tests/unit/routers \

@@ -29,7 +29,7 @@ LONGEST = ("/invariants/", "/cuda_without_a_gpu/", "/end_to_end/", "/evaluation/
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that take minutes come first: two workers then end at the same time."""
+    """Files that take minutes come first: all workers then end at the same time."""
     items.sort(key=lambda item: not any(part in str(item.path) for part in LONGEST))
 
 

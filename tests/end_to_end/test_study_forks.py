@@ -18,6 +18,8 @@ from megatron_smlp.checkpoints.folders import tracked_iteration
 from megatron_smlp.errors import NonFiniteLossError
 from megatron_smlp.study.process import OUTPUT, last_lines
 
+pytestmark = pytest.mark.slow
+
 WORKER = (
     "import json, sys, threading; from pathlib import Path; sys.path.insert(0, '.');"
     "from megatron_smlp.study.process import run_command;"
@@ -58,7 +60,6 @@ def test_it_computes_and_fails_as_the_program(tmp_path: Path):
     assert last_lines(folders["diverges"])[-1].startswith("pretrain_smlp.py: error: ")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("is_killed", [True, False])
 def test_it_ends_with_its_worker(tmp_path: Path, is_killed: bool):
     """It saves before it ends, whether the worker is killed or Ctrl-C interrupts it."""

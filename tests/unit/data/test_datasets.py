@@ -164,7 +164,7 @@ def test_a_dataset_that_grew_is_read_through_an_index_of_its_own(run: Run, tmp_p
 
 @pytest.mark.parametrize(
     ("damage", "what", "workers"),
-    [("cut", "something else", 0), ("blank", "something else", 1), ("remove", "No such", 1)],
+    [("cut", "something else", 0), ("blank", "something else", 1), ("remove", "No such", 0)],
 )
 def test_a_pair_that_changes_while_it_is_read(
     prefixes: list[str], tmp_path: Path, damage: str, what: str, workers: int
