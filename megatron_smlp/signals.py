@@ -59,6 +59,17 @@ def noting_interruptions() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def holding_interruptions() -> Iterator[None]:
+    """Keep Ctrl-C, which reaches every process at a terminal, until the end of the block; a process
+    that is started in it never sees one, from its first instruction on: this one decides."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
 def undisturbed_exit() -> Iterator[None]:
     """Wrap a program's outermost block: after its end, Ctrl-C has nothing left to stop.
 

@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import functools
 import re
-import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -46,6 +45,7 @@ from megatron_smlp.checkpoints.tokenizer_copy import keep_tokenizer
 from megatron_smlp.collectives import from_first_rank, gathered
 from megatron_smlp.durable import remove_folder, replace_folder, text_of, write_durably
 from megatron_smlp.errors import SaveError, TakenOverError, UsageError
+from megatron_smlp.signals import holding_interruptions
 
 FAILURES = (CheckpointException, SaveError)
 
@@ -189,7 +189,8 @@ class Saving:
                 add_share(folder, self.args.rank)
                 self.commit()
             else:
-                self.queue.schedule_async_request(self._in_background(request, folder))
+                with holding_interruptions():
+                    self.queue.schedule_async_request(self._in_background(request, folder))
         except FAILURES as error:
             self._give_up(self.open[-1], error)
 
@@ -355,8 +356,6 @@ def write_and_add_share(
 ) -> None:
     """Write shards, then leave their checksums: the work of a process that writes."""
     first()
-    # Ctrl-C reaches every process at the terminal; the training process answers it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         write(*args, **kwargs)
     except Exception as error:

@@ -20,6 +20,7 @@ from typing import Any, Self
 from megatron_smlp.data.prepare.chunks import Chunk
 from megatron_smlp.data.prepare.encoding import ChunkEncoder, EncodedChunk, EncodingSettings
 from megatron_smlp.errors import DataError
+from megatron_smlp.signals import holding_interruptions
 
 IN_FLIGHT_BYTES = 64 << 20
 """Bound on the raw text between reading and writing; one larger record passes alone."""
@@ -60,13 +61,9 @@ class WorkerPool:
         self.threads = ThreadPoolExecutor(num_workers, thread_name_prefix="worker")
         self.workers: list[_Worker] = []
         self.idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
-        # Ctrl-C reaches the whole group; the parent decides. Workers start with it blocked.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            try:
+            with holding_interruptions():
                 self.workers += [_Worker(context, settings) for _ in range(num_workers)]
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, before)
             for worker in self.workers:
                 self.description = worker.wait_until_ready()
                 self.idle.put(worker)
