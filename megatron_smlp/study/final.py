@@ -52,7 +52,7 @@ def evaluate_finals(
     Raises:
         UsageError: an evaluation failed.
     """
-    finals = [run for run in known.plan().runs if is_final(known, run)]
+    finals = [run for run in known.plan().runs if _is_final(known, run)]
     missing = [(run, what_is_missing(results.evaluations, run.key, tasks)) for run in finals]
     left = [(run, what) for run, what in missing if any(what)]
     with Progress(len(left)) as progress:
@@ -77,7 +77,7 @@ def what_is_missing(
     return text, [task for task in tasks if task not in scored]
 
 
-def is_final(known: State, run: PlannedRun) -> bool:
+def _is_final(known: State, run: PlannedRun) -> bool:
     is_last = run.phase == "main" and run.horizon == known.study.longest
     return is_last and known.has_checkpoint(run)
 
@@ -98,7 +98,7 @@ def export_best(known: State, system: str, folder: Path, more: Sequence[str]) ->
         raise UsageError(
             f"--systems {system}: not in the study, which has {', '.join(known.systems)}."
         )
-    finals = [r for r in known.plan().runs if r.system == system and is_final(known, r)]
+    finals = [r for r in known.plan().runs if r.system == system and _is_final(known, r)]
     if not finals:
         raise UsageError(
             f"{system} has no checkpoint at the longest horizon in {known.folder}: train it here "

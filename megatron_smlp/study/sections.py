@@ -123,14 +123,12 @@ def trial_lines(measured: Measured) -> Iterator[str]:
 
 
 def expert_lines(measured: Measured) -> Iterator[str]:
-    """Yield how full experts are at the end of the longest runs, and how sure routers are."""
+    """Yield how full experts are at the end of the longest runs, and what reaches none."""
     longest, runs = measured.study.longest, measured.tables.converged
     last = runs["key"][runs["horizon"] == longest]
-    loads = {
-        name: lines
-        for name in measured.systems
-        if len(lines := (own := measured.tables.loads(name, longest))[own["key"].isin(last)])
-    }
+    every = {name: measured.tables.loads(name, longest) for name in measured.systems}
+    loads = {name: lines[lines["key"].isin(last)] for name, lines in every.items()}
+    loads = {name: lines for name, lines in loads.items() if len(lines)}
     if not loads:
         return
     yield from ("", "## Experts", "")
