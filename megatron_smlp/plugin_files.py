@@ -223,7 +223,10 @@ def _architecture(name: str, architecture: Any) -> systems.Architecture:
     for mixer, channel in pairs:
         if mixer not in systems.MIXERS:
             known = ", ".join(systems.MIXERS)
-            raise ValueError(f"architecture {name!r}: {mixer!r} is no token mixer of {known}.")
+            raise ValueError(
+                f"architecture {name!r}: {mixer!r} is no token mixer of {known}; "
+                f"a plugin's stands there once an earlier {FLAG} has named its file."
+            )
         if channel not in (*WITHOUT_FLAGS, *systems.CHANNELS):
             known = ", ".join((*WITHOUT_FLAGS, *systems.CHANNELS))
             raise ValueError(f"architecture {name!r}: {channel!r} is no channel mixer of {known}.")

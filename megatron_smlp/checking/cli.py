@@ -2,6 +2,7 @@
 
 smlp-check gated_conv.py
 smlp-check gated_conv.py --quick     without trainings: seconds
+smlp-check gated_conv.py conv_first.py     the second needs the first
 """
 
 from __future__ import annotations
@@ -23,8 +24,13 @@ from megatron_smlp.errors import UsageError
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command."""
-    parser = Parser(prog="smlp-check", description="Check a plugin, row by row.")
-    parser.add_argument("plugin", metavar="FILE", help="the plugin, as --plugin names it")
+    parser = Parser(prog="smlp-check", description="Check plugins, row by row.")
+    parser.add_argument(
+        "plugins",
+        nargs="+",
+        metavar="FILE",
+        help="a plugin, as --plugin names it; behind those whose names it uses",
+    )
     parser.add_argument("--quick", action="store_true", help="leave out what trains or exports")
     return parser
 
@@ -34,10 +40,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
     console = Console(highlight=False, soft_wrap=True)
     began = time.monotonic()
-    plugin_files.load(options.plugin)
+    for plugin in options.plugins:
+        plugin_files.load(plugin)
+    named = " ".join(options.plugins)
     count = 0
     with tempfile.TemporaryDirectory(prefix="smlp-check-") as folder:
-        for check in _checks(options.plugin, Path(folder), quick=options.quick):
+        for check in _checks(options.plugins, Path(folder), quick=options.quick):
             row = check()
             count += 1
             mark = "[green]ok   [/]" if row.passed else "[red]WRONG[/]"
@@ -45,9 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"{mark} {escape(row.subject)}  {escape(row.compared)}  {escape(row.apart)}"
             )
             if not row.passed:
-                console.print(f"{options.plugin}: {row.subject}: {row.advice}", markup=False)
+                console.print(f"{named}: {row.subject}: {row.advice}", markup=False)
                 return 1
-    console.print(f"{options.plugin}: {count} checks passed in {time.monotonic() - began:.0f} s")
+    console.print(f"{named}: {count} checks passed in {time.monotonic() - began:.0f} s")
     return 0
 
 
@@ -66,24 +74,26 @@ def of_classes() -> Iterator[Check]:
             yield from checks(name, kind)
 
 
-def _checks(plugin: str, folder: Path, *, quick: bool) -> Iterator[Check]:
+def _checks(plugins: Sequence[str], folder: Path, *, quick: bool) -> Iterator[Check]:
     from megatron_smlp.checking.runs import MODELS, Runs
     from megatron_smlp.plugins import register
 
     tables = dict(register.tables())
     if not any(tables.values()):
-        raise UsageError(f"{plugin} registers nothing: decorate a class by @register(NAME).")
+        raise UsageError(
+            f"{' '.join(plugins)} registers nothing: decorate a class by @register(NAME)."
+        )
     yield from of_classes()
     if quick:
         return
     mixing = [*register.token_mixers, *register.channel_mixers]
     if mixing and not register.architectures:
         raise UsageError(
-            f"{plugin} registers no architecture, so that nothing can be trained: add "
+            f"{' '.join(plugins)} registers no architecture, so that nothing can be trained: add "
             f'register.architecture("{mixing[0]}", mixer="{mixing[0]}").'
         )
     for title, flags in MODELS.items():
         for name in tables[title]:
             model = flags.format(name=name).split()
             own = folder / title.replace(" ", "_") / name
-            yield from Runs(name, plugin=plugin, model=model, folder=own).checks()
+            yield from Runs(name, plugins=plugins, model=model, folder=own).checks()

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_smlp.checking.rows import Check, Row, close
+from megatron_smlp.plugin_texts import FLAG
 
 SIZES = """
     --num-layers 4 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --seq-length 32
@@ -55,12 +56,15 @@ class Runs:
     """The runs of one architecture or router.
 
     Args:
-        plugin: what --plugin named.
+        plugins: what --plugin named.
         model: flags of the model.
     """
 
-    def __init__(self, name: str, *, plugin: str, model: Sequence[str], folder: Path) -> None:
-        self.name, self.plugin, self.folder = name, plugin, folder
+    def __init__(
+        self, name: str, *, plugins: Sequence[str], model: Sequence[str], folder: Path
+    ) -> None:
+        self.name, self.folder = name, folder
+        self.plugins = [f"{FLAG}={plugin}" for plugin in plugins]
         self.model = list(model)
         self.has_experts = "--num-experts" in self.model
         self.metrics: dict[str, list[dict[str, float]]] = {}
@@ -84,7 +88,7 @@ class Runs:
         if count > 1:
             run = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", *run]
         said = self._command([
-            *run, "--plugin", self.plugin, *SIZES.split(), *self.model, *flags,
+            *run, *self.plugins, *SIZES.split(), *self.model, *flags,
             "--log-dir", str(logs), "--platform", "cpu",
         ])  # fmt: skip
         path = logs / "metrics.jsonl"
@@ -159,7 +163,7 @@ class Runs:
     def _convert(self, source: str, target: str, *flags: str) -> str:
         folders = ["--load", str(self.folder / source), "--save", str(self.folder / target)]
         program = "from megatron_smlp.commands import convert; convert()"
-        return self._command(["-c", program, "--plugin", self.plugin, *folders, *flags])
+        return self._command(["-c", program, *self.plugins, *folders, *flags])
 
 
 GENERATION = "megatron_smlp.checking.generation"

@@ -74,14 +74,14 @@ def falling(done):
 
 
 @pytest.mark.parametrize(
-    "file",
+    "files",
     [
-        *("plugins/aft.py", "plugins/causal_rn.py", "plugins/gated_conv.py"),
+        *("plugins/aft.py", "plugins/causal_rn.py", "plugins/gated_conv.py plugins/conv_first.py"),
         *("plugins/last_tokens.py", "plugins/threshold.py", "tests/support/mixed_plugin.py"),
     ],
 )
-def test_a_plugin_passes_all_checks(file: str, tmp_path: Path):
-    command = [sys.executable, "tools/check_plugin.py", file]
+def test_plugins_pass_all_checks(files: str, tmp_path: Path):
+    command = [sys.executable, "tools/check_plugin.py", *files.split()]
     said = run_command(command, seconds=900).stdout
     assert "checks passed" in said
     assert "TP 2" in said
@@ -92,7 +92,7 @@ def test_a_gradient_of_a_part_is_seen_by_a_layout(tmp_path: Path, monkeypatch):
     path = tmp_path / "scaled.py"
     path.write_text(UNSUMMED, encoding="utf-8")
     runs = Runs(
-        "scaled", plugin=str(path), model=["--architecture", "scaled"], folder=tmp_path / "runs"
+        "scaled", plugins=[str(path)], model=["--architecture", "scaled"], folder=tmp_path / "runs"
     )
     seed, resume, split, *_ = runs.checks()
     assert (seed().advice, resume().advice) == ("", "")
@@ -102,7 +102,7 @@ def test_a_gradient_of_a_part_is_seen_by_a_layout(tmp_path: Path, monkeypatch):
 def test_an_export_needs_torch_and_transformers_alone(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     runs = Runs(
-        "gated_conv", plugin=str(CONV), model=["--architecture", "gated_conv"], folder=tmp_path
+        "gated_conv", plugins=[str(CONV)], model=["--architecture", "gated_conv"], folder=tmp_path
     )
     steps = list(runs.checks())
     assert steps[0]().passed
