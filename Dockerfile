@@ -15,6 +15,7 @@ WORKDIR /workspace
 COPY setup.py pyproject.toml README.md LICENSE pretrain_smlp.py ./
 COPY megatron_smlp megatron_smlp
 COPY configs configs
+COPY plugins plugins
 COPY examples examples
 COPY tools tools
 
@@ -22,7 +23,7 @@ COPY tools tools
 # (PIP_CONSTRAINT) would pin every package.
 RUN python -m pip list --format freeze \
     | grep -iE '^(torch|triton|pytorch-triton|transformer[-_]engine|apex|flash[-_]attn)[^=]*==' > /tmp/built.txt \
-    && PIP_CONSTRAINT=/tmp/built.txt python -m pip install --no-cache-dir '.[eval,fast-tokenizer,parquet,plots,serve,study]'
+    && PIP_CONSTRAINT=/tmp/built.txt python -m pip install --no-cache-dir '.[eval,fast-tokenizer,muon,parquet,plots,serve,study]'
 
 # A build that would not start ends here.
 RUN python -c 'import torch; assert torch.version.cuda, torch.__version__' \

@@ -32,7 +32,7 @@ def test_what_is_copied_is_there_and_not_ignored() -> None:
     sources = [
         name for kind, rest in instructions() if kind == "COPY" for name in rest.split()[:-1]
     ]
-    assert {"setup.py", "pretrain_smlp.py", "megatron_smlp"} <= set(sources)
+    assert {"setup.py", "pretrain_smlp.py", "megatron_smlp", "configs", "plugins"} <= set(sources)
     for name in sources:
         assert (REPOSITORY / name).exists(), name
         assert f"!{name}" in patterns, name
