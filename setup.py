@@ -53,7 +53,7 @@ EXTRAS = {
 COMMANDS = ["smlp-pretrain = pretrain_smlp:run"] + [
     f"smlp-{name.replace('_', '-')} = megatron_smlp.commands:{name}"
     for name in (
-        *("preprocess", "inspect_dataset", "merge_datasets", "train_tokenizer", "build_hash_table"),
+        *("preprocess", "inspect_dataset", "merge_datasets", "train_tokenizer"),
         *("convert", "inspect_checkpoint", "estimate", "evaluate", "generate", "serve", "plot"),
         *("study", "launch", "goodput", "check", "new"),
     )

@@ -69,11 +69,8 @@ class SMLPTransformerConfig(TransformerConfig, ModelOptions):
     hash_vocab_size: int | None = None
     """HASH: the padded vocabulary, entries of its table."""
 
-    tokenizer_vocab_size: int | None = None
-    """HASH: the vocabulary without padding, entries of a --hash-table."""
-
     balanced_experts: Tensor | None = None
-    """HASH: <int64>[tokenizer_vocab_size], the table of --hash-table balanced."""
+    """HASH: <int64>[ids of the tokenizer], the table of --hash-table balanced."""
 
     token_dispatch: str = "sorted"
     """--token-dispatch."""

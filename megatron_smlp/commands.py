@@ -28,7 +28,6 @@ def _main(module: str) -> int | None:
     return code
 
 
-build_hash_table = partial(_run, "data.hash_table_cli")
 check = partial(_run, "checking.cli")
 convert = partial(_run, "conversion.cli")
 estimate = partial(_run, "accounting.estimate")

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from megatron.core.activations import quick_gelu, squared_relu
-from megatron.training import get_args, get_tokenizer
+from megatron.training import get_args
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.arguments import core_transformer_config_from_args
 from torch import Tensor
@@ -20,7 +20,6 @@ from megatron_smlp.data.tokenizers.factory import strings_of_tokens
 from megatron_smlp.layers.minhash import fingerprints, replace_embedding
 from megatron_smlp.options import PLUGIN_OPTIONS
 from megatron_smlp.routers.hash import attach_token_ids
-from megatron_smlp.routers.hash_table import BALANCED
 
 tanh_gelu = partial(functional.gelu, approximate="tanh")
 """GPT-2's GELU, transformers' `gelu_new`."""
@@ -49,8 +48,6 @@ def transformer_config(args: argparse.Namespace) -> SMLPTransformerConfig:
     if args.openai_gelu:
         config.activation_func = activation(vars(args))
     config.hash_vocab_size = args.padded_vocab_size
-    if args.hash_table:
-        config.tokenizer_vocab_size = get_tokenizer().vocab_size
     return config
 
 
@@ -97,6 +94,6 @@ def _layers(model: Any, vp_stage: int | None = None) -> Any:
     """Build the layers, the first part of a model that every rank builds; a balanced table is
     collective."""
     config = model.transformer
-    if config.hash_table == BALANCED and config.balanced_experts is None:
+    if config.hash_table and config.balanced_experts is None:
         config.balanced_experts = experts_of_training_data(get_args())
     return block_spec(config, vp_stage=vp_stage)

@@ -145,10 +145,10 @@ class ModelOptions:
     hash_seed: int = option(0, token_routers=("hash",), may_change=True, hf=SAME)
     """hash: seed of the random table of token ids with which a new model starts."""
 
-    hash_table: str | None = option(None, token_routers=("hash",), may_change=True)
-    """hash: with which table a new model starts instead: balanced, by the counts of the run's own
-    training data, or a file that tools/build_hash_table.py made from those of a corpus. A
-    checkpoint's own table wins over both."""
+    hash_table: Literal["balanced"] | None = option(None, token_routers=("hash",), may_change=True)
+    """hash: with which table a new model starts instead. balanced: by the token counts of the run's
+    data, with --split of the whole dataset; random where there is none, as with --mock-data. A
+    checkpoint's own table wins."""
 
     @property
     def num_chunks(self) -> int:
@@ -292,8 +292,9 @@ def model_defaults() -> dict[str, Any]:
 
 def choices_of(field: dataclasses.Field[Any]) -> tuple[str, ...] | None:
     """Return the allowed values of a flag, which its type or its metadata says; None: any."""
-    if get_origin(field.type) is Literal:
-        return get_args(field.type)
+    for kind in (field.type, *get_args(field.type)):
+        if get_origin(kind) is Literal:
+            return get_args(kind)
     choices = field.metadata.get("choices")
     return choices and tuple(dict.fromkeys((field.default, *choices)))
 

@@ -7,7 +7,6 @@ Its own check of a plan is private, and answers differently from version to vers
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import pickle
@@ -23,9 +22,6 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_smlp.errors import DamagedCheckpointError
-
-MOST_DIMENSIONS = 8
-"""A box has 2 ** dimensions corners."""
 
 Box = tuple[Sequence[int], Sequence[int]]
 """Offsets and sizes."""
@@ -79,24 +75,14 @@ def check_piece(stored: IO[bytes], piece: Piece, name: str) -> Tensor:
 
 
 def tile(pieces: Sequence[Box], size: Sequence[int]) -> bool:
-    """Return true if boxes cover a box from the origin of this size, each place of it once.
+    """Return whether boxes lie in a box from the origin of this size, and have its volume. Two that
+    overlap by as much as there are gaps are taken for whole: no accident makes them."""
 
-    A point that is a corner of an odd number of boxes is a corner of what an odd number of boxes
-    covers. If these are the corners of the whole, every place is covered at least once; if the
-    volumes add up to that of the whole too, exactly once. No pair of boxes is compared.
-    """
-    dimensions = len(size)
-    lists = [size, *(values for box in pieces for values in box)]
-    if dimensions > MOST_DIMENSIONS or any(len(values) != dimensions for values in lists):
-        return False
-    if any(value < 0 for values in lists for value in values):
-        return False
-    if sum(math.prod(sizes) for _, sizes in pieces) != math.prod(size):
-        return False
-    odd: set[tuple[int, ...]] = set()
-    for offsets, sizes in [*pieces, ((0,) * dimensions, size)]:
-        if math.prod(sizes):
-            ends = [(begin, begin + length) for begin, length in zip(offsets, sizes, strict=True)]
-            for corner in itertools.product(*ends):
-                odd ^= {corner}
-    return not odd
+    def lies_inside(offsets: Sequence[int], sizes: Sequence[int]) -> bool:
+        return len(offsets) == len(sizes) == len(size) and all(
+            0 <= at <= at + length <= end
+            for at, length, end in zip(offsets, sizes, size, strict=True)
+        )
+
+    is_inside = all(lies_inside(*box) for box in pieces)
+    return is_inside and sum(math.prod(sizes) for _, sizes in pieces) == math.prod(size)

@@ -9,41 +9,9 @@ from numpy.typing import NDArray
 
 from megatron_smlp.data.blending import Blend
 from megatron_smlp.data.pairs.indexed import in_parts, open_index
-from megatron_smlp.data.pairs.manifest import find_manifest
 from megatron_smlp.errors import DataError
 
-
-def vocabulary_of(blend: Blend) -> int:
-    """Return the ids of the one tokenizer that made these datasets, as their manifests say.
-
-    Raises:
-        DataError: a dataset has no manifest, or they are of several vocabularies.
-    """
-    origins = [find_manifest(prefix) for prefix in blend.prefixes]
-    written = [origin.manifest.tokenizer for origin in origins if origin]
-    known = {(tokenizer.vocab_size, tokenizer.identity) for tokenizer in written}
-    if len(written) < len(origins) or len(known) > 1:
-        raise DataError(
-            f"--data-path: not all of {', '.join(blend.prefixes)} have a manifest with the same "
-            "vocabulary; give --vocab-size if the ids mean the same"
-        )
-    [(size, _)] = known
-    return size
-
-
 Counts = NDArray[np.int64]
-
-
-def token_counts(blend: Blend, *, vocab_size: int) -> Counts:
-    """Count each id in the corpus; with weights, in as many tokens of that mixture.
-
-    Returns:
-        <int64>[V].
-
-    Raises:
-        DataError: a dataset is missing or damaged, or holds an id outside the vocabulary.
-    """
-    return mixture(blend, counts_of_datasets(blend, vocab_size=vocab_size))
 
 
 def counts_of_datasets(blend: Blend, *, vocab_size: int, part: int = 0, parts: int = 1) -> Counts:
@@ -53,7 +21,7 @@ def counts_of_datasets(blend: Blend, *, vocab_size: int, part: int = 0, parts: i
         <int64>[datasets, V]; without weights [1, V], the sum of them.
 
     Raises:
-        DataError: as `token_counts`.
+        DataError: a dataset is missing or damaged, or holds an id outside the vocabulary.
     """
     counts = (_counts(prefix, vocab_size, part, parts) for prefix in blend.prefixes)
     if blend.weights is None:

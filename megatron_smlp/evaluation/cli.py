@@ -219,7 +219,7 @@ def _harness_model(
     options: argparse.Namespace, megatron_flags: Sequence[str]
 ) -> tuple[int | None, Any]:
     """Return the iteration of --checkpoint, and the model."""
-    from megatron_smlp.generation.language_model import default_device, of_checkpoint
+    from megatron_smlp.generation.language_model import default_device
 
     if options.hf:
         from megatron_smlp.evaluation.huggingface_model import ExportedModel
@@ -231,14 +231,8 @@ def _harness_model(
     from megatron_smlp.data.tokenizers.model_tokenizer import start_of
     from megatron_smlp.evaluation.harness import ScorerModel
 
-    start, shows = start_of(tokenizer, args), args.rank == 0
-
-    def generator() -> Any:
-        where = {"dtype": options.dtype, "device": str(scorer.device)}
-        return of_checkpoint(args.load, tokenizer, start=start, **where)
-
-    extra = {"start": start, "shows_progress": shows, "generator": generator}
-    return args.ckpt_step, ScorerModel(scorer, tokenizer, **extra)
+    about = {"start": start_of(tokenizer, args), "shows_progress": args.rank == 0}
+    return args.ckpt_step, ScorerModel(scorer, tokenizer, **about)
 
 
 def _scorer(options: argparse.Namespace, megatron_flags: Sequence[str]) -> tuple[Any, Any, Any]:

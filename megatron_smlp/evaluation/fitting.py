@@ -73,19 +73,14 @@ def option_tokens(model: Any, context: str, option: str) -> list[int]:
 
 
 def _generation(model: Any, args: tuple[str, Mapping[str, Any]], longest: int) -> Misfit | None:
-    count = generation_settings(args[1])["max_gen_toks"]
+    given = {name: value for name, value in args[1].items() if value is not None}
+    count = normalize_gen_kwargs(given, MAX_NEW_TOKENS)["max_gen_toks"]
     if 0 < count < longest:
         return None
     return Misfit(
         f"the task asks for {count} new tokens (max_gen_toks) and the model's sequences end at "
         f"{longest}"
     )
-
-
-def generation_settings(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a task's `generation_kwargs` under the harness's names."""
-    given = {name: value for name, value in asked.items() if value is not None}
-    return {**normalize_gen_kwargs(given, MAX_NEW_TOKENS)}
 
 
 CHECKS: dict[str, Callable[[Any, Any, int], Misfit | None]] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,21 +15,14 @@ from tqdm import tqdm
 
 from megatron_smlp.data.tokenizers.spec import Tokenizer
 from megatron_smlp.errors import UsageError
-from megatron_smlp.evaluation.fitting import Misfit, TooLong, generation_settings, misfits
+from megatron_smlp.evaluation.fitting import Misfit, TooLong, misfits
 from megatron_smlp.evaluation.megatron_model import MegatronScorer
 from megatron_smlp.evaluation.reports import TaskResult, from_harness
 from megatron_smlp.evaluation.rows import Row, RowScore
 from megatron_smlp.evaluation.selection import Selection
-from megatron_smlp.generation.language_model import LanguageModel
-from megatron_smlp.serving.answers import Answer
-from megatron_smlp.serving.sampling import Job, answer
 
 Request = tuple[tuple[str, str], list[int], list[int]]
 """(context, continuation), and the token ids of both."""
-TOP_K = 50
-"""Of tasks that sample and set no top_k: transformers' own, as the harness's `hf` model has it."""
-IDLE = {"num_beams": 1}
-"""Values that ask for nothing, of settings that are not supported."""
 
 
 def run_tasks(
@@ -87,6 +80,8 @@ class _Checked:
         tasks = selection.manager.load([item])["tasks"]
         unfit = {}
         for name, task in tasks.items():
+            if isinstance(model, ScorerModel) and task.OUTPUT_TYPE == "generate_until":
+                model.generate_until([])
             task.set_config(key="num_fewshot", value=0)
             try:
                 unfit[name] = misfits(task, model, limit=limit)
@@ -141,7 +136,6 @@ class ScorerModel(TemplateLM):
         start: ids that stand before each text, as in the training and as the harness's `hf` model
             puts them there; the last is also what a text without context follows.
         shows_progress: whether this rank shows a progress bar.
-        generator: makes the model that generates, when a task asks for text; None: none can.
 
     Raises:
         UsageError: the tokenizer's ids stand for no text.
@@ -154,7 +148,6 @@ class ScorerModel(TemplateLM):
         *,
         start: Sequence[int] = (),
         shows_progress: bool = False,
-        generator: Callable[[], LanguageModel] | None = None,
     ) -> None:
         super().__init__()
         if tokenizer.identity is None:
@@ -165,7 +158,6 @@ class ScorerModel(TemplateLM):
         self.scorer, self.encoder, self.end = scorer, tokenizer.build(), tokenizer.eod
         self.start = list(start)
         self.bar_disabled = None if shows_progress else True  # None: shown on a terminal only
-        self.generator = generator
 
     @property
     def longest(self) -> int:
@@ -235,70 +227,8 @@ class ScorerModel(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Generate one text after the other; every rank makes all of them, and the same ones.
-
-        Each request draws by a seed of its own: a task that repeats one wants other samples.
-        """
-        if self.generator is None:
-            raise UsageError(
-                "tasks that generate text are not scored during training: run "
-                "tools/evaluate.py --checkpoint DIR --tasks ... on a saved checkpoint"
-            )
-        asked = [(request.args[0], *settings_of(request.args[1])) for request in requests]
-        lm = self.generator()
-        bar = tqdm(asked, disable=self.bar_disabled)
-        return [generate_until(lm, *request, seed=seed) for seed, request in enumerate(bar)]
-
-
-def settings_of(asked: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
-    """Return stop texts, and fields of a `Job`, as the harness's `hf` model reads them.
-
-    Args:
-        asked: a task's `generation_kwargs`: until, max_gen_toks or another name for it, do_sample,
-            temperature, top_p, top_k, repetition_penalty.
-
-    Raises:
-        UsageError: one of them is another, or its value is not possible.
-    """
-    try:
-        given = generation_settings(asked)
-        count, until, samples = (given.pop(name) for name in ("max_gen_toks", "until", "do_sample"))
-        temperature = float(given.pop("temperature", 0.0))
-        drawn = {
-            "top_p": float(given.pop("top_p", 1.0)),
-            "top_k": int(given.pop("top_k", TOP_K)),
-            "repetition_penalty": float(given.pop("repetition_penalty", 1.0)),
-        }
-    except (TypeError, ValueError) as error:
+        """Raise UsageError."""
         raise UsageError(
-            f"the task's generation_kwargs {dict(asked)} cannot be read: {error}"
-        ) from error
-    if samples and not temperature > 0:
-        raise UsageError(
-            f"the task asks for do_sample: {samples} and temperature: {temperature}: give its "
-            "generation_kwargs a temperature over 0, or do_sample: false"
+            "tasks that generate text are for exported models: convert the checkpoint "
+            "(tools/convert_checkpoint.py --to hf), and evaluate that with --hf"
         )
-    for name, value in given.items():
-        if name not in IDLE or value != IDLE[name]:
-            raise UsageError(
-                f"the task asks for {name}: {value} in its generation_kwargs, which --checkpoint "
-                "lacks: leave it out, or convert the checkpoint and evaluate that with --hf"
-            )
-    temperature = temperature if samples else 0.0
-    return list(filter(None, until)), {"max_tokens": count, "temperature": temperature, **drawn}
-
-
-def generate_until(
-    lm: LanguageModel, context: str, until: list[str], settings: Mapping[str, Any], *, seed: int
-) -> str:
-    """Return the continuation of a context, which loses its beginning where room is short.
-
-    Args:
-        settings: fields of the `Job`; fewer new tokens than the model has positions.
-    """
-    room = lm.longest - settings["max_tokens"]
-    prompt = (lm.encode(context) or [lm.end or 0])[-room:]
-    text = Answer(lm, prompt, until)
-    job = Job(prompt=prompt, seed=seed, on_token=lambda _, token: text.push(token), **settings)
-    answer(lm, job)
-    return text.text

@@ -40,7 +40,6 @@ from megatron_smlp.flags.check_run import (
 )
 from megatron_smlp.flags.layout import check_layout
 from megatron_smlp.platform import choice, cpu
-from megatron_smlp.routers.hash_table import BALANCED, read_table
 
 
 def check(args: argparse.Namespace) -> None:
@@ -164,7 +163,6 @@ def validate(args: argparse.Namespace) -> None:
             f"{args.tensor_model_parallel_size}, for the {size} ids of the tokenizer at least, or "
             "leave it out."
         )
-    _check_hash_table(args)
     if args.input_projection == "minhash":
         strings_of_tokens(args)
 
@@ -188,16 +186,3 @@ def _reason(error: BaseException) -> str:
         return text
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"`{frame.line}` ({Path(frame.filename).name}, line {frame.lineno})"
-
-
-def _check_hash_table(args: argparse.Namespace) -> None:
-    """Read a given table once, so that one of another size or vocabulary is refused now."""
-    if args.hash_table in (None, BALANCED):
-        return
-    from megatron.training import get_tokenizer
-
-    size = get_tokenizer().vocab_size
-    try:
-        read_table(args.hash_table, num_experts=args.num_experts, vocab_size=size)
-    except ValueError as error:
-        raise UsageError(str(error)) from error

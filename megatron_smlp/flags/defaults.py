@@ -17,7 +17,6 @@ from megatron_smlp.checkpoints.run_record import read_run_record
 from megatron_smlp.data.blending import PER_SPLIT_FLAGS, WHOLE_FLAGS
 from megatron_smlp.platform import choice, cpu
 from megatron_smlp.restart_note import RESTART
-from megatron_smlp.routers.hash_table import BALANCED
 from megatron_smlp.systems import ARCHITECTURES, SPECS, TOKEN_ROUTERS, weighs_all_experts
 
 AUX_LOSS_COEFF = 0.01
@@ -178,7 +177,7 @@ def _fill_in_from_checkpoint(args: argparse.Namespace) -> None:
     recorded = read_model_flags(args.load, args.ckpt_step) if args.load else {}
     _keep_padding(args, recorded.get("padded_vocab_size"))
     has_data = any(getattr(args, name) for name in (*WHOLE_FLAGS, *PER_SPLIT_FLAGS))
-    if args.hash_table == BALANCED and (args.load or not has_data):
+    if args.hash_table and (args.load or not has_data):
         args.hash_table = None  # the checkpoint has one; or there is nothing to count
 
 

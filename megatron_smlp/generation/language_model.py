@@ -99,25 +99,6 @@ def model_and_tokenizer(options: argparse.Namespace) -> tuple[Any, Tokenizer, tu
     return model, tokenizer, tuple(start_of(tokenizer, spec))
 
 
-def of_checkpoint(
-    checkpoint: str,
-    tokenizer: Tokenizer,
-    *,
-    dtype: str = "auto",
-    device: str | None = None,
-    start: Sequence[int] = (),
-) -> LanguageModel:
-    """Load a checkpoint, default: the newest, with a tokenizer that is known to be its own.
-
-    start: ids before each text, as in its training.
-    """
-    from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
-
-    model = _placed(model_of(TorchDistCheckpoint(checkpoint)), device=device, dtype=dtype)
-    name = Path(checkpoint).resolve().name
-    return LanguageModel(model, tokenizer.build(), tokenizer.eod, name, tuple(start))
-
-
 def _trained(options: argparse.Namespace) -> tuple[Any, TokenizerSpec | None, str]:
     from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
 

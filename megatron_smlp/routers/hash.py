@@ -3,8 +3,8 @@
     e = table[id]        y = f_e(h)        no parameters, no loss, nothing dropped
 
 table <int64>[V], V the padded vocabulary, the same in every layer: random by --hash-seed, or
-balanced by the counts of the training data or of another corpus (--hash-table;
-routers/hash_table.py). It is a buffer, saved with the model, so a checkpoint's table wins over all.
+balanced by the counts of the training data (--hash-table balanced; routers/hash_table.py). It is a
+buffer, saved with the model, so a checkpoint's table wins over all.
 
 The ids are those of the model's input, on every pipeline stage: `attach_token_ids` hands them over
 whenever the model is called, and a recomputed layer finds those of its own forward pass again.
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_smlp.routers.handed import Handed
-from megatron_smlp.routers.hash_table import BALANCED, random_table, read_table
+from megatron_smlp.routers.hash_table import random_table
 from megatron_smlp.routers.token_router import Choices, TokenRouter, as_megatron
 
 
@@ -27,14 +27,7 @@ def _first_table(config: Any) -> Tensor:
     table = random_table(
         num_experts=config.num_moe_experts, vocab_size=config.hash_vocab_size, seed=config.hash_seed
     )
-    experts = config.balanced_experts
-    if config.hash_table not in (None, BALANCED):
-        experts = read_table(
-            config.hash_table,
-            num_experts=config.num_moe_experts,
-            vocab_size=config.tokenizer_vocab_size,
-        )
-    if experts is not None:
+    if (experts := config.balanced_experts) is not None:
         table[: len(experts)] = experts
     return table
 

@@ -18,7 +18,6 @@ from megatron_smlp.accounting.costs import ModelShape
 from megatron_smlp.data.blending import SPLIT_FLAGS, SPLITS
 from megatron_smlp.platform import cpu
 from megatron_smlp.provenance import software, version_of
-from megatron_smlp.routers.hash_table import BALANCED
 from megatron_smlp.training.captured_output import terminal
 from megatron_smlp.training.causality import check_causality_of_layers
 from megatron_smlp.training.parts import configuration
@@ -88,7 +87,7 @@ class RunConsole:
 def dry_run(args: argparse.Namespace) -> None:
     """Print what the run would be, on rank 0 alone; Megatron may refuse what it is made of."""
     configuration(args)
-    if args.hash_table != BALANCED:  # which reads the data
+    if not args.hash_table:  # which reads the data
         check_causality_of_layers(args)
     if args.rank == 0:
         print_dry_run(args, Console(file=terminal(), highlight=False, soft_wrap=True))

@@ -25,7 +25,7 @@ ORDER = (
 )
 # Within data; the last ones are what training reads.
 DATA_ORDER = ("tokenizers", "pairs", "prepare", "blending", "index_cache", "token_counts")
-DATA_ORDER += ("datasets", "hash_table_cli", "balanced_experts")
+DATA_ORDER += ("datasets", "balanced_experts")
 SELF_CONTAINED = ("ops", "hf", "plugin_weights", "routers", "layers")
 
 

@@ -21,7 +21,6 @@ import pytest
 from data_helpers import BYTE_FLAGS, PYTHON, ROOT, Run, assert_same_pair
 
 from megatron_smlp import __version__, commands
-from megatron_smlp.data import hash_table_cli
 from megatron_smlp.data.pairs import inspect_cli, merge_cli
 from megatron_smlp.data.prepare import preprocess_cli
 from megatron_smlp.data.prepare import train_tokenizer_cli as tokenizer_training
@@ -34,7 +33,6 @@ TOOLS = (
     "merge_datasets",
     "inspect_dataset",
     "train_tokenizer",
-    "build_hash_table",
 )
 Capture, Patch = pytest.CaptureFixture[str], pytest.MonkeyPatch
 
@@ -142,7 +140,6 @@ def test_no_room_is_one_line_that_names_the_file(
         (inspect_cli, ["split", data, "--output-prefix", full / "x", "--weights", 1, 1, 1]),
         (inspect_cli, ["stats", data, "--png", full / "x"]),
         (tokenizer_training, ["--input", corpus, "--vocab-size", 300, "--output", full / "x"]),
-        (hash_table_cli, ["--data-path", data, "--num-experts", 2, "--output", full / "x"]),
     ]
     for tool, flags in tools:
         shutil.rmtree(full, ignore_errors=True)

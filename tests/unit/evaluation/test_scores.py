@@ -8,15 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from evaluation_helpers import LENGTH, TEXT, Run, instances, loaded, scoring_cases
+from evaluation_helpers import LENGTH, Run, instances, loaded, scoring_cases
 from lm_eval.models.huggingface import HFLM
 
 from megatron_smlp.errors import UsageError
-from megatron_smlp.evaluation.harness import ScorerModel, settings_of
+from megatron_smlp.evaluation.harness import ScorerModel
 from megatron_smlp.evaluation.huggingface_model import ExportedModel
 from megatron_smlp.evaluation.megatron_model import MegatronScorer
 from megatron_smlp.evaluation.rows import Row
-from megatron_smlp.generation.language_model import of_checkpoint
 
 SMALL = 1e-4
 
@@ -61,62 +60,6 @@ def test_what_the_model_would_say_is_greedy(ours: ScorerModel, run: Run):
     scores = ours.scorer.score([Row(tuple(tokens), 3), Row(tuple(other), 3)])
     assert all(scores[0].greedy)
     assert scores[1].greedy == (True, True, False)
-
-
-def test_texts_are_generated_as_by_the_exported_model(
-    scorer: tuple[MegatronScorer, Any], run: Run, stock: HFLM
-):
-    """Greedy text up to a stop text, from contexts of no tokens to more than T."""
-    ours = ScorerModel(
-        *scorer,
-        shows_progress=False,
-        generator=lambda: of_checkpoint(str(run.checkpoint), scorer[1]),
-    )
-    free = (TEXT, {"until": [], "max_gen_toks": 9})
-    [said] = stock.generate_until(instances([free], "generate_until"))
-    stop = said[3:5]
-    pairs = [
-        (context, {"until": until, "max_gen_toks": 9, "do_sample": False})
-        for context in (TEXT, f"{TEXT} {TEXT}", "a")
-        for until in ([], [stop], ["absent"])
-    ]
-    mine = ours.generate_until(instances(pairs, "generate_until"))
-    assert mine == stock.generate_until(instances(pairs, "generate_until"))
-    assert mine[0] == said
-    assert stop not in mine[1]
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        *({name: 5} for name in ("max_new_tokens", "max_tokens", "max_completion_tokens")),
-        {"max_gen_toks": 12, "repetition_penalty": 3.0},
-        {"max_gen_toks": 12, "temperature": 1.5},
-        {"max_gen_toks": 12, "temperature": 1.5, "do_sample": False, "num_beams": 1},
-        {"max_gen_toks": 12, "temperature": 1.5, "do_sample": True, "top_k": 9, "top_p": 0.9},
-    ],
-)
-def test_a_task_generates_as_it_asks_to(
-    scorer: tuple[MegatronScorer, Any], run: Run, stock: HFLM, settings: dict[str, Any]
-):
-    """With the same random numbers, so that samples are the same where they are drawn alike."""
-    ours = ScorerModel(*scorer, generator=lambda: of_checkpoint(str(run.checkpoint), scorer[1]))
-    asked = instances([("the model mixes", {"until": [], **settings})], "generate_until")
-    torch.manual_seed(0)
-    expected = stock.generate_until(asked)
-    assert ours.generate_until(asked) == expected
-    several = ours.generate_until(asked * 3)
-    assert several[0] == expected[0], "whatever is asked behind it"
-    assert len(set(several)) == (3 if settings_of(settings)[1]["temperature"] else 1)
-
-
-@pytest.mark.parametrize(
-    "settings", [{"num_beams": 4}, {"max_length": 20}, {"do_sample": True}, {"temperature": "hot"}]
-)
-def test_what_a_task_asks_for_in_vain_is_named(settings: dict[str, Any]):
-    assert settings_of({"until": "a", "top_p": None})[0] == ["a"]
-    with pytest.raises(UsageError, match=str(*settings)):
-        settings_of(settings)
 
 
 def rows() -> list[Row]:
