@@ -16,7 +16,7 @@ from megatron_smlp import plugin_files
 from megatron_smlp.flags import early
 from megatron_smlp.flags.help import answered
 from megatron_smlp.launching.parent import AGENT_PID, end_with_agent
-from megatron_smlp.launching.training_argv import limit_connections
+from megatron_smlp.launching.training_argv import given, limit_connections
 from megatron_smlp.platform import choice
 from megatron_smlp.program import readable_errors
 from megatron_smlp.signals import StartUp, undisturbed_exit
@@ -31,7 +31,8 @@ def main(argv: Sequence[str]) -> None:
     if answered(argv):  # --help, --version
         return
     early.refuse(argv)
-    choice.choose(argv)
+    if given("--platform", argv) == "cpu":
+        choice.hide_gpus()
     end_with_agent()
     with StartUp() as start_up, CapturedOutput() as output:
         if AGENT_PID not in os.environ:  # else its launcher has

@@ -55,7 +55,7 @@ COMMANDS = ["smlp-pretrain = pretrain_smlp:run"] + [
     for name in (
         *("preprocess", "inspect_dataset", "merge_datasets", "train_tokenizer"),
         *("convert", "inspect_checkpoint", "estimate", "evaluate", "generate", "serve", "plot"),
-        *("study", "launch", "goodput", "check", "new"),
+        *("study", "launch", "check", "new"),
     )
 ]
 

@@ -119,10 +119,6 @@ class ModelOptions:
     """base: what tokens are scored and weighted by. residual: the residual stream as it is, as in
     BASE's source; norm: its LayerNorm, which the experts read either way."""
 
-    base_prices: Literal["mean", "none"] = option("mean", token_routers=("base",), hf=SAME)
-    """base: mean: keep, with the model, the running mean of the prices of the experts that balance
-    the micro-batches of the training, for --base-eval prices."""
-
     base_gate: Literal["score", "price"] = option("score", token_routers=("base",), hf=SAME)
     """base: an expert's weight. score: the sigmoid of its score, as in BASE's source, which in sMLP
     closes most gates; price: of that minus the expert's price, less the mean over the experts: a
@@ -247,10 +243,6 @@ class RunOptions:
 
     eval_tasks_limit: int | None = option(None, least=1)
     """With --eval-tasks: only the first so many examples of each task."""
-
-    base_eval_both: bool = option(False, token_routers=("base",))
-    """base: validate and test a second time, the other way of --base-eval, and report those losses
-    and loads beside the others."""
 
     suffix_from: float | None = None
     """Report loss and perplexity of the targets that this position and later ones predict, beside

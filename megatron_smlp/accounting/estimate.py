@@ -188,8 +188,11 @@ def resolve(values: dict[str, Any]) -> argparse.Namespace:
 
 
 def _default_width(args: argparse.Namespace) -> int:
-    """Return Megatron's --ffn-hidden-size: a gated FFN has 2 / 3 of the width, in steps of 64."""
-    return int((4 * args.hidden_size * 2 / 3) / 64) * 64 if args.swiglu else 4 * args.hidden_size
+    """Return Megatron's --ffn-hidden-size, where a gated FFN has 2 / 3 of the width, in steps of
+    64; without attention flags/defaults.py gives the whole."""
+    if args.swiglu and ARCHITECTURES[args.architecture].attends:
+        return int((4 * args.hidden_size * 2 / 3) / 64) * 64
+    return 4 * args.hidden_size
 
 
 def _refuse_misspelt(values: dict[str, Any]) -> None:

@@ -31,6 +31,8 @@ from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, S
 from megatron.core.optimizer import distrib_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from megatron_smlp.collectives import gathered
+
 FORMAT = "distrib_optim_sharding_type"
 ANY_LAYOUT = "fully_reshardable"
 # Where Megatron would have put an optimizer of this rank's layout.
@@ -160,9 +162,7 @@ def _step(optimizer: Any) -> int:
     for part in optimizer.chained_optimizers:
         holders = [*part.optimizer.param_groups, *part.optimizer.state.values()]
         steps += [int(holder["step"]) for holder in holders if holder.get("step") is not None]
-    largest = torch.tensor(max(steps), device=torch.cuda.current_device())
-    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
-    return int(largest)
+    return max(gathered(max(steps)))
 
 
 def _set_step(optimizer: Any, part: dict[str, Any], step: int) -> None:

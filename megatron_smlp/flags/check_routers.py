@@ -39,21 +39,11 @@ def _check_groups(args: argparse.Namespace) -> None:
 
 
 def _check_prices(args: argparse.Namespace) -> None:
-    """Refuse what needs prices that the model does not have, and another way than by them."""
-    for flag, remedy, by_prices in (
-        ("--base-eval prices", "give --base-eval greedy", args.base_eval == "prices"),
-        ("--base-eval-both", "leave it out", args.base_eval_both),
-        ("--base-gate price", "give --base-gate score", args.base_gate == "price"),
-    ):
-        if by_prices and args.base_prices == "none":
-            raise UsageError(
-                f"{flag} needs the prices of a training with --base-prices mean, and this model "
-                f"has none: {remedy}."
-            )
-    is_greedy = args.explicit_flags.get("base_eval") == "greedy"
-    if args.base_gate == "price" and (is_greedy or args.base_eval_both):
-        flag = "--base-eval greedy" if is_greedy else "--base-eval-both"
-        raise UsageError(f"{flag}: --base-gate price evaluates by prices only. Leave it out.")
+    """Refuse another way than by prices where the gate is weighed by them."""
+    if args.base_gate == "price" and args.explicit_flags.get("base_eval") == "greedy":
+        raise UsageError(
+            "--base-eval greedy: --base-gate price evaluates by prices only. Leave it out."
+        )
 
 
 def check_feature_router(args: argparse.Namespace) -> None:

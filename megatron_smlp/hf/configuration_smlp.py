@@ -22,7 +22,6 @@ _ALLOWED = {
     "hidden_act": ("gelu", "gelu_new"),
     "moe_drop_policy": ("position", "probs"),
     "base_routing_input": ("residual", "norm"),
-    "base_prices": ("mean", "none"),
     "base_gate": ("score", "price"),
     "base_eval": ("greedy", "prices"),
     "gshard_second_expert": ("paper", "all", "raw"),
@@ -109,7 +108,6 @@ class SMLPConfig(PreTrainedConfig):
         moe_z_loss_coeff: weight of the mean of (log sum_e exp h w_e)^2 over the tokens, of every
             router but hash; None: there is no such loss.
         base_routing_input: base: whether the residual stream or its norm is scored and weighted by.
-        base_prices: base: whether the model holds the experts' mean prices of its training (mean)
             or not (none).
         base_gate: base: an expert's weight is the sigmoid of its score, or (price) of its lead over
             the mean of the experts at their prices, by which evaluation then chooses too.
@@ -186,7 +184,6 @@ class SMLPConfig(PreTrainedConfig):
     moe_aux_loss_coeff: float | int = 0.01
     moe_z_loss_coeff: float | int | None = None
     base_routing_input: str = "residual"
-    base_prices: str = "mean"
     base_gate: str = "score"
     base_eval: str = "greedy"
     gshard_second_expert: str = "paper"
@@ -401,9 +398,6 @@ class SMLPConfig(PreTrainedConfig):
             )
             what = f"be 1 or more, or a list with a 0 or 1 for each of num_layers={self.num_layers}"
             self._require("moe_layer_freq", is_possible, what)
-        for name, by_prices in (("base_eval", "prices"), ("base_gate", "price")):
-            if getattr(self, name) == by_prices and self.base_prices == "none":
-                raise ValueError(f"{name}={by_prices}: the model has no prices (base_prices=none)")
 
     def _check_groups(self) -> None:
         groups, chosen = self.moe_router_num_groups or 1, self.moe_router_group_topk or 1

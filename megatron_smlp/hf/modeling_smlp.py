@@ -146,6 +146,8 @@ class SMLPCacheLayer(DynamicLayer):
     a plugin's own.
     """
 
+    is_croppable = False
+
     def __init__(self, longest: float) -> None:
         super().__init__()
         self.longest, self.length = longest, 0
@@ -181,22 +183,9 @@ class SMLPCacheLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         return self.length
 
-    @property
-    def is_croppable(self) -> bool:
-        """Whether tokens can be forgotten: a state is a sum that holds them."""
-        return not self.state
-
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last `-tokens_to_remove` tokens; what is written next takes their places."""
-        if not tokens_to_remove:
-            return
-        if tokens_to_remove > 0 or not self.is_croppable:
-            raise ValueError(
-                f"crop({tokens_to_remove}): give minus the number of tokens to forget; "
-                "with partial prediction, whose routing sums up the prefix, and with a plugin's "
-                "state none can be"
-            )
-        self.length = max(0, self.length + tokens_to_remove)
+        """Raise ValueError: no token is forgotten, of which drafts are made."""
+        raise ValueError("the states of this model forget no token: make a cache anew")
 
     def reset(self) -> None:
         super().reset()
@@ -235,13 +224,6 @@ class SMLPCache(Cache):
     def advance(self, num_columns: int, lengths: Tensor | None) -> None:
         self.num_columns += num_columns
         self.lengths = lengths
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last `-tokens_to_remove` columns, all of which hold tokens."""
-        super().crop(tokens_to_remove)
-        self.num_columns = max(0, self.num_columns + tokens_to_remove)
-        if self.lengths is not None:
-            self.lengths = (self.lengths + tokens_to_remove).clamp(min=0)
 
     def reset(self) -> None:
         super().reset()
@@ -1013,7 +995,19 @@ class SMLPGShardRouter(SMLPSwitchRouter):
         return math.ceil(2 * factor * math.ceil(num_tokens / self.num_experts))
 
 
-class SMLPBaseRouter(nn.Module):
+class _WithBuffersInFp32(nn.Module):
+    """Keeps its buffers in fp32 when the model is cast, as scores are, on whatever device."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "_WithBuffersInFp32":
+        kept = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            moved = self._buffers[name]
+            self._buffers[name] = moved.float() if buffer.is_meta else buffer.to(moved.device)
+        return self
+
+
+class SMLPBaseRouter(_WithBuffersInFp32):
     """One expert with weight sigmoid(x . w_e): the gradient reaches w_e only through the sigmoid.
     x is the residual, with base_routing_input=norm its norm.
 
@@ -1036,8 +1030,7 @@ class SMLPBaseRouter(nn.Module):
         self.gate_is_priced = config.base_gate == "price"
         self.by_price = config.base_eval == "prices" or self.gate_is_priced
         self.weight = nn.Parameter(torch.empty(self.num_experts, config.hidden_size))
-        if config.base_prices == "mean":
-            self.register_buffer("prices", torch.empty(self.num_experts))
+        self.register_buffer("prices", torch.empty(self.num_experts))
 
     def forward(self, tokens: Tensor, ids: Tensor | None, *, limited: bool) -> Routing:
         """See SMLPSwitchRouter.forward."""
@@ -1051,14 +1044,6 @@ class SMLPBaseRouter(nn.Module):
             scores = scores - scores.mean(dim=1, keepdim=True)
         experts = experts[:, None]
         return Routing(experts, scores.gather(1, experts).sigmoid())
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "SMLPBaseRouter":
-        """Keep the prices in fp32 when the model is cast, as scores are, on whatever device."""
-        kept = self._buffers.get("prices")
-        super()._apply(fn, recurse)
-        if kept is not None:
-            self.prices = self.prices.float() if kept.is_meta else kept.to(self.prices.device)
-        return self
 
     def _choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """<fp32>[n, E] -> <int64>[n], and by which prices: <fp32>[E]."""
@@ -1103,7 +1088,7 @@ class SMLPHashRouter(nn.Module):
         return Routing(experts, tokens.new_ones(experts.shape))
 
 
-class SMLPTopKRouter(nn.Module):
+class SMLPTopKRouter(_WithBuffersInFp32):
     """The k experts of the largest scores, s = softmax(h W) or sigmoid(h W), with weights whose sum
     is 1: w_e = s_e / sum over the chosen of s, times moe_router_topk_scaling_factor. A token with
     one expert has w_e = s_e.
@@ -1159,15 +1144,6 @@ class SMLPTopKRouter(nn.Module):
         choices = scores.topk(self.num_choices, dim=-1).indices
         shares = scores / scores.sum(dim=-1, keepdim=True)
         return self.loss_coeff * _balance(shares, choices.flatten())
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "SMLPTopKRouter":
-        """Keep the bias in fp32 when the model is cast, as scores are, on whatever device."""
-        kept = self._buffers.get("expert_bias")
-        super()._apply(fn, recurse)
-        if kept is not None:
-            moved = self.expert_bias
-            self.expert_bias = moved.float() if kept.is_meta else kept.to(moved.device)
-        return self
 
 
 _ROUTERS: dict[str, type[nn.Module]] = {
@@ -1373,8 +1349,7 @@ class SMLPPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.expert_bias)
         elif isinstance(module, SMLPBaseRouter):
             init.orthogonal_(module.weight, gain=0.1)
-            if self.config.base_prices == "mean":
-                init.zeros_(module.prices)
+            init.zeros_(module.prices)
         elif isinstance(module, SMLPHashRouter):
             init.copy_(module.table, module.random_table())
         elif isinstance(module, SMLPPartialPrediction) and hasattr(module, "prefix_router"):
@@ -1721,14 +1696,6 @@ class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
         generation_config._counted_of_prompt = kwargs["input_ids_length"]
         return generation_config
 
-    def _get_candidate_generator(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
-        """Cut tokens that `generate` drafts at its last one: prompt lookup drafts more, and behind
-        position T the model could not read them."""
-        generator: Any = super()._get_candidate_generator(generation_config, *args, **kwargs)
-        longest = generation_config.max_length
-        generator.get_candidates = partial(_drafted, generator.get_candidates, longest)
-        return generator
-
     def _end_at_longest(self, generation_config: Any, model_kwargs: dict[str, Any]) -> None:
         """Make `generate` end at position T and say so, instead of failing there."""
         if self.config.toeplitz:
@@ -1750,15 +1717,6 @@ class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
                 f"{asked}: the model has no weights for later positions"
             )
             generation_config.max_length = longest - uncounted
-
-
-def _drafted(
-    draft: Callable[..., Any], longest: int, ids: Tensor, *args: Any, **kwargs: Any
-) -> tuple[Tensor, Tensor | None]:
-    """Draft what follows <int64>[1, T], up to `longest` with it."""
-    drafted, logits = draft(ids, *args, **kwargs)
-    drafted = drafted[:, :longest]
-    return drafted, None if logits is None else logits[:, : drafted.shape[1] - ids.shape[1]]
 
 
 # `save_pretrained` lays this file and its configuration's beside the weights.

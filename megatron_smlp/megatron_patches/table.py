@@ -82,7 +82,6 @@ PATCHES = (
             f"{_OPTIMIZER}.clip_grads.multi_tensor_scale_impl": _EACH_TENSOR,
             f"{_OPTIMIZER}.optimizer.multi_tensor_scale_impl": _EACH_TENSOR,
             f"{_OPTIMIZER}.optimizer._multi_tensor_copy_this_to_that": "copies each weight alone",
-            f"{_DISTRIBUTED}._copy_main_params_to_model_params": "copies each weight alone",
         },
     ),
     *_rows(

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_smlp.errors import UsageError
@@ -20,33 +19,21 @@ VISIBLE, CONNECTIONS = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_MAX_CONNECTIONS"
 DRIVER = Path("/proc/driver/nvidia/gpus")
 
 
-def choose(argv: Sequence[str]) -> None:
-    """Hide the GPUs from this process where the command line says --platform cpu."""
-    pairs = zip(argv, [*argv[1:], ""], strict=True)
-    if any(pair == ("--platform", "cpu") or pair[0] == "--platform=cpu" for pair in pairs):
-        os.environ[VISIBLE] = ""
+def hide_gpus() -> None:
+    """Do without GPUs in this process, for --platform cpu."""
+    os.environ[VISIBLE] = ""
 
 
 def check(platform: str = "auto") -> None:
     """Refuse a CPU that nobody chose, on a machine with an NVIDIA device.
-
-    Args:
-        platform: --platform; a file's `platform: cpu` comes too late to hide a GPU that works.
 
     Raises:
         UsageError: with torch's reason and the remedy.
     """
     import torch
 
-    if torch.cuda.is_available():
-        if platform == "cpu":
-            raise UsageError(
-                "--platform cpu from a --config is read after CUDA was found: give it on the "
-                f"command line, or set {VISIBLE} to nothing."
-            )
-        return
     hidden = os.environ.get(VISIBLE) in ("", "-1")
-    if platform == "cpu" or hidden or not has_nvidia_device():
+    if torch.cuda.is_available() or platform == "cpu" or hidden or not has_nvidia_device():
         return
     raise UsageError(
         f"this machine has an NVIDIA device, and torch {torch.__version__} cannot use it: "

@@ -40,8 +40,7 @@ spatial gating, and is initialised and activated as all other experts are.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -61,19 +60,17 @@ class BaseRouter(TokenRouter):
 
     can_close = True  # an expert gets its share of the tokens, however low it scores them
     prices: Tensor
-    """<fp32>[E], where they are kept."""
+    """<fp32>[E]."""
     own_prices: Tensor
     """<fp32>[E], in training those of the micro-batch under way."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
-        self.keeps_prices = getattr(config, "base_prices", "mean") == "mean"
         self.gate_is_priced = getattr(config, "base_gate", "score") == "price"
         self.by_price = getattr(config, "base_eval", "greedy") == "prices"
-        if self.keeps_prices:
-            self.register_buffer("prices", torch.zeros(self.num_experts, device=self.weight.device))
-            # Row by row the sum of the prices of this step's micro-batches; last, their number.
-            self.of_step = torch.zeros(self.num_experts + 1, dtype=torch.float64)
+        self.register_buffer("prices", torch.zeros(self.num_experts, device=self.weight.device))
+        # Row by row the sum of the prices of this step's micro-batches; last, their number.
+        self.of_step = torch.zeros(self.num_experts + 1, dtype=torch.float64)
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
@@ -115,36 +112,22 @@ class BaseRouter(TokenRouter):
 
     def _collect(self, prices: Tensor) -> None:
         """Add a micro-batch to the step's; prices: <fp32>[E], the same on all TP ranks."""
-        if self.keeps_prices and not repeats_a_pass():
+        if not repeats_a_pass():
             self.of_step = self.of_step.to(prices.device)
             self.of_step[:-1] += prices
             self.of_step[-1] += 1
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         """Keep the prices in fp32 where Megatron casts a model, buffers and all, to bf16."""
-        kept = self._buffers.get("prices")
+        kept = self.prices
         module = super()._apply(fn, recurse)
-        if kept is not None:
-            self.prices = kept.to(self.prices.device)
+        self.prices = kept.to(self.prices.device)
         return module
 
 
 def _routers(models: Iterable[nn.Module]) -> list[BaseRouter]:
     modules = (module for model in models for module in model.modules())
     return [module for module in modules if isinstance(module, BaseRouter)]
-
-
-@contextlib.contextmanager
-def other_evaluation(models: Iterable[nn.Module]) -> Iterator[None]:
-    """Evaluate by prices instead of greedily, or the other way round, within a `with` block."""
-    routers = _routers(models)
-    for router in routers:
-        router.by_price = not router.by_price
-    try:
-        yield
-    finally:
-        for router in routers:
-            router.by_price = not router.by_price
 
 
 def update_prices(models: Iterable[nn.Module], *, skipped: bool) -> None:
@@ -155,8 +138,7 @@ def update_prices(models: Iterable[nn.Module], *, skipped: bool) -> None:
     Args:
         skipped: the step had no update of the weights, and has none of the prices.
     """
-    routers = [router for router in _routers(models) if router.keeps_prices]
-    if not routers:
+    if not (routers := _routers(models)):
         return
     sums = torch.stack([router.of_step for router in routers])
     group = mpu.get_data_parallel_group(with_context_parallel=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from transformers.generation import (
 )
 
 from megatron_smlp.generation.language_model import COLDEST, LanguageModel
+from megatron_smlp.serving.requests import Asked
 
 
 @dataclass(frozen=True)
@@ -31,24 +32,8 @@ class Token:
     """Log-probabilities of the likeliest ids in its place."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """One prompt, `n` answers."""
-
-    prompt: list[int]
-    max_tokens: int
-    on_token: Callable[[int, Token], bool]
-    """Called with the answer's number; returns whether this answer ends with the token."""
-    n: int = 1
-    temperature: float
-    top_p: float
-    top_k: int = 0
-    """Number of the likeliest tokens to draw from; 0: from all."""
-    repetition_penalty: float = 1.0
-    seed: int | None
-    logprobs: int | None = None
-    """Number of the likeliest ids to report; None: no log-probabilities at all."""
-    cancelled: threading.Event = field(default_factory=threading.Event)
+OnToken = Callable[[int, Token], bool]
+"""Called with an answer's number and its next token; returns whether the answer ends with it."""
 
 
 def _tokens(ids: Sequence[int], logprobs: Tensor, count: int) -> list[Token]:
@@ -76,50 +61,58 @@ class _Watcher(LogitsProcessor, StoppingCriteria):
     Log-probabilities are the model's own: before the temperature, over the whole vocabulary.
     """
 
-    def __init__(self, job: Job) -> None:
-        self.job, self.logprobs = job, torch.empty(0)
-        self.done = [False] * job.n
+    def __init__(self, asked: Asked, on_token: OnToken, cancelled: threading.Event) -> None:
+        self.asked, self.on_token, self.cancelled = asked, on_token, cancelled
+        self.logprobs = torch.empty(0)
+        self.done = [False] * asked.n
 
     def __call__(self, input_ids: Tensor, scores: Any) -> Tensor:
         if isinstance(scores, Tensor):
-            if self.job.logprobs is not None:
+            if self.asked.logprobs is not None:
                 self.logprobs = scores.float().log_softmax(dim=-1)
             return scores
         ids = input_ids[:, -1].tolist()
         tokens = [Token(number, None, None) for number in ids]
-        if self.job.logprobs is not None:
-            tokens = _tokens(ids, self.logprobs, self.job.logprobs)
+        if self.asked.logprobs is not None:
+            tokens = _tokens(ids, self.logprobs, self.asked.logprobs)
         for row, token in enumerate(tokens):
             if not self.done[row]:
-                self.done[row] = self.job.on_token(row, token)
+                self.done[row] = self.on_token(row, token)
         ends = torch.tensor(self.done, device=input_ids.device)
-        return ends | self.job.cancelled.is_set()
+        return ends | self.cancelled.is_set()
 
 
 @torch.inference_mode()
-def answer(lm: LanguageModel, job: Job) -> None:
-    """Call `job.on_token` for every new token, in this thread, which no other may share.
+def answer(
+    lm: LanguageModel,
+    prompt: list[int],
+    asked: Asked,
+    *,
+    on_token: OnToken,
+    cancelled: threading.Event,
+) -> None:
+    """Report every new token of the answers to a prompt, in this thread, which no other may share.
 
     The random numbers are torch's global ones, seeded for this request.
     """
-    if job.max_tokens == 0 or job.cancelled.is_set():
+    if asked.max_tokens == 0 or cancelled.is_set():
         return
-    torch.manual_seed(secrets.randbits(63) if job.seed is None else job.seed % 2**63)
-    watcher = _Watcher(job)
+    torch.manual_seed(secrets.randbits(63) if asked.seed is None else asked.seed % 2**63)
+    watcher = _Watcher(asked, on_token, cancelled)
     processors: list[Any] = [watcher]
     if lm.padding_ids:
         processors.append(_NoPadding(lm.padding_ids, device=lm.model.device))
-    if job.repetition_penalty != 1:
-        processors.append(_Repetition(job.repetition_penalty))
-    ids = torch.tensor([job.prompt] * job.n, device=lm.model.device)
+    if asked.repetition_penalty != 1:
+        processors.append(_Repetition(asked.repetition_penalty))
+    ids = torch.tensor([prompt] * asked.n, device=lm.model.device)
     sampling: dict[str, Any] = {"do_sample": False}
-    if job.temperature >= COLDEST:
-        drawn = {name: getattr(job, name) for name in ("temperature", "top_p", "top_k")}
+    if asked.temperature >= COLDEST:
+        drawn = {name: getattr(asked, name) for name in ("temperature", "top_p", "top_k")}
         sampling = {"do_sample": True, **drawn}
     lm.model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        max_new_tokens=job.max_tokens,
+        max_new_tokens=asked.max_tokens,
         eos_token_id=lm.ends or None,
         pad_token_id=lm.end or 0,
         suppress_tokens=[],

@@ -5,16 +5,14 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import fields
 from typing import Any
 
 from megatron_smlp.generation.language_model import LanguageModel
 from megatron_smlp.serving.answers import Answer, logprobs_of
 from megatron_smlp.serving.requests import Asked
-from megatron_smlp.serving.sampling import Job, Token, answer, score
+from megatron_smlp.serving.sampling import Token, answer, score
 
 Send = Callable[[dict[str, Any]], object]
-SAMPLING = {field.name for field in fields(Job)}
 
 
 class Work:
@@ -60,9 +58,7 @@ class Work:
             self._send(first + row, answers[row].news(ended=ended), [token], None)
             return ended
 
-        sampling = asked.model_dump(include=SAMPLING - {"prompt"})
-        job = Job(prompt=prompt, on_token=on_token, cancelled=self.cancelled, **sampling)
-        answer(lm, job)
+        answer(lm, prompt, asked, on_token=on_token, cancelled=self.cancelled)
         for row, done in enumerate(answers):
             self._send(first + row, done.news(ended=True), [], done.finish_reason)
         return [

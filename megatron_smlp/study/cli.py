@@ -109,6 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for known, results in states:  # other workers are waited for once no size has a free run
             print(f"== {known.study.name}", flush=True)
             _run(args, known, results, waits=False)
+        args.retry = False  # once more, and not twice
     codes = []
     for known, results in states:
         print(f"== {known.study.name}", flush=True)
@@ -178,7 +179,7 @@ def _alone(known: State, what: str) -> Iterator[None]:
 
 def _plan(args: argparse.Namespace, known: State, results: Results) -> int:
     from megatron_smlp.study.fingerprints import lines_on_sources
-    from megatron_smlp.study.prices import price_lines, warm_up_lines
+    from megatron_smlp.study.prices import price_lines
     from megatron_smlp.study.tables import Tables
 
     plan = known.plan()
@@ -195,7 +196,7 @@ def _plan(args: argparse.Namespace, known: State, results: Results) -> int:
         print(f"  {name:30}{len(own):>8}{iterations:>12,}{tokens:>18,}{len(own_left):>8}")
     print()
     lines = price_lines(known.study, known.systems, left, Tables.of(results))
-    print(*lines, *warm_up_lines(plan), *lines_on_sources(known, results), sep="\n")
+    print(*lines, *lines_on_sources(known, results), sep="\n")
     for name in plan.at_edge:
         print(f"  WARNING: the best rate of {name} is at the edge of the trials")
     return 0

@@ -14,8 +14,9 @@ from megatron_smlp.study.systems import System
 # What may not differ between systems: the data and its order, the batch, what is evaluated, and of
 # the optimizer and the regularization all but the learning rate, which alone is tuned.
 COMMON_FLAGS = (
-    *("seq_length", "micro_batch_size", "global_batch_size", "rampup_batch_size"),
+    *("seq_length", "micro_batch_size", "global_batch_size"),
     *("dataloader_type", "reset_position_ids", "reset_attention_mask", "eod_mask_loss"),
+    *("full_validation", "eval_global_batch_size", "calculate_per_token_loss"),
     *("eval_iters", "suffix_from", "bf16", "fp16", "lr_warmup_fraction", "lr_warmup_iters"),
     *("lr_wsd_decay_style", "no_create_attention_mask_in_dataloader"),
     *("optimizer", "weight_decay", "start_weight_decay", "end_weight_decay"),

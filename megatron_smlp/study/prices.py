@@ -8,7 +8,7 @@ from megatron_smlp.accounting.estimate import estimate, uncounted
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.errors import UsageError
 from megatron_smlp.study.cells import number
-from megatron_smlp.study.plan import Calendar, Plan, PlannedRun
+from megatron_smlp.study.plan import Calendar, PlannedRun
 from megatron_smlp.study.study_file import Study
 from megatron_smlp.study.systems import System
 from megatron_smlp.study.tables import Tables
@@ -16,7 +16,6 @@ from megatron_smlp.study.tables import Tables
 GIB = 2**30
 BACKWARD = 3  # a training step costs as much as three forward passes
 EVAL_ITERS = 100  # Megatron's default
-LONG_WARM_UP = 0.2
 
 
 def price_lines(
@@ -71,22 +70,6 @@ def _hours_of_a_worker(
         "  evaluations included; tokens/s: of the quiet timing, or else as trained; n/a: "
         "nothing has run yet"
     )
-
-
-def warm_up_lines(plan: Plan) -> Iterator[str]:
-    """Yield how much of a trial is warm-up, and a warning where that misleads the tuning."""
-    trial = next((run for run in plan.runs if run.phase == "tuning"), None)
-    warm_up = trial.flags.get("lr_warmup_iters") if trial else None
-    if trial is None or warm_up is None:
-        return
-    share = warm_up / trial.end
-    yield f"\nwarm-up: {warm_up} iterations, {share:.0%} of a trial"
-    if share > LONG_WARM_UP:
-        yield (
-            f"  WARNING: trials with over {LONG_WARM_UP:.0%} of warm-up choose learning rates\n"
-            "  that are too high for a whole training: lengthen `tuning: horizon`, or shorten\n"
-            "  the warm-up: `lr-warmup-iters`, or a fraction of the first of `horizons`."
-        )
 
 
 def _tokens(study: Study, system: System, runs: Sequence[PlannedRun]) -> float:

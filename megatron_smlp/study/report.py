@@ -44,6 +44,8 @@ def write_report(page: Page) -> list[Path]:
         written.append(page.folder / f"{name}.png")
         figure.savefig(written[-1])
     page.figures = [path.name for path in written]
+    for path in {*page.folder.glob("*.png")} - {*written}:
+        path.unlink()  # of an earlier report
     for file, text in (("report.md", page.text()), ("report.json", page.json())):
         written.append(page.folder / file)
         write_durably(written[-1], text)
@@ -100,8 +102,9 @@ class Page:
             *trial_lines(measured),
             *("", "## Losses", "", *loss_lines(measured)),
             *expert_lines(measured),
-            *("", "## Time to the others' losses", "", *time_lines(measured, self.times)),
-            *("", "## Where curves cross", "", *crossing_lines(measured)),
+            *(("", "## Time to the others' losses", "", *time_lines(measured, self.times),
+               "", "## Where curves cross", "", *crossing_lines(measured))
+              if len(self.study.horizons) > 1 else ()),
             *("", "## Zero-shot tasks", "", *task_lines(measured)),
             *("", "## Where the loss lies", "", *breakdown_lines(measured)),
             *document_lines(measured),

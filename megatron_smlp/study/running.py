@@ -92,7 +92,6 @@ class Worker:
 
     def _make(self, run: PlannedRun, lease: Lease, plan: Plan, progress: Progress) -> None:
         folder = self.state.folder_of(run)
-        began = time.monotonic()
         over, counts = self._counts(plan)
 
         def watch() -> None:
@@ -121,7 +120,7 @@ class Worker:
                 break
             # A run asked to stop exits with 0 before its end; the loop starts it again.
             failures += code != 0 or latest_iteration(folder / CHECKPOINTS) == before
-        self._end(run, code=code, attempts=attempts, worker_seconds=time.monotonic() - began)
+        self._end(run, code=code, attempts=attempts)
 
     def _path_flags(self, run: PlannedRun) -> list[str]:
         folder = self.state.folder_of(run)
@@ -131,9 +130,9 @@ class Worker:
             flags += ["--load", str(self.state.folder_of(run.parent) / CHECKPOINTS)]
         return flags
 
-    def _end(self, run: PlannedRun, *, code: int, attempts: int, worker_seconds: float) -> None:
+    def _end(self, run: PlannedRun, *, code: int, attempts: int) -> None:
         folder = self.state.folder_of(run)
-        facts = {"code": code, "attempts": attempts, "worker_seconds": round(worker_seconds, 1)}
+        facts = {"code": code, "attempts": attempts}
         final = validation_at(folder, run.end)
         if code == NonFiniteLossError.exit_code:
             self.state.end(

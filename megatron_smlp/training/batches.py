@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from megatron.training.datasets.data_samplers import build_pretraining_data_loader
 
+from megatron_smlp.collectives import gathered
 from megatron_smlp.data.blending import has_data
 from megatron_smlp.training.data import run_datasets
 
@@ -94,16 +95,9 @@ def _evaluation(args: argparse.Namespace, title: str, datasets: list[Any]) -> Ev
     loaders = [build_pretraining_data_loader(dataset, 0) for dataset in datasets]
     iterations = int(args.eval_iters or 0)
     if args.full_validation and title != "test":
-        iterations = _longest(loaders)
+        own = max((len(loader) for loader in loaders if loader is not None), default=0)
+        iterations = max(gathered(own))
     return EvaluationSet(title, loaders, iterations)
-
-
-def _longest(loaders: list[Any]) -> int:
-    """Return the batches of the rank that has the most. Collective."""
-    own = max((len(loader) for loader in loaders if loader is not None), default=0)
-    longest = torch.tensor(own, device=torch.cuda.current_device())
-    torch.distributed.all_reduce(longest, op=torch.distributed.ReduceOp.MAX)
-    return int(longest)
 
 
 def _endless(loader: Any) -> Iterator[Any]:

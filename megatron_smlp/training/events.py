@@ -46,9 +46,9 @@ class Evaluation:
     title: str
     """`validation`, `test`, or `validation NAME` with --multiple-validation-sets."""
     losses: Mapping[str, Tensor]
-    """<float>[] by name; of a further pass with its prefix. On the last pipeline stage alone."""
-    loads: Mapping[str, Any]
-    """What the routers did in each pass, by its prefix."""
+    """<float>[] by name. On the last pipeline stage alone."""
+    loads: Mapping[Any, Any]
+    """What the routers did in it, by layer and kind."""
     seconds: float
 
 

@@ -10,10 +10,10 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from megatron.core import parallel_state
 
 from megatron_smlp.accounting.costs import ModelShape, model_cost
+from megatron_smlp.collectives import gathered
 from megatron_smlp.errors import AccountingError
 
 
@@ -60,6 +60,4 @@ def built_parameters(model: Sequence[Any]) -> int:
         if not getattr(parameter, "tensor_model_parallel", False):
             copies *= expert_tensor if is_expert else tensor
         own += parameter.numel() / copies
-    total = torch.tensor(own, dtype=torch.float64, device=torch.cuda.current_device())
-    torch.distributed.all_reduce(total)
-    return round(float(total))
+    return round(sum(gathered(own)))

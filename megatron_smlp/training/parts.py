@@ -21,10 +21,12 @@ from megatron.training.initialize import initialize_megatron, set_jit_fusion_opt
 from megatron.training.training import (
     get_megatron_optimizer_config,
     get_optimizer_param_scheduler,
+    set_startup_timestamps,
     update_train_iters,
 )
 from megatron.training.utils import start_memory_history_recording
 
+from megatron_smlp.collectives import gathered
 from megatron_smlp.flags.check import megatrons_refusals
 from megatron_smlp.megatron_patches import torch_adam
 from megatron_smlp.model import model_config
@@ -63,7 +65,8 @@ def build(args: argparse.Namespace) -> Parts:
     initialize_megatron(allow_no_cuda=cpu.needed(), store=run_store(args))
     if not cpu.needed():
         set_jit_fusion_options(tp_size=args.tensor_model_parallel_size)
-    began = _earliest(time.time())
+    began = min(gathered(time.time()))
+    set_startup_timestamps(program_start=began)  # from where its `evaluate` counts too
     groups = ProcessGroupCollection.use_mpu_process_groups()
     start_memory_history_recording(settings.profiling)
     model = _model(settings, groups, trains=not args.skip_train)
@@ -74,13 +77,6 @@ def build(args: argparse.Namespace) -> Parts:
     parts = Parts(args, model, optimizer, schedule, config, groups, began)
     _connect(parts)
     return parts
-
-
-def _earliest(began: float) -> float:
-    """Return the least of all ranks'. Collective."""
-    least = torch.tensor([began], dtype=torch.double, device=torch.cuda.current_device())
-    torch.distributed.all_reduce(least, op=torch.distributed.ReduceOp.MIN)
-    return float(least)
 
 
 def _model(settings: Any, groups: ProcessGroupCollection, *, trains: bool) -> list[Any]:

@@ -241,21 +241,17 @@ class Reporter(Listener):
         return " | ".join(texts + (["skipped"] if record["skipped"] else []))
 
     def evaluated(self, evaluation: Evaluation) -> None:
-        numbers, iteration = _numbers(evaluation.losses), evaluation.iteration
-        passes = {f"{evaluation.title} {name}".strip(): x for name, x in evaluation.loads.items()}
-        for title, loads in passes.items():
-            self._tell_loads(loads, iteration=iteration, title=title)
+        title, loads = evaluation.title, evaluation.loads
+        self._tell_loads(loads, iteration=evaluation.iteration, title=title)
         record = {
-            "iteration": iteration,
-            **_loss_fields(evaluation.title, numbers),
+            "iteration": evaluation.iteration,
+            **_loss_fields(title, _numbers(evaluation.losses)),
             **self._progress(),
             "seconds": evaluation.seconds,
+            **_unless_empty(f"{title} routers".replace(" ", "_"), loads),
         }
-        for title, loads in passes.items():
-            record |= _unless_empty(f"{title} routers".replace(" ", "_"), loads)
         self.metrics.write(record)
-        for title, loads in passes.items():
-            self.say(_evaluation_line(record, title, loads))
+        self.say(_evaluation_line(record, title, loads))
 
     def held_up(self, *, seconds: float) -> None:
         self.clock.exclude(seconds)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import collections
-import functools
 from typing import Any
 
 import pytest
 import torch
 from megatron.core.optimizer import clip_grads, optimizer
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.utils import (
     local_multi_tensor_applier,
     local_multi_tensor_l2_norm,
@@ -150,29 +148,3 @@ def test_a_step_copies_weights_in_one_operator(monkeypatch: pytest.MonkeyPatch):
     with pretrained("--architecture gmlp --train-iters 2 --bf16"):
         pass
     assert counted == [{"_foreach_copy_": 1}] * 2
-
-
-def test_a_distributed_step_copies_what_megatron_does(monkeypatch: pytest.MonkeyPatch):
-    changed = []
-    tensor_lists.apply()
-    ours = DistributedOptimizer._copy_main_params_to_model_params
-    original = ours.__wrapped__
-
-    @functools.wraps(original)  # as ours is, which is not put in place twice
-    def compared(self: Any) -> None:
-        buffers = [bucket.param_data for buffer in self.buffers for bucket in buffer.buckets]
-        before = [buffer.clone() for buffer in buffers]
-        with Operators() as operators:
-            ours(self)
-        assert operators.calls == {"_foreach_copy_": 1}
-        found = [buffer.clone() for buffer in buffers]
-        for buffer, old in zip(buffers, before, strict=True):
-            buffer.copy_(old)
-        original(self)
-        assert all(torch.equal(a, b) for a, b in zip(found, buffers, strict=True))
-        changed.append(not all(torch.equal(a, b) for a, b in zip(before, found, strict=True)))
-
-    monkeypatch.setattr(DistributedOptimizer, "_copy_main_params_to_model_params", compared)
-    with pretrained("--architecture gmlp --train-iters 2 --bf16 --use-distributed-optimizer"):
-        pass
-    assert changed == [True, True]

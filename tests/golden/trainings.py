@@ -62,7 +62,7 @@ ONE = {
     **{f"{name}_{kind}": f"{flags} {BATCH} {precision}" for name, flags in ALL.items()
        for kind, precision in (("fp32", ""), ("bf16", "--bf16"))},
     "dropout": f"{SYSTEMS['amlp']} {BATCH} {DROPOUT}",
-    "validated": f"{SMLP} {BATCH} {VALIDATED} --base-eval-both",
+    "validated": f"{SMLP} {BATCH} {VALIDATED}",
     "per_token": f"{SMLP} {BATCH} --calculate-per-token-loss {VALIDATED}",
     "logged": f"{SWITCH} {BATCH} {LOGS} --moe-z-loss-coeff 1e-3 --moe-per-layer-logging",
     "nonfinite": f"{GMLP} {BATCH} --lr 1e30 --nonfinite-loss skip",

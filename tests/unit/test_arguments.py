@@ -89,9 +89,7 @@ REFUSED = f"""
     --tiny-attention-width 32 is for --architecture amlp, | {GMLP} --tiny-attention-width 32
     --tiny-attention-width 0 | --architecture amlp --tiny-attention-width 0
 
-    --base-gate price | {GMLP} {PRICED} --base-prices none
     --base-eval greedy | {GMLP} {PRICED} --base-eval greedy
-    --base-eval-both | {GMLP} {PRICED} --base-eval-both
     Megatron refuses these .*lr-warm | {GMLP} --lr-warmup-iters 1 --lr-warmup-fraction 0.5
     Megatron refuses these .*expected iteration-based | {GMLP} --train-samples 10
     --no-lr-decay-style is not a flag | {GMLP} --no-lr-decay-style

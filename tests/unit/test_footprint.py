@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from support.cover import selected, slow_unless_in
+from support.in_process import MINIMAL
 from support.launches import launch_calls, run_command
 from support.parallel_models import measure
 
@@ -290,6 +291,15 @@ def _on_two_ranks(case: str) -> tuple[ModelShape, ParallelLayout]:
     values |= {"padded_vocab_size": 104, "world_size": 2, "no_bias_swiglu_fusion": True}
     args = resolve(values)
     return ModelShape.from_args(args), ParallelLayout.from_args(args)
+
+
+@pytest.mark.parametrize("architecture", ["mixer", "transformer"])
+def test_a_width_that_is_left_out_is_the_trainings(parse: Any, architecture: str):
+    words = f"--architecture {architecture} --hidden-size 96 --swiglu --num-attention-heads 4"
+    trained = parse(words, base=MINIMAL.replace("--ffn-hidden-size 64", ""))
+    sizes = {name: value for name, value in SIZES.items() if name != "ffn_hidden_size"}
+    counted = resolve({**sizes, "architecture": architecture, "hidden_size": 96, "swiglu": True})
+    assert counted.ffn_hidden_size == trained.ffn_hidden_size
 
 
 @pytest.mark.parametrize(

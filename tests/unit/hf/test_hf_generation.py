@@ -206,24 +206,11 @@ def test_embeddings_and_a_cache_end_at_position_t_too(system: str):
         model.generate(inputs_embeds=torch.zeros(1, LONGEST, 32), max_new_tokens=1)
 
 
-def test_a_cache_that_cannot_forget():
-    model, ids = make_model("smlp_partial"), make_ids(1, 12)
+def test_no_token_is_forgotten():
+    """As drafts of a smaller model are, which transformers then refuses."""
+    model, ids = make_model("gmlp"), make_ids(1, 12)
     cache = model(ids, use_cache=True).cache
-    assert not cache.is_croppable
-    cache.crop(0)
-    with pytest.raises(ValueError, match="routing sums up the prefix"):
+    with pytest.raises(ValueError, match="forget no token"):
         cache.crop(-1)
-    with pytest.raises(ValueError, match="give minus the number"):
-        model(ids, use_cache=True).cache.crop(3)
-
-
-@pytest.mark.parametrize("system", ["gmlp_heads", "amlp", "minhash", "transformer"])
-def test_drafted_tokens_change_no_text(system: str):
-    """By prompt lookup and by a smaller model: those that the model would not take are undone."""
-    model, helper = make_model(system), make_model("gmlp")
-    ids = make_ids(1, 6).clamp(min=1).repeat(1, 3)  # a 0 would be padding
-    options = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": 30}
-    plain = model.generate(ids, **options)
-    assert plain.shape == (1, LONGEST)
-    assert torch.equal(model.generate(ids, **options, prompt_lookup_num_tokens=3), plain)
-    assert torch.equal(model.generate(ids, **options, assistant_model=helper), plain)
+    with pytest.raises(ValueError, match="a cache that can be cropped"):
+        model.generate(ids, assistant_model=make_model("gmlp"), max_new_tokens=3)

@@ -1,13 +1,14 @@
 """A CPU is where a run computes if there is no GPU, or if someone chose it; never by accident."""
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
+import pretrain_smlp
 from megatron_smlp.errors import UsageError
 from megatron_smlp.platform import choice
 
@@ -45,24 +46,23 @@ def test_without_a_device_there_is_nothing_to_say(tmp_path: Path, monkeypatch: p
         choice.check()
 
 
-def test_a_file_chooses_too_late(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    choice.check()
-    with pytest.raises(UsageError, match="give it on the command line"):
-        choice.check("cpu")
-
-
 @pytest.mark.parametrize(
     ("words", "hides"),
     [
         ("--platform cpu", True),
         ("--lr 1 --platform=cpu --bf16", True),
         ("--platform auto", False),
-        ("--lr 1 --platform", False),
         ("--log-dir cpu", False),
+        ("--config {file}", True),
+        ("--config {file} --platform auto", False),
     ],
 )
-def test_the_command_line_hides_the_gpus(words: str, hides: bool, monkeypatch: pytest.MonkeyPatch):
+def test_the_command_line_or_a_file_hides_the_gpus(
+    words: str, hides: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "cpu.yaml").write_text("platform: cpu", encoding="utf-8")
     monkeypatch.setenv(choice.VISIBLE, "0,1")
-    choice.choose(words.split())
+    monkeypatch.setattr(pretrain_smlp, "end_with_agent", lambda: sys.exit(9))
+    with pytest.raises(SystemExit):
+        pretrain_smlp.main(words.format(file=tmp_path / "cpu.yaml").split())
     assert os.environ[choice.VISIBLE] == ("" if hides else "0,1")

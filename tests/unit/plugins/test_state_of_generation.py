@@ -90,14 +90,6 @@ def test_beams_take_their_states_along(model: Any):
     assert torch.equal(model.generate(ids, **given), model.generate(ids, use_cache=False, **given))
 
 
-@torch.no_grad()
-def test_a_state_forgets_no_token(model: Any):
-    cache = model(make_ids(1, 6), use_cache=True).cache
-    assert not cache.layers[0].is_croppable
-    with pytest.raises(ValueError, match="a plugin's state"):
-        cache.crop(-1)
-
-
 def test_gradients_come_without_a_state(model: Any):
     model.train()
     ids: Tensor = make_ids(2, 6)

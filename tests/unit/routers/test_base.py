@@ -156,9 +156,3 @@ class TestPrices:
         assert shifted.grad.abs().max() > 0.1
         torch.testing.assert_close(shifted.grad.sum((0, 1)), torch.zeros(EXPERTS))
         torch.testing.assert_close(shifted.grad.sum(2), torch.zeros(50, 2))
-
-    def test_a_model_may_have_none(self):
-        router = make_router("base", num_experts=3, base_prices="none")
-        router(torch.randn(3, 1, 3))
-        assert "prices" not in dict(router.named_buffers())
-        update_prices([router], skipped=False)

@@ -66,8 +66,7 @@ ROUTERS = {
     "gshard_raw": "--token-router gshard --gshard-second-expert raw",
     "gshard_limited": f"--token-router gshard {CAPACITY}",
     "base": "--token-router base --moe-z-loss-coeff 0.3",
-    "base_on_the_norm": "--token-router base --base-routing-input norm --base-prices none "
-    "--moe-z-loss-coeff 0.3",
+    "base_on_the_norm": "--token-router base --base-routing-input norm --moe-z-loss-coeff 0.3",
     "base_with_priced_gates": "--token-router base --base-gate price",
     "hash": "--token-router hash --hash-seed 5",
     "topk": "--token-router topk",

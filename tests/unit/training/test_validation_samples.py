@@ -91,41 +91,17 @@ def test_other_seeds_train_on_others_and_validate_on_the_same(
     assert one[1:] == other[1:]
 
 
-@pytest.mark.parametrize("first", ["greedy", "prices"])
-def test_base_is_evaluated_both_ways_on_the_same_samples(tmp_path: Path, first: str):
-    """Validation and test; the second pass is what a run of the other --base-eval reports."""
-    other = {"greedy": "prices", "prices": "greedy"}[first]
-    words = (
-        "--architecture gmlp --token-router base --num-experts 4 --lr 1e-2 --train-iters 4 "
-        "--eval-interval 2 --eval-iters 2"
-    )
-    for name, flags in (("both", f"{first} --base-eval-both"), ("one", other)):
-        with pretrained(f"{words} --log-dir {tmp_path / name} --base-eval {flags}"):
-            pass
-    both, one = (records(tmp_path / name) for name in ("both", "one"))
-    assert len(both) == len(one)
-    for title in ("validation", "test"):
-        pairs = [pair for pair in zip(both, one, strict=True) if f"{title}_loss" in pair[0]]
-        assert pairs
-        for left, right in pairs:
-            assert left[f"{title}_{other}_loss"] == right[f"{title}_loss"]
-            assert left[f"{title}_{other}_routers"] == right[f"{title}_routers"]
-            assert left[f"{title}_routers"] != right[f"{title}_routers"]
-            assert left[f"{title}_loss"] != right[f"{title}_loss"]
-
-
 @pytest.mark.parametrize("named", [True, False])
 @pytest.mark.parametrize("how", ["--full-validation", "--eval-iters 2"])
 def test_each_of_several_validation_sets_has_its_own_numbers(tmp_path: Path, named: bool, how: str):
-    """Whole, or some batches of each. The first set has two ids, the second 99; BASE reads each
-    both ways."""
+    """Whole, or some batches of each. The first set has two ids, the second 99."""
     train, narrow, wide = (
         random_pair(tmp_path / name, documents=documents, vocab_size=vocab_size)
         for name, documents, vocab_size in (("train", 300, 2), ("a", 10, 2), ("b", 10, 99))
     )
     names = ("books", "web") if named else ("0", "1")
     words = (
-        f"--architecture gmlp --token-router base --num-experts 4 --base-eval-both --lr 3e-2 "
+        f"--architecture gmlp --token-router base --num-experts 4 --lr 3e-2 "
         f"--train-iters 6 --train-data-path {train} --valid-data-path {narrow} {wide} "
         f"{how} --multiple-validation-sets --eval-micro-batch-size 1 "
         f"--log-dir {tmp_path} "
@@ -137,6 +113,6 @@ def test_each_of_several_validation_sets_has_its_own_numbers(tmp_path: Path, nam
     assert [line["iteration"] for line in lines] == [6, 6]
     fields = [f"validation_{name}" for name in names]
     for line, field, other in zip(lines, fields, reversed(fields), strict=True):
-        assert {f"{field}_loss", f"{field}_prices_loss", f"{field}_routers"} <= set(line)
+        assert {f"{field}_loss", f"{field}_routers"} <= set(line)
         assert not any(name.startswith(other) for name in line)
     assert lines[0][f"{fields[0]}_loss"] + 1 < lines[1][f"{fields[1]}_loss"]
