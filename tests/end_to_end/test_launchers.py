@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import re
 import signal
 import subprocess
 import time
@@ -21,10 +20,7 @@ from support.launches import (
     steps,
 )
 
-from megatron_smlp.launching import settings
-
 EXAMPLES = REPOSITORY / "examples"
-LAUNCHERS = ("one_node.sh", "several_nodes.sh", "slurm.sh")
 CONFIG = "configs/cpu/smlp_deterministic.yaml"
 NUM_STEPS = 5
 # The config's model in small, on data that needs no file.
@@ -376,35 +372,3 @@ def test_slurm_outside_of_a_job_or_of_the_project(tmp_path: Path):
     assert "SLURM_JOB_ID is not set" in refused("slurm.sh", CONFIG=CONFIG)
     message = refused("slurm.sh", CONFIG=CONFIG, SLURM_SUBMIT_DIR=str(tmp_path))
     assert "Submit the job from the project's folder" in message
-
-
-NOT_TOLD = {
-    "one_node.sh": {"START_TIMEOUT", "REJOIN_TIMEOUT"},  # nobody is to be met
-    "several_nodes.sh": set(),
-    "slurm.sh": {"NNODES", "NODE_RANK", "RUN_ID", "LOCAL_ADDR"},  # of the job, or of each node
-}
-
-
-def asked_for(launcher: str) -> set[str]:
-    """Return the names that a user of this launcher can set, as its settings are read."""
-    names: set[str] = set()
-
-    class Noting(dict[str, str]):
-        def get(self, name: str, default: str = "") -> str:  # type: ignore[override]
-            names.add(name)
-            return super().get(name, default)
-
-    for kind in ("host", "server", "file:folder"):
-        variables = NODES | {"RENDEZVOUS": kind}
-        settings.read(Noting(variables), several=launcher != "one_node.sh")
-    assert NOT_TOLD[launcher] < names
-    return names - NOT_TOLD[launcher]
-
-
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_usage_names_every_variable_that_is_read(launcher: str):
-    done = run_command([str(EXAMPLES / launcher), "--help"])
-    for name in ("CONFIG", "PYTHON", *sorted(asked_for(launcher))):
-        assert re.search(rf"^  ([A-Z_]+, )*{name}[ ,]", done.stdout, re.MULTILINE), name
-    assert "SBATCH" not in done.stdout
-    assert "set -euo" not in done.stdout

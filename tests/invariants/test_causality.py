@@ -181,13 +181,3 @@ def test_what_sees_later_tokens_in_training(case: str, parse: Callable[..., Any]
         changes.append((old - new)[:, :position].abs().max().item())
     assert (max(changes) > 1e-3) == looks_ahead
     assert looks_ahead or max(changes) < 1e-5
-
-
-def test_the_batch_does_not_matter(model: tuple[str, Any]):
-    """A sequence alone has the logits that it has among others."""
-    _, network = model
-    tokens = torch.randint(network.vocab_size, (BATCH, LENGTH))
-    whole = logits(network, tokens)
-    for row in range(BATCH):
-        alone = logits(network, tokens[row : row + 1])[0]
-        torch.testing.assert_close(alone, whole[row], rtol=0, atol=1e-5)

@@ -318,10 +318,6 @@ def test_recomputing_activations_changes_nothing(one: Runs, architecture: str, l
     _assert_as_one(one, architecture, layout)
 
 
-def _has_routers(architecture: str) -> bool:
-    return architecture in ROUTED or "partial" in architecture
-
-
 def _assert_same_routers(ours: list[dict[str, Any]], plain: list[dict[str, Any]]) -> None:
     """The same routers counted as many choices; a choice on the edge may fall to the other side."""
     assert [(r["layer"], r["kind"], r["choices"]) for r in ours] == [
@@ -346,27 +342,6 @@ def test_base_experts_have_the_same_prices(two: Runs, of_base: str):
         scale = prices.abs().max().item()
         assert scale > 0
         torch.testing.assert_close(ours[name], prices, rtol=0, atol=5e-3 * scale, msg=name)
-
-
-@pytest.mark.parametrize("architecture", [a for a in EACH if _has_routers(next(iter(a.values)))])
-def test_every_router_counts_every_choice(one: Runs, architecture: str):
-    """8 samples of 32 tokens a step; 4 chunks of each sample. GShard asks for some of the second
-    experts in training, and for all of them in evaluation."""
-    counted = one.routers(architecture, "plain")
-    each = {"token": 8 * 32, "feature": 8 * 4}
-    if "gshard" in architecture:
-        in_training = {r["choices"] for r in counted[: -2 * len({r["layer"] for r in counted})]}
-        assert all(8 * 32 < choices < 2 * 8 * 32 for choices in in_training)
-        assert len(in_training) > 1
-        counted = [r for r in counted if r["choices"] not in in_training]
-        each["token"] *= 2
-    each["token"] *= 2 if "topk" in architecture else 1
-    assert {(r["kind"], r["choices"]) for r in counted} == {
-        (kind, each[kind]) for kind in {r["kind"] for r in counted}
-    }
-    counted = one.routers(architecture, "plain")
-    layers = {(r["layer"], r["kind"]) for r in counted}
-    assert len(counted) == len(layers) * (NUM_STEPS + 2)
 
 
 LEARNING = list(itertools.product(ARCHITECTURES, PRECISIONS))

@@ -102,7 +102,6 @@ class Tally:
     synchronisations: collections.Counter[str] = field(default_factory=collections.Counter)
     """Times that the host waited for the device, by `what at file:line`: for a number that it
     reads, a copy that is not `non_blocking`, an event that is not behind such a wait."""
-    collectives: collections.Counter[str] = field(default_factory=collections.Counter)
     bytes: int = 0
     """Read and written by the operators: the sizes of what goes in and comes out."""
 
@@ -115,11 +114,6 @@ _asked: list[torch.device] = []  # the device that the call under way names
 _surroundings: list[torch.device] = []  # of what a call makes inside, in C++, from sizes alone
 _generator = torch.Generator()
 _nccl: set[str] = set()  # names of groups
-
-
-def is_on_device(tensor: torch.Tensor) -> bool:
-    with torch._C.DisableTorchFunction():
-        return _residents.has(tensor)
 
 
 @contextlib.contextmanager
@@ -369,8 +363,6 @@ def _check_collective(name: str, args: Any, tensors: list[torch.Tensor]) -> None
             f"No backend type associated with device type cpu ({name} over NCCL; on the CPU: "
             f"{strangers}; at {_site()})"
         )
-    for tally in _tallies:
-        tally.collectives[name.removeprefix("c10d::")] += 1
 
 
 def _as_group(value: Any) -> Any:

@@ -113,28 +113,3 @@ def test_the_papers_convention_gives_the_papers_figure():
     assert training_flops_per_token(model_cost(shape), shape)[1] == pytest.approx(
         3 * needed * 1e12 / 1024
     )
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        "--architecture transformer --num-attention-heads 4 --group-query-attention "
-        "--num-query-groups 2 --untie-embeddings-and-output-weights --normalization RMSNorm",
-        "--architecture transformer --num-attention-heads 4 --swiglu --disable-bias-linear "
-        "--num-experts 4 --token-router gshard --moe-layer-freq 2 --moe-ffn-hidden-size 24",
-        "--architecture transformer --num-attention-heads 4 --kv-channels 12 "
-        "--num-experts 4 --token-router hash",
-        "--architecture transformer --num-attention-heads 4 --quick-geglu --qk-layernorm "
-        "--max-position-embeddings 40",
-        "--architecture gmlp --spatial-heads 2 --normalization RMSNorm",
-        "--architecture amlp --tiny-attention-width 12 --toeplitz --disable-bias-linear",
-        "--architecture mixer --spatial-heads 2 --mixer-expansion --toeplitz",
-        "--architecture smlp --num-dense-layers 1 --feature-router partial --prefix-fraction 0.3 "
-        "--num-feature-experts 4 --num-feature-chunks 8 --num-experts 4 --token-router switch",
-    ],
-)
-@pytest.mark.usefixtures("megatron")
-def test_parameters_are_those_of_megatrons_model(flags: str, parse: Callable[..., Any]):
-    args = parse(flags)
-    built = sum(parameter.numel() for parameter in build_model(args).parameters())
-    assert model_cost(ModelShape.from_args(args)).parameters == built

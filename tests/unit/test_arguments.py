@@ -245,21 +245,9 @@ def checkpoint(args: Any, folder: Path) -> None:
 class TestSettled:
     """Defaults that depend on other flags."""
 
-    def test_positions(self, parse: Parse):
-        """Rows of the spatial matrix are positions; attention needs an embedding of them."""
-        assert parse(GMLP).position_embedding_type == "none"
-        assert parse(TRANSFORMER).position_embedding_type == "learned_absolute"
-        given = "learned_absolute"
-        assert parse(f"{GMLP} --position-embedding-type {given}").position_embedding_type == given
-        assert parse(TRANSFORMER).max_position_embeddings == 16
-
     @pytest.mark.parametrize(
         ("words", "settled"),
         [
-            (SWITCH, (1, "aux_loss", 0.01)),
-            (SWITCH.replace("switch", "gshard"), (2, "aux_loss", 0.01)),
-            (BASE, (1, "none", 0.0)),
-            (HASH, (1, "none", 0.0)),
             (f"{SWITCH} --moe-aux-loss-coeff 0.02", (1, "aux_loss", 0.02)),
             (f"{BASE} --moe-aux-loss-coeff 0", (1, "none", 0.0)),
         ],
@@ -277,18 +265,6 @@ class TestSettled:
         kind = "--moe-router-load-balancing-type aux_loss"
         args = parse(f"{biased} {kind} --moe-aux-loss-coeff 0.1")
         assert (args.moe_router_load_balancing_type, args.moe_aux_loss_coeff) == ("aux_loss", 0.1)
-
-    def test_spatial_gating_needs_no_attention_heads_in_any_layout(self, parse: Parse, processes):
-        from megatron_smlp.model import transformer_config
-
-        processes(2)
-        config = transformer_config(parse(f"{GMLP} --tensor-model-parallel-size 2"))
-        assert config.tensor_model_parallel_size == 2
-
-    def test_experts_under_tensor_parallelism_are_sequence_parallel(self, parse: Parse, processes):
-        processes(2)
-        words = f"{SMLP} --token-router switch --num-experts 2 --tensor-model-parallel-size 2"
-        assert parse(words).sequence_parallel
 
     @pytest.mark.skipif(not cpu.needed(), reason="there is a CUDA device")
     def test_what_the_platform_sets(self, parse: Parse):

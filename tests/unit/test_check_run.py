@@ -76,12 +76,6 @@ def test_what_cannot_start(parse: Parse, words: str):
     refused(parse, words, base=base)
 
 
-def test_names_of_validation_sets(parse: Parse):
-    words = f"{GMLP} {WHOLE} a b --validation-set-names x y"
-    args = parse(words, base=MINIMAL.replace("--mock-data", ""))
-    assert args.validation_set_names == ["x", "y"]
-
-
 @pytest.mark.parametrize(
     ("words", "is_fused"),
     [("", True), ("--activation-func-clamp-value 7", False), ("--glu-linear-offset 1", False)],

@@ -200,13 +200,6 @@ class TestInclude:
         assert places["lr"] == f"{tmp_path}/base.yaml:1"
         assert places["num-layers"] == f"{tmp_path}/parts/model.yaml:2"
 
-    def test_files_that_include_one_another_often_are_read_once(self, tmp_path: Path):
-        for number in range(20):
-            text = f"include: [{number + 1}.yaml, {number + 1}.yaml]\n"
-            (tmp_path / f"{number}.yaml").write_text(text)
-        (tmp_path / "20.yaml").write_text("lr: 1\n")
-        assert read_yaml(tmp_path / "0.yaml") == {"lr": 1}  # 2^20 times, it would take an hour
-
     def test_a_circle_and_a_missing_file_are_named(self, tmp_path: Path):
         path = tmp_path / "top.yaml"
         path.write_text("include: top.yaml\n")

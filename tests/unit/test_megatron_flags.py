@@ -1,7 +1,7 @@
 """Of Megatron's flags, those that are tested can be given, where they do something."""
 
 import re
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser
 from collections.abc import Callable
 from contextlib import nullcontext
 from importlib.util import find_spec
@@ -16,7 +16,7 @@ from megatron_smlp.accounting.costs import ModelShape
 from megatron_smlp.checkpoints.folders import iterations
 from megatron_smlp.errors import UsageError
 from megatron_smlp.flags.check_execution import check_cuda_graphs
-from megatron_smlp.flags.check_needs import NEEDS, VALUES, requested
+from megatron_smlp.flags.check_needs import NEEDS, VALUES
 from megatron_smlp.flags.megatron_flags import RENAMED, TESTED, listed, refuse_untested, usable
 from megatron_smlp.flags.model_arguments import model_arguments
 from megatron_smlp.flags.parse import build_parser
@@ -296,13 +296,6 @@ def test_names_of_files_are_allowed(parse: Parse, words: str, tmp_path: Path):
     (tmp_path / "data").write_text("1 a")
     words = f"--architecture gmlp {words.format(tmp_path)}"
     assert parse(words, base=MINIMAL.replace("--mock-data", ""))
-
-
-def test_what_asks_for_nothing():
-    given = {"num_query_groups": 1, "softmax_type": "vanilla", "moe_aux_loss_coeff": [0.0]}
-    asks = {"moe_token_drop_policy": "probs", "spatial_heads": 0, "fp8": "hybrid"}
-    args = Namespace(explicit_flags={**given, **asks, "toeplitz": False, "hash_table": None})
-    assert list(requested(args, args.explicit_flags)) == list(asks)
 
 
 @pytest.mark.parametrize(

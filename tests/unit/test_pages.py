@@ -64,15 +64,6 @@ def test_every_decision_is_under_one_subject_by_its_title():
     assert sorted(listed) == sorted((title[1], name) for name, title in records.items() if title)
 
 
-def test_the_glossary_has_few_words_of_our_own():
-    rows = re.findall(r"^\| ([^|]+) \|", text_of(DOCS / "glossary.md"), re.MULTILINE)[1:]
-    assert len(rows) <= 15
-    others = " ".join(text_of(page) for page in DOCS.glob("*.md") if page.stem != "glossary")
-    for row in rows:
-        for word in row.split(", "):
-            assert re.search(rf"\b{word}", others, re.IGNORECASE), word
-
-
 def anchors(text: str) -> set[str]:
     """Headings as GitHub names them in an address."""
     headings = HEADING.findall(FENCED.sub("", text))

@@ -103,15 +103,6 @@ def test_toeplitz_models_go_on_behind_position_t(system: str):
     assert torch.equal(cached, model.generate(ids[:, :35], **options, use_cache=False))
 
 
-@pytest.mark.parametrize("length", [10, 35, LONGEST + 5])
-def test_a_toeplitz_model_writes_as_many_tokens_by_default_as_any(length: int):
-    ids = make_ids(2, length)
-    model = make_model("gmlp_toeplitz")
-    assert model.generate(ids, do_sample=False).shape == (2, length + 20)
-    embeddings = model.get_input_embeddings()(ids)
-    assert model.generate(inputs_embeds=embeddings, do_sample=False).shape == (2, 20)
-
-
 @pytest.mark.parametrize("given", [{"max_length": 30}, {"max_new_tokens": 20}, {}])
 def test_lengths_that_are_given_and_that_are_not(given: dict[str, int]):
     assert make_model("gmlp").generate(make_ids(1, 10), **given).shape == (1, 30)
@@ -185,25 +176,6 @@ def test_one_row_is_multiplied_like_any_other(width: int, has_bias: bool):
         strict=True,
     ):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("system", ["transformer", "gmlp"])
-def test_embeddings_and_a_cache_end_at_position_t_too(system: str):
-    """`generate` counts no token of embeddings, and of a prompt with a cache its new ones."""
-    model = make_model(system)
-    ids = make_ids(2, 35)
-    options = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": 0}
-    whole = model.generate(ids, **options)
-    assert whole.shape == (2, LONGEST)
-    embeddings = model.get_input_embeddings()(ids)
-    assert torch.equal(model.generate(inputs_embeds=embeddings, **options), whole[:, 35:])
-    mask = torch.ones_like(ids)
-    for given in (ids, ids[:, 30:]):
-        cache = model(ids[:, :30], use_cache=True).cache
-        after = model.generate(given, attention_mask=mask, cache=cache, **options)
-        assert torch.equal(after, torch.cat([given, whole[:, 35:]], dim=1))
-    with pytest.raises(ValueError, match="a prompt of 40 tokens leaves no position"):
-        model.generate(inputs_embeds=torch.zeros(1, LONGEST, 32), max_new_tokens=1)
 
 
 def test_no_token_is_forgotten():

@@ -1,46 +1,10 @@
-"""Token routers on examples small enough to compute by hand: choices, weights, drops, losses."""
-
-import math
+"""What unit/routers/test_twins.py does not compare: balance, new tables, padding."""
 
 import pytest
 import torch
 from support.smlp_systems import make_config, make_model
-from torch import Tensor
 
-from megatron_smlp.hf.modeling_smlp import SMLPGShardRouter, balanced_greedy
-
-
-def _probable(probabilities: list[list[float]]) -> Tensor:
-    """Tokens whose logits, through an identity router weight, give these probabilities."""
-    return torch.tensor(probabilities).log()
-
-
-def _router(kind, token_router: str, num_experts: int, **changes):
-    """With W = 1, so that a token of D = E numbers is its own logits."""
-    config = make_config(token_router, hidden_size=num_experts, num_experts=num_experts, **changes)
-    router = kind(config)
-    if hasattr(router, "weight"):
-        router.weight.data.copy_(torch.eye(num_experts))
-    return router
-
-
-def _gshard(**changes) -> SMLPGShardRouter:
-    return _router(SMLPGShardRouter, "gshard", 3, num_attention_heads=1, **changes)
-
-
-@pytest.mark.parametrize("rule", ["paper", "all", "raw"])
-def test_how_often_gshard_uses_the_second_expert(rule: str):
-    router = _gshard(moe_train_capacity_factor=None, gshard_second_expert=rule)
-    for second in (0.05, 0.2, 0.45):
-        tokens = _probable([[0.9 - second, second, 0.1]] if second > 0.1 else [[0.94, 0.05, 0.01]])
-        routing = router(tokens.expand(20_000, -1), None, limited=True)
-        used = (routing.experts[:, 1] >= 0).float().mean().item()
-        gates = tokens[0].softmax(-1)
-        raw = 2 * gates[1].item()
-        paper = raw / (gates[0] + gates[1]).item()
-        expected = min(1.0, {"paper": paper, "all": 1.0, "raw": raw}[rule])
-        assert abs(used - expected) < 5 * math.sqrt(0.25 / 20_000)
-        assert (routing.experts[:, 0] == 0).all()
+from megatron_smlp.hf.modeling_smlp import balanced_greedy
 
 
 @pytest.mark.parametrize(("tokens", "experts"), [(0, 3), (2, 5), (64, 4), (65, 4), (7, 1)])

@@ -12,7 +12,6 @@ from support.launches import REPOSITORY, run_command
 from support.smlp_systems import SYSTEMS, VOCABULARY, make_config, make_ids, make_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
-from transformers.utils import logging
 
 from megatron_smlp.hf import SMLPConfig, SMLPModel
 from megatron_smlp.hf.modeling_smlp import SMLPForCausalLM, SMLPHashRouter
@@ -160,26 +159,6 @@ def test_outputs_that_the_configuration_asks_for():
         assert not isinstance(module(ids, return_dict=True), tuple)
     assert torch.equal(model.model(ids)[0], model(ids, return_dict=True).hidden_states[-1])
     assert model.generate(ids, max_new_tokens=2).shape == (1, 6)
-
-
-@pytest.mark.parametrize("name", ["output_attentions", "output_router_logits"])
-@torch.no_grad()
-def test_outputs_that_there_are_not_are_warned_of(name: str, caplog: pytest.LogCaptureFixture):
-    logging.enable_propagation()
-    for asks in (
-        lambda model, ids: model(ids, **{name: True}),
-        lambda model, ids: model.model(ids, **{name: True}),
-        lambda model, ids: model.generate(ids, max_new_tokens=2, **{name: True}),
-        lambda model, ids: setattr(model.config, name, True) or model(ids),
-    ):
-        model, ids = make_model("switch", attn_implementation="eager"), make_ids(1, 4)
-        logging.get_logger().warning_once.cache_clear()
-        caplog.clear()
-        model(ids, **{name: False})
-        assert "is ignored" not in caplog.text
-        asks(model, ids)
-        assert f"{name}=True is ignored" in caplog.text
-    logging.disable_propagation()
 
 
 class Rounded(nn.Module):

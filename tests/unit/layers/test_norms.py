@@ -5,11 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from support.in_process import layer_config
 from torch import Tensor
 from torch.distributed import HashStore, ProcessGroupGloo
 
-from megatron_smlp.architectures import SlottedLayer
 from megatron_smlp.layers.norms import HeadLayerNorm, SumOverGroup
 
 EPS = 1e-5
@@ -71,15 +69,6 @@ def test_a_split_head_is_normed_as_a_whole(size: int):
             atol=1e-5,
             msg=lambda text, name=name: f"{name}: {text}",
         )
-
-
-@pytest.mark.usefixtures("megatron")
-def test_every_norm_of_a_layer_is_marked_under_sequence_parallel():
-    config = layer_config(architecture="transformer")
-    config.sequence_parallel = True  # Megatron's own check wants a second rank for it
-    layer = SlottedLayer(config)
-    for norm in (layer.input_layernorm, layer.pre_mlp_layernorm):
-        assert all(p.sequence_parallel for p in norm.parameters())
 
 
 def test_what_is_summed_over_a_group_is_contiguous(monkeypatch: pytest.MonkeyPatch):

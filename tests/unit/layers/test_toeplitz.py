@@ -8,7 +8,6 @@ from support.in_process import layer_config
 from torch import Tensor
 
 from megatron_smlp.architectures import SlottedLayer
-from megatron_smlp.layers.toeplitz import ToeplitzProjection
 
 pytestmark = pytest.mark.usefixtures("megatron")
 
@@ -94,23 +93,3 @@ def test_equals_the_dense_layer_with_its_matrices(system: str, tokens: int):
             atol=exactly,
             msg=lambda text, name=name: f"{name}: {text}",
         )
-
-
-def test_initial_values():
-    """m ~ U(-1e-3/T, 1e-3/T), as the dense matrix's; b = 1, one a head."""
-    projection = ToeplitzProjection(4, length=2048, dtype=torch.float32)
-    bound = 1e-3 / 2048
-    assert projection.weight.shape == (4, 2048)
-    assert projection.weight.abs().max() <= bound
-    assert abs(projection.weight.std() / (bound / 3**0.5) - 1) < 0.02
-    assert torch.equal(projection.bias, torch.ones(4, 1))
-
-
-def test_initial_values_do_not_depend_on_the_tensor_parallel_size():
-    def draw(count: int, first: int) -> Tensor:
-        torch.manual_seed(5)
-        return ToeplitzProjection(
-            count, length=8, dtype=torch.float32, first_head=first, total_heads=4
-        ).weight
-
-    assert torch.equal(torch.cat([draw(2, 0), draw(2, 2)]), draw(4, 0))

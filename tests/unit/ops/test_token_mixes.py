@@ -161,20 +161,6 @@ def test_autocast_rounds_like_matmul_and_keeps_the_weight_gradient_in_float32(pr
         assert (left - right).norm() / right.norm() < 4 * torch.finfo(torch.bfloat16).eps
 
 
-@both
-def test_under_torch_compile_without_graph_breaks(product: Product):
-    # The `aot_eager` backend traces forward and backward, and needs no C++ compiler.
-    inputs = _inputs(product, 2, 200, 8, num_weights=130)
-
-    def doubled(weight: Tensor, values: Tensor) -> Tensor:
-        return 2 * product.mix(weight, values)
-
-    compiled = torch.compile(doubled, backend="aot_eager", fullgraph=True)
-    expected = _gradients(doubled, *inputs)
-    for left, right in zip(_gradients(compiled, *inputs), expected, strict=True):
-        torch.testing.assert_close(left, right)
-
-
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_the_operator_passes_torchs_own_checks(name: str):
     weight, values, _ = _inputs(PRODUCTS[name], 2, 9, 3, num_weights=12)

@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_smlp import plugin_files, plugins
 from megatron_smlp.checking import mixers
 
-BATCH, LONG, WIDTH, EPS = 2, 2048, 5, 1e-5
+BATCH, WIDTH, EPS = 2, 5, 1e-5
 
 
 @pytest.fixture(autouse=True)
@@ -65,29 +65,6 @@ def test_aft_is_its_equation(kind: str, count: int, scale: float):
         weight.mul_(scale)
     qkv = torch.randn(BATCH, count, WIDTH, 3).double() * torch.tensor([1.0, scale, 1.0])
     assert_same(mixer, lambda x: aft(x, weight), qkv)
-
-
-@pytest.mark.parametrize("sign", [1, -1])
-def test_large_exponents_of_aft(sign: int):
-    """k and w up to 80, of opposite signs too, where neither maximum is near that of the sum."""
-    mixer = made("aft", length=LONG, width=3).float()
-    keys = torch.linspace(-80, 80, LONG)[:, None] * torch.tensor([1.0, -1.0, 0.5])
-    with torch.no_grad():
-        row = sign * torch.linspace(-80, 80, LONG)
-        mixer.positions.weight.copy_((row + torch.randn(LONG, LONG)).clamp(-80, 80))
-    qkv = torch.stack([torch.randn(LONG, 3), keys, torch.randn(LONG, 3)], dim=-1)[None]
-    exact = aft(qkv.double(), mixer.positions.weight.double())
-    torch.testing.assert_close(mixer(qkv).double(), exact, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2), (torch.float16, 4e-3)]
-)
-def test_aft_in_other_precisions(dtype: torch.dtype, error: float):
-    mixer, qkv = made("aft", length=130).to(dtype), torch.randn(BATCH, 130, WIDTH, 3).to(dtype)
-    exact = aft(qkv.double(), mixer.positions.weight.double())
-    assert mixer(qkv).dtype == dtype
-    torch.testing.assert_close(mixer(qkv).double(), exact, rtol=error, atol=error)
 
 
 def n(x: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ import pytest
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import checkpoint
-from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from support.in_process import layer_config
 from support.routers import SIX, make_router, probable
 from torch import Tensor
@@ -33,23 +32,6 @@ class TestScores:
         assert (router.weight.dtype, scores.dtype) == (torch.bfloat16, torch.float32)
         exact = hidden.double() @ router.weight.double().T
         torch.testing.assert_close(scores.double(), exact, rtol=1e-5, atol=1e-5)
-
-
-class TestSwitch:
-    @pytest.mark.parametrize("policy", ["position", "probs"])
-    def test_drops(self, policy: str):
-        """Capacity ceil(1 * 6 / 2) = 3: one of the four tokens of expert 0 must go."""
-        router = make_router(
-            "switch", num_experts=2, moe_train_capacity_factor=1.0, moe_token_drop_policy=policy
-        )
-        probs, routing_map = router(probable(SIX))
-        dropped = {"position": 4, "probs": 2}[policy]
-        expected = [[0], [0], [0], [1], [0], [1]]
-        expected[dropped] = []
-        assert experts_of(routing_map) == expected
-        assert probs[dropped].eq(0).all()
-        logged = get_moe_metrics_tracker().metrics["load_balancing_loss"].values[0]
-        torch.testing.assert_close(logged, torch.tensor(2 * (4 / 6 * 0.6 + 2 / 6 * 0.4)))
 
 
 class TestGShard:

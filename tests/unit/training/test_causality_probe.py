@@ -12,7 +12,6 @@ from support.in_process import pretrained
 from support.launches import launch_calls, records
 
 from megatron_smlp.errors import UsageError
-from megatron_smlp.layers.attention import CausalCoreAttention
 from megatron_smlp.layers.spatial_gating import SpatialGating
 
 GMLP = "--architecture gmlp --log-interval 1"
@@ -46,18 +45,6 @@ def test_a_look_at_the_next_token(tmp_path: Path, precision: str, monkeypatch: p
         pass
     assert "\n" not in str(error.value)
     assert not (tmp_path / "metrics.jsonl").exists()
-
-
-def test_an_attention_without_its_mask(monkeypatch: pytest.MonkeyPatch):
-    def everywhere(self: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> Any:
-        scores = torch.einsum("tbnd,sbnd->bnts", query, key).softmax(-1)
-        return torch.einsum("bnts,sbnd->tbnd", scores, value).flatten(2)
-
-    monkeypatch.setattr(CausalCoreAttention, "forward", everywhere)
-    words = "--architecture transformer --num-attention-heads 4"
-    message = MESSAGE.format(1, "SelfAttention")
-    with pytest.raises(UsageError, match=message), pretrained(words):
-        pass
 
 
 def test_a_dry_run_asks_a_layer_of_each_kind(

@@ -22,19 +22,3 @@ class Recipe:
 
 class DelayedScaling(Recipe):
     """Scales from the history of maxima."""
-
-
-class Float8CurrentScaling(Recipe):
-    """Scales from the tensor itself."""
-
-
-class Float8BlockScaling(Recipe):
-    """Scales of blocks."""
-
-
-class MXFP8BlockScaling(Recipe):
-    """Scales of blocks of 32."""
-
-
-class NVFP4BlockScaling(Recipe):
-    """Scales of blocks of FP4."""
