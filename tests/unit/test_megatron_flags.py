@@ -136,6 +136,8 @@ TRAINED = {
         --no-bias-gelu-fusion --optimizer sgd --sgd-momentum 0.8 --lr-warmup-init 1e-5
         --lr-warmup-iters 2""",
     "no positions": f"{TRANSFORMER} --position-embedding-type none --softmax-type vanilla",
+    "scaled": f"{TRANSFORMER} --qk-l2-norm",
+    "some rotary": f"{TRANSFORMER} --position-embedding-type rope --no-rope-freq 2",
     "precision": """--architecture gmlp --bf16 --adam-beta1 0.8 --adam-eps 1e-7
         --accumulate-allreduce-grads-in-fp32 --no-gradient-accumulation-fusion
         --use-distributed-optimizer --no-align-grad-reduce --no-check-for-nan-in-loss-and-grad""",

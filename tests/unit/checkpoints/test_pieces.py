@@ -10,21 +10,10 @@ import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkStorageMetadata
 
 from megatron_smlp.checkpoints.folders import iteration_folder
-from megatron_smlp.checkpoints.index import tile
 from megatron_smlp.checkpoints.reader import TorchDistReader
 from megatron_smlp.checkpoints.safe_unpickling import load_metadata
 from megatron_smlp.checkpoints.writer import TorchDistWriter
 from megatron_smlp.errors import DamagedCheckpointError
-
-
-def test_corners_of_the_smallest_tensors():
-    assert tile([((), ())], ())
-    assert not tile([], ())
-    assert not tile([((), ()), ((), ())], ())
-    assert tile([], (0, 3))
-    assert tile([((0, 0), (0, 3))], (0, 3))
-    assert not tile([((0,), (3,))], (0, 3))
-    assert not tile([((-1, 0), (1, 3)), ((0, 0), (1, 3))], (2, 3))
 
 
 def lie(metadata: Any, kind: str) -> None:

@@ -13,9 +13,8 @@ from support.deletion import hidden_in
 from support.in_process import pretrained
 
 from megatron_smlp.checkpoints import save_lease, saving
-from megatron_smlp.checkpoints.folders import TRACKER, iterations, tidy, tracked_iteration
+from megatron_smlp.checkpoints.folders import iterations, tidy, tracked_iteration
 from megatron_smlp.checkpoints.save_lease import SaveLease
-from megatron_smlp.durable import write_durably
 from megatron_smlp.errors import TakenOverError, UsageError
 from megatron_smlp.lease import Holder, Lease
 
@@ -54,19 +53,6 @@ def test_a_second_writer_is_refused_with_the_name_of_the_first(tmp_path: Path):
     with pytest.raises(UsageError, match=f"is being written by process {os.getpid()} on "):
         save_lease_of(tmp_path)._acquire(tmp_path)
     first.fence()
-
-
-def test_a_frozen_writer_that_has_looked_already_renames_nothing(tmp_path: Path):
-    """Frozen between its look at the lease and the rename, which then comes after the cleaning."""
-    tracker = tmp_path / TRACKER
-    tracker.write_text("40", encoding="utf-8")
-
-    def wake_up() -> None:
-        assert tidy(tmp_path) == []
-
-    with pytest.raises(FileNotFoundError):
-        write_durably(tracker, "10", before_rename=wake_up)
-    assert tracked_iteration(tmp_path) == 40
 
 
 def test_a_run_that_is_taken_over_saves_nothing_more(

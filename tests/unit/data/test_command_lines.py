@@ -190,15 +190,6 @@ def test_standard_input(corpus: Path, tmp_path: Path, run: Run):
 
 
 class TestTrainingATokenizer:
-    def test_transformers_loads_the_folder(self, tokenizer_folder: Path):
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_folder))
-        assert len(tokenizer) == 320
-        assert tokenizer.eos_token == "<|endoftext|>"
-        text = "Don't  stop:\n caf\u00e9 \u65e5\u672c\u8a9e \U0001f642"
-        assert tokenizer.decode(tokenizer(text).input_ids) == text
-
     def test_bad_records(self, tmp_path: Path, corpus: Path):
         bad = tmp_path / "bad.jsonl"
         bad.write_bytes(corpus.read_bytes() + b"bad\n")

@@ -162,17 +162,12 @@ def test_a_dataset_that_grew_is_read_through_an_index_of_its_own(run: Run, tmp_p
     assert after == fresh != before
 
 
-# torch takes five seconds to end a worker that raised.
-REMOVED = pytest.param("remove", "No such", 1, marks=pytest.mark.slow)
-
-
 @pytest.mark.parametrize(
     ("damage", "what", "workers"),
     [
         ("cut", "something else", 0),
         ("blank", "something else", 1),
         ("remove", "No such", 0),
-        REMOVED,
     ],
 )
 def test_a_pair_that_changes_while_it_is_read(

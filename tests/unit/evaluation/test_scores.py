@@ -1,9 +1,7 @@
 """Log-likelihoods of Megatron's model against the exported one under lm-evaluation-harness."""
 
 import random
-import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +9,6 @@ import torch
 from evaluation_helpers import LENGTH, Run, instances, loaded, scoring_cases
 from lm_eval.models.huggingface import HFLM
 
-from megatron_smlp.errors import UsageError
 from megatron_smlp.evaluation.harness import ScorerModel
 from megatron_smlp.evaluation.huggingface_model import ExportedModel
 from megatron_smlp.evaluation.megatron_model import MegatronScorer
@@ -88,14 +85,3 @@ def test_padded_batches_score_nearly_the_same(scorer: tuple[MegatronScorer, Any]
     batched.batch_size = 8
     for mine, theirs in zip(batched.score(rows()), alone.score(rows()), strict=True):
         assert mine.logprobs == pytest.approx(theirs.logprobs, abs=1e-5)
-
-
-def test_no_code_of_the_folder_is_run(run: Any, tmp_path: Path):
-    with pytest.raises(UsageError, match=r"config\.json"):
-        ExportedModel(tmp_path, batch_size=1, device="cpu")
-    folder, mark = tmp_path / "exported", tmp_path / "mark"
-    shutil.copytree(run.exported, folder)
-    with (folder / "modeling_smlp.py").open("a", encoding="utf-8") as file:
-        file.write(f"\nopen({str(mark)!r}, 'w').close()\n")
-    ExportedModel(folder, batch_size=1, device="cpu")
-    assert not mark.exists()

@@ -20,9 +20,7 @@ from support.studies import (
     study_argv,
 )
 
-from megatron_smlp.errors import UsageError
 from megatron_smlp.study import cli
-from megatron_smlp.study.data import StudyData
 from megatron_smlp.study.plan import PlannedRun
 from megatron_smlp.study.report import Page
 from megatron_smlp.study.results import Results
@@ -174,20 +172,6 @@ def test_a_horizon_that_diverged_leaves_a_bound(known: State, tmp_path: Path):
     assert 0.25 < comparison["found"]["mean"] < 0.55
     assert comparison["is_bound"]
     assert "nan" not in text
-
-
-@pytest.mark.parametrize(("command", "what"), [("evaluate", "evaluation"), ("run", "speed")])
-def test_two_do_not_evaluate_or_time_a_study_at_once(
-    known: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, what: str
-):
-    """The second would overwrite the lines of the first, or disturb its timing."""
-    pretend(known, loss_of)
-    monkeypatch.setattr(StudyData, "contents", lambda _: {})
-    monkeypatch.setattr(StudyData, "check_vocabulary", lambda *_: None)
-    lease = known.take(known.folder / what)
-    assert lease is not None
-    with lease, pytest.raises(UsageError, match=f"{what}: process .* is doing this"):
-        cli.main(study_argv(command, tmp_path, *(["--speed"] if command == "run" else [])))
 
 
 RESULTS = REPOSITORY / "studies" / "results"

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +13,6 @@ from support.living import lives
 from support.studies import state_of, study_argv, write_metrics, write_study
 
 from megatron_smlp.checkpoints.folders import iteration_folder
-from megatron_smlp.lease import acquire, holder_of
 from megatron_smlp.study import cli, metrics, process, running
 from megatron_smlp.study.data import StudyData
 from megatron_smlp.study.plan import PlannedRun
@@ -112,25 +110,6 @@ def test_a_run_that_falls_short_twice_is_a_failure(
     assert {known.status(run) for run in known.plan().runs} == {FAILED}
     assert len(starts) == running.ATTEMPTS * len(known.plan().runs)
     assert known.failure(known.plan()).endswith("runs that wait for that: 2")
-
-
-def test_a_training_that_waits_for_another_one_to_save_is_no_failure(
-    known: State, trained: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """A killed worker's training saves before it ends; its successor's would be refused."""
-    first, train = known.plan().runs[0], running.run_command
-    checkpoints = known.folder_of(first) / CHECKPOINTS
-    checkpoints.mkdir(parents=True)
-    saves = acquire(checkpoints, expiry=45.0)
-    threading.Timer(0.5, saves.release).start()
-
-    def start(command: Sequence[str], *, folder: Path, **how: object) -> int:
-        assert holder_of(checkpoints) is None
-        return train(command, folder=folder, **how)
-
-    monkeypatch.setattr(running, "run_command", start)
-    make(known, first, tmp_path)
-    assert ended(known, first) == (DONE, 1)
 
 
 def test_a_branch_that_is_tried_again_goes_on_from_its_trunk(

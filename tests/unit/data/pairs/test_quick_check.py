@@ -1,6 +1,5 @@
 """Training refuses data that it must not read, and knows the rest by a checksum."""
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -50,14 +49,6 @@ def test_ids_of_large_data_without_a_manifest(
         verify_for_training(prefix, vocab_size=512)
 
 
-def test_a_missing_file_is_said(prefix: str, tmp_path: Path):
-    with pytest.raises(DataError, match=r"no dataset at .*data_text_document"):
-        verify_for_training(str(tmp_path / "dato"))
-    Path(prefix + ".idx").unlink()
-    with pytest.raises(DataError, match=r"no dataset at .*\.idx does not exist"):
-        verify_for_training(prefix)
-
-
 def test_a_moved_boundary_in_a_large_dataset_is_seen(
     run: Run, tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -82,15 +73,6 @@ def _pair(folder: Path, data: bytes) -> str:
     (folder / "x.idx").write_bytes(b"index")
     (folder / "x.bin").write_bytes(data)
     return str(folder / "x")
-
-
-def test_names_and_dates_do_not_count(tmp_path: Path):
-    first = content_of(_pair(tmp_path, b"data"))
-    os.utime(tmp_path / "x.bin", (1, 1))
-    assert content_of(str(tmp_path / "x")) == first
-    (tmp_path / "other").mkdir()
-    assert content_of(_pair(tmp_path / "other", b"data")) == first
-    assert content_of(_pair(tmp_path, b"date")) != first
 
 
 @pytest.mark.parametrize("at", [0, 499_999, 999_999])

@@ -81,14 +81,6 @@ def test_a_run_stopped_at_each_step(
     assert not Path(f"{prefix}.partial").exists()
 
 
-def test_a_file_that_is_shorter_than_its_journal(run: Run, tmp_path: Path, source: Path):
-    with _killed(PartialOutput, "commit", 3):
-        run(source, tmp_path / "data", *FLAGS)
-    (tmp_path / "data.partial" / "rejected.jsonl").write_bytes(b"")
-    with pytest.raises(DataError, match=r"rejected\.jsonl is shorter than its journal says"):
-        run(source, tmp_path / "data", *FLAGS, "--resume")
-
-
 @pytest.mark.parametrize("calls", range(4))
 def test_a_run_stopped_between_two_names(run: Run, tmp_path: Path, source: Path, calls: int):
     """Killed while it gives the rejected list, `.bin` and `.idx` their names, or after them."""
@@ -212,14 +204,6 @@ def test_a_corpus_of_the_name_of_the_manifest_is_not_replaced(run: Run, tmp_path
     with pytest.raises(DataError, match=r"books\.json is there and is not a dataset manifest"):
         run(source, tmp_path / "books", *FLAGS)
     assert source.read_bytes() == before
-
-
-def test_one_prefix_is_written_by_one_run(run: Run, tmp_path: Path, source: Path):
-    with (
-        PartialOutput(str(tmp_path / "data"), pairs={}, level="document", dtype=None),  # type: ignore[arg-type]
-        pytest.raises(DataError, match="another process is writing"),
-    ):
-        run(source, tmp_path / "data", *FLAGS)
 
 
 def test_kill_9_at_random_moments(run: Run, tmp_path: Path, source: Path):

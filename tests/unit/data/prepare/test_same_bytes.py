@@ -1,6 +1,5 @@
 """The pairs equal what Megatron's own tokenizer and `IndexedDatasetBuilder` write."""
 
-import argparse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,14 +9,11 @@ from data_helpers import (
     Run,
     assert_same_pair,
     megatron_tokenizer,
-    parse,
     write_jsonl,
     write_with_megatron,
 )
-from megatron.training.arguments import _add_tokenizer_args
 
 from megatron_smlp.data.prepare.sentences import SentenceSettings, Splitter, import_nltk
-from megatron_smlp.data.tokenizers.factory import identity_from_arguments
 from megatron_smlp.errors import DataError
 
 TEXTS = [
@@ -46,12 +42,6 @@ def test_hugging_face_folder(
     rows = [[text] for text in documents]
     write_with_megatron(tmp_path / "theirs", rows, theirs, append_eod=append_eod)
     assert_same_pair(tmp_path / "ours_text_document", tmp_path / "theirs")
-
-
-def test_training_arguments_give_the_identity_of_the_data_tool(hf_flags: list[str]):
-    theirs = _add_tokenizer_args(argparse.ArgumentParser()).parse_args(hf_flags)
-    ours = parse("--input", "x", "--output-prefix", "y", *hf_flags)
-    assert identity_from_arguments(theirs) == identity_from_arguments(ours)
 
 
 def test_any_number_of_workers_gives_the_same_bytes(
