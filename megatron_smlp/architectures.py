@@ -7,6 +7,7 @@ names, in layers/; the channel mixers are
     mlp          Megatron's MLP
     token_moe    layers/token_moe.py (Megatron's MoELayer)
     none         nothing: the slot is the identity
+    a plugin's   layers/hosted.py
 
 A Megatron-LM user takes the layers alone, without our training script:
 

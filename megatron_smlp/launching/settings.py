@@ -18,7 +18,7 @@ CLOSING = "--closing"
 
 
 @dataclass(frozen=True)
-class Rendezvous:
+class RendezvousSettings:
     """How the agents of several machines find each other."""
 
     kind: str
@@ -51,7 +51,7 @@ class Settings:
 
     processes: int
     """On this machine."""
-    rendezvous: Rendezvous | None
+    rendezvous: RendezvousSettings | None
     """None on a single machine."""
     local_address: str
     """Address under which other machines reach this one; empty if it has to be found out."""
@@ -82,7 +82,7 @@ def read(environment: Mapping[str, str], *, several: bool) -> Settings:
     )
 
 
-def _rendezvous(environment: Mapping[str, str]) -> Rendezvous:
+def _rendezvous(environment: Mapping[str, str]) -> RendezvousSettings:
     min_nodes, max_nodes = _nodes(_given(environment, "NNODES", "the number of machines"))
     kind, folder = _kind_and_folder(environment.get("RENDEZVOUS") or HOST)
     if kind == HOST:
@@ -97,7 +97,7 @@ def _rendezvous(environment: Mapping[str, str]) -> Rendezvous:
         port = _number(environment, "MASTER_PORT")
         if not 0 < port < 1 << 16:
             raise UsageError(f"MASTER_PORT={port}: give a port from 1 to 65535.")
-    return Rendezvous(
+    return RendezvousSettings(
         kind=kind,
         address=address,
         port=port,

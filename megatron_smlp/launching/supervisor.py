@@ -37,7 +37,7 @@ from megatron_smlp.launching.exit_codes import (
 from megatron_smlp.launching.failures import Failures
 from megatron_smlp.launching.folder_rendezvous import Presence
 from megatron_smlp.launching.parent import LAUNCHER_PID, end_with_launcher
-from megatron_smlp.launching.settings import CLOSING, FILE, HOST, Rendezvous, Settings, read
+from megatron_smlp.launching.settings import CLOSING, FILE, HOST, RendezvousSettings, Settings, read
 from megatron_smlp.launching.training_argv import check_counts, given, limit_connections
 from megatron_smlp.restart_note import note_cause
 
@@ -225,7 +225,7 @@ class Supervisor:
             )
         return answers
 
-    def _answers(self, rendezvous: Rendezvous, *, seconds: float) -> bool:
+    def _answers(self, rendezvous: RendezvousSettings, *, seconds: float) -> bool:
         return network.answers(
             rendezvous.address, rendezvous.port, seconds=seconds, gives_up=lambda: self.is_signalled
         )
@@ -276,7 +276,7 @@ class Supervisor:
             *(_rendezvous_flags(rendezvous, settings) if rendezvous else ["--standalone"]),
         ]
 
-    def _reach(self, rendezvous: Rendezvous, address: str) -> None:
+    def _reach(self, rendezvous: RendezvousSettings, address: str) -> None:
         """Wait for the other machines in a shared folder, or for a store that is elsewhere."""
         seconds, least = self.settings.start_timeout, rendezvous.min_nodes
         if rendezvous.kind == FILE:
@@ -310,7 +310,7 @@ def _is_under_nohup(number: signal.Signals) -> bool:
     return number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
 
 
-def _rendezvous_flags(rendezvous: Rendezvous, settings: Settings) -> list[str]:
+def _rendezvous_flags(rendezvous: RendezvousSettings, settings: Settings) -> list[str]:
     is_host = str(rendezvous.is_host).lower()
     where = "store_type=file" if rendezvous.kind == FILE else f"is_host={is_host}"
     return [
