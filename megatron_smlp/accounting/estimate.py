@@ -23,7 +23,6 @@ from megatron_smlp.accounting.ranks import ParallelLayout, gathers
 from megatron_smlp.command_line import Parser, did_you_mean, flag_of
 from megatron_smlp.data.tokenizers.factory import read_tokenizer
 from megatron_smlp.data.tokenizers.spec import TokenizerSpec
-from megatron_smlp.flag_facts import MEGATRON_FLAGS
 from megatron_smlp.flags.check_model import check_attention, check_experts, check_sparse
 from megatron_smlp.flags.megatron_flags import listed
 from megatron_smlp.flags.yaml_file import StrictLoader, read_yaml, spelling
@@ -80,7 +79,6 @@ _GATHERED_BYTES = 12
 """Of a parameter: its fp32 value and Adam's two moments."""
 _PINNED = 2
 """Of a copy in pinned memory, whose blocks torch rounds up to powers of two: at most."""
-_RESOLVED = ("add_bias_linear", "padded_vocab_size")
 _DEFAULTS = {**model_defaults(), "token_router": None, "position_embedding_type": None} | _LAYOUT
 _CHOICES: dict[str, tuple[str, ...]] = {
     "normalization": ("LayerNorm", "RMSNorm"),
@@ -97,13 +95,10 @@ _SIZES = {
     *(name for name, default in _DEFAULTS.items() if type(default) is int),
 } - {"rotary_base", "moe_layer_freq"}
 """What has to be a whole number."""
-_TYPED = dict.fromkeys(_REQUIRED)
-_TYPED |= {name: value for name, value in _DEFAULTS.items() if name not in _RESOLVED}
-_TYPED |= {field.name: field.default for field in dataclasses.fields(TokenizerSpec)}
-"""What may be on the command line: flags with their defaults."""
+_KNOWN = {*_DEFAULTS, *_REQUIRED, *(field.name for field in dataclasses.fields(TokenizerSpec))}
 EPILOG = """
-The flags of the model, its layout and the tokenizer are those of pretrain_smlp.py, and win over the
-file; --no-KEY leaves out a key of the file. The tokenizer says how many entries the vocabulary has.
+Flags are those of pretrain_smlp.py, whose command line may be given as it is; they win over the
+file, and --no-KEY leaves out a key of it. The tokenizer says how many entries the vocabulary has.
 """
 
 
@@ -152,7 +147,8 @@ def resolve(values: dict[str, Any]) -> argparse.Namespace:
     _refuse_misspelt(values)
     missing = [name for name in _REQUIRED if not values.get(name)]
     if missing:
-        raise ValueError(f"{', '.join(missing)} missing: give a positive number for each")
+        flags = ", ".join(map(flag_of, missing))
+        raise ValueError(f"{flags} missing: give a positive number for each")
     _refuse_wrong(values)
     plugins = {name: DEFAULTS[name] for name in PLUGIN_OPTIONS}
     args = argparse.Namespace(**(_DEFAULTS | plugins | values))
@@ -233,7 +229,7 @@ def _refuse_impossible(args: argparse.Namespace) -> None:
 
 def uncounted(values: Mapping[str, Any]) -> list[str]:
     """Return the names of flags with which memory and traffic are not those that are counted."""
-    known, taken = {*_TYPED, *OUR_FLAGS}, listed()
+    known, taken = {*_KNOWN, *OUR_FLAGS}, listed()
     return [
         name
         for name, value in values.items()
@@ -242,41 +238,41 @@ def uncounted(values: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def merged(
-    file: Mapping[str, Any], given: Mapping[str, Any], rest: Sequence[str] = ()
-) -> dict[str, Any]:
-    """Return the flags of a file, by name, with those of a command line in their place.
-
-    Args:
-        given: by name; of a flag that is no switch a list of what is typed behind it.
-        rest: what the parser does not know: `--no-KEY` leaves out a key of the file.
+def merged(file: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
+    """Return the flags of a file, by name, with those of a command line in their place; `--no-KEY`
+    leaves out a key of the file.
 
     Raises:
-        ValueError: a word is neither a flag of the model, its layout or the tokenizer, nor a value.
+        ValueError: a word is neither a flag nor a value.
     """
-    values = dict(file)
-    for word in rest:
-        key = spelling(word.removeprefix("--no-"))
-        if not word.startswith("--no-") or key not in {*_TYPED, *file}:
-            near = did_you_mean(word, map(flag_of, _TYPED), cutoff=0.8) or "`--help` lists them"
-            raise ValueError(
-                f"{word} is not a flag of the model, its layout or the tokenizer: {near}"
-            )
-        values.pop(key, None)
-    for name, typed in given.items():
-        values[name] = typed[0] if isinstance(typed, list) and len(typed) == 1 else typed
+    values, given = dict(file), dict[str, list[Any]]()
+    key = ""
+    for word in words:
+        name, has_value, text = word.partition("=")
+        if not word.startswith("--"):
+            if not key:
+                raise ValueError(f"{word}: give a flag, as --num-layers, before its value")
+            given[key].append(_value(key, word))
+            continue
+        key = spelling(name.removeprefix("--"))
+        given[key] = [_value(key, text)] if has_value else []
+    for key in [key for key in given if key.startswith("no_") and key[3:] in file]:
+        del given[key], values[key[3:]]
+    for key, typed in given.items():
+        is_switch = not typed and key not in _SIZES
+        values[key] = True if is_switch else typed[0] if len(typed) == 1 else typed
     if values.get("tokenizer_type"):
         spec = TokenizerSpec.from_arguments(argparse.Namespace(**values))
         values["vocab_size"] = read_tokenizer(spec).vocab_size
     return values
 
 
-def _value(word: str) -> Any:
+def _value(key: str, word: str) -> Any:
     """Read a word as a value of a file: 4, 1e-5, true, text, [0, 1]."""
     try:
         return yaml.load(word, StrictLoader)
     except yaml.YAMLError as error:
-        raise argparse.ArgumentTypeError(f"{word}: give a number, text or list") from error
+        raise ValueError(f"{flag_of(key)} {word}: give a number, text or list") from error
 
 
 def _table(result: dict[str, Any]) -> str:
@@ -323,26 +319,15 @@ def build_parser() -> argparse.ArgumentParser:
         help="YAML file of flags; of several a later one wins",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON")
-    flags = parser.add_argument_group("flags of the model, its layout and the tokenizer")
-    for name, default in sorted(_TYPED.items()):
-        is_shown = name not in MEGATRON_FLAGS or flag_of(name) in listed()
-        how: dict[str, Any] = {"default": argparse.SUPPRESS}
-        how |= {} if is_shown else {"help": argparse.SUPPRESS}  # costs nothing
-        if isinstance(default, bool):
-            flags.add_argument(flag_of(name), action="store_true", **how)
-        else:
-            flags.add_argument(flag_of(name), type=_value, nargs="+", metavar="VALUE", **how)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Return the exit code: 0, or 2 if the configuration is refused."""
     try:
-        options, rest = build_parser().parse_known_args(argv)
-        given = vars(options)
-        config, as_json = given.pop("config"), given.pop("json")
-        file = {spelling(key): value for key, value in read_yaml(*config).items()}
-        values = merged(file, given, rest)
+        options, words = build_parser().parse_known_args(argv)
+        file = {spelling(key): value for key, value in read_yaml(*options.config).items()}
+        values = merged(file, words)
         result = estimate(values)
         for name in uncounted(values):
             raise ValueError(
@@ -352,5 +337,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"estimate.py: error: {error}", file=sys.stderr)
         return 2
-    print(json.dumps(result, indent=2) if as_json else _table(result))
+    print(json.dumps(result, indent=2) if options.json else _table(result))
     return 0

@@ -14,7 +14,6 @@ from support.parallel_models import measure
 
 from megatron_smlp.accounting.costs import ModelShape, model_cost
 from megatron_smlp.accounting.estimate import (
-    build_parser,
     estimate,
     main,
     merged,
@@ -269,7 +268,7 @@ def test_what_a_tensor_parallel_rank_keeps_and_sends(
 
 def _on_two_ranks(case: str) -> tuple[ModelShape, ParallelLayout]:
     words = f"{TWO_RANKS} {ON_TWO_RANKS[case]}".replace(DISPATCHER, "").split()
-    values = merged({}, vars(build_parser().parse_args(words)))
+    values = merged({}, words)
     # The fused SwiGLU is a GPU's.
     values |= {"padded_vocab_size": 104, "world_size": 2, "no_bias_swiglu_fusion": True}
     args = resolve(values)
@@ -293,7 +292,7 @@ def test_a_width_that_is_left_out_is_the_trainings(parse: Any, architecture: str
         ({"num_experts": 3, "expert_model_parallel_size": 2}, "--num-experts 3 is not a multiple"),
         ({"global_batch_size": 5, "micro_batch_size": 2}, "--global-batch-size 5"),
         ({"hidden_sizes": 5}, "did you mean hidden_size?"),
-        ({"num_layers": None}, "num_layers missing"),
+        ({"num_layers": None}, "--num-layers missing"),
     ],
 )
 def test_what_does_not_fit_is_refused(changes: dict[str, Any], message: str):
@@ -343,6 +342,8 @@ def test_flags_of_the_model_stand_on_the_command_line(
         f"{words} --num-experts 8 --moe-layer-freq 0 1 0 1 --swiglu", capsys
     )
     assert printed(f"{file} --bf16", capsys) != printed(file, capsys)
+    others = "--data-path 0.5 a 0.5 b --lr 1e-3 --save runs/first --no-load-optim"
+    assert printed(f"{words} {others}", capsys) == printed(words, capsys)
 
 
 def test_a_tokenizer_says_how_large_the_vocabulary_is(capsys: pytest.CaptureFixture[str]):
@@ -354,7 +355,8 @@ def test_a_tokenizer_says_how_large_the_vocabulary_is(capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        ("--num-layer 4", "--num-layer is not a flag"),
+        ("--num-layer 4", "did you mean"),
+        ("--no-swiglu", "--no-swiglu"),
         ("--hidden-size", "--hidden-size"),
         ("--hidden-size [4", "--hidden-size"),
         ("--num-layers 2.5", "--num-layers 2.5"),
