@@ -176,10 +176,11 @@ def page() -> str:
 
 HEAD = f"""# What works where
 
-What `pretrain_smlp.py` takes of these presets of [{PRESETS}](../{PRESETS}/) on a CPU: *yes*, or *no*,
-with the refusal below. *untried*: on a GPU, where nothing has been tried ([gpus.md](gpus.md)); the
-tests run it with the CPU in place of one. The last column has the tests that train small models so.
-Export, generation, evaluation and checkpoints take all systems. `docs/what_works.py` wrote this.
+What `pretrain_smlp.py` takes of these presets of [{PRESETS}](../{PRESETS}/) on a CPU: *yes*, or
+*no*, with the refusal below. *untried*: on a GPU, where nothing has been tried
+([gpus.md](gpus.md)); the tests run it with the CPU in place of one. The last column has the tests
+that train small models so. Export, generation, evaluation and checkpoints take all systems.
+`docs/what_works.py` wrote this.
 """
 
 
