@@ -102,6 +102,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     states = read_states(args)
     if args.command == "report":
         return _report(args, states)
+    if args.command == "run" and args.retry:
+        for known, _ in states:
+            known.retry_failures()
     work = COMMANDS[args.command]
     if len(states) == 1:
         return work(args, *states[0])
@@ -109,7 +112,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         for known, results in states:  # other workers are waited for once no size has a free run
             print(f"== {known.study.name}", flush=True)
             _run(args, known, results, waits=False)
-        args.retry = False  # once more, and not twice
     codes = []
     for known, results in states:
         print(f"== {known.study.name}", flush=True)
@@ -209,8 +211,6 @@ def _run(args: argparse.Namespace, known: State, results: Results, *, waits: boo
     if args.speed:
         return _time(args, known, results)
     state.begin(known.folder, state.description(known.study, known.systems, known.identity))
-    if args.retry:
-        known.retry_failures()
     data = StudyData(args.data)
     make_fingerprints(known, data, results, processes=args.processes)
     for line in lines_on_sources(known, results, processes=args.processes):
