@@ -100,6 +100,12 @@ def forgotten_plugins() -> Iterator[None]:
     yield
     if take_back:
         take_back()
+    if "megatron_smlp.hf.modeling_plugin" in sys.modules:
+        from transformers import AutoModelForCausalLM
+
+        from megatron_smlp.hf import SMLPConfig, SMLPForCausalLM
+
+        AutoModelForCausalLM.register(SMLPConfig, SMLPForCausalLM, exist_ok=True)
 
 
 @pytest.fixture

@@ -217,12 +217,13 @@ def build(config: SMLPConfig) -> SMLPForCausalLM:
 
 def model_class(config: SMLPConfig) -> type[SMLPForCausalLM]:
     """Return the class of a configuration's model, which transformers' Auto classes take too."""
-    if config.plugin is None:
-        return SMLPForCausalLM
-    from megatron_smlp.hf.modeling_plugin import SMLPPluginForCausalLM
+    kind = SMLPForCausalLM
+    if config.plugin is not None:
+        from megatron_smlp.hf.modeling_plugin import SMLPPluginForCausalLM
 
-    AutoModelForCausalLM.register(SMLPConfig, SMLPPluginForCausalLM, exist_ok=True)
-    return SMLPPluginForCausalLM
+        kind = SMLPPluginForCausalLM
+    AutoModelForCausalLM.register(SMLPConfig, kind, exist_ok=True)
+    return kind
 
 
 def expected_shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
