@@ -259,8 +259,10 @@ def merged(file: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
     for key in [key for key in given if key.startswith("no_") and key[3:] in file]:
         del given[key], values[key[3:]]
     for key, typed in given.items():
-        is_switch = not typed and key not in _SIZES
-        values[key] = True if is_switch else typed[0] if len(typed) == 1 else typed
+        if not typed and key not in _SIZES:
+            values[key] = True  # a switch
+        else:
+            values[key] = typed[0] if len(typed) == 1 else typed
     if values.get("tokenizer_type"):
         spec = TokenizerSpec.from_arguments(argparse.Namespace(**values))
         values["vocab_size"] = read_tokenizer(spec).vocab_size

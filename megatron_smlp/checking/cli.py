@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     named = " ".join(options.plugins)
     count = 0
     with tempfile.TemporaryDirectory(prefix="smlp-check-") as folder:
-        for check in _checks(options.plugins, Path(folder), quick=options.quick):
+        for check in _checks(options.plugins, named, Path(folder), quick=options.quick):
             row = check()
             count += 1
             mark = "[green]ok   [/]" if row.passed else "[red]WRONG[/]"
@@ -74,22 +74,20 @@ def of_classes() -> Iterator[Check]:
             yield from checks(name, kind)
 
 
-def _checks(plugins: Sequence[str], folder: Path, *, quick: bool) -> Iterator[Check]:
+def _checks(plugins: Sequence[str], named: str, folder: Path, *, quick: bool) -> Iterator[Check]:
     from megatron_smlp.checking.runs import MODELS, Runs
     from megatron_smlp.plugins import register
 
     tables = dict(register.tables())
     if not any(tables.values()):
-        raise UsageError(
-            f"{' '.join(plugins)} registers nothing: decorate a class by @register(NAME)."
-        )
+        raise UsageError(f"{named} registers nothing: decorate a class by @register(NAME).")
     yield from of_classes()
     if quick:
         return
     mixing = [*register.token_mixers, *register.channel_mixers]
     if mixing and not register.architectures:
         raise UsageError(
-            f"{' '.join(plugins)} registers no architecture, so that nothing can be trained: add "
+            f"{named} registers no architecture, so that nothing can be trained: add "
             f'register.architecture("{mixing[0]}", mixer="{mixing[0]}").'
         )
     for title, flags in MODELS.items():

@@ -82,6 +82,20 @@ def test_the_csv_files_alone_give_the_same_report(known: State, tmp_path: Path):
     assert figures == {"loss", "learning-rates", "expert-load", "speed-up"}
 
 
+def test_a_figure_that_is_not_drawn_any_more_goes(known: State, tmp_path: Path):
+    """Of the report's own: what else lies in the folder is somebody's."""
+    pretend(known, loss_of)
+    results = tmp_path / "results"
+    results.mkdir(exist_ok=True)
+    (results / "report.md").write_text("![old.png](old.png)\n![loss.png](loss.png)\n")
+    for name in ("old.png", "mine.png"):
+        (results / name).touch()
+    assert cli.main(study_argv("report", tmp_path)) == 0
+    assert not (results / "old.png").exists()
+    assert (results / "mine.png").exists()
+    assert (results / "loss.png").stat().st_size
+
+
 def test_a_missing_and_a_diverged_run_are_said(known: State, tmp_path: Path):
     def loss(run: PlannedRun) -> float:
         bad = run.system == "switch" and run.seed == 12
