@@ -57,7 +57,7 @@ TESTED: dict[str, str] = {
         expert-tensor-parallel-size context-parallel-size sequence-parallel
         num-layers-per-virtual-pipeline-stage use-distributed-optimizer overlap-grad-reduce
         overlap-param-gather no-align-grad-reduce no-align-param-gather ddp-bucket-size
-        tp-comm-overlap te-rng-tracker distributed-backend distributed-timeout-minutes
+        tp-comm-overlap distributed-backend distributed-timeout-minutes
         distributed-timeout-seconds-after-init disable-gloo-process-groups
         check-weight-hash-across-dp-replicas-interval""",
     "Memory and speed": """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import signal
 import sys
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 HELP = {
     "plan": "check that the study is fair, and list its runs",
     "run": "work on it: start as many workers, on as many machines, as you like",
+    "reuse": "take over the runs of other studies' results that are also runs of this one",
     "evaluate": "score final checkpoints: zero-shot tasks, and where in a text the loss lies",
     "export": "write the best run of each system for transformers, with a model card",
     "status": "what is done, running, failed",
@@ -63,6 +65,10 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--speed", action="store_true",
         help="only time the systems, in turns; nothing else should run on the machine",
+    )  # fmt: skip
+    parsers["reuse"].add_argument(
+        "--of", type=Path, nargs="+", required=True, metavar="FOLDER",
+        help="with runs.csv, as studies/results/NAME/HARDWARE",
     )  # fmt: skip
     parsers["report"].add_argument(
         "--accept-other-sources", action="store_true",
@@ -233,6 +239,23 @@ def _time(args: argparse.Namespace, known: State, results: Results) -> int:
     return 0
 
 
+def _reuse(args: argparse.Namespace, known: State, results: Results) -> int:
+    from megatron_smlp.study.results import Results
+
+    others = [Results(folder) for folder in args.of]
+    for other in others:
+        if other.runs.empty:
+            raise UsageError(f"--of {other.folder}: no runs.csv with a run is there.")
+    count = 0
+    # Trials make known which runs come after them.
+    while taken := sum(results.take_over(known, other) for other in others):
+        count += taken
+        known = dataclasses.replace(known, kept=results.endings())
+    left = len(known.to_do(plan := known.plan())) + len(plan.pending)
+    print(f"{results.folder / 'runs.csv'}: {count} runs taken over, {left} to do")
+    return 0
+
+
 def _evaluate(args: argparse.Namespace, known: State, results: Results) -> int:
     from megatron_smlp.study.final import evaluate_finals
 
@@ -296,5 +319,6 @@ def _report(args: argparse.Namespace, states: Sequence[tuple[State, Results]]) -
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace, State, Results], int]] = {
-    "plan": _plan, "run": _run, "evaluate": _evaluate, "export": _export, "status": _status,
+    "plan": _plan, "run": _run, "reuse": _reuse,
+    "evaluate": _evaluate, "export": _export, "status": _status,
 }  # fmt: skip

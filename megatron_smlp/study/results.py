@@ -111,9 +111,7 @@ class Results:
     def collect(self, known: state.State) -> None:
         """Add what the folders of the runs have and these files lack, and write them."""
         if len(fingerprints := self.fingerprints_of(known)):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._write("fingerprints.csv", fingerprints)
-            del self.__dict__["fingerprints"]
+            self._write_fingerprints(fingerprints)
         kept = set(self.runs["key"][self.runs["status"] != state.FAILED])
         endings = {run.key: (run, known.ending(run)) for run in known.plan().runs}
         new = {
@@ -124,8 +122,36 @@ class Results:
         if not new:
             return
         logged = [(run, ending, _records(known, run)) for run, ending in new.values()]
-        runs = [_run_line(known, *lines) for lines in logged]
-        curves = [line for run, _, records in logged for line in _curve_lines(run, records)]
+        self._add(
+            known,
+            [_run_line(known, *lines) for lines in logged],
+            [line for run, _, records in logged for line in _curve_lines(run, records)],
+        )
+
+    def take_over(self, known: state.State, other: Results) -> int:
+        """Add the runs of another study's results that this one trains too; return how many."""
+        runs = {run.key: run for run in known.plan().runs if known.ending(run) is None}
+        rows = other.runs[other.runs["key"].isin(runs) & (other.runs["status"] != state.FAILED)]
+        if rows.empty:
+            return 0
+        own_names = {row.system: runs[row.key].system for row in rows.itertuples()}
+        lines = [
+            row | {name: getattr(runs[row["key"]], name) for name in OF_RUN}
+            for row in rows.to_dict("records")
+        ]
+        self._add(known, lines, other.curves[other.curves["key"].isin(rows["key"])])
+        found = other.fingerprints[other.fingerprints["system"].isin(own_names)]
+        found = found.assign(system=found["system"].map(own_names))
+        self._write_fingerprints(_merged(self.fingerprints, found))
+        return len(lines)
+
+    def _add(
+        self,
+        known: state.State,
+        runs: list[dict[str, Any]],
+        curves: list[dict[str, Any]] | pandas.DataFrame,
+    ) -> None:
+        """Add runs and their curves, and write study.json beside them."""
         all_runs = _joined(self.runs, runs, RUN_COLUMNS).astype({"horizon": "Int64"})
         all_curves = _joined(self.curves, curves, CURVE_COLUMNS)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -142,9 +168,12 @@ class Results:
         """Return those of fingerprints.csv, and those that were made since."""
         records = map(state.read_json, known.folder.glob(f"{FINGERPRINTS}/*/*/{FOUND}"))
         new = pandas.DataFrame(records, columns=list(FINGERPRINT_COLUMNS))
-        table = pandas.concat([self.fingerprints, new]) if len(self.fingerprints) else new
-        order = ["system", "machine", "sources"]
-        return table.drop_duplicates([*order, "fingerprint"]).sort_values(order)
+        return _merged(self.fingerprints, new)
+
+    def _write_fingerprints(self, table: pandas.DataFrame) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._write("fingerprints.csv", table)
+        del self.__dict__["fingerprints"]
 
     def add_speed(self, lines: list[dict[str, Any]]) -> None:
         """Write the rounds of a quiet timing behind those of this machine's earlier ones.
@@ -181,8 +210,16 @@ class Results:
         write_durably(self.folder / name, table.to_csv(index=False, float_format=SIGNIFICANT))
 
 
+def _merged(fingerprints: pandas.DataFrame, new: pandas.DataFrame) -> pandas.DataFrame:
+    table = pandas.concat([fingerprints, new]) if len(fingerprints) else new
+    order = ["system", "machine", "sources"]
+    return table.drop_duplicates([*order, "fingerprint"]).sort_values(order)
+
+
 def _joined(
-    table: pandas.DataFrame, lines: list[dict[str, Any]], columns: tuple[str, ...]
+    table: pandas.DataFrame,
+    lines: list[dict[str, Any]] | pandas.DataFrame,
+    columns: tuple[str, ...],
 ) -> pandas.DataFrame:
     """Put new lines behind those of other runs."""
     new = pandas.DataFrame(lines, columns=list(columns))

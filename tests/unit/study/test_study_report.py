@@ -18,9 +18,12 @@ from support.studies import (
     page_of_study,
     pretend,
     study_argv,
+    write_study,
 )
 
+from megatron_smlp.errors import UsageError
 from megatron_smlp.study import cli
+from megatron_smlp.study.made_by import FINGERPRINT_COLUMNS
 from megatron_smlp.study.plan import PlannedRun
 from megatron_smlp.study.report import Page
 from megatron_smlp.study.results import Results
@@ -64,6 +67,38 @@ def test_trials_and_experts_have_their_tables(tmp_path: Path):
     assert re.search(r"\| system \| learning rate \| x 1 \| x 2 \| x 4 \|", text)
     assert re.search(r"\| switch \| [\d.]+ \| 5\.250 \| \*\*5\.125\*\* \|  \|", text)
     assert "| switch | 1 to 1 | 0.8 to 1.2 | 0.970 | 10.0% | 25.0% |" in text
+
+
+def test_runs_that_another_study_made_are_taken_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """By what they are, whatever the other study calls the system; the trials before the others."""
+    tuning = {"seed": 1, "horizon": "100K", "lr": [1, 2]}
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        folder.mkdir()
+    page_of_study(first, lambda run: 5.0 + abs(run.factor - 2), tuning=tuning)
+    line = dict.fromkeys(FINGERPRINT_COLUMNS, "0") | {"system": "switch"}
+    pandas.DataFrame([line]).to_csv(first / "results" / "fingerprints.csv", index=False)
+    write_study(
+        second, tuning=tuning, systems=["mine", "transformer", "smlp_partial"],
+        subject="smlp_partial", variants={"mine": {"from": "switch"}},
+    )  # fmt: skip
+    argv = study_argv("reuse", second, "--of", str(first / "results"))
+    assert cli.main(argv) == 0
+    # Of each a trial of either rate, and 5 pieces to three horizons of three seeds.
+    assert "34 runs taken over, 17 to do" in capsys.readouterr().out
+    results = Results(second / "results")
+    assert set(results.runs["system"]) == {"mine", "transformer"}
+    assert set(results.runs.loc[results.runs["phase"] == "main", "factor"]) == {2}
+    theirs = Results(first / "results").curves
+    kept = theirs[theirs["key"].isin(results.runs["key"])]
+    pandas.testing.assert_frame_equal(kept.reset_index(drop=True), results.curves)
+    assert list(results.fingerprints["system"]) == ["mine"]
+    assert cli.main(argv) == 0
+    assert " 0 runs taken over, 17 to do" in capsys.readouterr().out
+    with pytest.raises(UsageError, match=r"--of \S+runs: no runs.csv with a run is there"):
+        cli.main([*argv[:-1], str(tmp_path / "first" / "runs")])
 
 
 def test_the_csv_files_alone_give_the_same_report(known: State, tmp_path: Path):

@@ -38,14 +38,14 @@ def loss_of(report: Tensor) -> Tensor:
     return report[0] / report[1]
 
 
-def test_attention_within_documents_is_another_training(tmp_path: Path):
+def test_what_an_end_of_a_document_changes_is_another_training(tmp_path: Path):
     flags = "--architecture transformer --num-attention-heads 4 --log-interval 1 --vocab-size 20"
     losses = []
-    for more in ("", "--reset-attention-mask", "--reset-position-ids"):
+    for more in ("", "--reset-attention-mask", "--reset-position-ids", "--eod-mask-loss"):
         folder = tmp_path / (more or "plain")
         with pretrained(f"{flags} --null-tokenizer-eod-id 3 {more} --log-dir {folder}"):
             losses.append(steps(folder)[0].loss)
-    assert len(set(losses)) == 3
+    assert len(set(losses)) == 4
 
 
 @pytest.mark.parametrize(
