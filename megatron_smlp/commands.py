@@ -28,6 +28,11 @@ def _main(module: str) -> int | None:
     return code
 
 
+def launch() -> NoReturn:
+    """Hand --plugin on to the ranks with the rest of a training's command line."""
+    run_tool(lambda: importlib.import_module("megatron_smlp.launching.supervisor").main())
+
+
 check = partial(_run, "checking.cli")
 convert = partial(_run, "conversion.cli")
 estimate = partial(_run, "accounting.estimate")
@@ -35,7 +40,6 @@ evaluate = partial(_run, "evaluation.cli")
 generate = partial(_run, "generation.cli")
 inspect_checkpoint = partial(_run, "checkpoints.inspect_cli")
 inspect_dataset = partial(_run, "data.pairs.inspect_cli")
-launch = partial(_run, "launching.supervisor")
 merge_datasets = partial(_run, "data.pairs.merge_cli")
 plot = partial(_run, "plotting.cli")
 new = partial(_run, "checking.new")

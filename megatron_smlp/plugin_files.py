@@ -10,6 +10,7 @@ plugin.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import os
@@ -44,7 +45,8 @@ def take(argv: Sequence[str]) -> list[str]:
     parser.add_argument(FLAG, action="append", default=[], dest="names")
     parser.add_argument(ALLOW, action="store_true", dest="allows")
     options, rest = parser.parse_known_args(argv)
-    if options.allows:
+    settings = read_settings(config_paths(argv))
+    if options.allows or any(s.value for key, s in settings.items() if flag_of(key) == ALLOW):
         ALLOWED.add(ALLOW)
     for name in (*named_in(config_paths(argv)), *options.names):
         load(name)
@@ -190,6 +192,23 @@ def _enter(added: Mapping[str, Sequence[str]]) -> None:
     for name in added["architecture"]:
         for kind in _kinds_of(register.architectures[name]):
             _enter_options(kind, architectures=(name,))
+        _enter_package_flags(name)
+
+
+def _enter_package_flags(name: str) -> None:
+    """Let an architecture take the flags of the package's own architectures whose mixers are all
+    among its own: --spatial-heads, where it has spatial gating."""
+    own = {systems.ARCHITECTURES[name].mixer, *systems.ARCHITECTURES[name].others}
+    like = {
+        other
+        for other, kind in systems.ARCHITECTURES.items()
+        if own >= {kind.mixer, kind.sparse_mixer or kind.mixer}
+    }
+    for table in (options.OUR_FLAGS, options.MODEL_FLAGS):
+        for flag, facts in table.items():
+            if flag not in options.PLUGIN_OPTIONS and like & {*facts.architectures}:
+                wider = (*facts.architectures, name)
+                table[flag] = dataclasses.replace(facts, architectures=wider)
 
 
 def _mixer(name: str, kind: Any) -> systems.Mixer:

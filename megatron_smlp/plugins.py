@@ -295,7 +295,8 @@ class TokenRouter(nn.Module):
     """
 
     experts_per_token: ClassVar[int] = 1
-    """k, experts that a token visits, on average at most: FLOPs are counted so."""
+    """k, experts that a token visits, by which FLOPs are counted and tokens are sent. With
+    `may_skip` their number on average, at most."""
     may_skip: ClassVar[bool] = False
     """Whether `choose` says which of the choices are visited, so that tokens have fewer or more."""
 

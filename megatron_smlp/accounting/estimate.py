@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -152,8 +154,7 @@ def resolve(values: dict[str, Any]) -> argparse.Namespace:
     _refuse_wrong(values)
     plugins = {name: DEFAULTS[name] for name in PLUGIN_OPTIONS}
     args = argparse.Namespace(**(_DEFAULTS | plugins | values))
-    if not isinstance(args.moe_layer_freq, int | list):
-        raise ValueError(f"moe_layer_freq {args.moe_layer_freq}: give a number or a list as [0, 1]")
+    args.moe_layer_freq = _layer_freq(args.moe_layer_freq)
     args.load = None
     _refuse_impossible(args)
     args.num_attention_heads = args.num_attention_heads or 1
@@ -181,6 +182,16 @@ def resolve(values: dict[str, Any]) -> argparse.Namespace:
     if args.num_experts and args.tensor_model_parallel_size > 1:
         args.sequence_parallel = True  # as pretrain_smlp.py does
     return args
+
+
+def _layer_freq(value: Any) -> int | list[int]:
+    """Read --moe-layer-freq by Megatron's rule: a number, a list, or one made as [0,1]*3+[1]."""
+    with contextlib.suppress(SyntaxError, TypeError, IndexError):
+        if isinstance(value, str) and re.fullmatch(r"(?!.*\*\*)[\d,\[\]()*+ ]+", value):
+            value = eval(value, {})
+    if not isinstance(value, int | list):
+        raise ValueError(f"--moe-layer-freq {value}: give a number or a list as [0, 1] or [0,1]*3")
+    return value
 
 
 def _default_width(args: argparse.Namespace) -> int:
@@ -274,6 +285,8 @@ def _value(key: str, word: str) -> Any:
     try:
         return yaml.load(word, StrictLoader)
     except yaml.YAMLError as error:
+        if key == "moe_layer_freq":
+            return word  # [0,1]*3
         raise ValueError(f"{flag_of(key)} {word}: give a number, text or list") from error
 
 

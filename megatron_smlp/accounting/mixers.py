@@ -84,7 +84,8 @@ def feature_moe_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
 def prefix_router_cost(shape: ModelShape, num_experts: int) -> Cost:
     """Partial prediction: one weight for each prefix position and expert."""
     parameters = shape.prefix_length * num_experts
-    return Cost(replicated=parameters, flops=2 * shape.num_feature_chunks * parameters)
+    flops = 2 * shape.num_feature_chunks * parameters
+    return Cost(replicated=parameters, summed=parameters, flops=flops)
 
 
 def masked_mixer_cost(shape: ModelShape, slots: LayerSlots) -> Cost:

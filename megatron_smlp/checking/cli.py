@@ -80,7 +80,10 @@ def _checks(plugins: Sequence[str], named: str, folder: Path, *, quick: bool) ->
 
     tables = dict(register.tables())
     if not any(tables.values()):
-        raise UsageError(f"{named} registers nothing: decorate a class by @register(NAME).")
+        raise UsageError(
+            f"{named} registers no mixer, router or architecture, and so nothing to check: "
+            "decorate a class by @register(NAME). What only looks on is tried by a training."
+        )
     yield from of_classes()
     if quick:
         return

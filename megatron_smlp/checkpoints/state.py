@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from megatron.core import dist_checkpointing, mpu, tensor_parallel
+from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
     FullyParallelSaveStrategyWrapper,
@@ -183,7 +183,8 @@ def read(parts: Trained, folder: Path) -> int:
     has_optimizer = parts.optimizer is not None and not getattr(saved, "no_save_optim", False)
     with_optimizer = goes_on and has_optimizer and not args.no_load_optim
     if with_optimizer:
-        _check_optimizer(args, metadata[FORMAT], same_layout=same_layout)
+        is_same = same_layout and _expert_layout(saved) == _expert_layout(args)
+        _check_optimizer(args, metadata[FORMAT], same_layout=is_same)
     has_rng = same_layout and not getattr(saved, "no_save_rng", False)
     with_rng = goes_on and has_rng and not args.no_load_rng
     wanted = _state(
@@ -233,6 +234,14 @@ def _layout(args: argparse.Namespace) -> tuple[int, int]:
     )
 
 
+def _expert_layout(args: argparse.Namespace) -> tuple[int, int]:
+    tensor = getattr(args, "expert_tensor_parallel_size", None)
+    return (
+        getattr(args, "expert_model_parallel_size", 1),
+        _layout(args)[0] if tensor is None else tensor,
+    )
+
+
 def _check_optimizer(args: argparse.Namespace, kind: str, *, same_layout: bool) -> None:
     if kind != ANY_LAYOUT and not (args.use_distributed_optimizer and same_layout):
         raise UsageError(
@@ -274,7 +283,7 @@ def _put(parts: Trained, state: dict[str, Any], *, with_optimizer: bool) -> None
 
 
 def _set_rng(args: argparse.Namespace, saved: Any, parts: Trained) -> None:
-    state = saved[mpu.get_data_parallel_rank() if args.data_parallel_random_init else 0]
+    state = saved[0]
     random.setstate(state["random_rng_state"])
     np.random.set_state(state["np_rng_state"])
     torch.set_rng_state(state["torch_rng_state"])

@@ -96,7 +96,7 @@ def training_facts(
     for line in reversed(logged):
         if "validation_loss" in line and line["iteration"] <= iteration:
             at = "" if line["iteration"] == iteration else f" (iteration {line['iteration']:,})"
-            return {**facts, "validation loss": f"{line['validation_loss']:.4f}{at}"}
+            return {**facts, "validation loss": f"{float(line['validation_loss']):.4f}{at}"}
     return facts
 
 

@@ -15,13 +15,18 @@ from typing import Any
 import torch
 
 from megatron_smlp.checkpoints.choosing import problems
-from megatron_smlp.checkpoints.folders import iteration_of
+from megatron_smlp.checkpoints.folders import (
+    RELEASE,
+    iteration_folder,
+    iteration_of,
+    tracked_folder,
+)
 from megatron_smlp.checkpoints.tensors import main_dtype
 from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.data.tokenizers.folder import recorded_tokenizer
 from megatron_smlp.data.tokenizers.model_tokenizer import resolve_for
-from megatron_smlp.data.tokenizers.spec import Tokenizer, TokenizerSpec
+from megatron_smlp.data.tokenizers.spec import Tokenizer, TokenizerSpec, named_or_moved
 from megatron_smlp.errors import NoGoodCheckpointError, UsageError
 
 # The flags that Megatron requires of a training, and those that stop it from loading one's state.
@@ -65,8 +70,12 @@ def load_model(
         saved = TorchDistCheckpoint(checkpoint, iteration=given.ckpt_step)
     except UsageError as error:
         raise UsageError(f"--checkpoint {checkpoint}: {error}") from error
-    own = TokenizerSpec.from_arguments(given) if given.tokenizer_type else None
-    spec = own or recorded_tokenizer(saved.args, trusts=given.trust_remote_code)
+    folder = saved.folder.resolve()
+    iteration = iteration_of(folder)
+    if iteration is None and folder.name != RELEASE and tracked_folder(folder.parent) is None:
+        name = iteration_folder(Path(), saved.iteration)
+        raise UsageError(f"--checkpoint {checkpoint}: Megatron goes by names: rename it to {name}.")
+    spec = named_or_moved(given, recorded_tokenizer(saved.args, trusts=given.trust_remote_code))
     if spec is None:
         raise UsageError(
             f"--checkpoint {saved.folder} does not record a tokenizer: give --tokenizer-type and "
@@ -75,7 +84,6 @@ def load_model(
     tokenizer = resolve_for(
         spec, source=f"--checkpoint {checkpoint}", entries=saved.flags["vocab_size"]
     )
-    folder = saved.folder.resolve()
     args = parse_arguments(
         [
             *NO_TRAINING.split(),
@@ -84,7 +92,7 @@ def load_model(
             *_precision_flags(given, dtype, stored=main_dtype(saved.specs)),
             *flags,
             *("--load", str(folder.parent)),
-            *(("--ckpt-step", str(iteration)) if (iteration := iteration_of(folder)) else ()),
+            *(("--ckpt-step", str(iteration)) if iteration else ()),
         ]
     )
     # It notes a SIGTERM for a training loop, and none will look: the process would go on.
@@ -137,11 +145,15 @@ def tokenizer_flags(spec: TokenizerSpec) -> list[str]:
 
 def _precision_flags(given: argparse.Namespace, dtype: str, *, stored: torch.dtype) -> list[str]:
     """Return Megatron's flag for `dtype`, unless the command line has it already."""
+    from megatron_smlp.platform import cpu
+
     names = {"bfloat16": "--bf16", "float16": "--fp16"}
     typed = [flag for flag in names.values() if getattr(given, flag.strip("-"))]
     wanted = names.get(str(stored).removeprefix("torch.") if dtype == "auto" else dtype)
     if not typed:
-        return [wanted] if wanted else []
+        if wanted is None or (dtype == "auto" and wanted == "--fp16" and cpu.needed()):
+            return []  # fp32 holds the same weights, and a CPU has no fp16
+        return [wanted]
     if dtype != "auto" and typed != [wanted]:
         raise UsageError(f"{typed[0]} contradicts --dtype {dtype}: give one of them")
     return []

@@ -24,7 +24,7 @@ OFF = {"attention_backend": "auto", "cuda_graph_impl": "none"}
 KNOWN = {**DEFAULTS, **{name: flag.default for name, flag in MEGATRON_FLAGS.items()}}
 FILLED_IN = {name for name, flag in MEGATRON_FLAGS.items() if flag.filled_in}
 VALUES: dict[str, tuple[str, ...]] = {
-    "optimizer": ("adam", "sgd", "muon"),
+    "optimizer": ("adam", "muon"),
     "muon_tp_mode": ("duplicated", "distributed"),  # blockwise: another update a TP size
     "ckpt_format": ("torch_dist",),
     "async_strategy": ("mcore",),  # nvrx writes without checksums, and not by one rename

@@ -45,7 +45,7 @@ TESTED: dict[str, str] = {
         optimizer lr min-lr lr-decay-style lr-decay-iters lr-decay-samples lr-warmup-iters
         lr-warmup-samples lr-warmup-fraction lr-warmup-init lr-wsd-decay-style lr-wsd-decay-iters
         lr-wsd-decay-samples decoupled-lr weight-decay clip-grad adam-beta1 adam-beta2 adam-eps
-        sgd-momentum muon-momentum muon-nesterov muon-scale-mode muon-extra-scale-factor
+        muon-momentum muon-nesterov muon-scale-mode muon-extra-scale-factor
         muon-num-ns-steps muon-coefficient-type muon-fp32-matmul-prec muon-no-split-qkv
         muon-tp-mode override-opt_param-scheduler use-checkpoint-opt_param-scheduler""",
     "Precision": """
@@ -94,7 +94,7 @@ TESTED: dict[str, str] = {
         wandb-exp-name wandb-save-dir profile profile-ranks profile-step-start profile-step-end
         use-pytorch-profiler pytorch-profiler-collect-shapes pytorch-profiler-collect-callstack
         record-shapes nvtx-ranges record-memory-history memory-snapshot-path""",
-    "Random numbers": "seed data-parallel-random-init",
+    "Random numbers": "seed",
 }
 """By subject, as they are spelt, without the hyphens; a flag's other spellings are meant too."""
 RENAMED = {

@@ -39,11 +39,10 @@ def add_our_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
             group.add_argument(flag_of(field.name), **_keywords(field), help=meanings[field.name])
     group = parser.add_argument_group("plugins")
     for name, it in PLUGIN_OPTIONS.items():
-        kind = (
-            {"action": "store_true"}
-            if it.kind is bool
-            else {"type": it.kind, "choices": it.choices}
-        )
+        kind: dict[str, Any] = {"type": it.kind, "choices": it.choices}
+        if it.kind is bool:  # one that is on has --no-NAME
+            switch = argparse.BooleanOptionalAction if it.default else "store_true"
+            kind = {"action": switch}
         group.add_argument(flag_of(name), default=it.default, help=it.help, **kind)
     parser.error = _raise_usage  # type: ignore[method-assign]
     return parser

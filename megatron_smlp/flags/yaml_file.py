@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Iterable, Sequence
 from functools import reduce
 from pathlib import Path
@@ -114,6 +115,14 @@ class StrictLoader(yaml.SafeLoader):
                 )
             seen.add(name)
         return super().construct_mapping(node, deep=deep)
+
+
+# YAML 1.1, which yaml reads, asks for a dot and a sign: 1e-3 would be a text.
+StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
 
 
 def _mapping(path: Path) -> dict[str, Setting]:

@@ -161,7 +161,7 @@ def read_prompts(path: Path) -> list[tuple[str, str]]:
         UsageError: the file cannot be read, or a line of a .jsonl has no prompt.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--prompts-file {path} cannot be read: {error}") from error
     prompts = [

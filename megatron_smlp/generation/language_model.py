@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_smlp.data.tokenizers.folder import recorded_tokenizer
 from megatron_smlp.data.tokenizers.model_tokenizer import bare, resolve_for, start_of
-from megatron_smlp.data.tokenizers.spec import Encoder, Tokenizer, TokenizerSpec
+from megatron_smlp.data.tokenizers.spec import Encoder, Tokenizer, TokenizerSpec, named_or_moved
 from megatron_smlp.errors import UsageError
 
 COLDEST = 1e-30
@@ -83,18 +83,16 @@ def load(options: argparse.Namespace) -> LanguageModel:
 def model_and_tokenizer(options: argparse.Namespace) -> tuple[Any, Tokenizer, tuple[int, ...]]:
     """Load what `load` does: a tokenizer that is not at work yet, and the ids before a text."""
     model, spec, source = _exported(options) if options.hf else _trained(options)
-    if options.tokenizer_type:
-        spec = TokenizerSpec.from_arguments(options)
-    elif options.tokenizer_model:  # the run's own, which has moved
-        spec = spec or TokenizerSpec(tokenizer_type="HuggingFaceTokenizer")
-        files = {"tokenizer_model": options.tokenizer_model, "vocab_file": None, "merge_file": None}
-        spec = replace(spec, **files)
+    spec = named_or_moved(options, spec)
     if spec is None:
         raise UsageError(f"{source} has no tokenizer: give --tokenizer-model FOLDER")
-    entries = getattr(model.config, "unpadded_vocab_size", None) or model.config.vocab_size
+    own_entries = getattr(model.config, "unpadded_vocab_size", None)
     if getattr(options, "tokenizer_hf_no_include_special_tokens", False):
         spec = bare(spec)
-    tokenizer = resolve_for(spec, source=source, entries=entries, may_be_smaller=True)
+    tokenizer = resolve_for(
+        spec, source=source, entries=own_entries or model.config.vocab_size,
+        may_be_smaller=own_entries is None,
+    )  # fmt: skip
     model = _placed(model, device=options.device, dtype=options.dtype)
     return model, tokenizer, tuple(start_of(tokenizer, spec))
 

@@ -108,7 +108,6 @@ class SMLPConfig(PreTrainedConfig):
         moe_z_loss_coeff: weight of the mean of (log sum_e exp h w_e)^2 over the tokens, of every
             router but hash; None: there is no such loss.
         base_routing_input: base: whether the residual stream or its norm is scored and weighted by.
-            or not (none).
         base_gate: base: an expert's weight is the sigmoid of its score, or (price) of its lead over
             the mean of the experts at their prices, by which evaluation then chooses too.
         base_eval: base: in evaluation a token goes to the expert of its highest score (greedy), or

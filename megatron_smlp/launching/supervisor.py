@@ -38,7 +38,12 @@ from megatron_smlp.launching.failures import Failures
 from megatron_smlp.launching.folder_rendezvous import Presence
 from megatron_smlp.launching.parent import LAUNCHER_PID, end_with_launcher
 from megatron_smlp.launching.settings import CLOSING, FILE, HOST, RendezvousSettings, Settings, read
-from megatron_smlp.launching.training_argv import check_counts, given, limit_connections
+from megatron_smlp.launching.training_argv import (
+    FROM_CHECKPOINT,
+    check_counts,
+    given,
+    limit_connections,
+)
 from megatron_smlp.restart_note import note_cause
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
@@ -125,7 +130,7 @@ class Supervisor:
     def __init__(self, settings: Settings, argv: Sequence[str]) -> None:
         self.settings = settings
         self.argv = list(argv)
-        if given(TIMEOUT, argv) is None:
+        if given(TIMEOUT, argv) is None and FROM_CHECKPOINT not in argv:
             self.argv += [TIMEOUT, str(MINUTES)]
         if settings.rendezvous:
             machines = range(settings.rendezvous.min_nodes, settings.rendezvous.max_nodes + 1)

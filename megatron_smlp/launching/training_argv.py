@@ -23,6 +23,8 @@ SIZES = {
     "global_batch_size": None,
 }
 """What decides whether a number of processes can be, and Megatron's defaults."""
+FROM_CHECKPOINT = "--use-checkpoint-args"
+"""With which a flag that is not given is that of the checkpoint."""
 BLACKWELL = 10
 """Compute capability."""
 
@@ -94,7 +96,7 @@ def check_counts(argv: Sequence[str], *, machines: range, processes: int) -> Non
         return
     nodes = f"NNODES={machines[0]}:{machines[-1]}"
     batch = given("--global-batch-size", argv)
-    if batch is None:
+    if batch is None and FROM_CHECKPOINT not in argv:
         raise UsageError(f"{nodes} changes the batch with the machines: give --global-batch-size.")
     sizes = {
         name: int(value) if (value := given(flag_of(name), argv)) else default

@@ -44,6 +44,8 @@ class HostedRouter(TokenRouter):
         self.rule = self.kind(num_experts=self.num_experts, values=values)
         self.rule.to(self.weight.device)
         self.loads = torch.zeros(self.num_experts, dtype=torch.float64)
+        self.buffers_before: list[Tensor] | None = None
+        """Of the rule, as they were before the step under way; None: no step is."""
 
     def gating(self, input: Tensor) -> Tensor:
         """input: <float>[..., D] -> scores <fp32>[..., E]."""
@@ -54,10 +56,17 @@ class HostedRouter(TokenRouter):
     def choose(self, scores: Tensor) -> Choices:
         """scores: <fp32>[N, E] of the group."""
         buffers = list(self.rule.buffers())
+        if self.training and self.buffers_before is None:
+            self.buffers_before = [buffer.clone() for buffer in buffers]
         before = [buffer.clone() for buffer in buffers] if repeats_a_pass() else []
         chosen, visited = self.rule.choices(scores)
         for buffer, value in zip(buffers, before, strict=False):
             buffer.copy_(value)  # the pass before has noted what there was
+        if not self.skips and chosen.shape[1] != self.kind.experts_per_token:
+            raise ValueError(
+                f"{self.kind.__name__}.choose gives a token {chosen.shape[1]} experts, and "
+                f"experts_per_token is {self.kind.experts_per_token}: set it to that number."
+            )
         if self.training and not repeats_a_pass():
             self.loads = self.loads.to(chosen.device)
             # No host waits for a device here, as it would to count rows of a mask.
@@ -121,10 +130,14 @@ def update_rules(models: Iterable[nn.Module], *, skipped: bool) -> None:
     group = mpu.get_data_parallel_group(with_context_parallel=True)
     for router in routers:
         loads, router.loads = router.loads, torch.zeros_like(router.loads)
+        before, router.buffers_before = router.buffers_before, None
+        buffers = list(router.rule.buffers())
         if skipped:
+            for buffer, value in zip(buffers, before or (), strict=False):
+                buffer.copy_(value)  # what a batch without a finite loss has left there
             continue
         torch.distributed.all_reduce(loads, group=group)
-        for buffer in router.rule.buffers():
+        for buffer in buffers:
             if buffer.is_floating_point():
                 torch.distributed.all_reduce(buffer, group=group)
                 buffer /= group.size()

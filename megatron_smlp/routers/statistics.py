@@ -185,7 +185,12 @@ class RouterStatistics:
         torch.distributed.all_reduce(total)
         rows = [part.tolist() for part in total.cpu().split(widths)]
         pairs = zip(self.specs, rows, strict=True)
-        return {spec.key: _load(spec, values) for spec, values in pairs if any(values)}
+        # A rule that may skip can have visited no expert at all.
+        return {
+            spec.key: _load(spec, values)
+            for spec, values in pairs
+            if any(values[: spec.num_experts])
+        }
 
 
 def _load(spec: RouterSpec, sums: list[float]) -> RouterLoad:

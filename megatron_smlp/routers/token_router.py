@@ -115,7 +115,11 @@ class TokenRouter(CountedRouter, TopKRouter):
         first = choices.wanted[:, 0]
         if len(first):
             assert self.counter is not None
-            gates = self.weigh(scores, choices.wanted)[:, 0]
+            weights = self.weigh(scores, choices.wanted)
+            gates = weights[:, 0]
+            if self.skips:  # the first of those that are visited; without one: 0
+                first_asked = choices.asked.int().argmax(dim=1, keepdim=True)
+                gates = (weights * choices.asked).gather(1, first_asked)[:, 0]
             self.counter.add(
                 training=self.training,
                 experts=choices.wanted.flatten(),

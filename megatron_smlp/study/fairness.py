@@ -21,7 +21,7 @@ COMMON_FLAGS = (
     *("lr_wsd_decay_style", "no_create_attention_mask_in_dataloader"),
     *("optimizer", "weight_decay", "start_weight_decay", "end_weight_decay"),
     *("weight_decay_incr_style", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad"),
-    *("sgd_momentum", "muon_momentum", "muon_nesterov", "muon_scale_mode", "muon_num_ns_steps"),
+    *("muon_momentum", "muon_nesterov", "muon_scale_mode", "muon_num_ns_steps"),
     *("muon_coefficient_type", "muon_fp32_matmul_prec", "muon_split_qkv"),
     *("attention_dropout", "hidden_dropout", "init_method_std", "init_method_xavier_uniform"),
     *("embedding_init_method_std", "decoupled_lr", "decoupled_min_lr", "lr_warmup_init"),

@@ -55,7 +55,8 @@ class Drawing:
                 yield f"loss{what.replace(' ', '-')}", self.losses(field, what)
         if len(self._trials()):
             yield "learning-rates", self.learning_rates()
-        if any(math.isfinite(comparison.found.mean) for comparison in speedups):
+        is_known = any(math.isfinite(comparison.found.mean) for comparison in speedups)
+        if is_known and len(self.study.horizons) > 1:
             yield "speed-up", self.speedups(speedups)
         if loads := {name: own for name in self.looks if len(own := self._evaluated_loads(name))}:
             yield "expert-load", self.load(loads)

@@ -86,7 +86,9 @@ class Worker:
         """Mark a run diverged if its parent diverged; return False if the parent failed."""
         if self.state.status(parent) != DIVERGED:
             return False
-        self.state.folder_of(run).mkdir(parents=True, exist_ok=True)
+        folder = self.state.folder_of(run)
+        folder.mkdir(parents=True, exist_ok=True)
+        note(folder, self.state.made_by(parent))
         self.state.end(run, status=DIVERGED, loss="inf", reason=f"{parent.title} diverged")
         return True
 

@@ -149,7 +149,8 @@ class Sizes:
         yield from table("size", "against", "tokens", "predicted", "observed", "error", "within")
         for three in zip(self.sizes, self.sizes[1:], self.sizes[2:], strict=False):
             for rival in self.rivals:
-                if rival in three[-1].systems:
+                # Two sizes of one width, as of several lengths, give no line in the width.
+                if rival in three[-1].systems and self.width(three[0]) != self.width(three[1]):
                     for horizon in sorted(three[-1].study.horizons):
                         yield self._predicted(three, rival, horizon)
 

@@ -13,7 +13,7 @@ from megatron_smlp.errors import UsageError
 from megatron_smlp.flags.exclusive import replaced_by
 from megatron_smlp.flags.yaml_file import read_yaml, spelling
 from megatron_smlp.study.study_file import Study
-from megatron_smlp.systems import BY_PREFIX
+from megatron_smlp.systems import ARCHITECTURES, BY_PREFIX
 
 Flags = Mapping[str, Any]
 
@@ -55,11 +55,10 @@ class System:
         return bool(self.moes)
 
     @property
-    def kind(self) -> str:
-        """`smlp`, `moe` (a sparse Transformer) or `dense`."""
-        if self.is_smlp:
-            return "smlp"
-        return "moe" if self.is_sparse else "dense"
+    def is_sparse_transformer(self) -> bool:
+        return (
+            self.is_sparse and ARCHITECTURES[self.flags.get("architecture", "transformer")].attends
+        )
 
     @property
     def predicts_suffix(self) -> bool:
@@ -105,6 +104,10 @@ def _system(study: Study, name: str, *, folder: Path) -> System:
         # Names alone: a run is the same on another machine. Its sources have the texts.
         flags[plugin_files.KEY] = [plugin.path.name for plugin in plugins]
     given = {*study.fixed, *own}
+    if plugin_files.KEY in given:
+        raise UsageError(
+            f"plugin of study {study.name!r}, {name}: name it in the system's own file, {file}."
+        )
     if clash := sorted(given & set(OWN_FLAGS)):
         raise UsageError(
             f"{', '.join(clash)} of study {study.name!r}, {name}: a study sets that itself for "

@@ -78,7 +78,7 @@ def claims_of(measured: Measured) -> list[Claim]:
     # Else C5 asks the same, or of a subject that is no sMLP the other comparisons do.
     if not {*measured.rivals()} <= asked:
         claims.append(_lower_loss(measured))
-    if study.paper and any(system.kind == "moe" for system in systems.values()):
+    if study.paper and any(system.is_sparse_transformer for system in systems.values()):
         claims += [_less_time(measured), _faster_steps(measured), _better_at_tasks(measured)]
     if parts:
         text = "each part helps: the first of each pair has a lower loss than the second"
@@ -155,7 +155,7 @@ def _best_moe(measured: Measured) -> str | None:
     """Return the sparse Transformer with the lowest mean loss at the longest horizon, of those with
     the most seeds: the one seed of another may be its luckiest."""
     at_end = measured.at_end(VALIDATION_LOSS)
-    names = [name for name, system in measured.systems.items() if system.kind == "moe"]
+    names = [name for name, system in measured.systems.items() if system.is_sparse_transformer]
     means = {name: mean for name in names if (mean := at_end.mean(name)).n}
     most = max((mean.n for mean in means.values()), default=0)
     whole = [name for name, mean in means.items() if mean.n == most]
@@ -247,7 +247,8 @@ def _better_at_tasks(measured: Measured) -> Claim:
 
     Seeds are asked the same questions: the interval is also over which ones were asked.
     """
-    subject, others = measured.study.subject, _sparse_rivals(measured)
+    subject, systems = measured.study.subject, measured.systems
+    others = [name for name in measured.rivals() if systems[name].is_sparse_transformer]
     tasks = measured.tables.labels(TASK)
     # A rival that was not scored is compared as well: above it, nothing is known.
     differences = {
@@ -262,10 +263,6 @@ def _better_at_tasks(measured: Measured) -> Claim:
     )  # fmt: skip
 
 
-def _sparse_rivals(measured: Measured) -> list[str]:
-    return [name for name in measured.rivals() if measured.systems[name].is_sparse]
-
-
 def _fewer_wrong(measured: Measured, system: str, rival: str) -> Difference:
     tables = measured.tables
     tasks = tables.common_tasks(system, rival)
@@ -278,8 +275,8 @@ def _faster_steps(measured: Measured) -> Claim:
     subject = measured.study.subject
     ratios = {
         (subject, name): ("step time", exponential(_log_step_ratio(measured, subject, name)))
-        for name in _sparse_rivals(measured)
-        if measured.tables.has_speed(subject, name)
+        for name in measured.rivals()
+        if measured.systems[name].is_sparse and measured.tables.has_speed(subject, name)
     }
     notes = () if ratios else ("no quiet timing: tools/study.py run --speed",)
     text = "the most words a second of all sparse systems"

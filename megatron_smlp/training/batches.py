@@ -31,7 +31,9 @@ class EvaluationSet:
     loaders: list[Any]
     """torch's DataLoader of each chunk; None on a rank that reads nothing."""
     iterations: int
-    """Global batches of an evaluation."""
+    """Batches of an evaluation."""
+    micro_batches: int | None = None
+    """Of a rank in a batch; None: as many as --eval-global-batch-size has."""
 
     def batches(self) -> PerChunk[Iterator[Any]]:
         """Return its micro-batches from the first one on."""
@@ -93,11 +95,12 @@ def _titles(args: argparse.Namespace, count: int) -> list[str]:
 
 def _evaluation(args: argparse.Namespace, title: str, datasets: list[Any]) -> EvaluationSet:
     loaders = [build_pretraining_data_loader(dataset, 0) for dataset in datasets]
-    iterations = int(args.eval_iters or 0)
-    if args.full_validation and title != "test":
-        own = max((len(loader) for loader in loaders if loader is not None), default=0)
-        iterations = max(gathered(own))
-    return EvaluationSet(title, loaders, iterations)
+    if not args.full_validation or title == "test":
+        return EvaluationSet(title, loaders, int(args.eval_iters or 0))
+    own = max((len(loader) for loader in loaders if loader is not None), default=0)
+    # As few as a pipeline takes: at the end of its samples a rank begins anew.
+    micro_batches = args.pipeline_model_parallel_size if len(loaders) > 1 else 1
+    return EvaluationSet(title, loaders, -(-max(gathered(own)) // micro_batches), micro_batches)
 
 
 def _endless(loader: Any) -> Iterator[Any]:

@@ -12,6 +12,10 @@ from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig, MockGPTDataset
 from megatron.core.datasets.utils import Split
+from megatron.core.num_microbatches_calculator import (
+    get_current_global_batch_size,
+    update_num_microbatches,
+)
 from megatron.training import get_tokenizer
 from megatron.training.utils import is_first_or_last_pipeline_stage
 from torch.utils.data import Subset
@@ -81,8 +85,9 @@ def run_datasets(
         train, *_ = build([_training_samples(args), 0, 0], splits=(0,), seed=args.seed)
     wanted = [0, None if whole else once, once]
     _, valid, test = build(wanted, splits=(1, 2), seed=EVALUATION_SEED)
-    if not (once or whole):  # Megatron refuses to read from a dataset without samples
-        valid = test = None
+    # Megatron refuses to read from a dataset without samples.
+    test = test if once else None
+    valid = valid if once or whole else None
     if args.rank == 0 and not args.mock_data and not vp_stage:
         for line in use_lines(dataset_uses([train, valid, test], sequence_length=args.seq_length)):
             say(line)
@@ -95,12 +100,22 @@ def run_datasets(
 def _training_samples(args: argparse.Namespace) -> int:
     """Return how many the run takes from its first step to its last."""
     if args.train_samples:
-        return int(args.train_samples)
+        return _scheduled_samples(args) if args.step_batch_size_schedule else args.train_samples
     # A branch ends before, and reads in the order of the run that it leaves.
     end = args.explicit_flags["train_iters"] if args.branch_from else args.train_iters
     # Samples that were read in larger batches before: without these it would run out of them.
     rest = (end - args.iteration) * args.global_batch_size
     return max(end * args.global_batch_size, args.consumed_train_samples + rest)
+
+
+def _scheduled_samples(args: argparse.Namespace) -> int:
+    """Return --train-samples with what the last batch of a schedule reads beyond."""
+    read = now = args.consumed_train_samples
+    while read < args.train_samples:
+        update_num_microbatches(read, consistency_check=False)
+        read += get_current_global_batch_size()
+    update_num_microbatches(now, consistency_check=False)
+    return int(read)
 
 
 def _first(dataset: Any, count: int, split: Split) -> Any:

@@ -4,7 +4,8 @@ evaluation mode, sums over all ranks."""
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from megatron.training.training import evaluate
 
@@ -40,14 +41,15 @@ class Evaluator:
 
     def _evaluation(self, dataset: EvaluationSet, iteration: int) -> Evaluation | None:
         start = time.perf_counter()
-        losses, _, out_of_time = evaluate(
-            self.forward,
-            dataset.batches(),
-            self.parts.model,
-            None,
-            self.parts.config,
-            eval_iters=dataset.iterations,
-        )
+        with self._batch_of(dataset):
+            losses, _, out_of_time = evaluate(
+                self.forward,
+                dataset.batches(),
+                self.parts.model,
+                None,
+                self.parts.config,
+                eval_iters=dataset.iterations,
+            )
         if out_of_time:  # Megatron then leaves the model in evaluation mode
             for chunk in self.parts.model:
                 chunk.train()
@@ -59,3 +61,16 @@ class Evaluator:
             loads=self.forward.statistics.take(training=False),
             seconds=time.perf_counter() - start,
         )
+
+    @contextmanager
+    def _batch_of(self, dataset: EvaluationSet) -> Iterator[None]:
+        """Let Megatron read batches of the dataset's own size."""
+        args = self.parts.args
+        size = args.eval_global_batch_size
+        if dataset.micro_batches:
+            rows = dataset.micro_batches * args.eval_micro_batch_size
+            args.eval_global_batch_size = rows * args.data_parallel_size
+        try:
+            yield
+        finally:
+            args.eval_global_batch_size = size

@@ -95,6 +95,10 @@ def resume(run: Run, parts: Parts) -> int:
     run.saving.take_folder()
     folder = choose_checkpoint(args, run.reporter.say)
     args.iteration = read(parts, folder) if folder else 0
+    if args.iteration and args.train_samples and not args.step_batch_size_schedule:
+        # Steps before may have had another batch than those that are left.
+        left = max(args.train_samples - args.consumed_train_samples, 0)
+        args.train_iters = args.iteration + left // args.global_batch_size
     return int(args.iteration)
 
 
@@ -220,6 +224,7 @@ class Loop:
             self.agreement.send()
         agreed = self.agreement.read()
         is_at_interval = is_due(self.args.exit_interval, self.iteration)
+        is_at_interval &= self.iteration < self.args.train_iters
         self.stopped = agreed.is_signalled or agreed.is_over or is_at_interval
         if self.stopped:
             self.save()

@@ -21,8 +21,10 @@ class Profiler(Listener):
         ranks = args.profile_ranks
         self.is_on = bool(args.profile) and (not ranks or args.rank in ranks)
         self.recorder: Any = None
+        self.marks: Any = None
 
     def built(self, parts: Parts) -> None:
+        self.is_on = self.is_on and self.args.iteration < self.args.profile_step_end
         if not self.is_on:
             return
         if self.args.use_pytorch_profiler:
@@ -56,17 +58,18 @@ class Profiler(Listener):
             configure_nvtx_profiling(False)
         if self.recorder:
             self.recorder.stop()
-        else:
+        elif self.marks:
             torch.cuda.check_error(torch.cuda.cudart().cudaProfilerStop())
             self.marks.__exit__(None, None, None)
         self.is_on = False
 
     def _recorder(self) -> Any:
         args = self.args
+        start = max(args.profile_step_start - args.iteration, 0)  # it counts from here
         schedule = torch.profiler.schedule(
-            wait=max(args.profile_step_start - 1, 0),
-            warmup=1 if args.profile_step_start > 0 else 0,
-            active=args.profile_step_end - args.profile_step_start,
+            wait=max(start - 1, 0),
+            warmup=min(start, 1),
+            active=args.profile_step_end - args.iteration - start,
             repeat=1,
         )
         return torch.profiler.profile(

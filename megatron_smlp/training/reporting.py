@@ -101,13 +101,16 @@ class Reporter(Listener):
                 stage=mpu.get_pipeline_model_parallel_rank(),
                 are_alone=self.args.expert_model_parallel_size == 1,
             )
+        if self.args.skip_train and logged > iteration:
+            self.metrics = MetricsFile(None)  # who looks at an earlier checkpoint drops no steps
         last = self.metrics.drop_after(iteration)
         self.compute.resume(last, tokens=self._tokens())
         if iteration:
             given, load = self.args.explicit_flags.get("load"), self.args.load
             began = "" if given in (None, load) else f" (--load {given} was its start)"
             self.say(f"resumed from iteration {iteration} of {load}{began}")
-            self.writers.forget_after(iteration)
+            if not self.args.skip_train:
+                self.writers.forget_after(iteration)
         self.began = time.perf_counter() - last.get("wall_seconds", 0.0)
 
     def ready(self) -> None:

@@ -7,6 +7,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from support.in_process import layer_config
 from torch import Tensor
 
+from megatron_smlp.options import PLUGIN_OPTIONS
 from megatron_smlp.systems import token_router_class
 
 SIX = [[0.7, 0.3], [0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.8, 0.2], [0.4, 0.6]]
@@ -34,6 +35,8 @@ def make_router(name: str, *, num_experts: int, **changes: Any) -> Any:
         "hash_vocab_size": 40,
     }
     config = layer_config(**(values | changes))
+    for option, it in PLUGIN_OPTIONS.items():
+        setattr(config, option, it.default)
     router = token_router_class(name)(
         config=config, pg_collection=ProcessGroupCollection.use_mpu_process_groups()
     )

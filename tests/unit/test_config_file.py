@@ -26,9 +26,11 @@ TRANSFORMER = "--architecture transformer --num-attention-heads 4"
 
 def test_every_kind_of_value(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
-    path.write_text("lr: 1.0e-3\nseed: 7\nbf16: true\nsplit: 9,1,0\na: [1, x]\nb: null\n", "utf-8")
+    path.write_text("lr: 1.0e-3\nseed: 7\nbf16: true\nsplit: 9,1,0\na: [1, x]\nb: null\n"
+                    "min-lr: 1e-3\nc: [-2E+5, .5e1, '1e-3', 1e]\n", "utf-8")  # fmt: skip
     assert read_yaml(path) == {
         "lr": 1e-3, "seed": 7, "bf16": True, "split": "9,1,0", "a": [1, "x"], "b": None,
+        "min-lr": 1e-3, "c": [-2e5, 5.0, "1e-3", "1e"],
     }  # fmt: skip
 
 

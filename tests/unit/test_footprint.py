@@ -284,6 +284,13 @@ def test_a_width_that_is_left_out_is_the_trainings(parse: Any, architecture: str
     assert counted.ffn_hidden_size == trained.ffn_hidden_size
 
 
+@pytest.mark.parametrize("word", ["[0,1]*2", "([0,1])*2", "[0,1]+[0,1]", "[0,1,0,1]", "2"])
+def test_which_layers_have_experts_is_given_as_to_a_training(word: str):
+    given = merged(SIZES | SYSTEMS["switch"], ["--moe-layer-freq", word])
+    found = resolve(given).moe_layer_freq
+    assert found == (2 if word == "2" else [0, 1, 0, 1])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -293,6 +300,7 @@ def test_a_width_that_is_left_out_is_the_trainings(parse: Any, architecture: str
         ({"global_batch_size": 5, "micro_batch_size": 2}, "--global-batch-size 5"),
         ({"hidden_sizes": 5}, "did you mean hidden_size?"),
         ({"num_layers": None}, "--num-layers missing"),
+        ({"moe_layer_freq": "[0,x]*2"}, r"--moe-layer-freq \[0,x\]\*2: give a number or a list"),
     ],
 )
 def test_what_does_not_fit_is_refused(changes: dict[str, Any], message: str):

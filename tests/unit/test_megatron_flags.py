@@ -142,8 +142,7 @@ TRAINED = {
         --rotary-percent 0.5 --rotary-base 5000 --rotary-interleaved --use-rope-scaling
         --rotary-seq-len-interpolation-factor 2 --rope-scaling-factor 4""",
     "rotary": f"""{TRANSFORMER} --use-rotary-position-embeddings --rotary-base 500000 --openai-gelu
-        --no-bias-gelu-fusion --optimizer sgd --sgd-momentum 0.8 --lr-warmup-init 1e-5
-        --lr-warmup-iters 2""",
+        --no-bias-gelu-fusion --lr-warmup-init 1e-5 --lr-warmup-iters 2""",
     "no positions": f"{TRANSFORMER} --position-embedding-type none --softmax-type vanilla",
     "scaled": f"{TRANSFORMER} --qk-l2-norm",
     "some rotary": f"{TRANSFORMER} --position-embedding-type rope --no-rope-freq 2",
@@ -153,7 +152,7 @@ TRAINED = {
     "reduced": "--architecture gmlp --bf16 --grad-reduce-in-bf16",
     "loop": """--architecture gmlp --exit-signal-handler --rerun-mode disabled --manual-gc
         --no-manual-gc-eval --train-sync-interval 2 --empty-unused-memory-level 1
-        --eval-global-batch-size 2 --eval-interval 2 --data-parallel-random-init
+        --eval-global-batch-size 2 --eval-interval 2
         --disable-gloo-process-groups --distributed-timeout-seconds-after-init 60
         --no-create-attention-mask-in-dataloader --no-mmap-bin-files
         --num-dataset-builder-threads 2 --mid-level-dataset-surplus 0.01""",
@@ -234,7 +233,11 @@ def test_a_run_by_samples_decays_by_samples():
         *(
             f"{flag} --architecture gmlp"
             for flag in (
-                *("--optimizer soap", "--muon-tp-mode blockwise --optimizer muon"),
+                *(
+                    "--optimizer soap",
+                    "--optimizer sgd",
+                    "--muon-tp-mode blockwise --optimizer muon",
+                ),
                 *("--ckpt-format torch", "--async-strategy nvrx", "--dataloader-type external"),
                 *("--rerun-mode report_stats", "--transformer-impl inference_optimized"),
             )

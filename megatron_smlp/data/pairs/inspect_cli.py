@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_smlp.command_line import Parser, require_positive
-from megatron_smlp.data.tokenizers.spec import TokenizerSpec, add_tokenizer_arguments
+from megatron_smlp.data.tokenizers.spec import add_tokenizer_arguments, named_or_moved
 from megatron_smlp.errors import UsageError
 from megatron_smlp.signals import interrupt
 
@@ -160,10 +160,10 @@ def _sample(args: argparse.Namespace) -> int:
     index = _open(args)
     require_positive(args, "count", "max_tokens")
     encoder = None
-    if args.tokenizer_type:
+    if spec := named_or_moved(args):
         from megatron_smlp.data.tokenizers.factory import read_tokenizer
 
-        encoder = read_tokenizer(TokenizerSpec.from_arguments(args)).build()
+        encoder = read_tokenizer(spec).build()
     count = min(args.count, index.num_documents)
     chosen = args.documents
     if chosen is None:

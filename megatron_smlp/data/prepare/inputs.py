@@ -36,7 +36,8 @@ def find_inputs(patterns: Sequence[str]) -> list[Path]:
             files.append(path)
         else:
             # `Path.glob` takes no absolute pattern.
-            matches = sorted(map(Path, glob.glob(pattern, recursive=True)))  # noqa: PTH207
+            every = map(Path, glob.glob(pattern, recursive=True))  # noqa: PTH207
+            matches = sorted(match for match in every if not _is_written(match))
             if not matches:
                 raise DataError(f"--input {pattern}: no such file, folder or match")
             for match in matches:
@@ -74,6 +75,12 @@ def _all_files(folder: Path) -> Iterator[Path]:
 def _is_aside(folder: str) -> bool:
     """Return True for hidden folders, as downloads have them, and for unfinished output."""
     return folder.startswith(".") or folder.endswith(".partial")
+
+
+def _is_written(match: Path) -> bool:
+    """Return True for what a glob finds of these tools' output, finished or not."""
+    is_unfinished = any(part.endswith(".partial") for part in match.parts)
+    return is_unfinished or (match.is_file() and _is_output(match))
 
 
 def _is_output(path: Path) -> bool:

@@ -9,7 +9,7 @@ the worker processes, where `build` makes the encoder; training only needs its i
 import argparse
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -148,6 +148,20 @@ class TokenizerSpec:
         if not Path(value).is_file():
             raise DataError(f"{flag} {value}: no such file")
         return Path(value)
+
+
+def named_or_moved(
+    args: argparse.Namespace, recorded: TokenizerSpec | None = None
+) -> TokenizerSpec | None:
+    """Return the tokenizer that flags name. --tokenizer-model alone says where the recorded one has
+    moved or, where none is recorded, is a HuggingFaceTokenizer."""
+    if args.tokenizer_type:
+        return TokenizerSpec.from_arguments(args)
+    if args.tokenizer_model:
+        spec = recorded or TokenizerSpec(tokenizer_type="HuggingFaceTokenizer")
+        files = {"tokenizer_model": args.tokenizer_model, "vocab_file": None, "merge_file": None}
+        return replace(spec, **files)
+    return recorded
 
 
 def add_tokenizer_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:

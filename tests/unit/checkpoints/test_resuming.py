@@ -1,5 +1,6 @@
 """`--use-checkpoint-args`: a checkpoint's flags, what may differ from them and what may not."""
 
+import contextlib
 import json
 import shutil
 from argparse import Namespace
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 from support import checkpoints
 from support.checkpoints import assert_ends_like, carry_on, flip_a_bit, pretrain
-from support.in_process import pretrained
+from support.in_process import MINIMAL, pretrained
 from support.launches import records, steps
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -75,6 +76,27 @@ def test_less_may_be_read_from_a_checkpoint_on(tmp_path: Path, before: str, afte
     pretrain(f"--save {run} --exit-interval 4 {before}")
     pretrain(f"--save {run} {after}")
     assert tracked_iteration(run) == 6
+
+
+@pytest.mark.parametrize(("before", "after", "last"), [(4, 2, 10), (2, 4, 7)])
+def test_another_batch_trains_the_rest_of_the_samples(
+    tmp_path: Path, before: int, after: int, last: int
+):
+    base = MINIMAL.replace("--train-iters 4", "--train-samples 24")
+    words = f"{checkpoints.RUN.replace('--train-iters 6', '')} --save {tmp_path}"
+    for batch, more in ((before, "--exit-interval 2"), (after, "")):
+        flags = f"{words} --global-batch-size {batch} {more}"
+        with contextlib.suppress(SystemExit), pretrained(flags, base=base):
+            pass
+    line = [line for line in records(tmp_path) if "loss" in line][-1]
+    assert (line["iteration"], line["consumed_samples"]) == (last, 24)
+
+
+def test_a_resumed_run_profiles_the_steps_that_are_named(run: Path, tmp_path: Path):
+    steps = "--profile-step-start 5 --profile-step-end 6"
+    events = f"--tensorboard-dir {tmp_path / 'events'}"
+    pretrain(f"--save {run} --ckpt-step 4 --profile --use-pytorch-profiler {steps} {events}")
+    assert list((tmp_path / "torch_profile").iterdir())
 
 
 def test_a_run_from_anothers_weights_goes_on(run: Path, tmp_path: Path, capfd: Capture):

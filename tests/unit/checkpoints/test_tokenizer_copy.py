@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_smlp.checkpoints.folders import iteration_folder
 from megatron_smlp.checkpoints.tokenizer_copy import FOLDER, found_tokenizer, keep_tokenizer
+from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
 
 
 @pytest.fixture
@@ -47,6 +49,12 @@ def test_the_copy_is_read_where_the_original_is_not(tmp_path: Path, original: Pa
     shutil.rmtree(original)
     assert found_tokenizer(recorded, run) == str(run / FOLDER / "books")
     assert found_tokenizer("gpt2", run) == "gpt2"
+
+
+def test_a_checkpoint_that_is_named_by_a_dot_knows_its_run(finished_run: Path, monkeypatch):
+    """In whose folder the copy is."""
+    monkeypatch.chdir(iteration_folder(finished_run, 6))
+    assert TorchDistCheckpoint(".").folder.parent == finished_run.resolve()
 
 
 def test_a_name_of_the_hub_is_copied_from_its_cache(tmp_path: Path, monkeypatch):

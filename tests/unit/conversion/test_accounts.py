@@ -184,6 +184,13 @@ def test_a_folder_is_replaced_only_on_demand(exported: Path, tmp_path: Path):
     assert not (tmp_path / "run" / "precious").exists()
 
 
+def test_where_one_stands_is_not_replaced(exported: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = f"--from hf --to torch_dist --no-check --load {exported} --save ."
+    with pytest.raises(UsageError, match=r"^--save \. is where you are"):
+        main(words.split())
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

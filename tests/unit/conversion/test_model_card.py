@@ -1,5 +1,6 @@
 """README.md of an exported folder: the Hub's parser reads it, and its code runs as it stands."""
 
+import math
 import re
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from support.launches import clean_environment, records
 from transformers import AutoModelForCausalLM
 
 from megatron_smlp.conversion import convert
+from megatron_smlp.conversion.model_card import training_facts
+from megatron_smlp.metrics_records import MetricsFile
 
 SYSTEMS = {
     "sparse": "--architecture smlp --num-dense-layers 1 --feature-router deterministic "
@@ -59,6 +62,12 @@ def test_a_card_without_a_license_says_none(trained: Path, tmp_path: Path):
     assert ModelCard.load(tmp_path / "hf" / "README.md").data.license is None
     assert "license" not in text
     assert not re.search("iteration|training tokens|validation", text)
+
+
+def test_a_loss_that_is_no_number_is_one_of_a_card(tmp_path: Path):
+    MetricsFile(str(tmp_path)).write({"iteration": 3, "validation_loss": math.nan})
+    facts = training_facts(tmp_path / "iter_0000004", {"iteration": 4})
+    assert facts["validation loss"] == "nan (iteration 3)"
 
 
 @pytest.mark.parametrize("tokenizer", [True, pytest.param(False, marks=pytest.mark.slow)])

@@ -1,6 +1,7 @@
 """Checkpoints that are rewritten for another layout go on as if nothing had happened."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from support.in_process import pretrained
 from support.launches import records
 from support.smlp_systems import make_config
 
-from megatron_smlp.checkpoints import integrity
+from megatron_smlp.checkpoints import integrity, state
 from megatron_smlp.checkpoints.folders import iteration_folder
 from megatron_smlp.checkpoints.run_record import read_run_record
 from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
@@ -54,7 +55,10 @@ def test_a_rewritten_checkpoint_goes_on_with_its_optimizer(tmp_path: Path):
     assert TorchDistCheckpoint(tmp_path / "renamed").all_specs == before.all_specs
 
 
-def test_optimizer_state_of_one_layout_resumes_and_is_not_rewritten(tmp_path: Path):
+def test_optimizer_state_of_one_layout_resumes_and_is_not_rewritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Expert parallel sizes are of the layout too."""
     words = f"{MODEL} --use-distributed-optimizer --optimizer-checkpoint data_parallel"
     words += f" --lr-decay-style constant --save {tmp_path / 'run'} --save-interval 2"
     with pretrained(f"{words} --log-dir {tmp_path / 'old'}"):
@@ -70,6 +74,17 @@ def test_optimizer_state_of_one_layout_resumes_and_is_not_rewritten(tmp_path: Pa
     said = pytest.raises(UsageError, match=r"dp_reshardable, which only .*--no-load-optim")
     with said, pretrained(plain):
         pass
+    common = state.dist_checkpointing.load_common_state_dict
+
+    def of_two_ranks(folder: str) -> Any:
+        found = common(folder)
+        found["args"].expert_model_parallel_size = 2
+        return found
+
+    monkeypatch.setattr(state.dist_checkpointing, "load_common_state_dict", of_two_ranks)
+    with said, pretrained(f"{words} --ckpt-step 2"):
+        pass
+    monkeypatch.undo()
     for layout in (None, dict(zip(LAYOUT, (2, 1, 1), strict=True))):
         changes = {"layout": layout} if layout else {}
         message = r"saved with --optimizer-checkpoint data_parallel \(optimizer.*--drop-optimizer"

@@ -25,7 +25,9 @@ from megatron_smlp.checkpoints.folders import TRACKER, iteration_folder
 from megatron_smlp.data.tokenizers.model_tokenizer import start_of
 from megatron_smlp.errors import NoGoodCheckpointError, UsageError
 from megatron_smlp.evaluation.harness import ScorerModel
+from megatron_smlp.evaluation.megatron_loading import _precision_flags
 from megatron_smlp.evaluation.megatron_model import MegatronScorer
+from megatron_smlp.platform import cpu
 
 SMALL = 1e-4
 OTHERS = (
@@ -93,6 +95,29 @@ def test_one_checkpoint_of_a_run_without_its_tracker(tokenizer: Path, tmp_path: 
     (run / TRACKER).write_text("3")
     shutil.copytree(iteration_folder(run, 2), run / "best")
     assert scores(folder=run / "best") == older, "whatever the tracker names"
+    alone = Path(shutil.copytree(run / "best", tmp_path / "elsewhere" / "best"))
+    with pytest.raises(UsageError, match="goes by names: rename it to iter_0000002"):
+        scores(folder=alone)
+
+
+def test_a_tokenizer_that_has_moved(run: Run, tokenizer: Path, tmp_path: Path):
+    """Its folder alone is named; whoever loads it reads that one."""
+    moved = beginning(tokenizer, tmp_path / "moved", 7)
+    with loaded(run.checkpoint, "--tokenizer-model", str(moved)) as (args, _, its_tokenizer):
+        assert args.tokenizer_type == "HuggingFaceTokenizer"
+        assert start_of(its_tokenizer, args) == [7]
+
+
+def test_weights_of_half_precision_on_a_cpu(monkeypatch: pytest.MonkeyPatch):
+    """fp32 holds them, unless fp16 is asked for by name."""
+    given = Namespace(bf16=False, fp16=False)
+    for is_cpu, dtype, expected in (
+        (True, "auto", []),
+        (True, "float16", ["--fp16"]),
+        (False, "auto", ["--fp16"]),
+    ):
+        monkeypatch.setattr(cpu, "needed", lambda is_cpu=is_cpu: is_cpu)
+        assert _precision_flags(given, dtype, stored=torch.float16) == expected
 
 
 def test_what_is_refused(run: Run, tmp_path: Path):

@@ -68,10 +68,11 @@ def test_a_checkpoint_says_what_its_export_says(
 def test_a_file_of_prompts_equals_one_by_one(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    """Different lengths together; the last prompt ends at position T and stops no other."""
+    """Different lengths together; the last prompt ends at position T and stops no other. The mark
+    at the beginning, which some editors write, is no part of the first."""
     prompts = ["a", "the files are", "", "nine words ", "x" * (LONGEST - 3)]
     path = tmp_path / "prompts.txt"
-    path.write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    path.write_text("\n".join(prompts) + "\n", encoding="utf-8-sig")
     model = ["--hf", str(folder), "--max-new-tokens", "9", *GREEDY]
     records = [json.loads(line) for line in lines([*model, "--prompts-file", str(path)], capsys)]
     given = [prompt for prompt in prompts if prompt]
@@ -172,6 +173,7 @@ def test_lines_of_a_pipe_are_a_conversation(
         ("--hf {0} --prompt a --max-new-tokens 0", "--max-new-tokens 0"),
         ("--hf {0} --prompt a --tokenizer-model {1}", "--tokenizer-model"),
         ("--hf {0} --prompt a --tokenizer-type ByteLevelTokenizer", "do not belong together"),
+        ("--hf {0} --prompt a --tokenizer-type NullTokenizer --vocab-size 9", "do not belong"),
     ],
 )
 def test_bad_input_is_one_line(folder: Path, tmp_path: Path, words: str, named: str):

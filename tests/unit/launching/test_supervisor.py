@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from support.launches import REPOSITORY, clean_environment
 
+from megatron_smlp import commands
 from megatron_smlp.errors import UsageError
 from megatron_smlp.launching import supervisor
 from megatron_smlp.launching.exit_codes import CLOSED, MISSING, NO_PROGRESS
@@ -71,6 +72,24 @@ def test_a_run_that_is_over_is_over(run: Callable[..., int], tmp_path: Path):
     assert words[0] == "agent"
     assert "--shutdown-timeout=600" in words
     assert words[-2:] == ["--distributed-timeout-minutes", "2"]
+
+
+def test_a_run_is_handed_its_whole_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Plugins too, which other commands load: its ranks do."""
+    plugin = tmp_path / "own.py"
+    plugin.touch()
+    words = ["train.py", "--plugin", str(plugin), "--allow-other-plugin", "--lr", "1"]
+    found: list[list[str]] = []
+    monkeypatch.setattr(Supervisor, "run", lambda self: found.append(self.argv))
+    monkeypatch.setattr(sys, "argv", ["launch.py", "one-node", *words])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        commands.launch()
+    assert found == [[*words, "--distributed-timeout-minutes", "2"]]
+
+
+def test_a_limit_of_waiting_is_the_checkpoints_where_its_flags_are_taken():
+    words = ["train.py", "--use-checkpoint-args"]
+    assert Supervisor(read({}, several=False), words).argv == words
 
 
 def test_a_closed_terminal_is_nothing_to_a_run_under_nohup(monkeypatch: pytest.MonkeyPatch):
@@ -323,3 +342,4 @@ def test_a_number_of_machines_that_could_not_go_on(flags: str, named: str):
 def test_numbers_of_machines_that_can_go_on():
     check_counts(["--global-batch-size", "192"], machines=range(2, 5), processes=8)
     check_counts([], machines=range(2, 3), processes=8)
+    check_counts(["--use-checkpoint-args"], machines=range(2, 5), processes=8)

@@ -8,10 +8,27 @@ from support.launches import REPOSITORY
 
 from megatron_smlp import plugin_files, plugins
 from megatron_smlp.checking import cli
+from megatron_smlp.errors import UsageError
 
 GOOD = (REPOSITORY / "plugins" / "gated_conv.py").read_text(encoding="utf-8")
 RULE = (REPOSITORY / "plugins" / "threshold.py").read_text(encoding="utf-8")
 FEATURES = (REPOSITORY / "plugins" / "last_tokens.py").read_text(encoding="utf-8")
+TWO = """
+from megatron_smlp.plugins import TokenRouter, register
+
+@register("two")
+class Two(TokenRouter):
+    experts_per_token = 2
+    def choose(self, scores):
+        return scores.topk(2).indices
+"""
+LISTENER = """
+from megatron_smlp.plugins import register
+from megatron_smlp.training.events import Listener
+
+@register.listener
+class Watch(Listener): ...
+"""
 ALONE = "if not self.training:\n            return experts, scores > self.bound\n        "
 
 
@@ -25,7 +42,9 @@ def advice(registry: plugins.Registry, tmp_path: Path, text: str) -> str:
     return next((row.advice for check in checks if not (row := check()).passed), "")
 
 
-@pytest.mark.parametrize("text", [GOOD, RULE, FEATURES], ids=["mixer", "router", "features"])
+@pytest.mark.parametrize(
+    "text", [GOOD, RULE, TWO, FEATURES], ids=["mixer", "router", "two", "features"]
+)
 def test_what_ships_passes(registry: plugins.Registry, tmp_path: Path, text: str):
     assert not advice(registry, tmp_path, text)
 
@@ -103,6 +122,20 @@ def test_a_router_that_is_wrong(
 ):
     assert right in RULE
     assert said in advice(registry, tmp_path, RULE.replace(right, wrong, 1))
+
+
+def test_a_router_says_how_many_experts_a_token_has(registry: plugins.Registry, tmp_path: Path):
+    text = TWO.replace("experts_per_token = 2", "experts_per_token = 1")
+    assert "set experts_per_token = 2" in advice(registry, tmp_path, text)
+
+
+def test_a_file_without_a_part_of_a_model_has_nothing_to_check(
+    registry: plugins.Registry, tmp_path: Path
+):
+    path = tmp_path / "watch.py"
+    path.write_text(LISTENER, encoding="utf-8")
+    with pytest.raises(UsageError, match=r"watch\.py registers no mixer, .* nothing to check"):
+        cli.main([str(path), "--quick"])
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """What can be wrong with a plugin is one line with the file and its line; nothing stays behind."""
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.launches import REPOSITORY
@@ -71,6 +73,27 @@ def test_options_of_a_mixer_in_two_architectures(tmp_path: Path):
         assert set(options.OUR_FLAGS[name].architectures) == {"gated_conv", "twice"}
 
 
+def test_a_switch_that_is_on_can_be_put_off(parse: Callable[..., Any], tmp_path: Path):
+    """By a word of the command line, and by a line of a file."""
+    text = GOOD.replace("smallest=1)", "smallest=1)\n    sharp: bool = option(True, 'x')")
+    plugin_files.load(written(tmp_path, text))
+    config = tmp_path / "config.yaml"
+    config.write_text("sharp: false\n", encoding="utf-8")
+    words = ("", "--no-sharp", f"--config {config}", f"--config {config} --sharp")
+    found = [parse(f"--architecture gated_conv {more}").sharp for more in words]
+    assert found == [True, False, False, True]
+
+
+def test_layers_of_the_package_bring_their_flags(parse: Callable[..., Any]):
+    """An order of one's own has spatial gating, and none of what else a sparse all-MLP has."""
+    plugin_files.load(str(REPOSITORY / "plugins" / "alternating.py"))
+    words = "--architecture alternating --num-attention-heads 4"
+    args = parse(f"{words} --spatial-heads 4 --toeplitz")
+    assert (args.spatial_heads, args.toeplitz) == (4, True)
+    with pytest.raises(UsageError, match="--num-feature-experts 2 is for --architecture smlp, not"):
+        parse(f"{words} --num-feature-experts 2")
+
+
 @pytest.mark.parametrize("name", ["none.py", "no_module_of_this_name", ""])
 def test_a_name_of_nothing(name: str):
     with pytest.raises(UsageError, match="--plugin"):
@@ -105,14 +128,20 @@ def test_flags_and_configurations_name_them():
 
 
 def test_a_checkpoint_asks_for_its_plugin_and_for_its_text(tmp_path: Path, monkeypatch):
-    text = hashlib.sha256(GOOD.encode()).hexdigest()
+    text, allowed = hashlib.sha256(GOOD.encode()).hexdigest(), set[str]()
     with pytest.raises(UsageError, match=r"--plugin mine.py"):
         plugin_texts.require({"mine": text}, "runs/a")
     plugin_files.load(written(tmp_path, GOOD))
     plugin_texts.require({"mine": text}, "runs/a")
     with pytest.raises(UsageError, match="another text"):
         plugin_texts.require({"mine": "0" * 64}, "runs/a")
-    monkeypatch.setattr(plugin_texts, "ALLOWED", {plugin_texts.ALLOW})
+    for module in (plugin_files, plugin_texts):
+        monkeypatch.setattr(module, "ALLOWED", allowed)
+    config = tmp_path / "config.yaml"
+    for value in ("false", "true"):
+        assert not allowed
+        config.write_text(f"allow-other-plugin: {value}\n", encoding="utf-8")
+        plugin_files.take(["--config", str(config)])
     plugin_texts.require({"mine": "0" * 64}, "runs/a")
 
 

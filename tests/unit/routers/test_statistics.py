@@ -7,9 +7,11 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import checkpoint
 from support.in_process import layer_config
+from support.launches import REPOSITORY
 from support.routers import SIX, make_router, probable
 from torch import nn
 
+from megatron_smlp import plugin_files
 from megatron_smlp.routers.prefix import PrefixRouter
 from megatron_smlp.routers.statistics import RouterKey, RouterLoad, RouterStatistics
 
@@ -127,6 +129,28 @@ class TestTopK:
         shares = torch.tensor([1 / 6, 3 / 6, 2 / 6])
         assert load.aux_loss == pytest.approx(3 * (shares * torch.tensor(three).mean(0)).sum())
         assert load.drop_rate == 0
+
+
+class TestARuleThatSkips:
+    @pytest.fixture
+    def router(self, registry: Any) -> Any:
+        """A plugin's rule, in evaluation: a token visits the experts of which it scores over 0."""
+        plugin_files.load(str(REPOSITORY / "plugins" / "threshold.py"))
+        return make_router("threshold", num_experts=2).eval()
+
+    def test_the_gate_is_that_of_the_first_expert_visited(self, router: Any):
+        """The first token's is its second choice; the last visits none."""
+        statistics = counted(router)
+        router(torch.tensor([[-1.0, 2.0], [1.0, 3.0], [-1.0, -2.0]])[:, None])
+        load = load_of(statistics, training=False)
+        assert load.load_share == pytest.approx((1 / 3, 2 / 3))
+        gates = torch.tensor([2.0, 1.0]).sigmoid().sum().item()
+        assert load.mean_gate == pytest.approx(gates / 3)
+
+    def test_no_expert_that_is_visited_is_no_report(self, router: Any):
+        statistics = counted(router)
+        router(-torch.ones(3, 1, 2))
+        assert statistics.take(training=False) == {}
 
 
 def prefix_router(**changes: Any) -> PrefixRouter:

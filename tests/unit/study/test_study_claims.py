@@ -17,6 +17,7 @@ from support.studies import (
 
 from megatron_smlp.study.measured import Measured
 from megatron_smlp.study.plan import PlannedRun
+from megatron_smlp.study.results import Results
 from megatron_smlp.study.verdicts import primary_looks
 
 
@@ -29,6 +30,28 @@ def test_one_lucky_seed_is_not_the_best_system(tmp_path: Path):
     claims, _ = claims_and_text(known, tmp_path)
     [comparison] = claims["C2"]["comparisons"]
     assert (comparison["other"], comparison["found"]["n"]) == ("hash", 3)
+
+
+def test_token_experts_without_attention_are_no_sparse_transformer(tmp_path: Path):
+    """The lowest loss of a rival is theirs; C2 and C4 are against Switch alone."""
+    experts = {"num-experts": 4, "token-router": "switch", "moe-token-dispatcher-type": "alltoall"}
+    path = write_study(
+        tmp_path, systems=["switch", "gmlp_experts", "amlp_experts", "smlp_deterministic"],
+        variants={f"{name}_experts": {"from": name, **experts} for name in ("gmlp", "amlp")},
+        **{"flops-tolerance": 0.9, "needed-flops-tolerance": 0.9},
+    )  # fmt: skip
+    known = state_of(path, runs=tmp_path / "runs")
+    pretend(known, lambda run: loss_of(run) - 0.1 * run.system.endswith("experts"))
+    results = Results(tmp_path / "results")
+    results.collect(known)
+    results.add_evaluations([
+        {"key": run.key, "system": run.system, "seed": run.seed, "kind": "task", "label": "copa",
+         "value": 0.5 + NOISE[run.seed], "count": 100, "stderr": 0.01}
+        for run in known.plan().runs if run.horizon == known.study.longest
+    ])  # fmt: skip
+    claims = {claim.name: claim for claim in page_of(known, tmp_path).claims}
+    for name in ("C2", "C4"):
+        assert [each.other for each in claims[name].comparisons] == ["switch"]
 
 
 def test_that_each_part_helps_is_of_parts_alone(tmp_path: Path):

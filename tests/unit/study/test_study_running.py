@@ -13,6 +13,7 @@ from support.living import lives
 from support.studies import state_of, study_argv, write_metrics, write_study
 
 from megatron_smlp.checkpoints.folders import iteration_folder
+from megatron_smlp.errors import NonFiniteLossError
 from megatron_smlp.study import cli, metrics, process, running
 from megatron_smlp.study.data import StudyData
 from megatron_smlp.study.plan import PlannedRun
@@ -143,6 +144,21 @@ def test_a_branch_that_is_tried_again_goes_on_from_its_trunk(
     assert not checkpoints.exists()
     iteration_folder(checkpoints, trunk.end - 1).mkdir(parents=True)  # it is on its way again
     assert not known.has_checkpoint(trunk)
+
+
+def test_what_would_go_on_from_a_trunk_that_diverged_is_of_its_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A report leaves out a seed of which the sources are not known."""
+    path = write_study(tmp_path, systems=["transformer"], subject="transformer", seeds=[11],
+                       horizons=["50K", "100K"])  # fmt: skip
+    known = state_of(path, runs=tmp_path / "more")
+    monkeypatch.setattr(running, "run_command", lambda *_, **__: NonFiniteLossError.exit_code)
+    worker(known, tmp_path).work()
+    trunk, *branches = known.plan().runs
+    assert {known.status(run) for run in (trunk, *branches)} == {DIVERGED}
+    assert known.made_by(trunk)["sources"]
+    assert all(known.made_by(run) == known.made_by(trunk) for run in branches)
 
 
 def test_a_training_that_is_asked_to_stop_goes_on(

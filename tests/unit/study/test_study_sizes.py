@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.studies import pretend, study_argv, write_study
+from support.studies import page_of, pretend, study_argv, write_study
 
 from megatron_smlp.errors import UsageError
 from megatron_smlp.study import cli
 from megatron_smlp.study.plan import PlannedRun
 from megatron_smlp.study.results import Results
-from megatron_smlp.study.sizes import prediction
+from megatron_smlp.study.sizes import Sizes, prediction
 from megatron_smlp.study.state import State
 from megatron_smlp.study.statistics import of_error
 from megatron_smlp.study.study_file import read_studies
@@ -158,6 +158,21 @@ def test_a_prediction_is_there_before_its_size_is(path: Path):
     text = (path.parent / "results" / "report.md").read_text(encoding="utf-8")
     predicted, observed, _, within = cells(text, "D256", "transformer", "0.4M")
     assert (len(numbers(predicted)), observed, within) == (2, "n/a", "not yet")
+
+
+def test_two_sizes_of_one_width_predict_no_third(tmp_path: Path):
+    """As of two lengths: there is no line in the width through them."""
+    pair = {"systems": LAST["systems"]}
+    sizes = {"D64": size(64, **pair), "short": size(64, **pair), "D128": size(128, **pair)}
+    sizes["short"]["fixed"]["seq-length"] = 128
+    path = write_sizes(tmp_path, sizes=sizes, design=None, seeds=[21, 22], horizons=["0.4M"])
+    pages = []
+    for known, _ in states(path):
+        pretend(known, loss_of)
+        pages.append(page_of(known, tmp_path / known.study.name))
+    text = Sizes("small", pages).text()
+    assert cells(text, "short", "64", "transformer")
+    assert "| D128 |" not in text.split("## Predictions")[1]
 
 
 def test_equal_time_is_that_of_the_fastest(path: Path):

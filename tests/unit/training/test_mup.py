@@ -73,7 +73,7 @@ def test_hidden_matrices_have_a_lower_rate(scaled: Start, plain: Start):
     [
         "--architecture amlp --use-mup --mup-base-hidden-size 8",
         f"{SCALED} --token-router switch --num-experts 2",
-        f"{SCALED} --optimizer sgd",
+        f"{SCALED} --optimizer muon",
         f"{SCALED} --decoupled-lr 1e-3",
         f"{SCALED} --input-projection minhash",
         f"{TRANSFORMER} --use-mup",

@@ -99,6 +99,15 @@ def test_a_run_ends_when_its_time_is_over(
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "2"
 
 
+def test_an_interval_that_ends_with_the_run_stops_nothing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    with pretrained(f"{GMLP} --exit-interval 2 --train-iters 2 --save {tmp_path}"):
+        pass
+    assert "stopped" not in capfd.readouterr().out
+    assert "test_loss" in records(tmp_path)[-1]
+
+
 @pytest.mark.parametrize(
     ("when", "last"),
     [

@@ -1,4 +1,4 @@
-"""Every validation of a run reads the same samples, and so do runs of other seeds."""
+"""Every validation of a run reads the same samples, and so do runs of other seeds; how many."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -57,7 +57,7 @@ def test_validations_of_one_run_and_of_its_continuation(tmp_path: Path, order: s
 def test_a_checkpoint_is_evaluated_without_training(tmp_path: Path):
     """Also by a run that is complete, which would otherwise have nothing left to do."""
     words = f"--architecture gmlp --eval-iters 2 --log-interval 1 --train-iters 3 --save {tmp_path}"
-    with pretrained(f"{words} --lr 1e-1"):
+    with pretrained(f"{words} --lr 1e-1 --save-interval 2"):
         pass
     before = records(tmp_path)
     with pretrained(f"{words} --skip-train"):
@@ -70,6 +70,10 @@ def test_a_checkpoint_is_evaluated_without_training(tmp_path: Path):
     assert [line["iteration"] for line in (*trained, *again)] == [3, 3]
     losses = [line["validation_loss"] for line in (*trained, *again)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    whole = records(tmp_path)
+    with pretrained(f"{words} --skip-train --ckpt-step 2"):
+        pass
+    assert records(tmp_path) == whole, "steps behind an earlier checkpoint stay"
 
 
 def test_other_seeds_train_on_others_and_validate_on_the_same(
@@ -116,3 +120,30 @@ def test_each_of_several_validation_sets_has_its_own_numbers(tmp_path: Path, nam
         assert {f"{field}_loss", f"{field}_routers"} <= set(line)
         assert not any(name.startswith(other) for name in line)
     assert lines[0][f"{fields[0]}_loss"] + 1 < lines[1][f"{fields[1]}_loss"]
+    read = 13 * 16 if how == "--full-validation" else 2 * 2 * 16
+    counts = {router["choices"] for line, field in zip(lines, fields, strict=True)
+              for router in line[f"{field}_routers"]}  # fmt: skip
+    assert counts == {read}, "each token once"
+
+
+def test_a_whole_validation_beside_a_share_for_tests(tmp_path: Path):
+    """Of which nothing is read without --eval-iters."""
+    prefix = random_pair(tmp_path / "data", documents=100)
+    base = MINIMAL.replace("--mock-data", f"--data-path {prefix} --split 80,15,5")
+    flags = "--architecture gmlp --full-validation --multiple-validation-sets --eval-iters 0"
+    with pretrained(f"{flags} --log-dir {tmp_path}", base=base):
+        pass
+    assert "validation_0_loss" in records(tmp_path)[-1]
+
+
+def test_a_schedule_of_batches_reads_mixed_data_to_its_end(tmp_path: Path):
+    """The last batch reads beyond --train-samples: 1, 4, then 7."""
+    one, other = (random_pair(tmp_path / name, documents=30) for name in ("a", "b"))
+    base = MINIMAL.replace("--mock-data", f"--data-path 0.5 {one} 0.5 {other} --split 1,0,0")
+    for flag in ("--micro-batch-size 2", "--global-batch-size 2", "--train-iters 4"):
+        base = base.replace(flag, "")
+    flags = "--architecture gmlp --micro-batch-size 1 --train-samples 5 --eval-iters 0"
+    flags += " --step-batch-size-schedule 0:1,16:3 --log-interval 1"
+    with pretrained(f"{flags} --log-dir {tmp_path}", base=base):
+        pass
+    assert [line["consumed_samples"] for line in records(tmp_path)] == [1, 4, 7]

@@ -43,6 +43,15 @@ def test_sample_decodes(prefix: str, capsys: pytest.CaptureFixture[str]):
         inspect_cli.main(["sample", prefix, "--documents", "60"])
 
 
+def test_a_sample_is_text_where_only_the_folder_of_a_tokenizer_is_named(
+    run: Run, tmp_path: Path, tokenizer_folder: Path, hf_flags: list[str], capsys
+):
+    prefix = write_pair(run, tmp_path, "data", ["the white whale"], hf_flags)
+    capsys.readouterr()
+    inspect_cli.main(["sample", prefix, "--tokenizer-model", str(tokenizer_folder)])
+    assert "the white whale" in capsys.readouterr().out
+
+
 def test_stats(prefix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     picture = tmp_path / "lengths.png"
     flags = ["--seq-length", "100", "--png", str(picture)]

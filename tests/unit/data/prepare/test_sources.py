@@ -132,6 +132,10 @@ def test_output_in_the_folder_of_the_corpus_is_no_input(run: Run, tmp_path: Path
     (tmp_path / "data.partial").mkdir()
     (tmp_path / "data.partial" / "rejected.jsonl").write_text("bad")
     assert run(tmp_path, tmp_path / "data", *flags).counts == first.counts
+    (tmp_path / "other.partial").mkdir()
+    (tmp_path / "other.partial" / "rejected.jsonl").write_text("bad")
+    found = [tmp_path / name for name in ("a.jsonl", "bad.jsonl")]
+    assert find_inputs([f"{tmp_path}/**/*.json*"]) == found
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,40 @@
+"""A plugin's token router in its host: how many experts a token has, and steps that are skipped."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.launches import REPOSITORY
+from support.routers import make_router
+from unit.plugins.test_checks import TWO
+
+from megatron_smlp import plugin_files
+from megatron_smlp.routers.hosted import update_rules
+
+pytestmark = pytest.mark.usefixtures("megatron", "registry")
+
+
+def test_a_rule_gives_as_many_experts_as_it_says(tmp_path: Path):
+    path, tokens = tmp_path / "two.py", torch.randn(4, 1, 3)
+    path.write_text(TWO, encoding="utf-8")
+    plugin_files.load(str(path))
+    router = make_router("two", num_experts=3)
+    assert router(tokens)[1].sum(dim=1).tolist() == [2] * 4
+    router.kind.experts_per_token = 1
+    with pytest.raises(ValueError, match=r"Two\.choose gives a token 2 experts, and experts_per_t"):
+        router(tokens)
+
+
+def test_a_skipped_step_leaves_nothing_in_a_rule():
+    """Neither of what its scores were, nor of the lowest of them."""
+    plugin_files.load(str(REPOSITORY / "plugins" / "threshold.py"))
+    rules, batches = [], torch.randn(2, 4, 1, 2)
+    for skipped in (torch.full((4, 1, 2), torch.nan), None):
+        router = make_router("threshold", num_experts=2)
+        for batch in (batches[0], skipped, skipped, batches[1]):
+            if batch is not None:
+                router(batch)
+                update_rules([router], skipped=batch is skipped)
+        rules.append(router.rule)
+    assert rules[0].bound.isfinite().all()
+    assert torch.equal(rules[0].bound, rules[1].bound)
