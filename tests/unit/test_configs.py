@@ -26,7 +26,7 @@ SYSTEMS = (
     "amlp",
     "smlp_deterministic",
     "smlp_partial",
-    "smlp_hash",
+    "smlp_switch",
     "llama",
     "llama_moe",
 )
@@ -103,7 +103,7 @@ def test_a_gpu_holds_it_and_recomputes_only_what_it_must(folder: str, system: st
     assert "recompute_granularity" not in values
 
 
-STAGES = {"gmlp": 2, "amlp": 1, "smlp_deterministic": 3, "smlp_partial": 3, "smlp_hash": 3}
+STAGES = {"gmlp": 2, "amlp": 1, "smlp_deterministic": 3, "smlp_partial": 3, "smlp_switch": 3}
 """Pipeline stages that its layers can be cut in; the others: four."""
 RANKS = 96
 
