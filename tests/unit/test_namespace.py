@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from support.launches import REPOSITORY
 
 # The second phase, the flags that a CPU needs, what was given told from defaults; Megatron's own
-# validation; which checkpoint is loaded; the steps and samples that the loop counts.
+# validation; which checkpoint is loaded; the steps and samples that the loop counts; the batch of
+# a set that is evaluated whole, for the time of Megatron's `evaluate`.
 ASSIGNING = {"flags/defaults.py", "flags/parse.py", "flags/check.py", "platform/cpu.py"}
 ASSIGNING |= {"checkpoints/choosing.py", "checkpoints/state.py", "training/loop.py"}
-ASSIGNING |= {"evaluation/megatron_loading.py"}
+ASSIGNING |= {"training/evaluating.py", "evaluation/megatron_loading.py"}
 # Namespaces of their own.
 OTHERS = {"accounting/estimate.py", "data/tokenizers/folder.py"}
 PACKAGE = REPOSITORY / "megatron_smlp"
