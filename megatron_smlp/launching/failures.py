@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_smlp.checkpoints.folders import latest_iteration
-from megatron_smlp.launching.training_argv import given, is_on
+from megatron_smlp.launching.training_argv import FROM_CHECKPOINT, given, is_on
 
 
 class Failures:
@@ -17,7 +17,7 @@ class Failures:
 
     def __init__(self, argv: Sequence[str]) -> None:
         # As flags/use_checkpoint_args.py chooses it.
-        goes_on = is_on("--use-checkpoint-args", argv) and not is_on("--finetune", argv)
+        goes_on = is_on(FROM_CHECKPOINT, argv) and not is_on("--finetune", argv)
         is_load = goes_on and "--no-save" not in argv
         save = given("--save", argv) or (given("--load", argv) if is_load else None)
         self.folder = Path(str(save)) if save else None

@@ -42,6 +42,7 @@ from megatron_smlp.launching.training_argv import (
     FROM_CHECKPOINT,
     check_counts,
     given,
+    is_on,
     limit_connections,
 )
 from megatron_smlp.restart_note import note_cause
@@ -130,7 +131,7 @@ class Supervisor:
     def __init__(self, settings: Settings, argv: Sequence[str]) -> None:
         self.settings = settings
         self.argv = list(argv)
-        if given(TIMEOUT, argv) is None and FROM_CHECKPOINT not in argv:
+        if given(TIMEOUT, argv) is None and not is_on(FROM_CHECKPOINT, argv):
             self.argv += [TIMEOUT, str(MINUTES)]
         if settings.rendezvous:
             machines = range(settings.rendezvous.min_nodes, settings.rendezvous.max_nodes + 1)

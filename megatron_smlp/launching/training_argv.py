@@ -96,7 +96,7 @@ def check_counts(argv: Sequence[str], *, machines: range, processes: int) -> Non
         return
     nodes = f"NNODES={machines[0]}:{machines[-1]}"
     batch = given("--global-batch-size", argv)
-    if batch is None and FROM_CHECKPOINT not in argv:
+    if batch is None and not is_on(FROM_CHECKPOINT, argv):
         raise UsageError(f"{nodes} changes the batch with the machines: give --global-batch-size.")
     sizes = {
         name: int(value) if (value := given(flag_of(name), argv)) else default
