@@ -16,7 +16,7 @@ import importlib.util
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from megatron_smlp.command_line import Parser, flag_of
 from megatron_smlp.errors import UsageError
 from megatron_smlp.flag_facts import Facts
 from megatron_smlp.flags import early
-from megatron_smlp.flags.yaml_file import config_paths, read_settings
+from megatron_smlp.flags.yaml_file import Setting, config_paths, read_settings
 from megatron_smlp.plugin_texts import ALLOW, ALLOWED, FLAG, LOADED, PluginFile, recorded
 
 KEY = "plugin"
@@ -48,14 +48,14 @@ def take(argv: Sequence[str]) -> list[str]:
     settings = read_settings(config_paths(argv))
     if options.allows or any(s.value for key, s in settings.items() if flag_of(key) == ALLOW):
         ALLOWED.add(ALLOW)
-    for name in (*named_in(config_paths(argv)), *options.names):
+    for name in (*named_in(settings), *options.names):
         load(name)
     return rest
 
 
-def named_in(configs: Iterable[Path]) -> list[str]:
+def named_in(settings: Mapping[str, Setting]) -> list[str]:
     """Return what the key `plugin` of --config files names, from the folder of each file."""
-    setting = read_settings(configs).get(KEY)
+    setting = settings.get(KEY)
     if setting is None:
         return []
     names = setting.value if isinstance(setting.value, list) else [setting.value]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,19 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_smlp.checkpoints.folders import MODEL, iteration_of
+from megatron_smlp.checkpoints.folders import iteration_of
+from megatron_smlp.checkpoints.model_record import written_in
 from megatron_smlp.checkpoints.reader import TorchDistReader
 from megatron_smlp.checkpoints.run_record import read_run_record
-from megatron_smlp.errors import DamagedCheckpointError
 
 
 def describe(folder: Path) -> dict[str, Any]:
     """Return iteration, layout, tokenizer, the flags that were given, and those of the model."""
-    model = folder / MODEL
-    try:
-        flags = json.loads(model.read_text(encoding="utf-8")) if model.exists() else None
-    except ValueError as error:
-        raise DamagedCheckpointError(f"{model} is not a JSON object ({error}).") from error
+    flags = written_in(folder)
     record = read_run_record(folder) or {}
     return {
         "checkpoint": str(folder),

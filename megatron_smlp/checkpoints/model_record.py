@@ -63,14 +63,25 @@ def flags_in(folder: Path) -> dict[str, Any]:
         UsageError: it was not written by us, or with a plugin that is not named.
         DamagedCheckpointError: model.json is not what was written.
     """
-    path = folder / MODEL
-    try:
-        flags: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError as error:
+    flags = written_in(folder)
+    if flags is None:
         raise UsageError(
             f"{folder} has no {MODEL}, which pretrain_smlp.py writes beside each checkpoint."
-        ) from error
-    except (OSError, ValueError, RecursionError, TypeError) as error:
-        raise DamagedCheckpointError(f"{path} is not a JSON object ({error}).") from error
+        )
     plugin_texts.require(flags.get("plugins", {}), str(folder))
     return {**model_defaults(), **flags}
+
+
+def written_in(folder: Path) -> dict[str, Any] | None:
+    """Return what model.json says, whatever plugins it needs; None: there is none.
+
+    Raises:
+        DamagedCheckpointError: it is not what was written.
+    """
+    path = folder / MODEL
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError, TypeError) as error:
+        raise DamagedCheckpointError(f"{path} is not a JSON object ({error}).") from error

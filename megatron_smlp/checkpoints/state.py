@@ -205,7 +205,7 @@ def read(parts: Trained, folder: Path) -> int:
         _count_on(args, saved)
     _put(parts, state, with_optimizer=with_optimizer)
     if with_rng:
-        _set_rng(args, state["rng_state"], parts)
+        _set_rng(state["rng_state"][0])
     torch.distributed.barrier()
     torch.cuda.empty_cache()
     return iteration
@@ -282,8 +282,7 @@ def _put(parts: Trained, state: dict[str, Any], *, with_optimizer: bool) -> None
         parts.optimizer.reload_model_params()
 
 
-def _set_rng(args: argparse.Namespace, saved: Any, parts: Trained) -> None:
-    state = saved[0]
+def _set_rng(state: dict[str, Any]) -> None:
     random.setstate(state["random_rng_state"])
     np.random.set_state(state["np_rng_state"])
     torch.set_rng_state(state["torch_rng_state"])

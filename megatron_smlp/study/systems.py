@@ -11,7 +11,7 @@ from megatron_smlp import plugin_files
 from megatron_smlp.accounting.estimate import estimate
 from megatron_smlp.errors import UsageError
 from megatron_smlp.flags.exclusive import replaced_by
-from megatron_smlp.flags.yaml_file import read_yaml, spelling
+from megatron_smlp.flags.yaml_file import read_settings, spelling
 from megatron_smlp.study.study_file import Study
 from megatron_smlp.systems import ARCHITECTURES, BY_PREFIX
 
@@ -99,8 +99,9 @@ def _system(study: Study, name: str, *, folder: Path) -> System:
     own = dict(study.variants.get(name, {}))
     source = own.pop("from", name)
     file = folder / study.base / f"{source}.yaml"
-    flags = {spelling(key): value for key, value in read_yaml(file).items()}
-    if plugins := [plugin_files.load(path) for path in plugin_files.named_in([file])]:
+    settings = read_settings([file])
+    flags = {spelling(key): setting.value for key, setting in settings.items()}
+    if plugins := [plugin_files.load(path) for path in plugin_files.named_in(settings)]:
         # Names alone: a run is the same on another machine. Its sources have the texts.
         flags[plugin_files.KEY] = [plugin.path.name for plugin in plugins]
     given = {*study.fixed, *own}

@@ -223,8 +223,8 @@ class Loop:
         if asks_anew:
             self.agreement.send()
         agreed = self.agreement.read()
-        is_at_interval = is_due(self.args.exit_interval, self.iteration)
-        is_at_interval &= self.iteration < self.args.train_iters
+        goes_on = self.iteration < self.args.train_iters
+        is_at_interval = goes_on and is_due(self.args.exit_interval, self.iteration)
         self.stopped = agreed.is_signalled or agreed.is_over or is_at_interval
         if self.stopped:
             self.save()
