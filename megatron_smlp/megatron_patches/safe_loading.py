@@ -1,8 +1,8 @@
 """Read checkpoints without running what is in them, on every device.
 
 torch and Megatron unpickle anything: the functions that do are replaced (table.py). `.metadata`
-may hold plain data (checkpoints/safe_unpickling.py), objects what torch's `weights_only` allows,
-and tensors are pieces as the index says.
+may hold plain data (checkpoints/safe_unpickling.py), objects what torch's `weights_only` allows.
+What cannot be read is named.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from typing import IO, Any
 
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
-from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
+from torch.distributed.checkpoint.planner import LoadPlan
 
-from megatron_smlp.checkpoints.index import check_piece
 from megatron_smlp.checkpoints.safe_unpickling import load_metadata, load_object, readable
 
 
@@ -51,19 +50,10 @@ def _file_by_file(read: Any) -> Any:
             files.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
         for name, items in files.items():
             with readable(Path(self.path) / name):
-                _check_pieces(self, name, items)
                 read(self, dataclasses.replace(plan, items=items), planner)
         return read(self, dataclasses.replace(plan, items=[]), planner)
 
     return read_data
-
-
-def _check_pieces(self: Any, name: str, items: list[ReadItem]) -> None:
-    with self.fs.create_stream(self.fs.concat_path(self.path, name), "rb") as file:
-        for item in items:
-            place = self.storage_data[item.storage_index]
-            if place.piece is not None:
-                check_piece(self._slice_file(file, place), place.piece, item.storage_index.fqn)
 
 
 def _load_bytes(self: Any, read_item: Any, value: IO[bytes]) -> None:

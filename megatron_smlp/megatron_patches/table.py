@@ -106,7 +106,7 @@ PATCHES = (
         "unit/checkpoints/test_safe_loading.py",
         {
             f"{_TORCH}.FileSystemReader.read_metadata": "unpickles anything",
-            f"{_TORCH}.FileSystemReader.read_data": "reads what an index says, whatever it says",
+            f"{_TORCH}.FileSystemReader.read_data": "fails without the name of the file",
             f"{_TORCH}.DefaultLoadPlanner.load_bytes": "unpickles anything",
             f"{_SAVING}.serialization.load_common": "unpickles anything",
         },

@@ -1,7 +1,6 @@
 """A checkpoint that would run code when it is loaded is refused, wherever the code hides."""
 
 import inspect
-import io
 import os
 import pickle
 import warnings
@@ -104,16 +103,6 @@ def test_no_other_name_gets_through(names: tuple[str, str], tmp_path: Path):
         load_metadata(file)
 
 
-@pytest.mark.parametrize("path", ["../other/__0_0.distcp", "/etc/passwd", ".."])
-def test_files_elsewhere_are_not_read(path: str, checkpoint: Path):
-    metadata = FileSystemReader(str(checkpoint)).read_metadata()
-    for entry in metadata.storage_data.values():
-        entry.relative_path = path
-    (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
-    with pytest.raises(DamagedCheckpointError, match=r"in another folder"):
-        load(checkpoint)
-
-
 @pytest.mark.parametrize("length", [None, 0, 40])
 @pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
 def test_damage_names_the_file(name: str, length: int | None, checkpoint: Path):
@@ -125,18 +114,3 @@ def test_damage_names_the_file(name: str, length: int | None, checkpoint: Path):
         load(checkpoint)
     assert f"{checkpoint / name} cannot be read" in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("wrong", [torch.arange(7.0), torch.arange(6.0).double(), [1.0]])
-def test_a_piece_that_is_not_what_the_index_says(checkpoint: Path, wrong: object):
-    """torch would read a part of it, or convert it."""
-    metadata = FileSystemReader(str(checkpoint)).read_metadata()
-    place = next(p for i, p in metadata.storage_data.items() if i.fqn == "weight")
-    path = checkpoint / place.relative_path
-    box = io.BytesIO()
-    torch.save(wrong, box)
-    place.offset, place.length = path.stat().st_size, len(box.getvalue())
-    path.write_bytes(path.read_bytes() + box.getvalue())
-    (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
-    with pytest.raises(DamagedCheckpointError, match="a piece of weight is"):
-        load(checkpoint)
