@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_smlp import plugin_files
-from megatron_smlp.flags import early
 from megatron_smlp.flags.help import answered
 from megatron_smlp.launching.parent import AGENT_PID, end_with_agent
 from megatron_smlp.launching.training_argv import given, limit_connections
@@ -30,7 +29,6 @@ def main(argv: Sequence[str]) -> None:
     argv = plugin_files.take(argv)
     if answered(argv):  # --help, --version
         return
-    early.refuse(argv)
     if given("--platform", argv) == "cpu":
         choice.hide_gpus()
     end_with_agent()

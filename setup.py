@@ -84,7 +84,6 @@ setup(
     package_data={
         "megatron_smlp": [
             "py.typed",
-            "flags/megatron_flags.txt",
             "ops/tiles.json",
             "evaluation/tasks/*.yaml",
         ],

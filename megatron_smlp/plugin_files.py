@@ -25,7 +25,6 @@ from megatron_smlp import options, systems
 from megatron_smlp.command_line import Parser, flag_of
 from megatron_smlp.errors import UsageError
 from megatron_smlp.flag_facts import Facts
-from megatron_smlp.flags import early
 from megatron_smlp.flags.yaml_file import Setting, config_paths, read_settings
 from megatron_smlp.plugin_texts import ALLOW, ALLOWED, FLAG, LOADED, PluginFile, recorded
 
@@ -277,12 +276,11 @@ def _enter_options(kind: Any, **belongs: tuple[str, ...]) -> None:
     from megatron_smlp.plugins import options_of
 
     declared = options_of(kind)
-    theirs = early.spellings() if declared else set()
     for name, it in declared.items():
         owners: dict[str, Any] = dict(belongs)
         if "architectures" in belongs and options.PLUGIN_OPTIONS.get(name) == it:
             owners["architectures"] += options.OUR_FLAGS[name].architectures
-        elif name in options.MODEL_FLAGS or name in options.OUR_FLAGS or flag_of(name) in theirs:
+        elif name in options.MODEL_FLAGS or name in options.OUR_FLAGS:
             raise ValueError(
                 f"{kind.__name__}.{name} would shadow the flag {flag_of(name)}: rename it."
             )

@@ -2,7 +2,7 @@
 
 Megatron's parser has 806 flags, for all its models, programs and loops. One that nothing here reads
 would be accepted and do nothing, and one that nobody has tried may do harm in silence. A flag that
-a new Megatron brings is refused until a test uses it. No torch, no Megatron: early.py asks too.
+a new Megatron brings is refused until a test uses it.
 """
 
 from __future__ import annotations

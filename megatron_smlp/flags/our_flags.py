@@ -43,7 +43,13 @@ def add_our_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         if it.kind is bool:  # one that is on has --no-NAME
             switch = argparse.BooleanOptionalAction if it.default else "store_true"
             kind = {"action": switch}
-        group.add_argument(flag_of(name), default=it.default, help=it.help, **kind)
+        try:
+            group.add_argument(flag_of(name), default=it.default, help=it.help, **kind)
+        except argparse.ArgumentError as error:
+            raise UsageError(
+                f"the option {name} of a plugin would shadow Megatron's flag {flag_of(name)}: "
+                "rename it."
+            ) from error
     parser.error = _raise_usage  # type: ignore[method-assign]
     return parser
 

@@ -37,7 +37,12 @@ def refuse_unknown(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argp
     Raises:
         UsageError: there are others, or what belongs to none.
     """
-    known, unknown = parser.parse_known_args(list(argv))
+    try:
+        known, unknown = parser.parse_known_args(list(argv))
+    except KeyError as error:  # of Megatron's type of an enumeration, which looks a name up
+        words = [part for word in argv for part in word.split("=", 1)]
+        flag = words[words.index(error.args[0]) - 1]
+        raise UsageError(f"argument {flag}: invalid choice: {error}") from error
     for word in unknown:
         if word.startswith("-"):
             flag = word.split("=")[0]

@@ -13,7 +13,7 @@ from support.in_process import MINIMAL
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.errors import UsageError
 from megatron_smlp.flags import check_run
-from megatron_smlp.flags.ranges import LEAST, UNDER_ONE, check_values
+from megatron_smlp.flags.check_run import LEAST, UNDER_ONE, check_values
 from megatron_smlp.options import OUR_FLAGS
 from megatron_smlp.platform import cpu
 

@@ -31,8 +31,8 @@ def written(folder: Path, text: str, name: str = "mine") -> str:
         ("\nraise RuntimeError('broken')\n", r"mine.py:2: RuntimeError: broken"),
         (CLASS.format(name="attention") + "pass\n", "'attention' is there already"),
         (CLASS.format(name="a b") + "pass\n", r"mine.py:2: ValueError: .*'a b' is no name"),
-        (CLASS.format(name="m") + "seed: int = option(1, 'x')\n"
-         "register.architecture('m', mixer='m')\n", "flag --seed"),
+        (CLASS.format(name="m") + "num_layers: int = option(1, 'x')\n"
+         "register.architecture('m', mixer='m')\n", "flag --num-layers"),
         (CLASS.format(name="m") + "taps: list = option(1, 'x')\n", "annotate it"),
         ("from megatron_smlp.plugins import register\nregister.architecture('m', mixer='n')\n",
          "'n' is no token mixer"),
@@ -58,11 +58,18 @@ def test_a_failure_behind_the_first_option_leaves_nothing(tmp_path: Path):
     flags, scoring = dict(options.OUR_FLAGS), list(systems.SCORING)
     text = (
         "from megatron_smlp.plugins import *\n@register('r')\nclass R(TokenRouter):\n"
-        "    fresh: int = option(1, 'x')\n    seed: int = option(1, 'x')\n"
+        "    fresh: int = option(1, 'x')\n    num_layers: int = option(1, 'x')\n"
     )
-    with pytest.raises(UsageError, match="flag --seed"):
+    with pytest.raises(UsageError, match="flag --num-layers"):
         plugin_files.load(written(tmp_path, text))
     assert (flags, scoring) == (options.OUR_FLAGS, systems.SCORING)
+
+
+def test_an_option_with_the_name_of_a_flag_of_megatrons(tmp_path: Path, parse: Callable[..., Any]):
+    text = CLASS.format(name="m") + "seed: int = option(1, 'x')\n"
+    plugin_files.load(written(tmp_path, text + "register.architecture('m', mixer='m')\n"))
+    with pytest.raises(UsageError, match="flag --seed"):
+        parse("--architecture m")
 
 
 def test_options_of_a_mixer_in_two_architectures(tmp_path: Path):
