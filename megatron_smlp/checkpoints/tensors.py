@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from megatron_smlp.errors import UsageError
 from megatron_smlp.progress import Progress
 
 GIGABYTE = 1e9
@@ -53,19 +52,6 @@ class Source(Protocol):
     def read_into(self, target: Tensor, name: str, *, start: int = 0) -> None:
         """Fill a tensor with rows of the one of this name, from `start` on."""
         ...
-
-
-def check_scale(specs: Mapping[str, Spec], flags: Mapping[str, Any], *, where: str) -> None:
-    """Refuse sizes that the tensors plainly do not have: a model of them would take hours to build.
-
-    Raises:
-        UsageError: there is not a tensor for each layer, or not a row for each expert.
-    """
-    num_layers, num_experts = flags.get("num_layers"), flags.get("num_experts") or 0
-    rows = max((spec.shape[0] for spec in specs.values() if spec.shape), default=0)
-    for number, most, what in ((num_layers, len(specs), "layers"), (num_experts, rows, "experts")):
-        if not isinstance(number, int) or number > most:
-            raise UsageError(f"{where} holds too little for a model of {number} {what}.")
 
 
 def tensors_of(source: Source) -> Iterator[tuple[str, Tensor]]:

@@ -22,7 +22,6 @@ from megatron_smlp.checkpoints.folders import (
 )
 from megatron_smlp.checkpoints.model_record import flags_in
 from megatron_smlp.checkpoints.reader import TorchDistReader
-from megatron_smlp.checkpoints.tensors import check_scale
 from megatron_smlp.errors import DamagedCheckpointError, UsageError
 
 NOT_WEIGHTS = ("optimizer.", "rng_state", "rerun_state_machine_state", "common_state")
@@ -51,7 +50,6 @@ class TorchDistCheckpoint(TorchDistReader):
         self.specs = {
             name: spec for name, spec in self.all_specs.items() if not name.startswith(NOT_WEIGHTS)
         }
-        check_scale(self.specs, self.flags, where=str(checkpoint))
 
     @cached_property
     def iteration(self) -> int:

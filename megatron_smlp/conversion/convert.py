@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_smlp.checkpoints.folders import partial_folder
 from megatron_smlp.checkpoints.run_record import read_run_record
-from megatron_smlp.checkpoints.tensors import Source, Spec, check_scale, tensors_of
+from megatron_smlp.checkpoints.tensors import Source, Spec, tensors_of
 from megatron_smlp.checkpoints.tokenizer_copy import keep_tokenizer
 from megatron_smlp.checkpoints.torch_dist import COMMON, AveragedCheckpoint, TorchDistCheckpoint
 from megatron_smlp.checkpoints.writer import weights_state, write_checkpoint
@@ -271,7 +271,6 @@ def _padded(
     default: int | None = None,
 ) -> tuple[Repadded, dict[str, Any]]:
     """Return a source with the padding that its vocabulary is to have, and the flags for it."""
-    check_scale(specs, flags, where=str(options.load))
     divisible_by = options.divisible_by or default
     rows = flags["padded_vocab_size"]
     if divisible_by is not None:

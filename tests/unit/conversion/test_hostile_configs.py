@@ -37,8 +37,6 @@ LIES: list[tuple[Any, str]] = [
     ({"layer_norm_epsilon": float("inf")}, "layer_norm_epsilon"),
     *(({name: [1]}, "") for name in ("model_type", "dtype", "quantization_config", "id2label")),
     ({"max_position_embeddings": 10**9}, "no such model can be built"),
-    ({"num_hidden_layers": 10**9}, "a model of 1000000000 layers"),
-    ({"num_experts": 10**6}, "a model of 1000000 experts"),
     *((text, "config.json") for text in ("[]", "", "[" * 100_000, '{"a":' * 100_000, "\xff")),
 ]
 
@@ -66,14 +64,13 @@ def test_a_config_that_lies(exported: Path, tmp_path: Path, lie: Any, named: str
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("changes", [{"num_layers": 10**9}, {"num_experts": 10**6}, None])
-def test_flags_of_a_checkpoint(exported: Path, tmp_path: Path, changes: Any):
+def test_flags_of_a_checkpoint(exported: Path, tmp_path: Path):
     run(from_hf, exported, tmp_path / "run", checks=False)
     path = TorchDistCheckpoint(tmp_path / "run").folder / "model.json"
     flags = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps(flags | changes if changes else [flags]), encoding="utf-8")
+    path.write_text(json.dumps([flags]), encoding="utf-8")
     for name in (SUMS, MARKER):
         (path.parent / name).unlink()
     seal(path.parent)  # checksums are no protection from intent
-    with pytest.raises(UserError, match=r"layers|experts|not a JSON object"):
+    with pytest.raises(UserError, match="not a JSON object"):
         run(convert.torch_dist_to_hf, tmp_path / "run", tmp_path / "hf", checks=False)
