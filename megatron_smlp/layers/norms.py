@@ -29,19 +29,10 @@ except ImportError:
 
 
 class TorchNorm:
-    """Builds torch's LayerNorm or RMSNorm with Megatron's signature, ready for sequence parallel.
-
-    Raises:
-        ValueError: `--normalization` is neither LayerNorm nor RMSNorm.
-    """
+    """torch's LayerNorm or RMSNorm with Megatron's signature, ready for sequence parallel."""
 
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> Any:
         kinds: dict[str, type[nn.Module]] = {"LayerNorm": nn.LayerNorm, "RMSNorm": RMSNorm}
-        if config.normalization not in kinds:
-            raise ValueError(
-                f"--normalization {config.normalization} is not available without Transformer "
-                f"Engine; allowed: {', '.join(kinds)}."
-            )
         norm = kinds[config.normalization](hidden_size, eps=eps, dtype=config.params_dtype)
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel

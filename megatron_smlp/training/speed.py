@@ -1,12 +1,43 @@
-"""The speed of a run: wall time of its steps, tokens/s, FLOP/s, and their share of the peak."""
+"""The speed of a run: wall time of its steps, tokens/s, FLOP/s, and MFU, their share of the peak.
+
+TFLOP/s of a device = tokens/s x needed FLOPs per token (accounting/costs.py) / devices / 10^12
+MFU = TFLOP/s of a device / its dense peak
+"""
 
 from __future__ import annotations
 
+import re
 import time
 
 import torch
 
-from megatron_smlp.accounting import mfu
+# Dense bf16 peaks of one device in TFLOP/s, from the vendor's data sheets (no sparsity).
+DENSE_PEAK_TFLOPS = {
+    "GB300": 2500.0,
+    "GB200": 2500.0,
+    "B300": 2250.0,
+    "B200": 2250.0,
+    "GH200": 989.0,
+    "H200 NVL": 835.0,
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H100": 989.0,
+    "H800 PCIe": 756.0,
+    "H800": 989.0,
+    "H20": 148.0,
+    "A100": 312.0,
+    "A100X": 312.0,
+    "A800": 312.0,
+    "L40S": 362.0,
+    "L40": 181.0,
+    "L4": 121.0,
+    "A40": 149.7,
+    "A30": 165.0,
+    "A10": 125.0,
+    "V100": 125.0,
+    "V100S": 130.0,
+}
 
 
 class StepClock:
@@ -48,7 +79,7 @@ def speed_fields(
 
     Args:
         tokens: since the last line: a schedule may change the batch.
-        flops_per_token: summed over the devices.
+        flops_per_token: needed ones, forward and backward, summed over the devices.
         waited: seconds in which rank 0 waited for data.
         left: steps to the end.
         peak: TFLOP/s of a device, where it is known.
@@ -56,12 +87,12 @@ def speed_fields(
     steps = max(1, clock.steps)
     seconds = clock.pop_seconds_per_step()
     per_second = tokens / steps / seconds
-    tflops = mfu.tflops_per_device(per_second, flops_per_token=flops_per_token, devices=devices)
+    tflops = per_second * flops_per_token / 1e12 / devices
     return {
         "seconds_per_iteration": seconds,
         "tokens_per_second": per_second,
         "tflops_per_device": tflops,
-        "mfu": mfu.mfu(tflops, peak=peak),
+        "mfu": tflops / peak if peak else None,
         "data_wait_share": waited / steps / seconds,
         "eta_seconds": left * seconds,
     }
@@ -80,4 +111,8 @@ def device_peak_tflops() -> float | None:
     """Dense bf16 peak of this device in TFLOP/s, or None where it is not known."""
     if not torch.cuda.is_available():
         return None
-    return mfu.dense_peak_tflops(torch.cuda.get_device_name())
+    device = torch.cuda.get_device_name()
+    if " MIG " in device:  # a slice of it
+        return None
+    peaks = (peak for key, peak in DENSE_PEAK_TFLOPS.items() if re.search(rf"\b{key}\b", device))
+    return next(peaks, None)
