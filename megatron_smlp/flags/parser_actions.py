@@ -31,8 +31,8 @@ def nearest(parser: argparse.ArgumentParser, name: str) -> str:
     return hint or "docs/flags.md lists every flag."
 
 
-def refuse_unknown(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
-    """Return the flags, all of which exist and are tested or allowed.
+def refuse_unknown(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    """Check that all flags exist, and are tested or allowed.
 
     Raises:
         UsageError: there are others, or what belongs to none.
@@ -50,4 +50,3 @@ def refuse_unknown(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argp
     if unknown:
         raise UsageError(f"'{unknown[0]}' belongs to no flag.")
     refuse_untested(parser, argv, allowed=known.allow_untested_flag or ())
-    return known

@@ -102,9 +102,7 @@ class HostedMixer(TokenMixer):
         super().__init__(config, layer_number, pg_collection)
         parts = self.tp_group.size()
         features = features_of(config, kind)
-        project = partial(
-            column_projection, submodules.linear_fc1, config, name="fc1", tp_group=self.tp_group
-        )
+        project = partial(column_projection, submodules.linear_fc1, config, tp_group=self.tp_group)
         for name, outputs in projections_of(kind).items():
             setattr(self, name, project(outputs * features))
         self.whole = kind.whole and parts > 1
@@ -113,7 +111,7 @@ class HostedMixer(TokenMixer):
         self.mixer.causal_product = causal_product
         own_weights(self.mixer, dtype=config.params_dtype, group=self.tp_group, whole=kind.whole)
         self.linear_out = row_projection(
-            submodules.linear_fc2, config, features, name="fc2", tp_group=self.tp_group
+            submodules.linear_fc2, config, features, tp_group=self.tp_group
         )
 
     def forward(

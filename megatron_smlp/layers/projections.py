@@ -26,8 +26,9 @@ def await_parameters(module: nn.Module) -> None:
         hook(module, ())
 
 
-# Transformer Engine's overlap of communication knows four layers by name, each with a buffer for
-# [T, B, D]: "qkv" and "fc1" gather their input, "proj" and "fc2" scatter their output.
+# Transformer Engine's overlap of communication knows layers by name, each with a buffer for
+# [T, B, D]: "fc1" gathers its input, "fc2" scatters its output.
+IN, OUT = "fc1", "fc2"
 
 
 def two_projections(backend: BackendSpecProvider) -> MLPSubmodules:
@@ -38,13 +39,12 @@ def two_projections(backend: BackendSpecProvider) -> MLPSubmodules:
 
 
 def column_projection(
-    layer: Any, config: TransformerConfig, width: int, *, name: str, tp_group: Any, **stride: int
+    layer: Any, config: TransformerConfig, width: int, *, tp_group: Any, **stride: int
 ) -> Any:
     """Build D -> `width`, of which each rank has a part.
 
     Args:
         layer: its spec or class.
-        name: that of the buffer, see above.
         stride: of a projection that is several side by side, each of which is sharded by itself.
     """
     return build_module(
@@ -57,15 +57,13 @@ def column_projection(
         bias=config.add_bias_linear,
         skip_bias_add=False,
         is_expert=False,
-        tp_comm_buffer_name=name,
+        tp_comm_buffer_name=IN,
         tp_group=tp_group,
         **stride,
     )
 
 
-def row_projection(
-    layer: Any, config: TransformerConfig, width: int, *, name: str, tp_group: Any
-) -> Any:
+def row_projection(layer: Any, config: TransformerConfig, width: int, *, tp_group: Any) -> Any:
     """Build `width` -> D; the bias is returned beside the product, for the slot to add."""
     return build_module(
         layer,
@@ -77,7 +75,7 @@ def row_projection(
         input_is_parallel=True,
         skip_bias_add=True,
         is_expert=False,
-        tp_comm_buffer_name=name,
+        tp_comm_buffer_name=OUT,
         tp_group=tp_group,
     )
 

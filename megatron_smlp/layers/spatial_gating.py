@@ -252,7 +252,6 @@ class SpatialGating(TokenMixer):
             submodules.linear_fc1,
             config,
             config.ffn_hidden_size,
-            name="fc1",
             tp_group=self.tp_group,
             stride=2,  # [u1 | u2]: each half is sharded by itself
         )
@@ -267,7 +266,7 @@ class SpatialGating(TokenMixer):
             self, self._num_matrices(num_heads), sequence_length, is_shared=self.shares_spatial
         )
         self.linear_fc2 = row_projection(
-            submodules.linear_fc2, config, gate_width, name="fc2", tp_group=self.tp_group
+            submodules.linear_fc2, config, gate_width, tp_group=self.tp_group
         )
         self.tiny_attention = (
             tiny_attention(config=config, tp_group=self.tp_group) if tiny_attention else None

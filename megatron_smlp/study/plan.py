@@ -129,7 +129,7 @@ def make_plan(
     *,
     identity: str,
     losses: Losses,
-    failed: Collection[str] = (),
+    failed: Collection[str],
 ) -> Plan:
     """Return the tuning's runs, and the others of systems whose learning rate is chosen.
 

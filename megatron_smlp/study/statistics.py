@@ -215,7 +215,7 @@ def level(difference: Difference, *, margin: float = MARGIN) -> float:
     return float(stats.t.sf(room / difference.error, difference.df))
 
 
-def why_undecided(difference: Difference, *, null: float = 0.0) -> str:
+def why_undecided(difference: Difference, *, null: float) -> str:
     """Return in words why `verdicts` leaves a comparison undecided."""
     if difference.n < LEAST_FOR_VERDICT:
         return f"{difference.n} of the {LEAST_FOR_VERDICT} seeds that a verdict takes"

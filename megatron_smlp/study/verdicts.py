@@ -132,7 +132,7 @@ def _claim(
     null: float,
     name: str,
     text: str,
-    notes: Iterable[str] = (),
+    notes: Iterable[str],
     is_conjunction: bool = True,
     margin: float = 0.0,
 ) -> Claim:

@@ -59,7 +59,7 @@ def router_texts(loads: Loads) -> list[str]:
     return texts
 
 
-def router_curves(loads: Loads, *, title: str = "") -> dict[str, float]:
+def router_curves(loads: Loads, *, title: str) -> dict[str, float]:
     """Return scalars for TensorBoard and W&B: `router/layer 2 token/entropy`.
 
     title: of an evaluation, which the names then begin with; empty in training.
