@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megatron_smlp.errors import require_package
-
 BLOCK_BYTES = 1 << 20
 # Small, because a compressed block may grow a thousandfold.
 COMPRESSED_BLOCK_BYTES = 1 << 16
@@ -90,7 +88,6 @@ def _decompressor(kind: str) -> Callable[[], Any]:
         return bz2.BZ2Decompressor
     if kind == "xz":
         return lzma.LZMADecompressor
-    require_package("zstandard", purpose="a .zst input", extra="zstandard")
     import zstandard
 
     # The largest window that `zstd --long` makes; the memory is taken where a file has it.

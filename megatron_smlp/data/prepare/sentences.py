@@ -1,10 +1,9 @@
 """`--split-sentences`: NLTK's punkt, as Megatron's tool uses it, without a download."""
 
-import sys
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_smlp.errors import DataError, require_package
+from megatron_smlp.errors import DataError
 
 # Megatron cuts a text before punkt sees it, which shows in the sentences at the cuts.
 PIECE_CHARACTERS = 1_000_000
@@ -19,21 +18,6 @@ class SentenceSettings:
     keep_newlines: bool = False
 
 
-def import_nltk() -> Any:
-    """Import NLTK without scipy and scikit-learn, which take three seconds and are for parts of it
-    that are not used here."""
-    require_package("nltk", purpose="--split-sentences", extra="nltk")
-    hidden = [name for name in ("scipy", "sklearn") if name not in sys.modules]
-    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
-    try:
-        import nltk
-        import nltk.tokenize.punkt
-    finally:
-        for name in hidden:
-            del sys.modules[name]
-    return nltk
-
-
 class Splitter:
     """Splits texts of one language into sentences.
 
@@ -42,9 +26,10 @@ class Splitter:
     """
 
     def __init__(self, settings: SentenceSettings) -> None:
-        nltk = import_nltk()
+        from nltk.tokenize.punkt import PunktTokenizer
+
         try:
-            self.punkt: Any = nltk.tokenize.punkt.PunktTokenizer(settings.language)
+            self.punkt: Any = PunktTokenizer(settings.language)
         except (LookupError, OSError):
             raise DataError(
                 f"--split-sentences --lang {settings.language}: NLTK has no punkt_tab data for it; "

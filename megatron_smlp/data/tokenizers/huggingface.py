@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from megatron_smlp.data.tokenizers.gigatoken_encoder import GigatokenEncoder, gigatoken_in_place_of
 from megatron_smlp.data.tokenizers.ids import join_ids
 from megatron_smlp.data.tokenizers.spec import Encoder, TokenizerSpec, WithTexts
-from megatron_smlp.errors import DataError, require_package
+from megatron_smlp.errors import DataError
 
 if TYPE_CHECKING:
     import tokenizers
@@ -109,7 +109,6 @@ def _surrounding_ids(slow: HuggingFaceEncoder) -> tuple[list[int], list[int]]:
 
 
 def _load(tokenizer_json: str) -> "tokenizers.Tokenizer":
-    require_package("tokenizers", purpose="this tokenizer", extra="tokenizers")
     import tokenizers
 
     try:
@@ -205,7 +204,6 @@ json.dump(answer, sys.stdout)
 
 def _ask_transformers(spec: TokenizerSpec) -> tuple[str, int | None]:
     name = spec.tokenizer_model
-    require_package("transformers", purpose=f"--tokenizer-model {name}", extra="transformers")
     request = json.dumps([name, spec.trust_remote_code, list(spec.tokenizer_special_tokens)])
     done = subprocess.run(
         [sys.executable, "-c", _TRANSFORMERS_PROGRAM],

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from megatron_smlp.data.tokenizers.ids import join_ids, within
 from megatron_smlp.data.tokenizers.spec import Encoder, TokenizerSpec, WithTexts
-from megatron_smlp.errors import DataError, require_package
+from megatron_smlp.errors import DataError
 
 # Split patterns of Megatron's TikTokenizer, `--tiktoken-pattern`; public in its source, and part
 # of the meaning of the ids.
@@ -39,7 +39,6 @@ class TikToken(WithTexts):
 
     @classmethod
     def from_spec(cls, spec: TokenizerSpec) -> "TikToken":
-        require_package("tiktoken", purpose="TikTokenizer", extra="tiktoken")
         path = spec.existing_file("tokenizer_model")
         named = spec.tokenizer_special_tokens or TIKTOKEN_SPECIAL_TOKENS
         count = spec.tiktoken_num_special_tokens

@@ -13,7 +13,7 @@ from data_helpers import (
     write_with_megatron,
 )
 
-from megatron_smlp.data.prepare.sentences import SentenceSettings, Splitter, import_nltk
+from megatron_smlp.data.prepare.sentences import SentenceSettings, Splitter
 from megatron_smlp.errors import DataError
 
 TEXTS = [
@@ -56,21 +56,24 @@ def test_any_number_of_workers_gives_the_same_bytes(
 @pytest.fixture(scope="module")
 def nltk_data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """punkt_tab data of a made-up training text."""
-    nltk = import_nltk()
-    trainer = nltk.tokenize.punkt.PunktTrainer()
+    import nltk
+    from nltk.tokenize import punkt
+
+    trainer = punkt.PunktTrainer()
     trainer.train("Mr. Smith met Dr. Jones. Mr. Jones, e.g. him, left. They ate. " * 50)
     root = tmp_path_factory.mktemp("nltk_data")
     folder = root / "tokenizers" / "punkt_tab" / "english"
     folder.mkdir(parents=True)
     with pytest.MonkeyPatch.context() as patch:  # NLTK writes only where it may read.
         patch.setattr(nltk.data, "path", [str(root)])
-        nltk.tokenize.punkt.save_punkt_params(trainer.get_params(), dir=str(folder))
+        punkt.save_punkt_params(trainer.get_params(), dir=str(folder))
         yield
 
 
 def _megatron_splitter(keep_newlines: bool) -> Any:
     """As Megatron's tool builds it, with the format of the data that NLTK still loads."""
-    punkt = import_nltk().tokenize.punkt
+    from nltk.tokenize import punkt
+
     splitter = punkt.PunktTokenizer("english")
     if not keep_newlines:
         return splitter
