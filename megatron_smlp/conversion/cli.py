@@ -130,52 +130,46 @@ def _sparse_flags(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = build_parser().parse_args(argv)
-    model = _sparse_flags(options)
-    if options.target == "hf" and (options.source != "torch_dist" or options.upcycle):
-        raise UsageError(
-            "--to hf takes --from torch_dist, without --upcycle: convert to torch_dist first."
-        )
-    _check_used(options)
-    sizes = (f"target_{name}" for name in LAYOUT)
-    require_positive(options, "make_vocab_size_divisible_by", *sizes)
-    shard_limit = parse_size(options.max_shard_size or SHARD_SIZE)
-    _check_load(options.load, options.source)
-    check_target(options.save, options.load, overwrite=options.overwrite)
+    options = parse(argv)
     # Imported late: torch and Megatron take seconds, and --help and wrong flags should not.
     silence_libraries()
     return_large_blocks()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all of it is on the CPU: torch need not start a GPU
     from megatron_smlp.conversion import convert
 
-    chosen = convert.Options(
-        load=options.load,
-        save=options.save,
-        source=options.source,
-        iteration=options.ckpt_step,
-        average=options.average,
-        overwrite=options.overwrite,
-        checks=options.checks,
-        shard_limit=shard_limit,
-        tokenizer=options.tokenizer_model,
-        license=options.license,
-        divisible_by=options.make_vocab_size_divisible_by,
-        layout={
-            name: size
-            for name in LAYOUT
-            if (size := getattr(options, f"target_{name}")) is not None
-        },
-        drops_optimizer=options.drop_optimizer,
-        model=model,
-    )
     if options.target == "hf":
-        convert.torch_dist_to_hf(chosen)
+        convert.torch_dist_to_hf(options)
     elif options.upcycle:
-        convert.upcycle(chosen)
+        convert.upcycle(options)
     elif options.source == "torch_dist":
-        convert.torch_dist_to_torch_dist(chosen)
+        convert.torch_dist_to_torch_dist(options)
     else:
-        convert.to_torch_dist(chosen)
+        convert.to_torch_dist(options)
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the options of `build_parser`, and what follows from them.
+
+    `model`: of --upcycle, the sparse model's flags that were given; `layout`: the parallel sizes
+    that were; `shard_limit`: bytes of one weights file.
+
+    Raises:
+        UsageError: flags that do not go together, or a folder that something would be lost of.
+    """
+    options = build_parser().parse_args(argv)
+    options.model = _sparse_flags(options)
+    if options.target == "hf" and (options.source != "torch_dist" or options.upcycle):
+        raise UsageError(
+            "--to hf takes --from torch_dist, without --upcycle: convert to torch_dist first."
+        )
+    _check_used(options)
+    sizes = {name: getattr(options, f"target_{name}") for name in LAYOUT}
+    options.layout = {name: size for name, size in sizes.items() if size is not None}
+    require_positive(options, "make_vocab_size_divisible_by", *(f"target_{n}" for n in LAYOUT))
+    options.shard_limit = parse_size(options.max_shard_size or SHARD_SIZE)
+    _check_load(options.load, options.source)
+    check_target(options.save, options.load, overwrite=options.overwrite)
+    return options
 
 
 def _check_used(options: argparse.Namespace) -> None:

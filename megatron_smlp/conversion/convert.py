@@ -1,4 +1,7 @@
-"""The conversions, end to end: account for every tensor, write, compare, publish."""
+"""The conversions, end to end: account for every tensor, write, compare, publish.
+
+Their options are those that cli.py parses.
+"""
 
 from __future__ import annotations
 
@@ -47,38 +50,6 @@ Say = Callable[[str], None]
 GPT2_DIVISIBLE_BY = 128
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """A conversion's options, beside the two formats."""
-
-    load: Path
-    save: Path
-    overwrite: bool = False
-    """Whether a folder `save` that is not empty is replaced, when all is written."""
-    source: str = "torch_dist"
-    """Format of `load`: torch_dist, hf or gpt2."""
-    iteration: int | None = None
-    average: int | None = None
-    """How many checkpoints the weights are the mean of; None: they are those of one."""
-    checks: bool = True
-    shard_limit: int = 5 * 10**9
-    """Bytes of one weights file of a Hugging Face folder."""
-    tokenizer: str | None = None
-    license: str | None = None
-    """What the model card of a Hugging Face folder says; None: nothing."""
-    divisible_by: int | None = None
-    """The vocabulary is padded to a multiple of this times the tensor parallel size.
-
-    None leaves it as it is; a GPT-2 is padded to a multiple of 128.
-    """
-    layout: Mapping[str, int] = field(default_factory=dict)
-    """Parallel sizes that a Megatron checkpoint is meant for; one that is left out stays as the run
-    had it."""
-    drops_optimizer: bool = False
-    model: Mapping[str, Any] = field(default_factory=dict)
-    """upcycle: flags of the sparse model that the dense one has other values for."""
-
-
 @dataclass(frozen=True)
 class Weights:
     """A model's weights under Megatron's names, whatever the format that holds them."""
@@ -95,7 +66,7 @@ class Weights:
     """All flags of that run."""
 
 
-def torch_dist_to_hf(options: Options, say: Say = print) -> None:
+def torch_dist_to_hf(options: argparse.Namespace, say: Say = print) -> None:
     """Convert a Megatron checkpoint to a folder for transformers: a Llama, or our own model."""
     with one_process():
         checkpoint = _checkpoint(options)
@@ -110,7 +81,7 @@ def torch_dist_to_hf(options: Options, say: Say = print) -> None:
         model = form.build(config)
         expected = huggingface.expected_shapes(model)
         converted = Converted(plan, source, expected, where=str(checkpoint.folder))
-        tokenizer = options.tokenizer or tokenizer_folder(checkpoint.args, say)
+        tokenizer = options.tokenizer_model or tokenizer_folder(checkpoint.args, say)
         with _whole(options, checkpoint.folder) as folder:
             huggingface.write(
                 folder,
@@ -141,7 +112,7 @@ def torch_dist_to_hf(options: Options, say: Say = print) -> None:
     say(f"{options.save}: {len(converted.specs)} tensors written for transformers{kind}")
 
 
-def to_torch_dist(options: Options, say: Say = print) -> None:
+def to_torch_dist(options: argparse.Namespace, say: Say = print) -> None:
     """Convert weights in any format to a Megatron checkpoint of them."""
     with one_process():
         weights = _weights(options)
@@ -155,10 +126,10 @@ def to_torch_dist(options: Options, say: Say = print) -> None:
     say(f"{options.save}: {count} tensors written for Megatron, a release (iteration 0)")
 
 
-def torch_dist_to_torch_dist(options: Options, say: Say = print) -> None:
+def torch_dist_to_torch_dist(options: argparse.Namespace, say: Say = print) -> None:
     """Rewrite a Megatron checkpoint for another layout, or without optimizer state."""
-    checkpoint = TorchDistCheckpoint(options.load, iteration=options.iteration)
-    if options.drops_optimizer or options.average or not checkpoint.iteration:
+    checkpoint = TorchDistCheckpoint(options.load, iteration=options.ckpt_step)
+    if options.drop_optimizer or options.average or not checkpoint.iteration:
         to_torch_dist(options, say)
         return
     with one_process():
@@ -179,7 +150,7 @@ def torch_dist_to_torch_dist(options: Options, say: Say = print) -> None:
     say(f"{options.save}: {count} tensors written for Megatron, iteration {checkpoint.iteration}")
 
 
-def upcycle(options: Options, say: Say = print) -> None:
+def upcycle(options: argparse.Namespace, say: Say = print) -> None:
     """Make a sparse model for Megatron of a dense one in any format; `options.model` says which."""
     with one_process():
         dense = _weights(options)
@@ -199,13 +170,13 @@ def upcycle(options: Options, say: Say = print) -> None:
     say(f"{options.save}: {count} tensors written for Megatron, a release (iteration 0)")
 
 
-def _checkpoint(options: Options) -> TorchDistCheckpoint:
+def _checkpoint(options: argparse.Namespace) -> TorchDistCheckpoint:
     if options.average is None:
-        return TorchDistCheckpoint(options.load, iteration=options.iteration)
-    return AveragedCheckpoint(options.load, iteration=options.iteration, count=options.average)
+        return TorchDistCheckpoint(options.load, iteration=options.ckpt_step)
+    return AveragedCheckpoint(options.load, iteration=options.ckpt_step, count=options.average)
 
 
-def _weights(options: Options) -> Weights:
+def _weights(options: argparse.Namespace) -> Weights:
     """Open the folder that is converted, with every tensor in it accounted for."""
     if options.source == "torch_dist":
         return _of_checkpoint(options)
@@ -232,7 +203,7 @@ def _weights(options: Options) -> Weights:
 
 
 def _of_files(
-    options: Options,
+    options: argparse.Namespace,
     config: SMLPConfig,
     files: Source,
     import_plan: Callable[..., Plan],
@@ -251,7 +222,7 @@ def _of_files(
     return Weights(converted, flags, str(options.load), logits, record)
 
 
-def _of_checkpoint(options: Options) -> Weights:
+def _of_checkpoint(options: argparse.Namespace) -> Weights:
     checkpoint = _checkpoint(options)
     record = read_run_record(checkpoint.folder)
     source, flags = _padded(options, checkpoint, checkpoint.specs, checkpoint.flags, record=record)
@@ -262,7 +233,7 @@ def _of_checkpoint(options: Options) -> Weights:
 
 
 def _padded(
-    options: Options,
+    options: argparse.Namespace,
     source: Source,
     specs: Mapping[str, Spec],
     flags: Mapping[str, Any],
@@ -271,7 +242,7 @@ def _padded(
     default: int | None = None,
 ) -> tuple[Repadded, dict[str, Any]]:
     """Return a source with the padding that its vocabulary is to have, and the flags for it."""
-    divisible_by = options.divisible_by or default
+    divisible_by = options.make_vocab_size_divisible_by or default
     rows = flags["padded_vocab_size"]
     if divisible_by is not None:
         tensor = sizes(options.layout, record)["tensor_model_parallel_size"]
@@ -289,7 +260,7 @@ def _account(
 
 @contextlib.contextmanager
 def _release(
-    options: Options, before: Weights, flags: Mapping[str, Any], source: Source
+    options: argparse.Namespace, before: Weights, flags: Mapping[str, Any], source: Source
 ) -> Iterator[Path]:
     """Write weights for Megatron, and publish them if nothing goes wrong after that.
 
@@ -320,7 +291,7 @@ def _release(
 
 
 @contextlib.contextmanager
-def _whole(options: Options, source: Path) -> Iterator[Path]:
+def _whole(options: argparse.Namespace, source: Path) -> Iterator[Path]:
     """Make a hidden folder to write into; at the end it takes the place of `options.save`.
 
     Ctrl-C, SIGTERM, a full disk and any other error remove what was written.

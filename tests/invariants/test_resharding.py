@@ -178,7 +178,7 @@ class Runs:
         if case not in REWRITTEN:
             return saved
         folder = self.folder / "-".join(case)
-        changes = {"iteration": SAVED, "layout": REWRITTEN[case]}
+        changes = {"ckpt_step": SAVED, "layout": REWRITTEN[case]}
         run(convert.torch_dist_to_torch_dist, saved, folder, **changes)
         return folder
 

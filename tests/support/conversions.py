@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_smlp.checkpoints.tensors import Source, Spec
 from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
-from megatron_smlp.conversion import convert, megatron_model
+from megatron_smlp.conversion import cli, convert, megatron_model
 from megatron_smlp.conversion.huggingface import expected_shapes, write
 from megatron_smlp.conversion.safetensors_files import SafetensorsFolder
 from megatron_smlp.hf.modeling_smlp import SMLPForCausalLM
@@ -31,18 +31,24 @@ def save_exported(model: SMLPForCausalLM, folder: Path) -> Path:
 def run(kind: Any, load: Path, save: Path, **changes: Any) -> list[str]:
     """One conversion; what it said."""
     said: list[str] = []
-    kind(convert.Options(load=load, save=save, **changes), said.append)
+    options = cli.build_parser().parse_args(
+        ["--load", str(load), "--save", str(save), "--to", "hf"]
+    )
+    vars(options).update({"layout": {}, "model": {}, "shard_limit": 10**9, **changes})
+    kind(options, said.append)
     return said
 
 
-def from_hf(options: convert.Options, say: convert.Say) -> None:
+def from_hf(options: argparse.Namespace, say: convert.Say) -> None:
     """`--from hf --to torch_dist`"""
-    convert.to_torch_dist(dataclasses.replace(options, source="hf"), say)
+    options.source = "hf"
+    convert.to_torch_dist(options, say)
 
 
-def from_gpt2(options: convert.Options, say: convert.Say) -> None:
+def from_gpt2(options: argparse.Namespace, say: convert.Say) -> None:
     """`--from gpt2 --to torch_dist`"""
-    convert.to_torch_dist(dataclasses.replace(options, source="gpt2"), say)
+    options.source = "gpt2"
+    convert.to_torch_dist(options, say)
 
 
 def weights(source: Source) -> dict[str, Tensor]:

@@ -140,7 +140,7 @@ def test_special_ids_go_there_and_back(tmp_path: Path):
     run(convert.to_torch_dist, tmp_path / "run", tmp_path / "again", checks=False)
     run(convert.torch_dist_to_hf, tmp_path / "again", tmp_path / "back", checks=False)
     save_tokenizer(tmp_path / "tokenizer")
-    named = {"tokenizer": str(tmp_path / "tokenizer"), "checks": False}
+    named = {"tokenizer_model": str(tmp_path / "tokenizer"), "checks": False}
     run(convert.torch_dist_to_hf, tmp_path / "again", tmp_path / "named", **named)
     asked = GenerationConfig.from_pretrained(tmp_path / "back")
     assert {name: getattr(asked, name) for name in ids} == ids

@@ -30,18 +30,18 @@ def test_there_and_back(tmp_path: Path, system: str):
     if system == "transformer":
         changes |= {**DENSE, "tie_word_embeddings": False}
     exported = save_exported(make_model(system, **changes), tmp_path / "hf")
-    tensor_parallel = {"tensor_model_parallel_size": 2}
-    said = run(from_hf, exported, tmp_path / "a", divisible_by=64, layout=tensor_parallel)
+    wider = {"make_vocab_size_divisible_by": 64, "layout": {"tensor_model_parallel_size": 2}}
+    said = run(from_hf, exported, tmp_path / "a", **wider)
     assert "forward check" in said[0]
     wide = TorchDistCheckpoint(tmp_path / "a")
     assert wide.flags["padded_vocab_size"] == 128
     for name, tensor in weights(wide).items():
         if tensor.shape[0] == 128:  # what is new repeats the first row of padding
             assert torch.equal(tensor[112:], tensor[101:102].expand_as(tensor[112:])), name
-    one = {"layout": {"tensor_model_parallel_size": 1}}
-    run(convert.torch_dist_to_torch_dist, tmp_path / "a", tmp_path / "b", divisible_by=1, **one)
+    one = {"make_vocab_size_divisible_by": 1, "layout": {"tensor_model_parallel_size": 1}}
+    run(convert.torch_dist_to_torch_dist, tmp_path / "a", tmp_path / "b", **one)
     assert TorchDistCheckpoint(tmp_path / "b").flags["padded_vocab_size"] == 101
-    run(convert.torch_dist_to_hf, tmp_path / "b", tmp_path / "c", divisible_by=16)
+    run(convert.torch_dist_to_hf, tmp_path / "b", tmp_path / "c", make_vocab_size_divisible_by=16)
     before, after = (
         {name: tensor[:101] if len(tensor) == 112 else tensor for name, tensor in whole.items()}
         for whole in map(folder_weights, (exported, tmp_path / "c"))
@@ -58,8 +58,8 @@ def test_a_run_goes_on_with_its_optimizer(tmp_path: Path):
         convert.torch_dist_to_torch_dist,
         tmp_path / "run",
         tmp_path / "wide",
-        iteration=2,
-        divisible_by=64,
+        ckpt_step=2,
+        make_vocab_size_divisible_by=64,
     )
     checkpoint = TorchDistCheckpoint(tmp_path / "wide")
     for kind in ("", "optimizer.state.exp_avg.", "optimizer.state.exp_avg_sq."):

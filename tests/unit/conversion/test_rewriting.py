@@ -28,9 +28,9 @@ def test_a_rewritten_checkpoint_goes_on_with_its_optimizer(tmp_path: Path):
     save = f"{MODEL} --save {tmp_path / 'run'} --save-interval 2 --lr-decay-style constant"
     with pretrained(f"{save} --log-dir {tmp_path / 'old'}"):
         old = [r["loss"] for r in records(tmp_path / "old") if "loss" in r]
-    said = run(convert.torch_dist_to_torch_dist, tmp_path / "run", tmp_path / "new", iteration=2)
+    said = run(convert.torch_dist_to_torch_dist, tmp_path / "run", tmp_path / "new", ckpt_step=2)
     assert "iteration 2" in said[-1]
-    before = TorchDistCheckpoint(tmp_path / "run", iteration=2)
+    before = TorchDistCheckpoint(tmp_path / "run", ckpt_step=2)
     after = TorchDistCheckpoint(tmp_path / "new")
     assert_same(
         {name: before.read(name) for name in before.all_specs},
@@ -45,7 +45,7 @@ def test_a_rewritten_checkpoint_goes_on_with_its_optimizer(tmp_path: Path):
     record = read_run_record(iteration_folder(tmp_path / "new", 3)) or {}
     assert record["flags"]["num_attention_heads"] == 4
     weights = tmp_path / "weights"
-    run(convert.torch_dist_to_torch_dist, tmp_path / "run", weights, drops_optimizer=True)
+    run(convert.torch_dist_to_torch_dist, tmp_path / "run", weights, drop_optimizer=True)
     assert not any("optimizer" in name for name in TorchDistCheckpoint(weights).all_specs)
     assert TorchDistCheckpoint(weights).args.tokenizer_type == "NullTokenizer"
     best = tmp_path / "best"  # what it is, it says itself
@@ -63,7 +63,7 @@ def test_optimizer_state_of_one_layout_resumes_and_is_not_rewritten(
     words += f" --lr-decay-style constant --save {tmp_path / 'run'} --save-interval 2"
     with pretrained(f"{words} --log-dir {tmp_path / 'old'}"):
         old = [r["loss"] for r in records(tmp_path / "old") if "loss" in r]
-    checkpoint = TorchDistCheckpoint(tmp_path / "run", iteration=2)
+    checkpoint = TorchDistCheckpoint(tmp_path / "run", ckpt_step=2)
     moments = [n for n in checkpoint.all_specs if n.startswith("optimizer.")]
     assert moments
     assert not any(name.startswith(ANY_LAYOUT) for name in moments)
@@ -90,7 +90,7 @@ def test_optimizer_state_of_one_layout_resumes_and_is_not_rewritten(
         message = r"saved with --optimizer-checkpoint data_parallel \(optimizer.*--drop-optimizer"
         with pytest.raises(UsageError, match=message):
             run(convert.torch_dist_to_torch_dist, tmp_path / "run", tmp_path / "new", **changes)
-    drops = {"drops_optimizer": True}
+    drops = {"drop_optimizer": True}
     run(convert.torch_dist_to_torch_dist, tmp_path / "run", tmp_path / "new", **drops)
     assert not any("optimizer" in name for name in TorchDistCheckpoint(tmp_path / "new").all_specs)
 

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from lm_eval.api.instance import Instance
 from support.beginning import begin_texts
+from support.conversions import run as convert
 from support.in_process import pretrained
 
-from megatron_smlp.conversion.convert import Options, torch_dist_to_hf
+from megatron_smlp.conversion.convert import torch_dist_to_hf
 
 TEXT = "the model mixes every token with what came before it and nothing that comes after, twice"
 LENGTH = 24
@@ -50,8 +51,8 @@ def trained(flags: str, tokenizer: Path, folder: Path) -> Run:
     )
     with pretrained(words):
         pass
-    paths = {"load": folder / "run", "save": folder / "hf"}
-    torch_dist_to_hf(Options(**paths, tokenizer=str(tokenizer), checks=False))
+    chosen = {"tokenizer_model": str(tokenizer), "checks": False}
+    convert(torch_dist_to_hf, folder / "run", folder / "hf", **chosen)
     return Run(checkpoint=folder / "run", exported=folder / "hf")
 
 

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 from evaluation_helpers import LENGTH, TEXT, Run, beginning, loaded, preprocessed
+from support.conversions import run as convert
 from support.in_process import pretrained
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_smlp.conversion.convert import Options, torch_dist_to_hf
+from megatron_smlp.conversion.convert import torch_dist_to_hf
 from megatron_smlp.data.pairs.indexed import open_index
 from megatron_smlp.data.tokenizers.model_tokenizer import resolve_for
 from megatron_smlp.data.tokenizers.spec import Tokenizer, TokenizerSpec
@@ -207,7 +208,7 @@ def test_perplexity_over_longer_windows(tokenizer: Path, data: Path, tmp_path: P
     run, exported = tmp_path / "run", tmp_path / "hf"
     with pretrained(f"{WORDS} --tokenizer-model {tokenizer} --save {run}"):
         pass
-    torch_dist_to_hf(Options(load=run, save=exported, tokenizer=str(tokenizer), checks=False))
+    convert(torch_dist_to_hf, run, exported, tokenizer_model=str(tokenizer), checks=False)
     with loaded(run) as (args, stages, text):
         longest = sequence_length(args, LONGER)
         scorer = MegatronScorer(stages, longest=longest, batch_size=8)
