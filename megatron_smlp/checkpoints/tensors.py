@@ -49,10 +49,6 @@ class Source(Protocol):
         """Return a tensor that may be changed, or one of its rows: `[E, X, D]` -> `[X, D]`."""
         ...
 
-    def read_into(self, target: Tensor, name: str, *, start: int = 0) -> None:
-        """Fill a tensor with rows of the one of this name, from `start` on."""
-        ...
-
 
 def tensors_of(source: Source) -> Iterator[tuple[str, Tensor]]:
     """Yield tensors to be written, one at a time, in the order of their names in the source.

@@ -1,7 +1,6 @@
 """A source of tensors whose vocabulary has another number of rows of padding.
 
-Rows are read into their place: the embedding is often the largest tensor, and a copy would double
-what a conversion needs. docs/decisions/0034 says what new rows are.
+docs/decisions/0034 says what new rows are.
 """
 
 from __future__ import annotations
@@ -68,18 +67,8 @@ class Repadded:
         spec = self.specs[name]
         if row is not None or spec == self.before[name]:
             return self.source.read(name, row)
-        whole = torch.empty(spec.shape, dtype=spec.dtype)
-        self.read_into(whole, name)
-        return whole
-
-    def read_into(self, target: Tensor, name: str, *, start: int = 0) -> None:
-        if self.specs[name] == self.before[name]:
-            self.source.read_into(target, name, start=start)
-            return
-        there = max(0, min(len(target), self.before[name].shape[0] - start))
-        self.source.read_into(target[:there], name, start=start)
-        if there < len(target):
-            target[there:] = self.source.read(name, self.repeated)
+        kept = self.source.read(name)[: spec.shape[0]]
+        return torch.cat((kept, kept[[self.repeated] * (spec.shape[0] - len(kept))]))
 
 
 def least_likely(output: Tensor, bias: Tensor) -> int:

@@ -104,6 +104,3 @@ class Converted:
             return self.source.read(recipe.sources[0], row)
         made = recipe.make(*map(self.source.read, recipe.sources))
         return made if row is None else made[row]
-
-    def read_into(self, target: Tensor, name: str, *, start: int = 0) -> None:
-        target.copy_(self.read(name)[start : start + len(target)])

@@ -21,7 +21,6 @@ from megatron_smlp.errors import DamagedCheckpointError, UsageError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-BLOCK_BYTES = 2**24
 
 
 class SafetensorsFolder:
@@ -60,18 +59,6 @@ class SafetensorsFolder:
         with _opened(path) as file:
             tensor: Tensor = file.get_tensor(own) if row is None else file.get_slice(own)[row]
         return tensor
-
-    def read_into(self, target: Tensor, name: str, *, start: int = 0) -> None:
-        """Fill a tensor with rows of the one of this name, from `start` on.
-
-        A file is opened anew for each block, so that what was read of it does not stay in memory.
-        """
-        path, own = self._places[name]
-        row_bytes = target[:1].nbytes or 1
-        for part in target.split(max(1, BLOCK_BYTES // row_bytes)):
-            with _opened(path) as file:
-                part.copy_(file.get_slice(own)[start : start + len(part)])
-            start += len(part)
 
     def rename(self, renamed: Callable[[str], str]) -> None:
         """Give the tensors other names.
