@@ -84,16 +84,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, interrupt)
     from megatron_smlp.data.pairs.indexed import refuse_existing
     from megatron_smlp.data.prepare.inputs import comparable_size, find_inputs
-    from megatron_smlp.data.prepare.preprocessing import preprocess, settings_from_arguments
+    from megatron_smlp.data.prepare.preprocessing import pairs_of, preprocess
 
-    settings = settings_from_arguments(args)
     if not (args.overwrite or args.resume):
-        refuse_existing(settings.pairs.values(), output_prefix=settings.output_prefix)
+        refuse_existing(pairs_of(args).values(), output_prefix=args.output_prefix)
     try:
-        with _Report(comparable_size(find_inputs(settings.inputs))) as report:
-            summary = preprocess(settings, on_progress=report.update)
+        with _Report(comparable_size(find_inputs(args.input))) as report:
+            summary = preprocess(args, on_progress=report.update)
     except KeyboardInterrupt:
-        kept = Path(settings.output_prefix + ".partial").exists()
+        kept = Path(args.output_prefix + ".partial").exists()
         rest = "finished shards are kept, go on with --resume" if kept else "nothing was written"
         print(f"interrupted: {rest}", file=sys.stderr)
         return 128 + signal.SIGINT

@@ -1,7 +1,7 @@
 """Text to `.bin`/`.idx`: the run behind `tools/preprocess_data.py`, read from top to bottom."""
 
+import argparse
 import hashlib
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -34,35 +34,6 @@ SHARD_BYTES = 64 << 20
 SHARD_SECONDS = 20.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class PreprocessSettings:
-    """Everything that `tools/preprocess_data.py` was told."""
-
-    inputs: tuple[str, ...]
-    """Files, folders and globs, in the order of the output."""
-    output_prefix: str
-    tokenizer: TokenizerSpec
-    keys: tuple[str, ...] = ("text",)
-    append_eod: bool = False
-    sentences: SentenceSettings | None = None
-    """How documents are split into sentences; None if each document is one sequence."""
-    workers: int = 1
-    """Processes that encode; 1 encodes in the calling process."""
-    skip_errors: bool = False
-    resume: bool = False
-    overwrite: bool = True
-    """Whether `resume` may replace a dataset that was made of other input or by other flags."""
-
-    @property
-    def level(self) -> str:
-        return "sentence" if self.sentences else "document"
-
-    @property
-    def pairs(self) -> dict[str, str]:
-        """Return the prefix of each key's pair."""
-        return {key: f"{self.output_prefix}_{key}_{self.level}" for key in self.keys}
-
-
 @dataclass(frozen=True)
 class Summary:
     """The outcome of a run."""
@@ -79,52 +50,59 @@ class Summary:
 
 
 def preprocess(
-    settings: PreprocessSettings, *, on_progress: Callable[[Counts], None] = lambda counts: None
+    args: argparse.Namespace, *, on_progress: Callable[[Counts], None] = lambda counts: None
 ) -> Summary:
-    """Write the dataset that `settings` describe.
+    """Write the dataset that the flags of `tools/preprocess_data.py` describe.
 
     Args:
         on_progress: called after each chunk with the counts so far.
 
     Raises:
         UsageError: a wrong value.
-        DataError: bad input, a refused record unless `skip_errors`, or a worker that died.
-            Finished shards stay for `resume`.
+        DataError: bad input, a refused record without --on-error skip, or a worker that died.
+            Finished shards stay for --resume.
     """
-    files = find_inputs(settings.inputs)
-    tokenizer = read_tokenizer(settings.tokenizer)
-    _check(settings, tokenizer)
+    files = find_inputs(args.input)
+    spec = TokenizerSpec.from_arguments(args)
+    tokenizer = read_tokenizer(spec)
+    _check(args, spec, tokenizer)
     stamps = stamps_of(files)
-    encoding = EncodingSettings(tokenizer, settings.keys, settings.append_eod, settings.sentences)
+    keys = tuple(dict.fromkeys(args.json_keys))
+    encoding = EncodingSettings(tokenizer, keys, args.append_eod, _sentences(args))
     # What decides the bytes of the output; of the tokenizer its rules, and not its ids alone.
     digest = hashlib.sha256(repr((encoding, stamps)).encode()).hexdigest()
-    if settings.resume:
+    if args.resume:
         for path, stamp in stamps.items():
             if stamp is None:
                 raise DataError(f"--resume: {shown(path)} cannot be read again; give a file")
-        if done := _complete_already(settings, digest):
+        if done := _complete_already(args, digest):
             return done
     partial = PartialOutput(
-        settings.output_prefix,
-        pairs=settings.pairs,
-        level=settings.level,
+        args.output_prefix,
+        pairs=pairs_of(args),
+        level=_level(args),
         dtype=optimal_dtype(tokenizer.vocab_size),
     )
     with partial:
         sources = describe_inputs(files)
-        start = partial.start(digest, resume=settings.resume)
+        start = partial.start(digest, resume=args.resume)
         bytes_before = partial.journal.counts.text_bytes
         pool: InlineWorker | WorkerPool = (
-            WorkerPool(encoding, settings.workers)
-            if settings.workers > 1
-            else InlineWorker(encoding)
+            WorkerPool(encoding, args.workers) if args.workers > 1 else InlineWorker(encoding)
         )
         with pool as workers:
             began = time.monotonic()
-            _encode(workers, start, settings, files, partial, on_progress)
-        _publish(settings, tokenizer, sources, digest, partial)
+            _encode(workers, start, args, files, partial, on_progress)
+        record = TokenizerRecord(
+            type=spec.tokenizer_type,
+            identity=tokenizer.identity,
+            vocab_size=tokenizer.vocab_size,
+            eod=tokenizer.eod,
+            append_eod=args.append_eod,
+        )
+        _publish(record, sources, digest, partial)
         return Summary(
-            settings.output_prefix,
+            args.output_prefix,
             partial.journal.counts,
             seconds=time.monotonic() - began,
             text_bytes=partial.journal.counts.text_bytes - bytes_before,
@@ -132,53 +110,71 @@ def preprocess(
         )
 
 
-def _check(settings: PreprocessSettings, tokenizer: Tokenizer) -> None:
-    require_positive(settings, "workers")
-    if settings.append_eod and tokenizer.eod is None:
+def _level(args: argparse.Namespace) -> str:
+    return "sentence" if args.split_sentences else "document"
+
+
+def pairs_of(args: argparse.Namespace) -> dict[str, str]:
+    """Return the prefix of each key's pair."""
+    return {key: f"{args.output_prefix}_{key}_{_level(args)}" for key in args.json_keys}
+
+
+def _sentences(args: argparse.Namespace) -> SentenceSettings | None:
+    """Return how documents are split into sentences; None if each document is one sequence."""
+    if args.split_sentences:
+        settings = SentenceSettings(args.lang or "english", args.keep_newlines)
+        Splitter(settings)  # or each worker would say that its data is missing
+        return settings
+    if args.lang or args.keep_newlines:
+        flag = "--lang" if args.lang else "--keep-newlines"
+        note_ignored(flag, "it says how --split-sentences splits, which is not given")
+    return None
+
+
+def _check(args: argparse.Namespace, spec: TokenizerSpec, tokenizer: Tokenizer) -> None:
+    require_positive(args, "workers")
+    if args.append_eod and tokenizer.eod is None:
         raise UsageError(
-            f"--append-eod: this {settings.tokenizer.tokenizer_type} has no end-of-document token; "
+            f"--append-eod: this {spec.tokenizer_type} has no end-of-document token; "
             f"set eos_token in its tokenizer_config.json, or leave out --append-eod"
         )
-    for key in settings.keys:
+    for key in args.json_keys:
         if "/" in key:
             raise UsageError(
                 f"--json-keys {key}: a key is part of its files' names, which cannot hold '/'; "
                 f"rename it in the input"
             )
-    kind = settings.tokenizer.tokenizer_type
     for name, kinds in READ_BY.items():
-        if getattr(settings.tokenizer, name) is not None and kind not in kinds:
-            note_ignored(flag_of(name), f"a {kind} does not read it")
-    if settings.sentences:
-        Splitter(settings.sentences)  # or each worker would say that its data is missing
+        if getattr(spec, name) is not None and spec.tokenizer_type not in kinds:
+            note_ignored(flag_of(name), f"a {spec.tokenizer_type} does not read it")
 
 
-def _complete_already(settings: PreprocessSettings, digest: str) -> Summary | None:
+def _complete_already(args: argparse.Namespace, digest: str) -> Summary | None:
     """Return the summary of a finished dataset of this input and these flags.
 
     Raises:
         DataError: another one is there, and is not to be replaced.
     """
-    if (Path(settings.output_prefix + ".partial") / "journal.json").exists():
+    if (Path(args.output_prefix + ".partial") / "journal.json").exists():
         return None
-    path = Path(settings.output_prefix + ".json")
+    path = Path(args.output_prefix + ".json")
     if path.is_file() and is_manifest(path):
         manifest = read_manifest(path)
         counts = dict(manifest.counts)
         is_same = counts.pop("settings", None) == digest
-        if is_same and all(is_whole(pair, manifest) for pair in settings.pairs.values()):
+        if is_same and all(is_whole(pair, manifest) for pair in pairs_of(args).values()):
             done = Counts(**counts)
-            return Summary(settings.output_prefix, done, 0.0, 0, "", already_complete=True)
-    if not settings.overwrite:
+            return Summary(args.output_prefix, done, 0.0, 0, "", already_complete=True)
+    if not args.overwrite:
         why = ", damaged or of other flags, tokenizer files or input, or of an older version"
-        refuse_existing(settings.pairs.values(), output_prefix=settings.output_prefix, why=why)
+        refuse_existing(pairs_of(args).values(), output_prefix=args.output_prefix, why=why)
     return None
 
 
 def _encode(
     workers: WorkerPool | InlineWorker,
     start: Position,
-    settings: PreprocessSettings,
+    args: argparse.Namespace,
     files: list[Path],
     partial: PartialOutput,
     on_progress: Callable[[Counts], None],
@@ -187,11 +183,11 @@ def _encode(
     counts = partial.journal.counts
     committed_bytes, committed_at = counts.text_bytes, time.monotonic()
     position = start
-    chunks = read_chunks(files, keys=settings.keys, start=start)
+    chunks = read_chunks(files, keys=tuple(partial.pairs), start=start)
     for chunk, encoded in workers.encode(chunks):
-        if encoded.rejections and not settings.skip_errors:
+        if encoded.rejections and args.on_error == "raise":
             first = encoded.rejections[0]
-            left = f"nothing was written ({remedy(settings.keys)})"
+            left = f"nothing was written ({remedy(args.json_keys)})"
             if partial.has_journal:
                 left = "finished shards are kept, --on-error skip --resume goes on"
             raise DataError(f"{first} [{first.reason}]; {left}")
@@ -211,8 +207,7 @@ def _encode(
 
 
 def _publish(
-    settings: PreprocessSettings,
-    tokenizer: Tokenizer,
+    tokenizer: TokenizerRecord,
     sources: list[dict[str, Any]],
     digest: str,
     partial: PartialOutput,
@@ -228,37 +223,9 @@ def _publish(
             f"{counts.num_rejected} rejected{reasons}; nothing was written"
         )
     manifest = Manifest(
-        tokenizer=TokenizerRecord(
-            type=settings.tokenizer.tokenizer_type,
-            identity=tokenizer.identity,
-            vocab_size=tokenizer.vocab_size,
-            eod=tokenizer.eod,
-            append_eod=settings.append_eod,
-        ),
+        tokenizer=tokenizer,
         pairs=partial.finish(),
         sources=sources,
         counts={**asdict(counts), "settings": digest},
     )
     partial.publish(manifest)
-
-
-def settings_from_arguments(args: Any) -> PreprocessSettings:
-    """Return the settings of the parsed flags of `tools/preprocess_data.py`."""
-    sentences = None
-    if args.split_sentences:
-        sentences = SentenceSettings(args.lang or "english", args.keep_newlines)
-    elif args.lang or args.keep_newlines:
-        flag = "--lang" if args.lang else "--keep-newlines"
-        note_ignored(flag, "it says how --split-sentences splits, which is not given")
-    return PreprocessSettings(
-        inputs=tuple(args.input),
-        output_prefix=os.fspath(args.output_prefix),
-        tokenizer=TokenizerSpec.from_arguments(args),
-        keys=tuple(dict.fromkeys(args.json_keys)),
-        append_eod=args.append_eod,
-        sentences=sentences,
-        workers=args.workers,
-        skip_errors=args.on_error == "skip",
-        resume=args.resume,
-        overwrite=args.overwrite,
-    )

@@ -45,55 +45,33 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the tool; `run_tool` shows the errors."""
+    """Train on the texts of --input, and write the folder --output.
+
+    Raises:
+        UsageError: a value that cannot be, as a vocabulary that is too small.
+        DataError: bad input, too little text, or a tokenizer that is there.
+    """
     args = build_parser().parse_args(argv)
     if not 1 <= args.max_bytes < math.inf:
         raise UsageError(f"--max-bytes {args.max_bytes:g}: 1 or more is expected, as 1e9")
+    if args.vocab_size <= NUM_BYTES:
+        least = NUM_BYTES + 1
+        raise UsageError(f"--vocab-size {args.vocab_size}: at least {least} (bytes and {EOD})")
     if (Path(args.output) / "tokenizer.json").exists() and not args.overwrite:
         raise DataError(
             f"--output {args.output} holds a tokenizer already; give --overwrite to replace it, or "
             "another folder"
         )
-    train_tokenizer(
-        args.input,
-        output=args.output,
-        vocab_size=args.vocab_size,
-        keys=tuple(args.json_keys),
-        max_bytes=int(args.max_bytes),
-        skip_errors=args.on_error == "skip",
-    )
-
-
-def train_tokenizer(
-    inputs: Sequence[str],
-    *,
-    output: str,
-    vocab_size: int,
-    keys: tuple[str, ...] = ("text",),
-    max_bytes: int = 10**9,
-    skip_errors: bool = False,
-) -> None:
-    """Train on the texts of `inputs` and write the folder `output`.
-
-    Args:
-        vocab_size: entries, of which 256 are the bytes and one is the end of a document.
-        max_bytes: UTF-8 bytes of text to learn from, taken from the start of the input.
-
-    Raises:
-        UsageError: a vocabulary that is too small.
-        DataError: bad input, or too little text.
-    """
-    if vocab_size <= NUM_BYTES:
-        raise UsageError(f"--vocab-size {vocab_size}: at least {NUM_BYTES + 1} (bytes and {EOD})")
-    tokenizer = _train(_pieces(inputs, keys, max_bytes, skip_errors), vocab_size)
+    tokenizer = _train(_pieces(args), args.vocab_size)
     learned = tokenizer.get_vocab_size()
-    if learned < vocab_size:
+    if learned < args.vocab_size:
         raise DataError(
-            f"--vocab-size {vocab_size}: the input has pairs for {learned} entries only; give more "
-            f"text or --vocab-size {learned}"
+            f"--vocab-size {args.vocab_size}: the input has pairs for {learned} entries only; give "
+            f"more text or --vocab-size {learned}"
         )
-    _write_folder(tokenizer, Path(output))
-    print(f"{output}: {learned:,} entries, end of document {EOD!r} = {tokenizer.token_to_id(EOD)}")
+    _write_folder(tokenizer, Path(args.output))
+    end = f"end of document {EOD!r} = {tokenizer.token_to_id(EOD)}"
+    print(f"{args.output}: {learned:,} entries, {end}")
 
 
 def _train(texts: Iterator[str], vocab_size: int) -> "tokenizers.Tokenizer":
@@ -112,26 +90,25 @@ def _train(texts: Iterator[str], vocab_size: int) -> "tokenizers.Tokenizer":
     return tokenizer
 
 
-def _pieces(
-    inputs: Sequence[str], keys: tuple[str, ...], max_bytes: int, skip_errors: bool
-) -> Iterator[str]:
-    """Yield texts, cut at lines: the trainer works in parallel over small pieces, not one book."""
+def _pieces(args: argparse.Namespace) -> Iterator[str]:
+    """Yield --max-bytes of text from the start of the input, cut at lines: the trainer works in
+    parallel over small pieces, not one book."""
     from megatron_smlp.data.prepare.inputs import find_inputs
     from megatron_smlp.data.prepare.records import Rejection, parse_chunk, remedy
     from megatron_smlp.data.prepare.sources import read_chunks
 
-    size = 0
-    for chunk in read_chunks(find_inputs(inputs), keys=keys):
+    size, most, keys = 0, int(args.max_bytes), args.json_keys
+    for chunk in read_chunks(find_inputs(args.input), keys=keys):
         for record in parse_chunk(chunk, keys):
             if isinstance(record, Rejection):
-                if not skip_errors:
+                if args.on_error == "raise":
                     raise DataError(f"{record} [{record.reason}] ({remedy(keys)})")
                 continue
             for piece in (piece for text in record[1] for piece in _cut(text)):
-                raw = piece.encode()[: max_bytes - size]
+                raw = piece.encode()[: most - size]
                 yield raw.decode(errors="ignore")
                 size += len(raw)
-                if size >= max_bytes:
+                if size >= most:
                     return
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from data_helpers import make_documents, parse, write_jsonl
 
-from megatron_smlp.data.prepare.preprocessing import Summary, preprocess, settings_from_arguments
-from megatron_smlp.data.prepare.train_tokenizer_cli import train_tokenizer
+from megatron_smlp.data.prepare import train_tokenizer_cli
+from megatron_smlp.data.prepare.preprocessing import Summary, preprocess
 
 
 @pytest.fixture(scope="session")
@@ -24,7 +24,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory, documents: list[str]) -> Pa
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer") / "bpe"
-    train_tokenizer([str(corpus)], output=str(folder), vocab_size=320)
+    train_tokenizer_cli.main(f"--input {corpus} --output {folder} --vocab-size 320".split())
     return folder
 
 
@@ -50,7 +50,6 @@ def run() -> Callable[..., Summary]:
 
     def run_with(source: object, prefix: object, *flags: object) -> Summary:
         sources = source if isinstance(source, list) else [source]
-        args = parse("--input", *sources, "--output-prefix", prefix, *flags)
-        return preprocess(settings_from_arguments(args))
+        return preprocess(parse("--input", *sources, "--output-prefix", prefix, *flags))
 
     return run_with

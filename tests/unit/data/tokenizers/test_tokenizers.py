@@ -16,8 +16,7 @@ from data_helpers import make_documents, megatron_tokenizer, parse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_smlp.data.prepare import preprocess_cli
-from megatron_smlp.data.prepare.train_tokenizer_cli import train_tokenizer
+from megatron_smlp.data.prepare import preprocess_cli, train_tokenizer_cli
 from megatron_smlp.data.tokenizers.factory import read_tokenizer
 from megatron_smlp.data.tokenizers.folder import recorded_tokenizer
 from megatron_smlp.data.tokenizers.gigatoken_encoder import GigatokenEncoder
@@ -292,7 +291,8 @@ def test_a_tokenizer_learns_from_so_many_bytes(tmp_path: Path):
         for limit in ("limited", "all"):
             size = len(start.encode()) if limit == "limited" else 10**9
             folder = tmp_path / f"{name}-{limit}"
-            train_tokenizer([str(source)], output=str(folder), vocab_size=260, max_bytes=size)
+            words = f"--input {source} --output {folder} --vocab-size 260 --max-bytes {size}"
+            train_tokenizer_cli.main(words.split())
             learned.append((folder / "tokenizer.json").read_bytes())
     assert learned[0] == learned[1] == learned[2] != learned[3]
 
