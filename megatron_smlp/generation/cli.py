@@ -14,7 +14,7 @@ from megatron_smlp.command_line import Parser, flag_of, require_positive
 from megatron_smlp.errors import UsageError
 
 if TYPE_CHECKING:
-    from megatron_smlp.generation.completion import Completion, Sampling
+    from megatron_smlp.generation.completion import Completion
     from megatron_smlp.generation.language_model import LanguageModel
 
 EPILOG = """\
@@ -115,21 +115,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Imported late: torch takes seconds, and --help and wrong flags should not.
     import torch
 
-    from megatron_smlp.generation.completion import Sampling
     from megatron_smlp.generation.language_model import load
     from megatron_smlp.library_logging import quiet_libraries
 
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "num_beams", "num_samples")
-    sampling = Sampling(**{name: getattr(options, name) for name in names})
     with quiet_libraries():
         lm = load(options)
         torch.manual_seed(options.seed)
         if options.prompts_file:
-            _run_file(lm, prompts, sampling, batch_size=options.batch_size)
+            _run_file(lm, prompts, options)
         elif options.prompt is not None:
-            _run_one(lm, options.prompt, sampling, where="--prompt")
+            _run_one(lm, options.prompt, options, where="--prompt")
         else:
-            _converse(lm, sampling)
+            _converse(lm, options)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -187,26 +184,26 @@ def _from_json(line: str, where: str) -> str:
 
 
 def _run_file(
-    lm: LanguageModel, prompts: list[tuple[str, str]], sampling: Sampling, *, batch_size: int
+    lm: LanguageModel, prompts: list[tuple[str, str]], options: argparse.Namespace
 ) -> None:
     from megatron_smlp.generation.completion import complete, encode_prompt
 
     # All of them first: a wrong line is found before hours of work, not after them.
     encoded = [encode_prompt(lm, prompt, where=where) for where, prompt in prompts]
-    room = lm.longest - sampling.max_new_tokens
+    room = lm.longest - options.max_new_tokens
     # A prompt that will reach position T goes alone, so that it stops no other.
     for ends_early, group in itertools.groupby(encoded, key=lambda ids: len(ids) > room):
-        for batch in itertools.batched(group, 1 if ends_early else batch_size):
-            for done in complete(lm, batch, sampling):
+        for batch in itertools.batched(group, 1 if ends_early else options.batch_size):
+            for done in complete(lm, batch, options):
                 record = {"prompt": done.prompt, "text": done.text, "num_tokens": done.num_tokens}
                 print(json.dumps(record, ensure_ascii=False), flush=True)
                 _report_the_end(lm, done)
 
 
-def _run_one(lm: LanguageModel, prompt: str, sampling: Sampling, *, where: str) -> None:
+def _run_one(lm: LanguageModel, prompt: str, options: argparse.Namespace, *, where: str) -> None:
     from megatron_smlp.generation.completion import complete, encode_prompt
 
-    for done in complete(lm, [encode_prompt(lm, prompt, where=where)], sampling):
+    for done in complete(lm, [encode_prompt(lm, prompt, where=where)], options):
         print(prompt + done.text, flush=True)
         _report_the_end(lm, done)
 
@@ -220,7 +217,7 @@ def _report_the_end(lm: LanguageModel, done: Completion) -> None:
         )
 
 
-def _converse(lm: LanguageModel, sampling: Sampling) -> None:
+def _converse(lm: LanguageModel, options: argparse.Namespace) -> None:
     """Continue lines of the terminal or a pipe; a wrong one does not end the conversation."""
     sign = "> " if sys.stdin.isatty() else ""
     while True:
@@ -231,6 +228,6 @@ def _converse(lm: LanguageModel, sampling: Sampling) -> None:
         if not prompt.strip():
             continue
         try:
-            _run_one(lm, prompt, sampling, where="the prompt")
+            _run_one(lm, prompt, options, where="the prompt")
         except UsageError as error:
             print(f"generate.py: {error}", file=sys.stderr)

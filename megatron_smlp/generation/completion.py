@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,30 +14,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from megatron_smlp.errors import UsageError
 from megatron_smlp.generation.language_model import COLDEST, LanguageModel
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """The settings by which tokens are chosen."""
-
-    max_new_tokens: int = 64
-    temperature: float = 0.8
-    """0 takes the likeliest token, always."""
-    top_k: int = 50
-    """Tokens to choose among; 0: all."""
-    top_p: float = 1.0
-    """The likeliest tokens that have this probability together."""
-    num_beams: int = 1
-    num_samples: int = 1
-    """Continuations of each prompt."""
-
-    def arguments(self) -> dict[str, Any]:
-        """Return the settings as arguments of `generate`."""
-        common = {"num_beams": self.num_beams, "num_return_sequences": self.num_samples}
-        if self.temperature < COLDEST:
-            return {"do_sample": False, **common}
-        drawn = {name: getattr(self, name) for name in ("temperature", "top_k", "top_p")}
-        return {"do_sample": True, **drawn, **common}
 
 
 @dataclass(frozen=True)
@@ -74,8 +51,17 @@ def encode_prompt(lm: LanguageModel, prompt: str, *, where: str) -> list[int]:
     return ids
 
 
+def sampling_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Return how tokens are chosen, as arguments of `generate`."""
+    common = {"num_beams": options.num_beams, "num_return_sequences": options.num_samples}
+    if options.temperature < COLDEST:
+        return {"do_sample": False, **common}
+    drawn = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p")}
+    return {"do_sample": True, **drawn, **common}
+
+
 def complete(
-    lm: LanguageModel, prompts: Sequence[Sequence[int]], sampling: Sampling
+    lm: LanguageModel, prompts: Sequence[Sequence[int]], options: argparse.Namespace
 ) -> Iterator[Completion]:
     """Continue `encode_prompt`'s ids in one batch; sampling draws from torch's global generator.
 
@@ -83,6 +69,7 @@ def complete(
 
     Args:
         prompts: token ids, at least one each, fewer than T.
+        options: those of the group `sampling` in cli.py.
     """
     padding = lm.end or 0
     rows = [torch.tensor(prompt) for prompt in prompts]
@@ -94,18 +81,18 @@ def complete(
         output = lm.model.generate(
             ids.to(device),
             attention_mask=mask.to(device),
-            max_new_tokens=min(sampling.max_new_tokens, room),
+            max_new_tokens=min(options.max_new_tokens, room),
             eos_token_id=lm.ends or None,
             pad_token_id=padding,
             suppress_tokens=lm.padding_ids or None,
-            **sampling.arguments(),
+            **sampling_of(options),
         )
     for row, new in enumerate(output[:, ids.shape[1] :].tolist()):
-        prompt = prompts[row // sampling.num_samples]
+        prompt = prompts[row // options.num_samples]
         kept = list(takewhile(lambda number: number not in lm.ends, new))
         yield Completion(
             prompt=lm.decode(prompt[len(lm.start) :]),
             text=lm.continuation(prompt, kept),
             num_tokens=len(kept),
-            reached_the_end=len(kept) == room < sampling.max_new_tokens,
+            reached_the_end=len(kept) == room < options.max_new_tokens,
         )

@@ -1,5 +1,6 @@
 """tools/generate.py: prompts of all three kinds, both kinds of models, position T, bad input."""
 
+import argparse
 import io
 import json
 import shutil
@@ -16,7 +17,7 @@ from support.smlp_systems import LONGEST
 from megatron_smlp.conversion import convert
 from megatron_smlp.errors import UserError
 from megatron_smlp.generation import cli
-from megatron_smlp.generation.completion import Sampling, complete
+from megatron_smlp.generation.completion import complete
 from megatron_smlp.generation.language_model import LanguageModel, load
 from megatron_smlp.serving.answers import Answer
 from megatron_smlp.serving.sampling import Token
@@ -94,7 +95,7 @@ def test_every_end_that_the_folder_names_ends_a_text_and_nothing_else_of_it_coun
         return load(cli.build_parser().parse_args(["--hf", str(folder)]))
 
     lm = loaded(folder)
-    sampling = Sampling(max_new_tokens=12, temperature=0)
+    greedy = argparse.Namespace(max_new_tokens=12, temperature=0, num_beams=1, num_samples=1)
     prompt = lm.encode("the files")
     ids = torch.tensor([prompt])
     options = {"eos_token_id": None, "suppress_tokens": lm.padding_ids, "do_sample": False}
@@ -103,7 +104,7 @@ def test_every_end_that_the_folder_names_ends_a_text_and_nothing_else_of_it_coun
     other = shutil.copytree(folder, tmp_path / "other")
     settings = {"eos_token_id": [lm.end, end], "repetition_penalty": 5.0, "min_new_tokens": 11}
     (other / "generation_config.json").write_text(json.dumps(settings))
-    (completion,) = complete(loaded(other), [prompt], sampling)
+    (completion,) = complete(loaded(other), [prompt], greedy)
     assert completion.text == lm.continuation(prompt, new[: new.index(end)])
     answer = Answer(loaded(other), prompt, [])
     assert [answer.push(Token(number, None, None)) for number in (new[0], end)] == [False, True]
