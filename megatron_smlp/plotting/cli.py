@@ -14,7 +14,7 @@ from megatron_smlp.errors import UsageError, require_package
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from megatron_smlp.plotting.records import Run
+    from megatron_smlp.plotting.series import Run
 
 
 FORMATS = ("png", "pdf", "svg")
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     require_package("matplotlib", purpose="a plot", extra="'megatron-smlp[plots]'")
     if args.smooth is not None and args.smooth < 1:
         raise UsageError(f"--smooth {args.smooth}: 1 or more logged lines are expected.")
-    from megatron_smlp.plotting.records import read_runs
+    from megatron_smlp.plotting.series import read_runs
 
     runs = read_runs(args.runs, labels=args.labels)
     try:

@@ -20,11 +20,11 @@ from matplotlib.ticker import (
     PercentFormatter,
 )
 
-from megatron_smlp.plotting.records import Run
 from megatron_smlp.plotting.series import (
     AXES,
     Axis,
     RouterHistory,
+    Run,
     common_unit,
     curve,
     has_losses,

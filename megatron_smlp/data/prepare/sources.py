@@ -5,6 +5,7 @@ Formats are JSON Lines (`.jsonl`, `.json`), JSON arrays (`.json`) and parquet; t
 compressed with gzip, zstd, bzip2 or xz.
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ from typing import Any
 from megatron_smlp.data.prepare.chunks import CHUNK_BYTES, START, UTF8_BOM, Chunk, Position
 from megatron_smlp.data.prepare.compression import DamagedInputError, text_blocks
 from megatron_smlp.data.prepare.inputs import is_parquet
-from megatron_smlp.data.prepare.json_arrays import array_chunks
 from megatron_smlp.errors import DataError, require_package
 
 PARQUET_ROWS = 1024
@@ -47,7 +47,7 @@ def _records(path: Path, *, keys: Sequence[str], begin: Position) -> Iterator[Ch
     if is_parquet(path):
         return _parquet_chunks(path, keys=keys, begin=begin)
     if ".json" in path.suffixes and path.is_file() and _starts_with_bracket(path):
-        return array_chunks(path, begin=begin)
+        return _array_chunks(path, begin=begin)
     return _line_chunks(path, begin=begin)
 
 
@@ -60,6 +60,28 @@ def _starts_with_bracket(path: Path) -> bool:
     except DamagedInputError:
         pass  # Reported with its place when the records are read.
     return False
+
+
+def _array_chunks(path: Path, *, begin: Position) -> Iterator[Chunk]:
+    """Read an array of objects whole, and yield those after the first `begin.offset`, a line each.
+
+    Raises:
+        DamagedInputError: it is not an array of JSON, or not whole.
+    """
+    body = b"".join(text_blocks(path))
+    try:
+        elements = json.loads(body)
+    # Others: a number of more digits than Python converts, nesting deeper than it follows.
+    except (ValueError, RecursionError) as error:
+        raise DamagedInputError(f"bad JSON in the array: {error}") from None
+    payload = bytearray()
+    first = begin.offset + 1
+    for number, element in enumerate(elements[begin.offset :], start=first):
+        payload += json.dumps(element).encode() + b"\n"
+        if len(payload) >= CHUNK_BYTES or number == len(elements):
+            end = Position(begin.file, number, number)
+            yield Chunk(str(path), first, payload, end, len(payload))
+            payload, first = bytearray(), number + 1
 
 
 def _line_chunks(path: Path, *, begin: Position) -> Iterator[Chunk]:

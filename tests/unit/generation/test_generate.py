@@ -19,8 +19,8 @@ from megatron_smlp.errors import UserError
 from megatron_smlp.generation import cli
 from megatron_smlp.generation.completion import complete
 from megatron_smlp.generation.language_model import LanguageModel, load
-from megatron_smlp.serving.answers import Answer
 from megatron_smlp.serving.sampling import Token
+from megatron_smlp.serving.work import Answer
 
 TRAINED = (
     "--architecture smlp --num-dense-layers 1 --num-layers 3 --feature-router deterministic "

@@ -10,8 +10,16 @@ import pytest
 from megatron_smlp.errors import UsageError
 from megatron_smlp.plotting.cli import main
 from megatron_smlp.plotting.figures import load_figure, loss_figure, router_figure
-from megatron_smlp.plotting.records import Run, default_labels, read_run
-from megatron_smlp.plotting.series import AXES, Curve, common_unit, curve, smoothed
+from megatron_smlp.plotting.series import (
+    AXES,
+    Curve,
+    Run,
+    common_unit,
+    curve,
+    default_labels,
+    read_run,
+    smoothed,
+)
 
 
 def write(folder: Path, *records: dict[str, Any] | str) -> Path:

@@ -29,10 +29,10 @@ from megatron_smlp.generation.cli import build_parser
 from megatron_smlp.generation.language_model import LanguageModel, load
 from megatron_smlp.serving import cli
 from megatron_smlp.serving.admission import Admission
-from megatron_smlp.serving.answers import Answer
 from megatron_smlp.serving.app import build_app
 from megatron_smlp.serving.requests import Asked, parse
 from megatron_smlp.serving.sampling import Token
+from megatron_smlp.serving.work import Answer
 
 ROOT = Path(__file__).parents[3]
 

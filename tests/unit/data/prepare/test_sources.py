@@ -99,7 +99,6 @@ def test_reading_goes_on_from_the_end_of_every_chunk(
 ):
     monkeypatch.setattr("megatron_smlp.data.prepare.sources.CHUNK_BYTES", 20_000)
     monkeypatch.setattr("megatron_smlp.data.prepare.sources.PARQUET_ROWS", 64)
-    monkeypatch.setattr("megatron_smlp.data.prepare.json_arrays.CHUNK_BYTES", 20_000)
     monkeypatch.setattr("megatron_smlp.data.prepare.compression.BLOCK_BYTES", 4096)
     monkeypatch.setattr("megatron_smlp.data.prepare.compression.COMPRESSED_BLOCK_BYTES", 1024)
     other = write_jsonl(tmp_path / "other.jsonl", ["one more"])
