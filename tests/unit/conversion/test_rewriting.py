@@ -30,7 +30,7 @@ def test_a_rewritten_checkpoint_goes_on_with_its_optimizer(tmp_path: Path):
         old = [r["loss"] for r in records(tmp_path / "old") if "loss" in r]
     said = run(convert.torch_dist_to_torch_dist, tmp_path / "run", tmp_path / "new", ckpt_step=2)
     assert "iteration 2" in said[-1]
-    before = TorchDistCheckpoint(tmp_path / "run", ckpt_step=2)
+    before = TorchDistCheckpoint(tmp_path / "run", iteration=2)
     after = TorchDistCheckpoint(tmp_path / "new")
     assert_same(
         {name: before.read(name) for name in before.all_specs},
@@ -63,7 +63,7 @@ def test_optimizer_state_of_one_layout_resumes_and_is_not_rewritten(
     words += f" --lr-decay-style constant --save {tmp_path / 'run'} --save-interval 2"
     with pretrained(f"{words} --log-dir {tmp_path / 'old'}"):
         old = [r["loss"] for r in records(tmp_path / "old") if "loss" in r]
-    checkpoint = TorchDistCheckpoint(tmp_path / "run", ckpt_step=2)
+    checkpoint = TorchDistCheckpoint(tmp_path / "run", iteration=2)
     moments = [n for n in checkpoint.all_specs if n.startswith("optimizer.")]
     assert moments
     assert not any(name.startswith(ANY_LAYOUT) for name in moments)
