@@ -69,8 +69,7 @@ def merge(prefixes: Sequence[str], *, output_prefix: str, allow_mismatch: bool =
         writer = PairWriter(folder / "merged", dtype=np.result_type(*dtypes))
         for index in map(open_index, prefixes):
             require_sound_index(index)
-            for part in document_parts(index, 0, index.num_documents):
-                copy_documents(index, writer, part)
+            copy_documents(index, writer, 0, index.num_documents)
         known = [manifest for manifest in manifests if manifest is not None]
         record = writer.finish(key=_joined(known, "key"), level=_joined(known, "level"))
         manifest = None
@@ -140,15 +139,10 @@ def scratch_folder(output_prefix: str) -> Iterator[Path]:
         remove_locked(folder, lock)
 
 
-def document_parts(index: Index, first: int, last: int) -> Iterator[range]:
-    """Cut documents `first` to `last` (without it) into ranges of a bounded number."""
-    for start in range(first, last, COPY_DOCUMENTS):
-        yield range(start, min(start + COPY_DOCUMENTS, last))
-
-
-def copy_documents(index: Index, writer: PairWriter, documents: range) -> None:
-    """Append a range of consecutive documents of `index`."""
-    starts = index.documents[documents.start : documents.stop + 1]
-    first, last = int(starts[0]), int(starts[-1])
-    ids, lengths = index.tokens_of(first, last), index.lengths[first:last]
-    writer.write(ids, lengths=lengths, sequences=np.diff(starts))
+def copy_documents(index: Index, writer: PairWriter, first: int, last: int) -> None:
+    """Append documents `first` to `last` (without it) of `index`, a bounded number at a time."""
+    for begin in range(first, last, COPY_DOCUMENTS):
+        starts = index.documents[begin : min(begin + COPY_DOCUMENTS, last) + 1]
+        sequences = int(starts[0]), int(starts[-1])
+        ids, lengths = index.tokens_of(*sequences), index.lengths[slice(*sequences)]
+        writer.write(ids, lengths=lengths, sequences=np.diff(starts))

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_smlp.data.pairs.combining import copy_documents, document_parts, scratch_folder
+from megatron_smlp.data.pairs.combining import copy_documents, scratch_folder
 from megatron_smlp.data.pairs.full_check import require_sound_index
 from megatron_smlp.data.pairs.indexed import Index, idx_path, open_index
 from megatron_smlp.data.pairs.manifest import check_manifest_path, find_manifest
@@ -91,8 +91,7 @@ def _write_parts(index: Index, part_of: NDArray[np.int8], output_prefix: str) ->
             chosen = np.concatenate(([0], (part_of == number).astype(np.int8), [0]))
             edges = np.flatnonzero(np.diff(chosen)).tolist()
             for first, last in zip(edges[::2], edges[1::2], strict=True):
-                for documents in document_parts(index, first, last):
-                    copy_documents(index, writer, documents)
+                copy_documents(index, writer, first, last)
             record = writer.finish(
                 key=origin.pair.key if origin else "text",
                 level=origin.pair.level if origin else "document",

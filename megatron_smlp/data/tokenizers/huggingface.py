@@ -73,10 +73,6 @@ class HuggingFaceTokenizer(WithTexts):
         slow.description = f"tokenizers ({fast})"
         return slow
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        # The cached backend is made again where it is needed: its pickle is slower to load.
-        return type(self), (self.tokenizer_json, self.eod, self.add_special_tokens)
-
 
 class HuggingFaceEncoder:
     """The reference: the `tokenizers` library."""

@@ -82,6 +82,3 @@ class SentencePiece(WithTexts):
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.processor.decode_ids(within(ids, self.vocab_size)))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.model,)

@@ -87,7 +87,11 @@ class Tokenizer(Protocol):
 
 
 class WithTexts:
-    """A tokenizer whose ids stand for texts."""
+    """A dataclass of a tokenizer whose ids stand for texts."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # What it caches is made again where it is needed: its pickle is slower to load.
+        return type(self), tuple(getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
 
     @property
     def entries(self) -> Iterable[tuple[int, bytes]]:

@@ -91,9 +91,6 @@ class TikToken(WithTexts):
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.encoding.decode(within(ids, self.vocab_size)))
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.ranks, self.special, self.pattern)
-
 
 def _read_ranks(path: Path) -> list[bytes]:
     """Token bytes by rank: Megatron's JSON list, or OpenAI's `.tiktoken` lines."""
