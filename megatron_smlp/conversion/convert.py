@@ -35,19 +35,20 @@ from megatron_smlp.conversion import (
 from megatron_smlp.conversion.forward_check import check, check_loss, fixed_tokens
 from megatron_smlp.conversion.model_card import training_facts, write_card
 from megatron_smlp.conversion.padding import Repadded, padded_size
-from megatron_smlp.conversion.recipes import Converted, Plan, Recipe, same
+from megatron_smlp.conversion.recipes import Converted, Recipe, same
 from megatron_smlp.conversion.record import SPECIAL, converted_record, sizes
 from megatron_smlp.conversion.safetensors_files import SafetensorsFolder
 from megatron_smlp.conversion.target import check_target
 from megatron_smlp.data.tokenizers.folder import recorded_tokenizer, tokenizer_folder
 from megatron_smlp.durable import flush_folder, replace_folder
 from megatron_smlp.errors import UsageError
-from megatron_smlp.hf.configuration_smlp import SMLPConfig
 from megatron_smlp.platform.one_process import one_process
 from megatron_smlp.signals import interrupt
 
 Say = Callable[[str], None]
 GPT2_DIVISIBLE_BY = 128
+FORMS: dict[str, Any] = {gpt2.MODEL_TYPE: gpt2, llama.MODEL_TYPE: llama}
+"""Models of transformers that are read, beside our own, by the type that config.json says."""
 
 
 @dataclass(frozen=True)
@@ -182,43 +183,26 @@ def _weights(options: argparse.Namespace) -> Weights:
         return _of_checkpoint(options)
     values = huggingface.read_config_json(options.load)
     files = SafetensorsFolder(options.load)
-    if options.source == "gpt2" or values["model_type"] == gpt2.MODEL_TYPE:
-        config = gpt2.config_of(values, options.load)
+    kind = gpt2.MODEL_TYPE if options.source == "gpt2" else values["model_type"]
+    form = FORMS.get(kind, huggingface)
+    config = form.config_in(values, options.load)
+    if form is gpt2:
         files.rename(gpt2.with_prefix)
-        files.leave_out(gpt2.MASK)
+    if form is not huggingface:
+        files.leave_out(form.NO_WEIGHT)
         if config.tie_word_embeddings:
-            files.leave_out_tied(gpt2.HEAD, gpt2.EMBEDDING)
-        build = partial(gpt2.build, values)
-        return _of_files(options, config, files, gpt2.import_plan, build, GPT2_DIVISIBLE_BY)
-    if values["model_type"] == llama.MODEL_TYPE:
-        config = llama.config_of(values, options.load)
-        files.leave_out(llama.NO_WEIGHT)
-        if config.tie_word_embeddings:
-            files.leave_out_tied(llama.HEAD, llama.EMBEDDING)
-        build = partial(llama.build, llama.theirs_of(values))
-        return _of_files(options, config, files, llama.TENSORS.import_plan, build)
-    config = huggingface.read_config(options.load)
-    build = partial(huggingface.build, config)
-    return _of_files(options, config, files, huggingface.TENSORS.import_plan, build)
-
-
-def _of_files(
-    options: argparse.Namespace,
-    config: SMLPConfig,
-    files: Source,
-    import_plan: Callable[..., Plan],
-    build: Callable[[], Any],
-    divisible_by: int | None = None,
-) -> Weights:
+            files.leave_out_tied(form.HEAD, form.EMBEDDING)
     flags = huggingface.flags_of(config)
-    source, flags = _padded(options, files, files.specs, flags, default=divisible_by)
+    default = GPT2_DIVISIBLE_BY if form is gpt2 else None
+    source, flags = _padded(options, files, files.specs, flags, default=default)
     huggingface.build(config)  # which knows what sizes fit
     expected = megatron_model.expected_shapes(flags)
-    plan = import_plan(expected, flags)
+    plan = form.import_plan(expected, flags)
     converted = Converted(plan, source, expected, where=str(options.load))
-    logits = partial(huggingface.logits, build, files)
+    build = partial(form.build, config if form is huggingface else form.theirs_of(values))
     ids = huggingface.special_ids(config)
     record = {SPECIAL: ids} if any(number is not None for number in ids.values()) else None
+    logits = partial(huggingface.logits, build, files)
     return Weights(converted, flags, str(options.load), logits, record)
 
 

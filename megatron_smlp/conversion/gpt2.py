@@ -29,7 +29,7 @@ PREFIX = "transformer."
 HEAD = "lm_head.weight"
 EMBEDDING = "transformer.wte.weight"
 MATRICES = ("linear_proj.weight", "linear_fc1.weight", "linear_fc2.weight")
-MASK = re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)")
+NO_WEIGHT = re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)")
 
 TENSORS = Names(
     outside={
@@ -58,7 +58,7 @@ UNSUPPORTED = {
 }
 
 
-def config_of(values: Mapping[str, Any], folder: Path) -> SMLPConfig:
+def config_in(values: Mapping[str, Any], folder: Path) -> SMLPConfig:
     """Return our configuration of the model that GPT-2's `config.json` describes.
 
     Raises:
@@ -131,12 +131,12 @@ def _head_by_head(fused: Tensor, *, heads: HeadShape) -> Tensor:
     return join_qkv(queries, keys, values, heads)
 
 
-def build(values: Mapping[str, Any]) -> Any:
-    """Build transformers' model for the contents of `config.json`, on the meta device."""
+def build(config: Any) -> Any:
+    """Build transformers' model on the meta device."""
     from transformers import GPT2LMHeadModel
 
     with torch.device("meta"):
-        return GPT2LMHeadModel(theirs_of(values)).float().eval()
+        return GPT2LMHeadModel(config).float().eval()
 
 
 def theirs_of(values: Mapping[str, Any]) -> Any:

@@ -43,6 +43,7 @@ UNSUPPORTED = {
     name: default for name, default in model_defaults().items() if MODEL_FLAGS[name].hf_default_only
 }
 TENSORS = names.OURS
+import_plan = TENSORS.import_plan
 MODEL_TYPE = SMLPConfig.model_type
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -133,14 +134,14 @@ def set_special_ids(config: SMLPConfig, ids: Mapping[str, Any] | None) -> None:
             setattr(config, name, (ids or {}).get(name))
 
 
-def read_config(folder: Path) -> SMLPConfig:
-    """Read the configuration of an exported folder; no code of the folder is run.
+def config_in(values: Mapping[str, Any], folder: Path) -> SMLPConfig:
+    """Return the configuration that `config.json` of an exported folder describes; no code of the
+    folder is run.
 
     Raises:
         UsageError: it holds another model, one of a plugin that is not named, or a value that is
             not possible.
     """
-    values = read_config_json(folder)
     if values["model_type"] != MODEL_TYPE:
         raise UsageError(
             f"{folder}/config.json is of a model of type {values['model_type']!r}; what can be "
@@ -148,7 +149,7 @@ def read_config(folder: Path) -> SMLPConfig:
         )
     plugin_texts.require((values.get("plugin") or {}).get("files", {}), str(folder))
     with impossible(f"{folder}/config.json"):
-        return SMLPConfig.from_dict(values)
+        return SMLPConfig.from_dict(dict(values))
 
 
 @contextlib.contextmanager
@@ -191,7 +192,7 @@ def check_folder(folder: Path) -> None:
         specs = SafetensorsFolder(folder).specs
     if values["model_type"] != MODEL_TYPE:
         return
-    model = build(read_config(folder))
+    model = build(config_in(values, folder))
     missing = [name for name in expected_shapes(model) if specs and name not in specs]
     if missing:  # transformers would go on with random numbers
         raise UsageError(

@@ -42,6 +42,7 @@ TENSORS = Names(
         "mlp.linear_fc2": ("mlp.down_proj",),
     },
 )
+import_plan = TENSORS.import_plan
 # Our configuration's names -> Llama's, of what means the same in both.
 NAMES = {
     "vocab_size": "vocab_size",
@@ -91,7 +92,7 @@ def exported(config: SMLPConfig) -> Any:
     )
 
 
-def config_of(values: Mapping[str, Any], folder: Path) -> SMLPConfig:
+def config_in(values: Mapping[str, Any], folder: Path) -> SMLPConfig:
     """Return our configuration of the model that Llama's `config.json` describes.
 
     Raises:
