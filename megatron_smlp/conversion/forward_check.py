@@ -32,12 +32,6 @@ def fixed_tokens(*, vocab_size: int, length: int) -> Tensor:
     return torch.randint(vocab_size, (SAMPLES, min(length, MOST_TOKENS)), generator=generator)
 
 
-def largest_difference(before: Tensor, after: Tensor) -> float:
-    """Compare the logits that both have: padding of the vocabulary may differ."""
-    common = min(before.shape[-1], after.shape[-1])
-    return float((before[..., :common] - after[..., :common]).abs().max())
-
-
 def check(before: Tensor, after: Tensor) -> str:
     """Return a line that says how far the logits are apart.
 
@@ -46,7 +40,8 @@ def check(before: Tensor, after: Tensor) -> str:
     Raises:
         ForwardCheckError: over LIMIT, or not a number.
     """
-    difference = largest_difference(before, after)
+    common = min(before.shape[-1], after.shape[-1])  # padding of the vocabulary may differ
+    difference = float((before[..., :common] - after[..., :common]).abs().max())
     text = f"forward check: logits of {before.shape[0]} x {before.shape[1]} tokens differ by "
     limit = LIMIT * max(1.0, float(before.abs().max()) / LARGE)
     if not difference <= limit:

@@ -84,19 +84,12 @@ class SafetensorsFolder:
         """
         if head not in self.specs:
             return
-        if embedding in self.specs and not self._are_same(embedding, head):
+        if embedding in self.specs and not torch.equal(self.read(embedding), self.read(head)):
             raise UsageError(
                 f"{self.folder} holds {head}, which is not {embedding} although "
                 'config.json ties them: say "tie_word_embeddings": false there to keep both.'
             )
         del self.specs[head]
-
-    def _are_same(self, left: str, right: str) -> bool:
-        """Return whether two tensors of one or more dimensions are equal bit by bit."""
-        first, second = self.read(left), self.read(right)
-        return self.specs[left] == self.specs[right] and torch.equal(
-            first.view(torch.uint8), second.view(torch.uint8)
-        )
 
 
 def _read_index(path: Path) -> dict[str, str] | None:

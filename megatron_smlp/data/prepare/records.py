@@ -1,7 +1,7 @@
 """One raw record to the texts of its keys, or to the reason why it is refused."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,42 +44,34 @@ def parse_chunk(
     """Yield (line, text of each key) or a rejection, for every record of the chunk in order."""
     if chunk.damage is not None:
         yield Rejection(chunk.file, chunk.first_line, "damaged_file", chunk.damage)
-    elif isinstance(chunk.payload, list):
-        yield from _parse_rows(chunk, chunk.payload, keys)
-    else:
-        yield from _parse_lines(chunk, chunk.payload, keys)
-
-
-def _parse_rows(
-    chunk: Chunk, rows: list[tuple[Any, ...]], keys: Sequence[str]
-) -> Iterator[tuple[int, tuple[str, ...]] | Rejection]:
-    for line, values in enumerate(rows, start=chunk.first_line):
+        return
+    is_table = isinstance(chunk.payload, list)
+    records: Iterable[Any] = chunk.payload if is_table else _lines(chunk)
+    for line, raw in enumerate(records, start=chunk.first_line):
         try:
-            yield line, _texts(dict(zip(keys, values, strict=True)), keys)
+            record = dict(zip(keys, raw, strict=True)) if is_table else _parse_json(raw)
+            yield line, _texts(record, keys)
         except _RefusedError as refused:
             reason, detail = refused.args
-            excerpt = repr(values)[:EXCERPT_CHARACTERS]
+            excerpt = repr(raw)[:EXCERPT_CHARACTERS] if is_table else _excerpt(raw)
             yield Rejection(chunk.file, line, reason, detail, excerpt)
 
 
-def _parse_lines(
-    chunk: Chunk, payload: bytearray, keys: Sequence[str]
-) -> Iterator[tuple[int, tuple[str, ...]] | Rejection]:
+def _lines(chunk: Chunk) -> Iterator[memoryview]:
+    payload, start = chunk.payload, 0
+    assert isinstance(payload, bytearray)
     view = memoryview(payload)  # Slices of it are not copies.
-    start, line = 0, chunk.first_line
-    if line == 1 and payload.startswith(UTF8_BOM):
+    if chunk.first_line == 1 and payload.startswith(UTF8_BOM):
         start = len(UTF8_BOM)
     while start < len(payload):
         end = payload.find(b"\n", start)
         end = len(payload) if end < 0 else end
-        try:
-            yield line, _texts(_parse_json(view[start:end]), keys)
-        except _RefusedError as refused:
-            excerpt = bytes(view[start : min(end, start + EXCERPT_CHARACTERS)])
-            text = excerpt.decode("utf-8", errors="backslashreplace")
-            reason, detail = refused.args
-            yield Rejection(chunk.file, line, reason, detail, text)
-        start, line = end + 1, line + 1
+        yield view[start:end]
+        start = end + 1
+
+
+def _excerpt(raw: memoryview) -> str:
+    return bytes(raw[:EXCERPT_CHARACTERS]).decode("utf-8", errors="backslashreplace")
 
 
 def _parse_json(raw: memoryview) -> Any:

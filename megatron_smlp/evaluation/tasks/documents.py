@@ -115,7 +115,7 @@ def _texts(row: Document, *names: str) -> Document:
 def _choice(row: Document, name: str, allowed: Iterable[int | str]) -> str:
     """Return an entry that is one of these; a number may be written as text."""
     texts = list(map(str, allowed))
-    if isinstance(row[name], bool) or str(row[name]) not in texts:
+    if str(row[name]) not in texts:
         raise ValueError(f"{name!r} is {row[name]!r:.60}; expected is {' or '.join(texts)}")
     return str(row[name])
 
