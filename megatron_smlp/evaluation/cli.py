@@ -228,7 +228,7 @@ def _harness_model(
         about = {"batch_size": options.batch_size, "device": device, "dtype": options.dtype}
         return None, ExportedModel(options.hf, **about)
     args, scorer, tokenizer = _scorer(options, megatron_flags)
-    from megatron_smlp.data.tokenizers.model_tokenizer import start_of
+    from megatron_smlp.data.tokenizers.factory import start_of
     from megatron_smlp.evaluation.harness import ScorerModel
 
     about = {"start": start_of(tokenizer, args), "shows_progress": args.rank == 0}

@@ -17,8 +17,7 @@ import torch
 from torch import nn
 
 from megatron_smlp.collectives import from_first_rank
-from megatron_smlp.data.tokenizers.factory import read_tokenizer
-from megatron_smlp.data.tokenizers.model_tokenizer import bare, start_of
+from megatron_smlp.data.tokenizers.factory import bare, read_tokenizer, start_of
 from megatron_smlp.data.tokenizers.spec import TokenizerSpec
 from megatron_smlp.errors import DataError, UsageError, require_package
 from megatron_smlp.evaluation.reports import as_record, task_texts

@@ -24,8 +24,8 @@ from megatron_smlp.checkpoints.folders import (
 from megatron_smlp.checkpoints.tensors import main_dtype
 from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
 from megatron_smlp.command_line import flag_of
+from megatron_smlp.data.tokenizers.factory import resolve_for
 from megatron_smlp.data.tokenizers.folder import recorded_tokenizer
-from megatron_smlp.data.tokenizers.model_tokenizer import resolve_for
 from megatron_smlp.data.tokenizers.spec import Tokenizer, TokenizerSpec, named_or_moved
 from megatron_smlp.errors import NoGoodCheckpointError, UsageError
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_smlp.data.tokenizers.factory import bare, resolve_for, start_of
 from megatron_smlp.data.tokenizers.folder import recorded_tokenizer
-from megatron_smlp.data.tokenizers.model_tokenizer import bare, resolve_for, start_of
 from megatron_smlp.data.tokenizers.spec import Encoder, Tokenizer, TokenizerSpec, named_or_moved
 from megatron_smlp.errors import UsageError
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_smlp.conversion.convert import torch_dist_to_hf
 from megatron_smlp.data.pairs.indexed import open_index
-from megatron_smlp.data.tokenizers.model_tokenizer import resolve_for
+from megatron_smlp.data.tokenizers.factory import resolve_for
 from megatron_smlp.data.tokenizers.spec import Tokenizer, TokenizerSpec
 from megatron_smlp.errors import UsageError
 from megatron_smlp.evaluation import perplexity

@@ -22,7 +22,7 @@ from lm_eval.models.huggingface import HFLM
 from support.checkpoints import flip_a_bit
 
 from megatron_smlp.checkpoints.folders import TRACKER, iteration_folder
-from megatron_smlp.data.tokenizers.model_tokenizer import start_of
+from megatron_smlp.data.tokenizers.factory import start_of
 from megatron_smlp.errors import NoGoodCheckpointError, UsageError
 from megatron_smlp.evaluation.harness import ScorerModel
 from megatron_smlp.evaluation.megatron_loading import _precision_flags
