@@ -19,7 +19,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -37,24 +37,19 @@ CHUNK = 256
 """Windows that are scored in one call."""
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """Neighbouring sequences of a pair."""
 
-    index: Index
-    first: int
-    last: int
+    tokens: Any
+    """<dtype>[tokens], on disk until it is read."""
+    documents: Any
+    """int64[documents + 1]: the place in `tokens` of each document's first token."""
 
-    def tokens(self) -> Any:
-        """Return <dtype>[tokens], on disk until it is read."""
-        return self.index.tokens_of(self.first, self.last)
-
-    def documents(self) -> Any:
-        """Return int64[documents + 1]: the place in `tokens` of each document's first token."""
-        lengths = self.index.lengths[self.first : self.last]
-        ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-        bounds = np.clip(self.index.documents, self.first, self.last) - self.first
-        return np.unique(ends[bounds])
+    @classmethod
+    def of(cls, index: Index, first: int, last: int) -> Part:
+        ends = np.concatenate([[0], np.cumsum(index.lengths[first:last], dtype=np.int64)])
+        bounds = np.clip(index.documents, first, last) - first
+        return cls(index.tokens_of(first, last), np.unique(ends[bounds]))
 
 
 def validation_part(index: Index, split: str | None) -> Part:
@@ -64,7 +59,7 @@ def validation_part(index: Index, split: str | None) -> Part:
         UsageError: Megatron cannot read it, or it leaves nothing.
     """
     if split is None:
-        return Part(index, 0, index.num_sequences)
+        return Part.of(index, 0, index.num_sequences)
     from megatron.core.datasets.blended_megatron_dataset_config import (
         convert_split_vector_to_split_matrix,
         parse_and_normalize_split,
@@ -83,7 +78,7 @@ def validation_part(index: Index, split: str | None) -> Part:
             f"--split {split} leaves no document of {index.prefix} for validation: leave it out "
             "to read the whole pair"
         )
-    return Part(index, first, last)
+    return Part.of(index, first, last)
 
 
 @dataclass(frozen=True)
@@ -151,14 +146,14 @@ def measure(
         )
     prefix = strip_suffix(prefix)
     part = _part(tokenizer, prefix, split=split, allows_mismatch=allows_mismatch)
-    tokens = part.tokens()
+    tokens = part.tokens
     whole, suffix = _Sum(), _Sum()
     cut = windows(len(tokens), longest=scorer.longest, stride=stride, limit=limit)
     text = _Text(part, tokenizer) if tokenizer.identity is not None else None
     breakdown: Breakdown | None = None
     if breaks_down:
         counts = counts_in(tokens, vocab_size=tokenizer.vocab_size, prefix=prefix)
-        breakdown = Breakdown(counts, part.documents())
+        breakdown = Breakdown(counts, part.documents)
     for some in itertools.batched(cut, CHUNK):
         rows = [window.row(tokens) for window in some]
         for window, row, score in zip(some, rows, scorer.score(rows), strict=True):
@@ -211,7 +206,7 @@ def _part(tokenizer: Tokenizer, prefix: str, *, split: str | None, allows_mismat
     except (ValueError, OSError) as error:
         raise UsageError(f"--data-path {prefix}: {' '.join(str(error).split())}") from error
     part = validation_part(index, split)
-    if (count := len(part.tokens())) < 2:
+    if (count := len(part.tokens)) < 2:
         raise UsageError(f"--data-path {prefix} has {count} tokens: there is none to predict")
     return part
 
@@ -227,8 +222,8 @@ class _Text:
     def __init__(self, part: Part, tokenizer: Tokenizer) -> None:
         self._encoder, self._end = tokenizer.build(), tokenizer.eod
         self._start = list(getattr(tokenizer, "start", []))
-        self._tokens = part.tokens()
-        self._documents = part.documents()
+        self._tokens = part.tokens
+        self._documents = part.documents
         self.bytes = np.zeros(len(self._documents) - 1, dtype=np.int64)
         """Those of each document that were predicted so far."""
 
