@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.data.pairs.indexed import idx_path, strip_suffix
@@ -23,17 +23,12 @@ WHOLE_FLAGS = ("data_path", "data_args_path")
 PER_SPLIT_FLAGS = (*SPLIT_FLAGS, "per_split_data_args_path")
 
 
-@dataclass(frozen=True)
-class Blend:
-    """Datasets of one split."""
+class Blend(NamedTuple):
+    """Datasets of one split, as `GPTDatasetConfig` takes them."""
 
-    prefixes: tuple[str, ...]
-    weights: tuple[float, ...] | None
+    prefixes: list[str]
+    weights: list[float] | None
     """Shares of the samples, of any sum; None: each dataset once, by its size."""
-
-    def as_megatron(self) -> tuple[list[str], list[float] | None]:
-        """Return the form that `GPTDatasetConfig` takes."""
-        return list(self.prefixes), None if self.weights is None else list(self.weights)
 
 
 @dataclass(frozen=True)
@@ -41,15 +36,11 @@ class Blends:
     """All that a run reads: one blend that `--split` cuts, or one for each split."""
 
     whole: Blend | None = None
-    per_split: tuple[Blend | None, Blend | None, Blend | None] | None = None
+    per_split: list[Blend | None] | None = None
 
     def as_megatron(self) -> dict[str, Any]:
         """Return `blend` and `blend_per_split` of `GPTDatasetConfig`."""
-        per_split = self.per_split and [blend and blend.as_megatron() for blend in self.per_split]
-        return {
-            "blend": self.whole and self.whole.as_megatron(),
-            "blend_per_split": per_split,
-        }
+        return {"blend": self.whole, "blend_per_split": self.per_split}
 
     @property
     def prefixes(self) -> list[str]:
@@ -101,7 +92,7 @@ def _read(path: str, flag: str) -> str:
         raise DataError(f"{flag} {path} is not readable: {error}") from None
 
 
-def _read_per_split(path: str) -> tuple[Blend | None, Blend | None, Blend | None]:
+def _read_per_split(path: str) -> list[Blend | None]:
     flag = "--per-split-data-args-path"
     text = _read(path, flag)
     try:
@@ -119,12 +110,11 @@ def _read_per_split(path: str) -> tuple[Blend | None, Blend | None, Blend | None
 
 def _three_blends(
     lists: Sequence[Sequence[str] | None], sources: Sequence[str]
-) -> tuple[Blend | None, Blend | None, Blend | None]:
-    train, valid, test = (
+) -> list[Blend | None]:
+    return [
         parse_blend(entries, source=source) if entries else None
         for entries, source in zip(lists, sources, strict=True)
-    )
-    return train, valid, test
+    ]
 
 
 def parse_blend(entries: Sequence[str], *, source: str) -> Blend:
@@ -141,7 +131,7 @@ def parse_blend(entries: Sequence[str], *, source: str) -> Blend:
         raise DataError(f"{source} is empty: give a dataset prefix, or weights and prefixes")
     numbers = [_is_weight(entry) for entry in entries]
     if not any(numbers):
-        return Blend(tuple(map(strip_suffix, entries)), None)
+        return Blend(list(map(strip_suffix, entries)), None)
     for position, (entry, is_number) in enumerate(zip(entries, numbers, strict=True)):
         expected = "weight" if position % 2 == 0 else "prefix"
         if is_number != (expected == "weight"):
@@ -154,9 +144,9 @@ def parse_blend(entries: Sequence[str], *, source: str) -> Blend:
         raise DataError(
             f"{source} ends with the weight {entries[-1]}: a prefix is missing after it"
         )
-    prefixes = tuple(entries[1::2])
-    weights = (_weight(*pair, source) for pair in zip(entries[::2], prefixes, strict=True))
-    return Blend(tuple(map(strip_suffix, prefixes)), tuple(weights))
+    prefixes = entries[1::2]
+    weights = [_weight(*pair, source) for pair in zip(entries[::2], prefixes, strict=True)]
+    return Blend(list(map(strip_suffix, prefixes)), weights)
 
 
 def _is_weight(entry: str) -> bool:

@@ -111,7 +111,7 @@ def build_datasets(
 
     Args:
         num_samples: samples wanted of each split.
-        config: with the blends in it, as `Blend.as_megatron` gives them.
+        config: with the blends in it, as `Blends.as_megatron` gives them.
         rank: the global rank; the first one holds the caches for the others, which wait.
         silence: seconds after which they give up a machine of rank 0 that does not answer.
         say: tells the user on rank 0 that it takes long.

@@ -89,7 +89,7 @@ def test_a_dataset_without_weights_that_is_shorter_than_a_sample(
             _build(words, [100, 2, 0], tmp_path / "cache", split="900,100,0")
         else:
             train, valid = (parse_blend(part, source="x") for part in (prefixes[:1], words))
-            _build_blends(Blends(per_split=(train, valid, None)), [100, 2, 0], tmp_path / "cache")
+            _build_blends(Blends(per_split=[train, valid, None]), [100, 2, 0], tmp_path / "cache")
 
     with pytest.raises(DataError, match=r"short_text_document' has 32 tokens for valid, and a sam"):
         build([prefixes[0], short])
@@ -100,7 +100,7 @@ def test_many_weighted_datasets_and_few_samples(run: Run, tmp_path: Path):
     """Of the first 8 samples are there, for 5 of 10, and 12 of all 24 are drawn from it."""
     name = write_pair(run, tmp_path, "a", ["a" * (8 * LENGTH + 1)])
     blend = parse_blend(["19", name, *["1", name] * 19], source="x")
-    blends, sizes = Blends(per_split=(blend, None, None)), [10, 0, 0]
+    blends, sizes = Blends(per_split=[blend, None, None]), [10, 0, 0]
     with pytest.raises(DataError, match=r"oversamples .* --mid-level-dataset-surplus"):
         _build_blends(blends, sizes, tmp_path / "cache")
     assert len(_build_blends(blends, sizes, tmp_path / "cache", surplus=3.0)[0]) == 24
