@@ -22,10 +22,6 @@ SAMPLES = 2
 MOST_TOKENS = 64
 
 
-class ForwardCheckError(CheckpointError):
-    """The converted model computes something else."""
-
-
 def fixed_tokens(*, vocab_size: int, length: int) -> Tensor:
     """Return <int64>[SAMPLES, T], the same on every machine; T is `length`, or MOST_TOKENS."""
     generator = torch.Generator().manual_seed(20220314)
@@ -38,14 +34,14 @@ def check(before: Tensor, after: Tensor) -> str:
     before, after: <fp32>[B, T, V].
 
     Raises:
-        ForwardCheckError: over LIMIT, or not a number.
+        CheckpointError: over LIMIT, or not a number.
     """
     common = min(before.shape[-1], after.shape[-1])  # padding of the vocabulary may differ
     difference = float((before[..., :common] - after[..., :common]).abs().max())
     text = f"forward check: logits of {before.shape[0]} x {before.shape[1]} tokens differ by "
     limit = LIMIT * max(1.0, float(before.abs().max()) / LARGE)
     if not difference <= limit:
-        raise ForwardCheckError(
+        raise CheckpointError(
             f"{text}{difference:.2e}, which is over {limit:.1e}: nothing was written. Please "
             "report it; --no-check writes the folder all the same."
         )
@@ -61,7 +57,7 @@ def check_loss(before: Tensor, after: Tensor, tokens: Tensor, *, why_not: str | 
         why_not: why they are not the same; None: they have to be.
 
     Raises:
-        ForwardCheckError: over LOSS_LIMIT without a reason, or not a number.
+        CheckpointError: over LOSS_LIMIT without a reason, or not a number.
     """
     old, new = loss(before, tokens), loss(after, tokens)
     text = f"forward check: loss {new:.6f}, of the dense model {old:.6f}: "
@@ -69,7 +65,7 @@ def check_loss(before: Tensor, after: Tensor, tokens: Tensor, *, why_not: str | 
         return f"{text}{abs(new - old):.1e} apart, since {why_not}"
     if abs(new - old) <= LOSS_LIMIT:
         return f"{text}{abs(new - old):.1e} apart"
-    raise ForwardCheckError(
+    raise CheckpointError(
         f"{text}{abs(new - old):.1e} is over {LOSS_LIMIT:g}: nothing was written. Please "
         "report it; --no-check writes the folder all the same."
     )
