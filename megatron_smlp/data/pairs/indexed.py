@@ -68,10 +68,7 @@ class Index:
     @cached_property
     def tokens(self) -> NDArray[Any]:
         """<dtype>[tokens], a memory map of `.bin`."""
-        path = bin_path(self.prefix)
-        if path.stat().st_size == 0:
-            return np.empty(0, dtype=self.dtype)
-        return np.memmap(path, dtype=self.dtype, mode="r")
+        return mapped(bin_path(self.prefix), self.dtype)
 
     def tokens_of(self, first: int, last: int) -> NDArray[Any]:
         """Return <dtype>[tokens] of sequences from `first` to before `last`, on disk."""
@@ -141,9 +138,9 @@ def open_index(prefix: str) -> Index:
     index = Index(
         prefix=prefix,
         dtype=dtype,
-        lengths=_map(path, "<i4", lengths_at, sequences),
-        pointers=_map(path, "<i8", pointers_at, sequences),
-        documents=_map(path, "<i8", documents_at, starts),
+        lengths=mapped(path, "<i4", offset=lengths_at, count=sequences),
+        pointers=mapped(path, "<i8", offset=pointers_at, count=sequences),
+        documents=mapped(path, "<i8", offset=documents_at, count=starts),
     )
     _check_ends(index)
     return index
@@ -171,8 +168,13 @@ def _read_header(path: Path) -> tuple[np.dtype[Any], int, int]:
     return DTYPE_CODES[code], sequences, starts
 
 
-def _map(path: Path, dtype: str, offset: int, count: int) -> NDArray[Any]:
-    if count == 0:
+def mapped(
+    path: Path, dtype: str | np.dtype[Any], *, offset: int = 0, count: int | None = None
+) -> NDArray[Any]:
+    """Return <dtype>[count] of a file, by default all of it, on disk until it is read."""
+    if count is None:
+        count = path.stat().st_size // np.dtype(dtype).itemsize
+    if count == 0:  # of which there is no map
         return np.empty(0, dtype=dtype)
     return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=(count,))
 

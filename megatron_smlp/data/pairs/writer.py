@@ -18,7 +18,7 @@ from typing import IO, Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_smlp.data.pairs.indexed import bin_path, idx_path, in_parts, write_index
+from megatron_smlp.data.pairs.indexed import bin_path, idx_path, in_parts, mapped, write_index
 from megatron_smlp.data.pairs.manifest import (
     Manifest,
     PairRecord,
@@ -142,7 +142,7 @@ class PairWriter:
         """Close the files and write the index; return the pair's record for the manifest."""
         self.commit()
         self.close()
-        lengths, sequences = _read_flat(self.path("lengths")), _read_flat(self.path("sequences"))
+        lengths, sequences = (mapped(self.path(name), "<i4") for name in STREAMS[1:])
         data, index = self.path("bin"), self.path("idx")
         with naming_errors(index):
             index.unlink(missing_ok=True)  # It may be a published one by its second name.
@@ -161,12 +161,6 @@ class PairWriter:
             idx_sha256=sha256_of(index),
             fingerprint=fingerprint_of(data, index),
         )
-
-
-def _read_flat(path: Path) -> NDArray[np.int32]:
-    if path.stat().st_size == 0:
-        return np.empty(0, dtype="<i4")
-    return np.memmap(path, dtype="<i4", mode="r")
 
 
 def publish(
