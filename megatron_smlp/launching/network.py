@@ -14,7 +14,7 @@ import psutil
 from megatron_smlp.errors import UsageError
 
 GLOO = "GLOO_SOCKET_IFNAME"
-LOOPBACK = ("127.", "::1")
+LOOPBACK = ("127.", "::1", "localhost")
 
 
 def addresses() -> dict[str, list[str]]:
@@ -43,14 +43,14 @@ def own_address(given: str, *, towards: str, has_others: bool = True) -> str:
     if not towards:
         return _only_outside_address("LOCAL_ADDR is not set")
     own = _source_of_the_way_to(towards)
-    if has_others and _is_loopback(own) and not is_local(towards):
+    if has_others and is_local(own) and not is_local(towards):
         # Debian gives a machine's own name the address 127.0.1.1, at which nobody else finds it.
         return _only_outside_address(f"MASTER_ADDR={towards} is {own} here, as /etc/hosts has it")
     return own
 
 
 def _only_outside_address(why: str) -> str:
-    outside = [ip for own in addresses().values() for ip in own if not _is_loopback(ip)]
+    outside = [ip for own in addresses().values() for ip in own if not is_local(ip)]
     outside = [ip for ip in outside if ":" not in ip] or outside
     if len(outside) != 1:
         raise UsageError(
@@ -102,11 +102,7 @@ def _source_of_the_way_to(name: str) -> str:
 
 def is_local(name: str) -> bool:
     """Return whether a name or address is this machine's on purpose."""
-    return _is_loopback(name) or name == "localhost"
-
-
-def _is_loopback(ip: str) -> bool:
-    return ip.startswith(LOOPBACK)
+    return name.startswith(LOOPBACK)
 
 
 def _list_of_addresses() -> str:
@@ -126,7 +122,7 @@ def interface_of(ip: str, environment: Mapping[str, str]) -> str:
                 f"{GLOO}={given}: {name} is not an interface with an address; this machine has "
                 f"{_list_of_addresses()}. Give one of these, or leave it out."
             )
-        if all(map(_is_loopback, addresses()[name])) and not _is_loopback(ip):
+        if all(map(is_local, addresses()[name])) and not is_local(ip):
             raise UsageError(
                 f"{GLOO}={given} does not lead to other machines: give the interface of {ip}, or "
                 "leave it out."

@@ -90,6 +90,7 @@ class PartialOutput:
         """
         self.prefix, self.pairs, self.level, self.dtype = prefix, pairs, level, dtype
         self.folder = Path(prefix + ".partial")
+        self.journal_path = self.folder / "journal.json"
         self.writers: list[PairWriter] = []
         self.rejected: BinaryIO = io.BytesIO()  # until the file is open
         self.journal = Journal(settings="")
@@ -109,7 +110,7 @@ class PartialOutput:
     @property
     def has_journal(self) -> bool:
         """Return whether there is something to go on from."""
-        return (self.folder / "journal.json").is_file()
+        return self.journal_path.is_file()
 
     def _close_files(self) -> None:
         """Close all files but the lock."""
@@ -124,32 +125,26 @@ class PartialOutput:
         Raises:
             DataError: the folder was left by a run with other settings or inputs.
         """
-        journal_path = self.folder / "journal.json"
         num_keys = len(self.pairs)
         self.journal = Journal(settings, pair_sizes=[None] * num_keys, max_ids=[-1] * num_keys)
-        if resume and journal_path.is_file():
-            self.journal = Journal.read(journal_path)
+        if resume and self.has_journal:
+            self.journal = Journal.read(self.journal_path)
             if self.journal.settings != settings:
                 raise DataError(
                     f"--resume: {self.folder} was left by a run with other flags, tokenizer files "
                     f"or input, or of an older version; give the same ones, or leave out --resume "
                     f"to start again"
                 )
-        elif journal_path.is_file():
-            journal_path.unlink()
-        self._open_files()
-        return self.journal.position
-
-    def _open_files(self) -> None:
-        journal = self.journal
-        rejected = self.folder / "rejected.jsonl"
+        else:
+            self.journal_path.unlink(missing_ok=True)
+        journal, rejected = self.journal, self.folder / "rejected.jsonl"
         self.rejected = append_to(rejected, committed=journal.rejected_size)
+        kept = enumerate(zip(journal.pair_sizes, journal.max_ids, strict=True))
         self.writers = [
             PairWriter(self.folder / str(number), dtype=self.dtype, committed=sizes, max_id=max_id)
-            for number, (sizes, max_id) in enumerate(
-                zip(journal.pair_sizes, journal.max_ids, strict=True)
-            )
+            for number, (sizes, max_id) in kept
         ]
+        return journal.position
 
     def write(self, encoded: EncodedChunk) -> None:
         """Append the documents and the rejections of one chunk."""
@@ -174,7 +169,7 @@ class PartialOutput:
         with naming_errors(self.folder / "rejected.jsonl"):
             journal.rejected_size = flush_to_disk(self.rejected)
         journal.position = position
-        write_durably(self.folder / "journal.json", json.dumps(asdict(journal)))
+        write_durably(self.journal_path, json.dumps(asdict(journal)))
 
     def finish(self) -> dict[str, PairRecord]:
         """Write the indices; return the records of the pairs for the manifest, by name."""
@@ -195,5 +190,5 @@ class PartialOutput:
 
     def discard(self) -> None:
         """Leave nothing to the end of the context, nor, after a crash, a journal without files."""
-        (self.folder / "journal.json").unlink(missing_ok=True)
+        self.journal_path.unlink(missing_ok=True)
         self._close_files()
