@@ -26,7 +26,7 @@ from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.data.tokenizers.factory import resolve_for
 from megatron_smlp.data.tokenizers.folder import recorded_tokenizer
-from megatron_smlp.data.tokenizers.spec import Tokenizer, TokenizerSpec, named_or_moved
+from megatron_smlp.data.tokenizers.spec import READ_BY, Tokenizer, TokenizerSpec, named_or_moved
 from megatron_smlp.errors import NoGoodCheckpointError, UsageError
 
 # The flags that Megatron requires of a training, and those that stop it from loading one's state.
@@ -34,7 +34,6 @@ NO_TRAINING = """
     --mock-data --micro-batch-size 1 --train-iters 1 --lr 0 --eval-iters 0 --no-load-optim
     --no-load-rng --no-resume --hidden-dropout 0 --attention-dropout 0
 """
-TAKE_A_SIZE = ("NullTokenizer", "ByteLevelTokenizer", "TikTokenizer")
 
 
 def load_model(
@@ -136,7 +135,7 @@ def tokenizer_flags(spec: TokenizerSpec) -> list[str]:
         value = getattr(spec, field.name)
         if not value or value == field.default:
             continue
-        if field.name == "vocab_size" and spec.tokenizer_type not in TAKE_A_SIZE:
+        if field.name == "vocab_size" and spec.tokenizer_type not in READ_BY["vocab_size"]:
             continue
         values = [] if value is True else value if isinstance(value, tuple) else [value]
         flags += [flag_of(field.name), *map(str, values)]
