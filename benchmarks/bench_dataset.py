@@ -83,9 +83,7 @@ def _train_dataset(prefix: str, samples: int, seq_length: int, cache: Path) -> A
         eod_mask_loss=False,
         create_attention_mask=False,
     )
-    return build_datasets(
-        [samples, 0, 0], blends=blends, config=config, is_built_on_rank=lambda: True, rank=0
-    )[0]
+    return build_datasets([samples, 0, 0], config=config, is_built_on_rank=lambda: True, rank=0)[0]
 
 
 def _read(dataset: Any, samples: int) -> float:

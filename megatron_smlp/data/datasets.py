@@ -17,7 +17,7 @@ from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
-from megatron_smlp.data.blending import SPLITS, Blend, Blends
+from megatron_smlp.data.blending import SPLITS, Blend
 from megatron_smlp.data.index_cache import cache_folders, exclusive_caches
 from megatron_smlp.data.pairs.content import Watch
 from megatron_smlp.data.pairs.indexed import in_parts, open_index
@@ -100,7 +100,6 @@ class UnhurriedBuilder(BlendedMegatronDatasetBuilder):
 def build_datasets(
     num_samples: Sequence[int | None],
     *,
-    blends: Blends,
     config: GPTDatasetConfig,
     is_built_on_rank: Callable[[], bool],
     rank: int,
@@ -121,16 +120,17 @@ def build_datasets(
             that do not suffice, or of which one is shorter than a sample, or weighted ones that
             are rounded to too few samples.
     """
-    _check_splits(blends, config)
+    _check_splits(config)
     builder = UnhurriedBuilder(WatchedGPTDataset, list(num_samples), is_built_on_rank, config)
-    caches = exclusive_caches(blends.prefixes, path_to_cache=config.path_to_cache)
-    folder, *others = cache_folders(blends.prefixes, path_to_cache=config.path_to_cache)
-    where = f"{folder}{f' and {len(others)} more' if others else ''}"
+    prefixes = [prefix for _, blend, _ in _splits(config) for prefix in blend.prefixes]
+    folders = cache_folders(prefixes, path_to_cache=config.path_to_cache)
+    others = f" and {len(folders) - 1} more" if len(folders) > 1 else ""
+    where = f"{next(iter(folders), 'no folder')}{others}"
     what = f"building the sample index in {where}, or waiting for another run or rank that does"
     with (
         telling(what, say),
         first_rank_first(rank, silence=silence),
-        caches if rank == 0 else nullcontext(),
+        exclusive_caches(folders) if rank == 0 else nullcontext(),
     ):
         try:
             datasets: list[Any] = builder.build()
@@ -143,10 +143,10 @@ def build_datasets(
     return datasets
 
 
-def _check_splits(blends: Blends, config: GPTDatasetConfig) -> None:
+def _check_splits(config: GPTDatasetConfig) -> None:
     """Megatron repeats a dataset until it is long enough: for ever, where a part of it is empty.
     Without weights it reads each once, and stops at one that is shorter than a sample."""
-    for name, blend, share in _splits(blends, config):
+    for name, blend, share in _splits(config):
         for prefix in blend.prefixes:
             index = open_index(prefix)
             first, last = (round(edge * index.num_sequences) for edge in share)
@@ -167,19 +167,16 @@ def _check_splits(blends: Blends, config: GPTDatasetConfig) -> None:
                 )
 
 
-def _splits(
-    blends: Blends, config: GPTDatasetConfig
-) -> Iterator[tuple[str, Blend, tuple[float, float]]]:
+def _splits(config: GPTDatasetConfig) -> Iterator[tuple[str, Blend, tuple[float, float]]]:
     """Yield the name of each split that is built, its blend, and the share of each dataset."""
-    if blends.whole is not None:
-        for name, share in zip(SPLITS, config.split_matrix or (), strict=True):
+    if config.blend is not None:
+        for name, share in zip(SPLITS, config.split_matrix, strict=True):
             if share is not None:
-                yield name, blends.whole, share
+                yield name, Blend(*config.blend), share
     else:
-        wanted = config.blend_per_split or ()
-        for name, blend, built in zip(SPLITS, blends.per_split or (), wanted, strict=True):
-            if blend is not None and built is not None:
-                yield name, blend, (0.0, 1.0)
+        for name, blend in zip(SPLITS, config.blend_per_split, strict=True):
+            if blend is not None:
+                yield name, Blend(*blend), (0.0, 1.0)
 
 
 def _is_read_once(name: str, blend: Blend, config: GPTDatasetConfig) -> bool:

@@ -29,7 +29,7 @@ def cache_folders(prefixes: Sequence[str], *, path_to_cache: str | None) -> list
 
 
 @contextmanager
-def exclusive_caches(prefixes: Sequence[str], *, path_to_cache: str | None) -> Iterator[None]:
+def exclusive_caches(folders: Sequence[Path]) -> Iterator[None]:
     """Hold the cache folders while Megatron builds or loads; call on one rank of a job.
 
     A folder that is there and cannot be written is left as it is: nobody builds in it.
@@ -38,7 +38,7 @@ def exclusive_caches(prefixes: Sequence[str], *, path_to_cache: str | None) -> I
         DataError: a folder that is not there cannot be made, or one cannot be locked or cleared.
     """
     with ExitStack() as stack:
-        for folder in cache_folders(prefixes, path_to_cache=path_to_cache):
+        for folder in folders:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 if os.access(folder, os.W_OK):

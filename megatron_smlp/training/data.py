@@ -149,7 +149,6 @@ def _build(
     try:
         return build_datasets(
             num_samples,
-            blends=blends_from_arguments(args),
             config=config,
             is_built_on_rank=on_rank,
             rank=args.rank,

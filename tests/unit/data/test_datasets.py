@@ -37,9 +37,7 @@ def _build(words: list[str], sizes: list[int], cache: Path, split: str = "900,50
 
 def _build_blends(blends: Blends, sizes: list[int], cache: Path, *more: str, **flags: float) -> Any:
     config = dataset_config(blends, cache, *more, **flags)
-    return build_datasets(
-        sizes, blends=blends, config=config, is_built_on_rank=lambda: True, rank=0
-    )
+    return build_datasets(sizes, config=config, is_built_on_rank=lambda: True, rank=0)
 
 
 @settings(
@@ -149,7 +147,7 @@ def test_only_unfinished_indices_are_removed(tmp_path: Path, monkeypatch: pytest
 def test_a_folder_of_a_group(tmp_path: Path):
     lock = tmp_path / ".building.lock"
     tmp_path.chmod(0o775)
-    with exclusive_caches([], path_to_cache=str(tmp_path)):
+    with exclusive_caches([tmp_path]):
         assert lock.stat().st_mode & 0o777 == 0o664
 
 
@@ -215,11 +213,11 @@ def test_two_jobs_that_start_at_once(prefixes: list[str], tmp_path: Path):
     assert both[0] == both[1] == _all_samples(words, tmp_path / "alone")
 
 
-def test_a_cache_that_cannot_be_written(prefixes: list[str], tmp_path: Path):
+def test_a_cache_that_cannot_be_written(tmp_path: Path):
     blocked = tmp_path / "file"
     blocked.touch()
     with (
         pytest.raises(DataError, match=r"cannot be cached in .* --data-cache-path"),
-        exclusive_caches(prefixes, path_to_cache=str(blocked / "cache")),
+        exclusive_caches([blocked / "cache"]),
     ):
         pass

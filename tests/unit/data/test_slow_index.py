@@ -90,7 +90,6 @@ def _built(words: list[str], cache: str, rank: int) -> Any:
     blends = Blends(parse_blend(words, source="x"))
     return build_datasets(
         [20, 0, 0],
-        blends=blends,
         config=dataset_config(blends, Path(cache), "1,0,0"),
         is_built_on_rank=lambda: True,
         rank=rank,
