@@ -152,17 +152,8 @@ def evaluate_text(options: argparse.Namespace, megatron_flags: Sequence[str]) ->
     from megatron_smlp.evaluation.perplexity import measure
     from megatron_smlp.training.captured_output import terminal
 
-    result = measure(
-        scorer,
-        tokenizer,
-        options.data_path,
-        stride=options.stride,
-        suffix_from=_suffix_from(options.suffix_from, facts, longest=scorer.longest),
-        split=options.split,
-        limit=options.limit,
-        breaks_down=options.breakdown,
-        allows_mismatch=options.allow_tokenizer_mismatch,
-    )
+    suffix_from = _suffix_from(options.suffix_from, facts, longest=scorer.longest)
+    result = measure(scorer, tokenizer, options, suffix_from=suffix_from)
     if int(os.environ.get("RANK", "0")) != 0:
         return
     numbers = dict(result)

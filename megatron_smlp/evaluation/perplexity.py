@@ -15,6 +15,7 @@ The pair is read as it is needed: memory holds some windows, whatever its size.
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -113,46 +114,31 @@ def windows(count: int, *, longest: int, stride: int, limit: int | None = None) 
 
 
 def measure(
-    scorer: Scorer,
-    tokenizer: Tokenizer,
-    prefix: str,
-    *,
-    stride: int | None,
-    suffix_from: int,
-    split: str | None = None,
-    limit: int | None = None,
-    breaks_down: bool = False,
-    allows_mismatch: bool = False,
+    scorer: Scorer, tokenizer: Tokenizer, options: argparse.Namespace, *, suffix_from: int
 ) -> dict[str, Any]:
-    """Return the perplexity of a pair, and the numbers that it is made of. Collective.
+    """Return the perplexity of --data-path, and the numbers that it is made of. Collective.
 
     Args:
-        stride: tokens between the beginnings of windows; None: T, no overlap.
+        options: those of the group `perplexity` in cli.py, and --limit.
         suffix_from: P, to report what positions from there on predict too; 0: do not.
-        split: the --split of a run, to read only what it validates on.
-        limit: windows to score, spread evenly over the text; None: all. They cut words, so that
-            the perplexity per word is then left out.
-        breaks_down: also return `breakdown`, see evaluation/breakdown.py.
-        allows_mismatch: whether the pair may have been written with another tokenizer.
 
     Raises:
         UsageError: no such pair, one of another vocabulary, or too little text.
     """
-    stride = stride or scorer.longest
+    stride = options.stride or scorer.longest
     if stride > scorer.longest:
         raise UsageError(
             f"--stride {stride} is over the model's {scorer.longest} tokens: the tokens between "
             "windows would be left out; give at most that"
         )
-    prefix = strip_suffix(prefix)
-    part = _part(tokenizer, prefix, split=split, allows_mismatch=allows_mismatch)
+    part = _part(tokenizer, options)
     tokens = part.tokens
     whole, suffix = _Sum(), _Sum()
-    cut = windows(len(tokens), longest=scorer.longest, stride=stride, limit=limit)
+    cut = windows(len(tokens), longest=scorer.longest, stride=stride, limit=options.limit)
     text = _Text(part, tokenizer) if tokenizer.identity is not None else None
     breakdown: Breakdown | None = None
-    if breaks_down:
-        counts = counts_in(tokens, vocab_size=tokenizer.vocab_size, prefix=prefix)
+    if options.breakdown:
+        counts = counts_in(tokens, vocab_size=tokenizer.vocab_size, prefix=options.data_path)
         breakdown = Breakdown(counts, part.documents)
     for some in itertools.batched(cut, CHUNK):
         rows = [window.row(tokens) for window in some]
@@ -197,15 +183,16 @@ class _Sum:
         return math.fsum(self._sums)
 
 
-def _part(tokenizer: Tokenizer, prefix: str, *, split: str | None, allows_mismatch: bool) -> Part:
+def _part(tokenizer: Tokenizer, options: argparse.Namespace) -> Part:
     """Open what is read of a pair, which holds two tokens or more."""
+    prefix = strip_suffix(options.data_path)
     try:
-        identity = None if allows_mismatch else tokenizer.identity
+        identity = None if options.allow_tokenizer_mismatch else tokenizer.identity
         verify_for_training(prefix, identity, vocab_size=tokenizer.vocab_size)
         index = open_index(prefix)
     except (ValueError, OSError) as error:
         raise UsageError(f"--data-path {prefix}: {' '.join(str(error).split())}") from error
-    part = validation_part(index, split)
+    part = validation_part(index, options.split)
     if (count := len(part.tokens)) < 2:
         raise UsageError(f"--data-path {prefix} has {count} tokens: there is none to predict")
     return part

@@ -22,12 +22,20 @@ from megatron_smlp.data.pairs.indexed import open_index
 from megatron_smlp.data.tokenizers.factory import resolve_for
 from megatron_smlp.data.tokenizers.spec import Tokenizer, TokenizerSpec
 from megatron_smlp.errors import UsageError
-from megatron_smlp.evaluation import perplexity
+from megatron_smlp.evaluation import cli, perplexity
 from megatron_smlp.evaluation.exported_scorer import ExportedScorer
 from megatron_smlp.evaluation.megatron_loading import sequence_length
 from megatron_smlp.evaluation.megatron_model import MegatronScorer
 from megatron_smlp.evaluation.perplexity import measure, windows
 from megatron_smlp.evaluation.rows import Row, RowScore
+
+
+def measured(
+    scorer: Any, tokenizer: Tokenizer, data: Path, *, suffix_from: int = 0, **asked: Any
+) -> dict[str, Any]:
+    options, _ = cli.build_parser().parse_known_args(["--data-path", str(data)])
+    vars(options).update(asked)
+    return measure(scorer, tokenizer, options, suffix_from=suffix_from)
 
 
 def rows_of(count: int, **how: int) -> list[Row]:
@@ -65,19 +73,19 @@ def test_perplexity_is_that_of_the_exported_model(
     monkeypatch.setattr(perplexity, "CHUNK", 2)  # the text has more windows
     with loaded(run.checkpoint) as (args, stages, tokenizer):
         scorer = MegatronScorer(stages, longest=args.seq_length, batch_size=8)
-        asked = partial(measure, scorer, tokenizer, str(data))
-        result = asked(stride=None, suffix_from=4)
-        validation = asked(stride=None, suffix_from=0, split="1,1,1")
-        strided = asked(stride=5, suffix_from=0)
-        some = asked(stride=None, suffix_from=0, limit=2, breaks_down=True)
+        asked = partial(measured, scorer, tokenizer, data)
+        result = asked(suffix_from=4)
+        validation = asked(split="1,1,1")
+        strided = asked(stride=5)
+        some = asked(limit=2, breakdown=True)
         with pytest.raises(UsageError, match="--stride 99 is over the model's 24 tokens"):
-            asked(stride=99, suffix_from=0)
+            asked(stride=99)
         with pytest.raises(UsageError, match="--split 100,0,0 leaves no document"):
             perplexity.validation_part(open_index(str(data)), "100,0,0")
     model = AutoModelForCausalLM.from_pretrained(run.exported, trust_remote_code=True).eval()
     again = ExportedScorer(model, longest=LENGTH, batch_size=8)
     again.batch_size = 3  # as on a GPU: the last window, which is shorter, goes by itself
-    twin = measure(again, tokenizer, str(data), stride=5, suffix_from=4)
+    twin = measured(again, tokenizer, data, stride=5, suffix_from=4)
     assert twin["perplexity"] == pytest.approx(strided["perplexity"], rel=1e-5)
     tokens = torch.from_numpy(open_index(str(data)).tokens.astype("int64"))
     losses = _losses(model, tokens, LENGTH)
@@ -126,7 +134,7 @@ def test_what_stands_before_each_text_is_no_text(tokenizer: Path, tmp_path: Path
     """It is predicted, but neither a byte nor a word."""
     folder = beginning(tokenizer, tmp_path / "begins", 5)
     data = preprocessed(folder, tmp_path)
-    result = measure(Even(), tokenizer_of(folder), str(data), stride=None, suffix_from=0)
+    result = measured(Even(), tokenizer_of(folder), data)
     texts = [f"{TEXT} {number}" for number in range(3)]
     assert result["bytes"] == sum(map(len, texts))
     assert result["words"] == sum(len(text.split()) for text in texts)
@@ -138,9 +146,7 @@ def test_bytes_are_those_of_what_is_predicted(tokenizer: Path, tmp_path: Path, l
     texts = ["Größe 日本語の文", "🙂🙃 naïve", "ещё раз " * 9, "x"]
     known = tokenizer_of(tokenizer)
     data = preprocessed(tokenizer, tmp_path, texts)
-    found = measure(
-        Even(), known, str(data), stride=5, suffix_from=0, limit=limit, breaks_down=True
-    )
+    found = measured(Even(), known, data, stride=5, limit=limit, breakdown=True)
     tokens = open_index(str(data)).tokens.tolist()
     cut = [*windows(len(tokens), longest=Even.longest, stride=5, limit=limit)]
     predicted = [token for window in cut for token in tokens[window.scored : window.end]]
@@ -178,10 +184,9 @@ def test_data_of_another_vocabulary_is_read_where_that_is_allowed(
     vocabulary = content["model"]["vocab"]
     vocabulary["!"], vocabulary["#"] = vocabulary["#"], vocabulary["!"]
     path.write_text(json.dumps(content), encoding="utf-8")
-    asked: dict[str, Any] = {"stride": None, "suffix_from": 0}
     with pytest.raises(UsageError, match="written with another tokenizer"):
-        measure(Even(), tokenizer_of(folder), str(data), **asked)
-    found = measure(Even(), tokenizer_of(folder), str(data), **asked, allows_mismatch=True)
+        measured(Even(), tokenizer_of(folder), data)
+    found = measured(Even(), tokenizer_of(folder), data, allow_tokenizer_mismatch=True)
     assert found["perplexity"] == pytest.approx(math.e)
 
 
@@ -212,7 +217,7 @@ def test_perplexity_over_longer_windows(tokenizer: Path, data: Path, tmp_path: P
     with loaded(run) as (args, stages, text):
         longest = sequence_length(args, LONGER)
         scorer = MegatronScorer(stages, longest=longest, batch_size=8)
-        result = measure(scorer, text, str(data), stride=None, suffix_from=0)
+        result = measured(scorer, text, data)
     model = AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=True).eval()
     tokens = torch.from_numpy(open_index(str(data)).tokens.astype("int64"))
     assert result["stride"] == LONGER
