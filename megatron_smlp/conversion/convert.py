@@ -95,12 +95,10 @@ def torch_dist_to_hf(options: argparse.Namespace, say: Say = print) -> None:
             )
             write_card(
                 folder,
-                config,
+                model,
                 converted.specs,
-                title=options.save.resolve().name,
+                options,
                 of=ours,
-                parameters=sum(parameter.numel() for parameter in model.parameters()),
-                license=options.license,
                 training=training_facts(checkpoint.folder, record, average=options.average),
                 has_tokenizer=bool(tokenizer),
             )

@@ -6,12 +6,13 @@ that were imported.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
-from transformers import PreTrainedConfig
+from transformers import PreTrainedModel
 
 from megatron_smlp.checkpoints.tensors import Spec, main_dtype
 from megatron_smlp.errors import UserError
@@ -25,37 +26,35 @@ TRUSTS = "trust_remote_code=True"
 
 def write_card(
     folder: Path,
-    config: PreTrainedConfig,
+    model: PreTrainedModel,
     specs: Mapping[str, Spec],
+    options: argparse.Namespace,
     *,
-    title: str,
     of: SMLPConfig,
-    parameters: int,
-    license: str | None,
     training: Mapping[str, str],
     has_tokenizer: bool,
 ) -> None:
-    """Write the card of an exported folder.
+    """Write the card of an exported folder, whose final name is --save.
 
     Args:
-        config: of the model in it, ours or one of transformers.
+        model: in it, ours or one of transformers.
         specs: of its weights.
-        title: the folder's final name.
         of: the model in our words.
-        license: as the Hub names it; None: the card says none.
         training: what `training_facts` returned.
     """
+    config = model.config
     is_ours = isinstance(config, SMLPConfig)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     kinds = {of.architecture, of.token_router, of.feature_router} - {"none"}
     about = ModelCardData(
-        license=license,
+        license=options.license,
         library_name="transformers",
         pipeline_tag=TASK,
         tags=["megatron-smlp", config.model_type, *sorted(kinds - {config.model_type})],
     )
     parts = [
         f"---\n{about.to_yaml()}\n---",
-        f"# {title}",
+        f"# {options.save.resolve().name}",
         "A causal language model of megatron_smlp, exported for transformers.",
         _table({**_model_facts(of, specs, parameters), **training}),
         "## Loading",
