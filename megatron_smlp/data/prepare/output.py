@@ -119,8 +119,8 @@ class PartialOutput:
         with contextlib.suppress(OSError):  # As for the writers: its error is known.
             self.rejected.close()
 
-    def start(self, settings: str, *, resume: bool) -> Position:
-        """Open the files, at the last commit if `resume`; return the place to go on from.
+    def start(self, settings: str, *, resume: bool) -> None:
+        """Open the files, at the last commit if `resume`; the journal has the place to go on from.
 
         Raises:
             DataError: the folder was left by a run with other settings or inputs.
@@ -144,7 +144,6 @@ class PartialOutput:
             PairWriter(self.folder / str(number), dtype=self.dtype, committed=sizes, max_id=max_id)
             for number, (sizes, max_id) in kept
         ]
-        return journal.position
 
     def write(self, encoded: EncodedChunk) -> None:
         """Append the documents and the rejections of one chunk."""

@@ -17,7 +17,6 @@ from megatron_smlp.data.pairs.manifest import (
     is_whole,
     read_manifest,
 )
-from megatron_smlp.data.prepare.chunks import Position
 from megatron_smlp.data.prepare.encoding import EncodingSettings
 from megatron_smlp.data.prepare.inputs import describe_inputs, find_inputs, shown, stamps_of
 from megatron_smlp.data.prepare.output import Counts, PartialOutput
@@ -85,14 +84,14 @@ def preprocess(
     )
     with partial:
         sources = describe_inputs(files)
-        start = partial.start(digest, resume=args.resume)
+        partial.start(digest, resume=args.resume)
         bytes_before = partial.journal.counts.text_bytes
         pool: InlineWorker | WorkerPool = (
             WorkerPool(encoding, args.workers) if args.workers > 1 else InlineWorker(encoding)
         )
         with pool as workers:
             began = time.monotonic()
-            _encode(workers, start, args, files, partial, on_progress)
+            _encode(workers, args, files, partial, on_progress)
         record = TokenizerRecord(
             type=spec.tokenizer_type,
             identity=tokenizer.identity,
@@ -173,17 +172,16 @@ def _complete_already(args: argparse.Namespace, digest: str) -> Summary | None:
 
 def _encode(
     workers: WorkerPool | InlineWorker,
-    start: Position,
     args: argparse.Namespace,
     files: list[Path],
     partial: PartialOutput,
     on_progress: Callable[[Counts], None],
 ) -> None:
-    """Encode the input from `start` on into `partial`, with a commit every now and then."""
+    """Encode the input into `partial`, from where it is on, with a commit every now and then."""
     counts = partial.journal.counts
     committed_bytes, committed_at = counts.text_bytes, time.monotonic()
-    position = start
-    chunks = read_chunks(files, keys=tuple(partial.pairs), start=start)
+    position = partial.journal.position
+    chunks = read_chunks(files, keys=tuple(partial.pairs), start=position)
     for chunk, encoded in workers.encode(chunks):
         if encoded.rejections and args.on_error == "raise":
             first = encoded.rejections[0]
