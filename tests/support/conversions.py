@@ -34,7 +34,9 @@ def run(kind: Any, load: Path, save: Path, **changes: Any) -> list[str]:
     options = cli.build_parser().parse_args(
         ["--load", str(load), "--save", str(save), "--to", "hf"]
     )
-    vars(options).update({"layout": {}, "model": {}, "shard_limit": 10**9, **changes})
+    vars(options).update(layout={}, model={}, shard_limit=10**9)
+    assert changes.keys() <= vars(options).keys()
+    vars(options).update(changes)
     kind(options, said.append)
     return said
 

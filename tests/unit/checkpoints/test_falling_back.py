@@ -110,7 +110,7 @@ def test_weights_of_another_folder_and_of_megatron(
 
 def test_weights_alone_are_verified_and_not_overlooked(finished_run: Path, tmp_path: Path):
     weights = tmp_path / "weights"
-    changes = {"drops_optimizer": True, "checks": False}
+    changes = {"drop_optimizer": True, "checks": False}
     converted(convert.torch_dist_to_torch_dist, finished_run, weights, **changes)
     (weights / TRACKER).write_text("")
     with pytest.raises(UsageError, match=r"release holds weights that latest_.* does not name"):

@@ -34,6 +34,7 @@ def measured(
     scorer: Any, tokenizer: Tokenizer, data: Path, *, suffix_from: int = 0, **asked: Any
 ) -> dict[str, Any]:
     options, _ = cli.build_parser().parse_known_args(["--data-path", str(data)])
+    assert asked.keys() <= vars(options).keys()
     vars(options).update(asked)
     return measure(scorer, tokenizer, options, suffix_from=suffix_from)
 
