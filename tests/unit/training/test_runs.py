@@ -190,9 +190,10 @@ class TestNonFiniteLoss:
         message = "gradient norm nan under a finite loss at iteration 1: stopped before"
         with pytest.raises(NonFiniteLossError, match=message), pretrained(flags):
             pass
-        with pretrained(f"{flags} --nonfinite-loss skip"):
+        with pretrained(f"{flags} --nonfinite-loss skip --lr-warmup-iters 3"):
             steps = [record for record in records(tmp_path) if "loss" in record]
         assert [step["skipped"] for step in steps] == [True] * 4
+        assert len({step["learning_rate"] for step in steps}) == 1  # the schedule waits too
         assert all(math.isfinite(step["loss"]) for step in steps)
 
 
