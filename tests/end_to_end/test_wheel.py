@@ -94,7 +94,7 @@ def test_the_other_commands_say_how_they_are_used(
 ) -> None:
     """Those that no job above has run."""
     names = {path.name for path in (environment / "bin").glob("smlp-*")}
-    assert len(names) == 18
+    assert len(names) == 16
     assert names > RUN
     for name in sorted(names - RUN):
         assert "usage: " in command(name, "--help"), name
