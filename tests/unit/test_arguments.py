@@ -52,7 +52,7 @@ REFUSED = f"""
     --spatial_heads is not a flag: did you mean --spatial-heads | {GMLP} --spatial_heads=4
     'stray' | {GMLP} stray
     --num-layers 0 | {GMLP} --num-layers 0
-    argument --attention-backend: invalid choice: 'f' | {TRANSFORMER} --attention-backend=f
+    .*-backend: .* 'f' .choose from flash, | {GMLP} --wandb-project f --attention-backend=f
 
     --spatial-heads 3 .*--ffn-hidden-size 64 | {GMLP} --spatial-heads 3
     --spatial-heads 1 .*gate width 15.5 | {GMLP} --ffn-hidden-size 31
