@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from megatron_smlp.data.tokenizers.spec import Tokenizer
 from megatron_smlp.errors import UsageError
-from megatron_smlp.evaluation.fitting import LEFT_OUT, TooLong, unfit
+from megatron_smlp.evaluation.fitting import Misfit, TooLong, misfits
 from megatron_smlp.evaluation.megatron_model import MegatronScorer
 from megatron_smlp.evaluation.reports import TaskResult, from_harness
 from megatron_smlp.evaluation.rows import Row, RowScore
@@ -44,15 +44,15 @@ def run_tasks(
             be made of its file.
     """
     # All are looked at before hours of work on the first.
-    checked = [_Checked.of(item, model, selection, limit, too_long) for item in selection.tasks]
+    checked = [_Checked.of(item, model, selection, limit) for item in selection.tasks]
     if too_long == "stop":
-        for name, number, why in itertools.chain.from_iterable(map(_Checked.named, checked)):
+        for name, number, misfit in itertools.chain.from_iterable(map(_Checked.named, checked)):
             raise UsageError(
-                f"--tasks {name}, example {number}: {why.removeprefix(LEFT_OUT)}: leave such "
-                "examples out (--too-long skip), or evaluate a model with a longer --seq-length"
+                f"--tasks {name}, example {number}: {misfit.reason}: leave such examples out "
+                "(--too-long skip), or evaluate a model with a longer --seq-length"
             )
     for item in checked:
-        chosen = item.chosen(limit)
+        chosen = item.chosen(limit, too_long)
         empty = [name for name, numbers in chosen.items() if not numbers]
         some = {name: numbers for name, numbers in chosen.items() if numbers}
         # A group's own score would be of other tasks than it says where one of them has none.
@@ -60,7 +60,9 @@ def run_tasks(
         results = _evaluated(model, scored, selection, some) if some else []
         results += [TaskResult(name, 0, {}, str(item.tasks[name].VERSION)) for name in empty]
         for result in results:
-            yield dataclasses.replace(result, unfit=item.unfit.get(result.task, {}))
+            misfits_of = item.misfits.get(result.task, {})
+            unfit = {number: misfit.said(too_long) for number, misfit in misfits_of.items()}
+            yield dataclasses.replace(result, unfit=unfit)
 
 
 @dataclass(frozen=True)
@@ -70,38 +72,36 @@ class _Checked:
     item: Any
     tasks: Mapping[str, Any]
     """It, or those of the group."""
-    unfit: Mapping[str, Mapping[int, str]]
+    misfits: Mapping[str, Mapping[int, Misfit]]
     """Of each task, by the number of the example."""
 
     @classmethod
-    def of(
-        cls, item: Any, model: Any, selection: Selection, limit: int | None, too_long: TooLong
-    ) -> _Checked:
+    def of(cls, item: Any, model: Any, selection: Selection, limit: int | None) -> _Checked:
         tasks = selection.manager.load([item])["tasks"]
-        found = {}
+        unfit = {}
         for name, task in tasks.items():
             if isinstance(model, ScorerModel) and task.OUTPUT_TYPE == "generate_until":
                 model.generate_until([])
             task.set_config(key="num_fewshot", value=0)
             try:
-                found[name] = unfit(task, model, limit=limit, too_long=too_long)
+                unfit[name] = misfits(task, model, limit=limit)
             except UsageError:
                 raise
             except Exception as error:  # of prompts and code that are not ours
                 raise selection.broken(name, error) from error
-        return cls(item, tasks, found)
+        return cls(item, tasks, unfit)
 
-    def named(self) -> Iterator[tuple[str, int, str]]:
-        for name, numbered in self.unfit.items():
-            yield from ((name, number, why) for number, why in numbered.items())
+    def named(self) -> Iterator[tuple[str, int, Misfit]]:
+        for name, numbered in self.misfits.items():
+            yield from ((name, number, misfit) for number, misfit in numbered.items())
 
-    def chosen(self, limit: int | None) -> dict[str, Sequence[int]]:
+    def chosen(self, limit: int | None, too_long: TooLong) -> dict[str, Sequence[int]]:
         """Return the numbers of the examples that are scored, of each task."""
         chosen: dict[str, Sequence[int]] = {}
         for name, task in self.tasks.items():
-            left_out = {n for n, why in self.unfit[name].items() if why.startswith(LEFT_OUT)}
-            count = len(task.eval_docs)
+            unfit, count = self.misfits[name], len(task.eval_docs)
             numbers = range(count if limit is None else min(limit, count))
+            left_out = {number for number in unfit if not unfit[number].is_cut(too_long)}
             # The harness looks each example up in what it gets: a range is quick at that.
             chosen[name] = [n for n in numbers if n not in left_out] if left_out else numbers
         return chosen
