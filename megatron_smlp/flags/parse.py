@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from enum import Enum
+from functools import partial
 from pathlib import Path
 
 from megatron_smlp.checkpoints import tokenizer_copy
@@ -70,17 +72,28 @@ def build_parser() -> argparse.ArgumentParser:
     """Megatron's parser with our two groups of flags."""
     from megatron.training.arguments import add_megatron_arguments
 
-    return _with_readable_help(add_our_flags(add_megatron_arguments(new_parser())))
+    return _mended(add_our_flags(add_megatron_arguments(new_parser())))
 
 
-def _with_readable_help(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Megatron 0.19 has a bare percent sign in a flag's help, at which argparse stops."""
+def _mended(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Megatron 0.19 has a bare percent sign in a flag's help, at which argparse stops, and types of
+    enumerations that end in a KeyError."""
     for action in parser._actions:
         try:
             (action.help or "") % vars(action)
         except ValueError:
             action.help = (action.help or "").replace("%", "%%")
+        choices = list(action.choices or ())
+        if choices and isinstance(choices[0], Enum):
+            action.type = partial(_member, type(choices[0]))
     return parser
+
+
+def _member(kind: type[Enum], name: str) -> Enum:
+    if name not in kind.__members__:
+        names = ", ".join(kind.__members__)
+        raise argparse.ArgumentTypeError(f"invalid choice: {name!r} (choose from {names})")
+    return kind[name]
 
 
 def _parse_like_megatron(argv: Sequence[str]) -> argparse.Namespace:

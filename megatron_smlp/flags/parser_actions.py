@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 from collections.abc import Sequence
-from enum import Enum
 
 from megatron_smlp.command_line import did_you_mean
 from megatron_smlp.errors import UsageError
@@ -39,10 +37,7 @@ def refuse_unknown(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None
     Raises:
         UsageError: there are others, or what belongs to none.
     """
-    try:
-        known, unknown = parser.parse_known_args(list(argv))
-    except KeyError as error:  # of Megatron's type of an enumeration, which looks a name up
-        raise UsageError(_not_in_enumeration(parser, argv, error.args[0])) from error
+    known, unknown = parser.parse_known_args(list(argv))
     for word in unknown:
         if word.startswith("-"):
             flag = word.split("=")[0]
@@ -50,13 +45,3 @@ def refuse_unknown(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None
     if unknown:
         raise UsageError(f"'{unknown[0]}' belongs to no flag.")
     refuse_untested(parser, argv, allowed=known.allow_untested_flag or ())
-
-
-def _not_in_enumeration(parser: argparse.ArgumentParser, argv: Sequence[str], value: str) -> str:
-    actions, words = actions_of(parser), [part for word in argv for part in word.split("=", 1)]
-    for flag, given in itertools.pairwise(words):
-        choices = actions[flag].choices if flag in actions else None
-        if given == value and all(isinstance(choice, Enum) for choice in choices or [None]):
-            names = ", ".join(choice.name for choice in choices or ())
-            return f"argument {flag}: invalid choice: {value!r} (choose from {names})"
-    return f"no flag takes {value!r}"
