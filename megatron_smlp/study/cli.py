@@ -246,14 +246,20 @@ def _reuse(args: argparse.Namespace, known: State, results: Results) -> int:
     for other in others:
         if other.runs.empty:
             raise UsageError(f"--of {other.folder}: no runs.csv with a run is there.")
-    count = 0
+    had = len(results.runs)
     # Trials make known which runs come after them.
-    while taken := sum(results.take_over(known, other) for other in others):
-        count += taken
-        known = dataclasses.replace(known, kept=results.endings())
+    while any(results.take_over(_with(known, results), other) for other in others):
+        pass
+    known = _with(known, results)
     left = len(known.to_do(plan := known.plan())) + len(plan.pending)
-    print(f"{results.folder / 'runs.csv'}: {count} runs taken over, {left} to do")
+    taken = len(results.runs) - had
+    print(f"{results.folder / 'runs.csv'}: {taken} runs taken over, {left} to do")
     return 0
+
+
+def _with(known: State, results: Results) -> State:
+    """Return what is known with all runs that the results have."""
+    return dataclasses.replace(known, kept=results.endings())
 
 
 def _evaluate(args: argparse.Namespace, known: State, results: Results) -> int:

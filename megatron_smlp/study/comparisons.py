@@ -9,8 +9,15 @@ from megatron_smlp.study.looks import LOOKS, Look
 from megatron_smlp.study.measured import Measured
 from megatron_smlp.study.metrics import SUFFIX_LOSS
 from megatron_smlp.study.rates import Rates
-from megatron_smlp.study.statistics import CONFIRMED, REFUTED, UNDECIDED, level, why_undecided
-from megatron_smlp.study.verdicts import SECONDS, TOKENS, Claim, Comparison
+from megatron_smlp.study.statistics import (
+    CONFIRMED,
+    LEVEL,
+    REFUTED,
+    UNDECIDED,
+    level,
+    why_undecided,
+)
+from megatron_smlp.study.verdicts import SECONDS, STEP_TIME, TOKENS, Claim, Comparison
 
 
 def claim_lines(measured: Measured, claims: Sequence[Claim]) -> Iterator[str]:
@@ -25,7 +32,7 @@ def claim_lines(measured: Measured, claims: Sequence[Claim]) -> Iterator[str]:
 
 def _because(measured: Measured, claim: Claim) -> Iterator[str]:
     is_one_against_all = len({comparison.one for comparison in claim.comparisons}) == 1
-    for said in (CONFIRMED, REFUTED, UNDECIDED):
+    for said in (CONFIRMED, REFUTED, LEVEL, UNDECIDED):
         pairs = [
             _titles(measured, comparison)
             for comparison in claim.comparisons
@@ -41,7 +48,7 @@ def comparison_lines(measured: Measured, claims: Sequence[Claim]) -> Iterator[st
     is_design = measured.study.design is not None
     yield from table(
         "claim", "of", "difference or ratio", "95 % interval", "df", "p", "p (Holm)",
-        "p (level)", "runs" if is_design else "seeds", "standard error", "can be seen", "verdict",
+        "p (level)", "n", "standard error", "can be seen", "verdict",
     )  # fmt: skip
     undecided = []
     for claim in claims:
@@ -61,7 +68,11 @@ def comparison_lines(measured: Measured, claims: Sequence[Claim]) -> Iterator[st
                 why = (
                     "costs of fitted curves have no interval"
                     if is_design and comparison.what in (SECONDS, TOKENS)
-                    else why_undecided(difference, null=float(comparison.is_ratio))
+                    else why_undecided(
+                        difference,
+                        null=float(comparison.is_ratio),
+                        unit="rounds" if comparison.what == STEP_TIME else "seeds",
+                    )
                 )
                 undecided.append(f"* {claim.name}, {of} is undecided: {why}.")
     yield from ["", *undecided] if undecided else []

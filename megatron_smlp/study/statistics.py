@@ -215,18 +215,16 @@ def level(difference: Difference, *, margin: float = MARGIN) -> float:
     return float(stats.t.sf(room / difference.error, difference.df))
 
 
-def why_undecided(difference: Difference, *, null: float) -> str:
-    """Return in words why `verdicts` leaves a comparison undecided."""
+def why_undecided(difference: Difference, *, null: float, unit: str = "seeds") -> str:
+    """Return in words why `verdicts` leaves a comparison of so many seeds, or rounds, undecided."""
     if difference.n < LEAST_FOR_VERDICT:
-        return f"{difference.n} of the {LEAST_FOR_VERDICT} seeds that a verdict takes"
+        return f"{difference.n} of the {LEAST_FOR_VERDICT} {unit} that a verdict takes"
     if not math.isfinite(difference.high):
         return "no interval, as something is not finite or not known"
     if difference.low <= null <= difference.high:
         return f"the 95 % interval holds {null:g}"
-    return (
-        f"p is {difference.holm:.3g} after Holm, as not all of its claim hold; the interval of "
-        f"this pair alone leaves out {null:g}"
-    )
+    alone = f"the interval of this pair alone leaves out {null:g}"
+    return f"p is {difference.holm:.3g} after Holm's steps; {alone}"
 
 
 def verdict_of_all(verdicts: Sequence[str]) -> str:

@@ -28,7 +28,7 @@ from megatron_smlp.study.statistics import (
     with_holm,
 )
 
-SECONDS, TOKENS = "seconds", "tokens"
+SECONDS, TOKENS, STEP_TIME = "seconds", "tokens", "step time"
 Pair = tuple[str, str]
 
 
@@ -274,7 +274,7 @@ def _fewer_wrong(measured: Measured, system: str, rival: str) -> Difference:
 def _faster_steps(measured: Measured) -> Claim:
     subject = measured.study.subject
     ratios = {
-        (subject, name): ("step time", exponential(_log_step_ratio(measured, subject, name)))
+        (subject, name): (STEP_TIME, exponential(_log_step_ratio(measured, subject, name)))
         for name in measured.rivals()
         if measured.systems[name].is_sparse and measured.tables.has_speed(subject, name)
     }

@@ -54,6 +54,14 @@ def test_token_experts_without_attention_are_no_sparse_transformer(tmp_path: Pat
         assert [each.other for each in claims[name].comparisons] == ["switch"]
 
 
+def test_a_claim_that_ends_level_names_its_rivals(tmp_path: Path):
+    made = page_of_study(tmp_path, lambda run: 5.0 + NOISE[run.seed] * (1 + len(run.system) / 40))
+    [claim] = [claim for claim in made.claims if claim.name == "C1"]
+    assert claim.verdict == "level"
+    rivals = ", ".join(comparison.other for comparison in claim.comparisons)
+    assert f"| **level** | level against {rivals} |" in made.text()
+
+
 def test_that_each_part_helps_is_of_parts_alone(tmp_path: Path):
     """Both MoEs help; that one rule of the feature MoE is worse than the other refutes nothing."""
     systems = ["gmlp", "gmlp_token_moe", "smlp_deterministic", "smlp_partial"]

@@ -84,7 +84,8 @@ def test_runs_that_another_study_made_are_taken_over(
         second, tuning=tuning, systems=["mine", "transformer", "smlp_partial"],
         subject="smlp_partial", variants={"mine": {"from": "switch"}},
     )  # fmt: skip
-    argv = study_argv("reuse", second, "--of", str(first / "results"))
+    folder = str(first / "results")
+    argv = study_argv("reuse", second, "--of", folder, folder)  # what both have is taken once
     assert cli.main(argv) == 0
     # Of each a trial of either rate, and 5 pieces to three horizons of three seeds.
     assert "34 runs taken over, 17 to do" in capsys.readouterr().out
@@ -98,7 +99,7 @@ def test_runs_that_another_study_made_are_taken_over(
     assert cli.main(argv) == 0
     assert " 0 runs taken over, 17 to do" in capsys.readouterr().out
     with pytest.raises(UsageError, match=r"--of \S+runs: no runs.csv with a run is there"):
-        cli.main([*argv[:-1], str(tmp_path / "first" / "runs")])
+        cli.main([*argv[:-2], str(tmp_path / "first" / "runs")])
 
 
 def test_the_csv_files_alone_give_the_same_report(known: State, tmp_path: Path):

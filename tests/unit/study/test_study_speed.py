@@ -70,6 +70,12 @@ def test_rounds_with_a_slow_product_do_not_count(known: State, tmp_path: Path):
     assert f"are of {hardware()}, 1 thread a process." in text
 
 
+def test_two_quiet_rounds_decide_nothing(known: State, tmp_path: Path):
+    claims, text = timed(known, tmp_path, [0.5] * 3, [1.0, 9.0, 1.0], [0.4, 0.2, 0.4])
+    assert claims["C3"]["verdict"] == "undecided"
+    assert "step time: smlp_deterministic / switch is undecided: 2 of the 3 rounds that" in text
+
+
 @pytest.mark.parametrize(("step", "ended"), [(1.3, "undecided"), (0.7, "confirmed")])
 def test_a_bound_confirms_and_never_refutes(tmp_path: Path, step: float, ended: str):
     """At one horizon the step time is all that is known; tokens would have been fewer."""
