@@ -65,7 +65,7 @@ export CONFIG NNODES SPARES MASTER_ADDR MASTER_PORT RUN_ID NPROC_PER_NODE PYTHON
 newest() {
   # shellcheck disable=SC2016,SC2086
   ${SRUN_FLAGS:+srun --nodes=1 --ntasks=1 --nodelist="$first" $SRUN_FLAGS} \
-    bash -c 'source "$0"; exec "${PYTHON:-$(default_python)}" -c "
+    bash -c 'source "$0" >&2; exec "${PYTHON:-$(default_python)}" -c "
 import sys
 sys.path.insert(0, sys.argv[1])
 from megatron_smlp.launching.failures import Failures

@@ -58,12 +58,10 @@ class MetricsFile:
             silent = self.path.stat().st_mtime - written
         return int(max(numbers, default=0)), silent
 
-    def holds(self, prefix: str, *, iteration: int) -> bool:
-        """Return whether a record of this iteration has a value whose name begins so."""
-        return any(
-            record["iteration"] == iteration and any(name.startswith(prefix) for name in record)
-            for record in map(json.loads, self._text().splitlines())
-        )
+    def holds(self, name: str, *, iteration: int) -> bool:
+        """Return whether a record of this iteration has this value."""
+        records = map(json.loads, self._text().splitlines())
+        return any(record["iteration"] == iteration and name in record for record in records)
 
     def write(self, record: Record) -> None:
         """Append a record, whole or not at all; on a full disk it is lost, and the run lives on."""

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.data.pairs.indexed import idx_path, strip_suffix
-from megatron_smlp.errors import DataError
+from megatron_smlp.errors import UsageError
 
 MEGATRONS_SPLIT = "969, 30, 1"
 SPLITS = ("train", "valid", "test")
@@ -53,12 +53,12 @@ def blends_from_arguments(args: argparse.Namespace) -> Blends:
     """Return the blends of `--data-path`, `--data-args-path`, `--train-data-path` and so on.
 
     Raises:
-        DataError: flags that exclude one another, an unreadable file, or no blend.
+        UsageError: flags that exclude one another, an unreadable file, or no blend.
     """
     given = [name for name in (*WHOLE_FLAGS, *PER_SPLIT_FLAGS) if getattr(args, name, None)]
     if len(given) > 1 and not set(given) <= set(SPLIT_FLAGS):
         flags = " and ".join(flag_of(name) for name in given)
-        raise DataError(f"{flags} exclude one another; give one of them")
+        raise UsageError(f"{flags} exclude one another; give one of them")
     if "data_path" in given:
         return Blends(parse_blend(args.data_path, source="--data-path"))
     if "data_args_path" in given:
@@ -76,7 +76,7 @@ def has_data(args: argparse.Namespace, split: str) -> bool:
     """Return whether the flags leave something for `split`, of SPLITS.
 
     Raises:
-        DataError: see `blends_from_arguments`.
+        UsageError: see `blends_from_arguments`.
     """
     place = SPLITS.index(split)
     if (per_split := blends_from_arguments(args).per_split) is not None:
@@ -89,7 +89,7 @@ def _read(path: str, flag: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{flag} {path} is not readable: {error}") from None
+        raise UsageError(f"{flag} {path} is not readable: {error}") from None
 
 
 def _read_per_split(path: str) -> list[Blend | None]:
@@ -101,7 +101,7 @@ def _read_per_split(path: str) -> list[Blend | None]:
         if not all(isinstance(value, list | None) for value in lists):
             raise TypeError(f"{text[:80]}")
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(
+        raise UsageError(
             f"{flag} {path} must be JSON with the keys {', '.join(SPLITS)}, each with a list of "
             f"weights and prefixes, a text of them, or null ({type(error).__name__}: {error})"
         ) from None
@@ -124,24 +124,24 @@ def parse_blend(entries: Sequence[str], *, source: str) -> Blend:
         source: the flag or file, for the message.
 
     Raises:
-        DataError: neither of the two, or a weight that is not a positive number.
+        UsageError: neither of the two, or a weight that is not a positive number.
     """
     entries = [str(entry).strip() for entry in entries]
     if not entries:
-        raise DataError(f"{source} is empty: give a dataset prefix, or weights and prefixes")
+        raise UsageError(f"{source} is empty: give a dataset prefix, or weights and prefixes")
     numbers = [_is_weight(entry) for entry in entries]
     if not any(numbers):
         return Blend(list(map(strip_suffix, entries)), None)
     for position, (entry, is_number) in enumerate(zip(entries, numbers, strict=True)):
         expected = "weight" if position % 2 == 0 else "prefix"
         if is_number != (expected == "weight"):
-            raise DataError(
+            raise UsageError(
                 f"{source} mixes weights and prefixes: entry {position + 1} of {len(entries)}, "
                 f"{entry!r}, should be a {expected}; give a weight before every prefix (0.7 "
                 f"first_prefix 0.3 second_prefix), or none at all"
             )
     if len(entries) % 2:
-        raise DataError(
+        raise UsageError(
             f"{source} ends with the weight {entries[-1]}: a prefix is missing after it"
         )
     prefixes = entries[1::2]
@@ -161,7 +161,7 @@ def _is_weight(entry: str) -> bool:
 def _weight(entry: str, name: str, source: str) -> float:
     weight = float(entry)
     if not math.isfinite(weight) or weight <= 0:
-        raise DataError(
+        raise UsageError(
             f"{source}: the weight {entry} of {name!r} is not above 0; leave a dataset out that is "
             f"not to be read"
         )

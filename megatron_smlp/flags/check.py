@@ -35,7 +35,6 @@ from megatron_smlp.flags.check_routers import check_feature_router, check_token_
 from megatron_smlp.flags.check_run import (
     check_machine,
     check_names,
-    check_ranges,
     check_schedule,
 )
 from megatron_smlp.flags.layout import check_layout
@@ -44,7 +43,6 @@ from megatron_smlp.platform import choice, cpu
 
 def check(args: argparse.Namespace) -> None:
     """Check everything that can be known before Megatron looks."""
-    check_ranges(args)
     check_token_router(args)
     check_choices(args)
     _check_load(args)

@@ -28,7 +28,10 @@ from megatron_smlp.platform import cpu
 LEAST = {
     "train_iters": 1,
     "train_samples": 1,
+    "micro_batch_size": 1,
     "global_batch_size": 1,
+    "eval_micro_batch_size": 1,
+    "eval_global_batch_size": 1,
     "lr": 0,
     "min_lr": 0,
     "weight_decay": 0,
@@ -37,15 +40,22 @@ LEAST = {
     "lr_warmup_samples": 0,
     "lr_decay_iters": 1,
     "lr_decay_samples": 1,
+    "lr_wsd_decay_iters": 1,
+    "lr_wsd_decay_samples": 1,
     "log_interval": 1,
+    "tensorboard_log_interval": 1,
+    "log_memory_interval": 1,
     "eval_iters": 0,
     "eval_interval": 0,
     "save_interval": 0,
+    "save_retain_interval": 1,
     "exit_interval": 0,
     "exit_duration_in_mins": 0,
     "num_workers": 0,
     "seed": 1,
     "ckpt_step": 0,
+    "vocab_size": 1,
+    "make_vocab_size_divisible_by": 1,
     "tensor_model_parallel_size": 1,
     "pipeline_model_parallel_size": 1,
     "expert_model_parallel_size": 1,
@@ -119,10 +129,13 @@ def check_schedule(args: argparse.Namespace) -> None:
             "second to the first. Lower --min-lr."
         )
     _check_validation_sets(args)
-    if args.eval_iters and not has_data(args, "valid"):
+    if (args.eval_iters or args.full_validation) and not has_data(args, "valid"):
+        flag, rest = f"--eval-iters {args.eval_iters}", "give --eval-iters 0"
+        if args.full_validation:
+            flag, rest = "--full-validation", "leave it out"
         raise UsageError(
-            f"--eval-iters {args.eval_iters} without data to validate on: give --eval-iters 0, or "
-            "--valid-data-path, or a second share of --split over 0."
+            f"{flag} without data to validate on: {rest}, or give --valid-data-path, or a second "
+            "share of --split over 0."
         )
 
 
@@ -157,6 +170,11 @@ def _check_length(args: argparse.Namespace) -> None:
     length = args.train_iters or args.train_samples
     if not length:
         raise UsageError("--train-iters is missing: give it (or --train-samples).")
+    if args.train_samples and args.train_samples < (args.global_batch_size or 1):
+        raise UsageError(
+            f"--train-samples {args.train_samples} is less than a batch: give --global-batch-size "
+            f"{args.global_batch_size}, or more."
+        )
     decay = getattr(args, f"lr_decay_{unit}")
     warmup = getattr(args, f"lr_warmup_{unit}")
     if warmup >= (decay or length):

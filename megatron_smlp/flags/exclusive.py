@@ -14,6 +14,7 @@ GROUPS = (
     frozenset({"lr_decay_iters", "lr_decay_samples"}),
     frozenset({"lr_warmup_fraction", "lr_warmup_iters", "lr_warmup_samples"}),
     WHOLE,
+    frozenset({"global_batch_size", "step_batch_size_schedule"}),
     frozenset({"fp16", "bf16"}),
 )
 IN_PLACE_OF = (

@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
-from functools import partial
+from functools import partial, wraps
+from inspect import isfunction
 from pathlib import Path
+from typing import Any
 
 from megatron_smlp.checkpoints import tokenizer_copy
 from megatron_smlp.checkpoints.resume_checks import check_same_model
 from megatron_smlp.data.blending import SPLIT_FLAGS
 from megatron_smlp.data.pairs.indexed import idx_path, strip_suffix
 from megatron_smlp.flags.check import check, validate
+from megatron_smlp.flags.check_run import check_ranges
 from megatron_smlp.flags.config_file import expand_config
 from megatron_smlp.flags.defaults import fill_in
 from megatron_smlp.flags.our_flags import add_our_flags, new_parser
@@ -40,6 +43,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """
     parser = build_parser()
     args = parse(parser, argv)
+    check_ranges(args)  # others follow from these
     fill_in(args)
     check(args)
     validate(args)
@@ -76,8 +80,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _mended(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Megatron 0.19 has a bare percent sign in a flag's help, at which argparse stops, and types of
-    enumerations that end in a KeyError."""
+    """Megatron 0.19 has a bare percent sign in a flag's help, at which argparse stops, types of
+    enumerations that end in a KeyError, and lists of layers that end in a SyntaxError."""
     for action in parser._actions:
         try:
             (action.help or "") % vars(action)
@@ -86,7 +90,22 @@ def _mended(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         choices = list(action.choices or ())
         if choices and isinstance(choices[0], Enum):
             action.type = partial(_member, type(choices[0]))
+        elif isfunction(action.type):
+            action.type = _readable(action.type)
     return parser
+
+
+def _readable(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Megatron evaluates lists of layers as Python, whose SyntaxError argparse does not expect."""
+
+    @wraps(kind)
+    def read(text: str) -> Any:
+        try:
+            return kind(text)
+        except SyntaxError as error:
+            raise argparse.ArgumentTypeError(f"{text!r}: {error.msg}") from error
+
+    return read
 
 
 def _member(kind: type[Enum], name: str) -> Enum:

@@ -72,13 +72,13 @@ def read(environment: Mapping[str, str], *, several: bool) -> Settings:
         UsageError: one is missing, or has a value that it cannot have.
     """
     return Settings(
-        processes=_number(environment, "NPROC_PER_NODE", default="1"),
+        processes=whole_number(environment, "NPROC_PER_NODE", default="1"),
         rendezvous=_rendezvous(environment) if several else None,
         local_address=environment.get("LOCAL_ADDR") or "",
-        max_restarts=_number(environment, "MAX_RESTARTS", default="3"),
-        shutdown_timeout=_number(environment, "SHUTDOWN_TIMEOUT", default="600"),
-        start_timeout=_number(environment, "START_TIMEOUT", default="180"),
-        rejoin_timeout=_number(environment, "REJOIN_TIMEOUT", default="600"),
+        max_restarts=whole_number(environment, "MAX_RESTARTS", default="3"),
+        shutdown_timeout=whole_number(environment, "SHUTDOWN_TIMEOUT", default="600"),
+        start_timeout=whole_number(environment, "START_TIMEOUT", default="180"),
+        rejoin_timeout=whole_number(environment, "REJOIN_TIMEOUT", default="600"),
     )
 
 
@@ -87,14 +87,14 @@ def _rendezvous(environment: Mapping[str, str]) -> RendezvousSettings:
     kind, folder = _kind_and_folder(environment.get("RENDEZVOUS") or HOST)
     if kind == HOST:
         _given(environment, "NODE_RANK", "the number of this machine, from 0")
-    rank = _number(environment, "NODE_RANK", default="0")
-    _check_rank(rank, max_nodes, _number(environment, "SPARES", default="0"))
+    rank = whole_number(environment, "NODE_RANK", default="0")
+    _check_rank(rank, max_nodes, whole_number(environment, "SPARES", default="0"))
     address, port = folder, 0
     if kind != FILE:
         keeper = "machine 0" if kind == HOST else "the machine with the server"
         address = _given(environment, "MASTER_ADDR", f"the name or address of {keeper}")
         _given(environment, "MASTER_PORT", f"a free port on {keeper}")
-        port = _number(environment, "MASTER_PORT")
+        port = whole_number(environment, "MASTER_PORT")
         if not 0 < port < 1 << 16:
             raise UsageError(f"MASTER_PORT={port}: give a port from 1 to 65535.")
     return RendezvousSettings(
@@ -148,7 +148,12 @@ def _given(environment: Mapping[str, str], name: str, what: str) -> str:
     return value
 
 
-def _number(environment: Mapping[str, str], name: str, *, default: str = "") -> int:
+def whole_number(environment: Mapping[str, str], name: str, *, default: str = "") -> int:
+    """Return a variable's value.
+
+    Raises:
+        UsageError: it is no whole number.
+    """
     text = environment.get(name) or default
     if not re.fullmatch(r"\d{1,9}", text):
         raise UsageError(f"{name}={text}: give a whole number.")

@@ -37,7 +37,15 @@ from megatron_smlp.launching.exit_codes import (
 from megatron_smlp.launching.failures import Failures
 from megatron_smlp.launching.folder_rendezvous import Presence
 from megatron_smlp.launching.parent import LAUNCHER_PID, end_with_launcher
-from megatron_smlp.launching.settings import CLOSING, FILE, HOST, RendezvousSettings, Settings, read
+from megatron_smlp.launching.settings import (
+    CLOSING,
+    FILE,
+    HOST,
+    RendezvousSettings,
+    Settings,
+    read,
+    whole_number,
+)
 from megatron_smlp.launching.training_argv import (
     FROM_CHECKPOINT,
     check_counts,
@@ -84,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The rendezvous' thread may be inside the store: an interpreter that ends aborts on it.
         os._exit(code)
     if options.what == "serve":
-        return serve(int(options.argv[0]))
+        return serve(whole_number({"serve": options.argv[0]}, "serve"))
     several = options.what == "several-nodes"
     return Supervisor(read(os.environ, several=several), options.argv).run()
 

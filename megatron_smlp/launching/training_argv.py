@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 import subprocess
 from collections.abc import MutableMapping, Sequence
@@ -98,10 +99,7 @@ def check_counts(argv: Sequence[str], *, machines: range, processes: int) -> Non
     batch = given("--global-batch-size", argv)
     if batch is None and not is_on(FROM_CHECKPOINT, argv):
         raise UsageError(f"{nodes} changes the batch with the machines: give --global-batch-size.")
-    sizes = {
-        name: int(value) if (value := given(flag_of(name), argv)) else default
-        for name, default in SIZES.items()
-    }
+    sizes = {name: _number(flag_of(name), argv) or default for name, default in SIZES.items()}
     for count in machines:
         layout = argparse.Namespace(**sizes, world_size=count * processes)
         try:
@@ -110,3 +108,10 @@ def check_counts(argv: Sequence[str], *, machines: range, processes: int) -> Non
             raise UsageError(
                 f"{nodes}: with {count} machines, {error} Or give another NNODES."
             ) from error
+
+
+def _number(flag: str, argv: Sequence[str]) -> int | None:
+    value = given(flag, argv)
+    if value is not None and not re.fullmatch(r"0*[1-9]\d*", str(value)):
+        raise UsageError(f"{flag} {value}: give a whole number of 1 or more.")
+    return None if value is None else int(value)

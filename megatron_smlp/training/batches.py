@@ -37,7 +37,8 @@ class EvaluationSet:
 
     def batches(self) -> PerChunk[Iterator[Any]]:
         """Return its micro-batches from the first one on."""
-        return _per_chunk([_endless(loader) for loader in self.loaders])
+        batches = _endless if self.micro_batches is None else _whole
+        return _per_chunk([batches(loader) for loader in self.loaders])
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Batches:
     """What a run reads."""
 
     train: Any
-    """An iterator for each chunk, as above; None with --skip-train."""
+    """An iterator for each chunk, as above; None where nothing is left to train."""
     valid: list[EvaluationSet]
     test: list[EvaluationSet]
 
@@ -72,8 +73,9 @@ def build_batches(args: argparse.Namespace, say: Callable[[str], None], *, chunk
     ]
     test = _evaluation(args, "test", [datasets.test for datasets in built])
     evaluates = args.eval_iters or args.full_validation
+    is_over = args.skip_train or args.iteration >= args.train_iters
     return Batches(
-        train=None if args.skip_train else _per_chunk([_training(args, d.train) for d in built]),
+        train=None if is_over else _per_chunk([_training(args, d.train) for d in built]),
         valid=valid if evaluates and has_data(args, "valid") else [],
         test=[test] if args.eval_iters and has_data(args, "test") else [],
     )
@@ -98,15 +100,26 @@ def _evaluation(args: argparse.Namespace, title: str, datasets: list[Any]) -> Ev
     if not args.full_validation or title == "test":
         return EvaluationSet(title, loaders, int(args.eval_iters or 0))
     own = max((len(loader) for loader in loaders if loader is not None), default=0)
-    # As few as a pipeline takes: at the end of its samples a rank begins anew.
+    # As few as a pipeline takes.
     micro_batches = args.pipeline_model_parallel_size if len(loaders) > 1 else 1
     return EvaluationSet(title, loaders, -(-max(gathered(own)) // micro_batches), micro_batches)
 
 
 def _endless(loader: Any) -> Iterator[Any]:
-    """Begin anew at the end, as on a rank that has fewer samples than others."""
+    """Begin anew at the end."""
     while loader is not None:
         yield from _begun(loader)
+
+
+def _whole(loader: Any) -> Iterator[Any]:
+    """Behind the samples of this rank, of which others have more: one that counts nothing."""
+    if loader is None:
+        return
+    yield from _begun(loader)
+    empty = loader.collate_fn([loader.dataset[0]])
+    empty["loss_mask"] = torch.zeros_like(empty["loss_mask"])
+    while True:
+        yield empty
 
 
 def _begun(loader: Any) -> Iterator[Any]:

@@ -100,7 +100,7 @@ def run_datasets(
 def _training_samples(args: argparse.Namespace) -> int:
     """Return how many the run takes from its first step to its last."""
     if args.train_samples:
-        return _scheduled_samples(args) if args.step_batch_size_schedule else args.train_samples
+        return _scheduled(args)[1] if args.step_batch_size_schedule else args.train_samples
     # A branch ends before, and reads in the order of the run that it leaves.
     end = args.explicit_flags["train_iters"] if args.branch_from else args.train_iters
     # Samples that were read in larger batches before: without these it would run out of them.
@@ -108,14 +108,23 @@ def _training_samples(args: argparse.Namespace) -> int:
     return max(end * args.global_batch_size, args.consumed_train_samples + rest)
 
 
-def _scheduled_samples(args: argparse.Namespace) -> int:
-    """Return --train-samples with what the last batch of a schedule reads beyond."""
-    read = now = args.consumed_train_samples
+def steps_left(args: argparse.Namespace) -> int:
+    """Return the steps from here to --train-samples."""
+    if args.step_batch_size_schedule:
+        return _scheduled(args)[0]
+    return max(0, int(args.train_samples - args.consumed_train_samples)) // args.global_batch_size
+
+
+def _scheduled(args: argparse.Namespace) -> tuple[int, int]:
+    """Return the steps that --step-batch-size-schedule takes from here to --train-samples, and the
+    samples at their end: the last batch may read beyond."""
+    steps, read = 0, args.consumed_train_samples
     while read < args.train_samples:
         update_num_microbatches(read, consistency_check=False)
         read += get_current_global_batch_size()
-    update_num_microbatches(now, consistency_check=False)
-    return int(read)
+        steps += 1
+    update_num_microbatches(args.consumed_train_samples, consistency_check=False)
+    return steps, int(read)
 
 
 def _first(dataset: Any, count: int, split: Split) -> Any:

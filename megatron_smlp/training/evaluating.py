@@ -28,16 +28,17 @@ class Evaluator:
         self.seen: set[tuple[str, int]] = set()
         """Title and iteration of what was evaluated: at the end nothing is evaluated again."""
 
-    def __call__(self, sets: Sequence[EvaluationSet], iteration: int) -> None:
-        """Evaluate what has not been evaluated at this iteration."""
+    def __call__(self, sets: Sequence[EvaluationSet], iteration: int) -> bool:
+        """Evaluate what has not been evaluated at this iteration; False: the run's time is over."""
         for dataset in sets:
             if (dataset.title, iteration) in self.seen:
                 continue
             evaluation = self._evaluation(dataset, iteration)
-            if evaluation is None:  # the time of the run is over
-                return
+            if evaluation is None:
+                return False
             self.seen.add((dataset.title, iteration))
             self.listener.evaluated(evaluation)
+        return True
 
     def _evaluation(self, dataset: EvaluationSet, iteration: int) -> Evaluation | None:
         start = time.perf_counter()

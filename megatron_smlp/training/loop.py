@@ -35,6 +35,7 @@ from megatron_smlp.signals import StartUp
 from megatron_smlp.training.agreement import StepAgreement
 from megatron_smlp.training.batches import Batches, build_batches
 from megatron_smlp.training.causality import check_causality
+from megatron_smlp.training.data import steps_left
 from megatron_smlp.training.evaluating import Evaluator
 from megatron_smlp.training.events import Listener, Tasks
 from megatron_smlp.training.forward import ForwardStep
@@ -95,10 +96,9 @@ def resume(run: Run, parts: Parts) -> int:
     run.saving.take_folder()
     folder = choose_checkpoint(args, run.reporter.say)
     args.iteration = read(parts, folder) if folder else 0
-    if args.iteration and args.train_samples and not args.step_batch_size_schedule:
+    if args.iteration and args.train_samples:
         # Steps before may have had another batch than those that are left.
-        left = max(args.train_samples - args.consumed_train_samples, 0)
-        args.train_iters = args.iteration + left // args.global_batch_size
+        args.train_iters = args.iteration + steps_left(args)
     return int(args.iteration)
 
 
@@ -239,7 +239,8 @@ class Loop:
         if self.stopped:
             self.listeners.stopping(self.iteration)
             return
-        self.evaluate([*self.batches.valid, *self.batches.test], self.iteration)
+        if not self.evaluate([*self.batches.valid, *self.batches.test], self.iteration):
+            self.run.reporter.say("no time was left to evaluate: the same command goes on with it")
 
     @contextmanager
     def interruption(self) -> Iterator[None]:

@@ -121,7 +121,7 @@ class Reporter(Listener):
         return [
             title
             for title in titles
-            if self.metrics.holds(f"{title.replace(' ', '_')}_", iteration=iteration)
+            if self.metrics.holds(f"{title.replace(' ', '_')}_loss", iteration=iteration)
         ]
 
     def stepped(self, outcome: Outcome) -> None:

@@ -188,7 +188,8 @@ def is_queued_again(folder: Path, code: int, does: str = "", **variables: str) -
         (made / name).touch()
     job = {"SLURM_JOB_ID": "4711", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[1-2]"}
     job |= {"CONFIG": str(config), "QUEUE": str(folder), "PATH": f"{tools}:{os.environ['PATH']}"}
-    job |= {"CODE": str(code), "DOES": does} | variables
+    (folder / "site.sh").write_text("echo loaded cuda/12\n")
+    job |= {"CODE": str(code), "DOES": does, "SITE": str(folder / "site.sh")} | variables
     run_command(["bash", EXAMPLES / "slurm.sh"], code=code, **job)
     return (folder / "requeued").exists()
 

@@ -52,6 +52,9 @@ REFUSED = f"""
     --spatial_heads is not a flag: did you mean --spatial-heads | {GMLP} --spatial_heads=4
     'stray' | {GMLP} stray
     --num-layers 0 | {GMLP} --num-layers 0
+    --branch-from -3: give 1 or more | {GMLP} --branch-from -3
+    --save-retain-interval -5: give 1 or more | {GMLP} --save x --save-retain-interval -5
+    .*--moe-layer-freq: .*never closed | {SWITCH} --moe-layer-freq [0,1
     .*-backend: .* 'f' .choose from flash, | {GMLP} --wandb-project f --attention-backend=f
 
     --spatial-heads 3 .*--ffn-hidden-size 64 | {GMLP} --spatial-heads 3

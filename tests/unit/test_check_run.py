@@ -52,6 +52,7 @@ WHOLE = "--full-validation --multiple-validation-sets --train-data-path t --vali
         *("--split a,b,c", "--split 110,-10,0", "--split 0,100,0", "--split 0,0,0"),
         f"{EVALUATED} --split 100,0,0",
         f"{EVALUATED} --split 1",
+        "--full-validation --split 100,0,0",
         f"{EVALUATED} --train-data-path a",
         "--split 9,1,0 --train-data-path a --valid-data-path b",
         "--mock-data --data-path x",
@@ -90,7 +91,9 @@ def test_a_swiglu_that_the_fused_one_is_not(
     assert args.bias_swiglu_fusion == is_fused
 
 
-@pytest.mark.parametrize("words", ["--lr-warmup-samples 20", "--lr-decay-style WSD"])
+@pytest.mark.parametrize(
+    "words", ["--lr-warmup-samples 20", "--lr-decay-style WSD", "--train-samples 1"]
+)
 def test_a_run_by_samples(parse: Parse, words: str):
     refused(parse, words, base=BY_SAMPLES)
 

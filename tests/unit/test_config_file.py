@@ -61,6 +61,13 @@ def test_the_place_of_the_flag_does_not_matter(parse: Parse, yaml, word: str):
     assert parse(f"--seed 8 {word.format(path)}").seed == 8
 
 
+def test_a_schedule_of_batches_wins_over_the_files_batch(parse: Parse, yaml):
+    path = yaml("architecture: gmlp\nglobal-batch-size: 2\ntrain-iters: 4\n")
+    base = MINIMAL.replace("--global-batch-size 2 --train-iters 4", "")
+    args = parse(f"--config {path} --train-samples 8 --step-batch-size-schedule 0:4", base=base)
+    assert args.step_batch_size_schedule == "0:4"
+
+
 def test_of_several_files_a_later_one_wins(parse: Parse, yaml, tmp_path: Path):
     """And --dry-run says which has given what, in lines that are YAML."""
     path = yaml("architecture: gmlp\nseed: 7\nlr-warmup-iters: 1\nsplit: '9,1,0'\n")

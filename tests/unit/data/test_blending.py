@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_smlp.data.blending import Blend, Blends, blends_from_arguments, parse_blend
-from megatron_smlp.errors import DataError
+from megatron_smlp.errors import UsageError
 
 
 def test_good_lists():
@@ -30,7 +30,7 @@ def test_good_lists():
     ],
 )
 def test_bad_lists_name_the_entry(words: list[str], entry: str):
-    with pytest.raises(DataError, match=f"--data-path.*{entry}"):
+    with pytest.raises(UsageError, match=f"--data-path.*{entry}"):
         parse_blend(words, source="--data-path")
 
 
@@ -70,7 +70,7 @@ def test_flags_and_files(tmp_path: Path):
         {"data_path": ["a"], "train_data_path": ["b"]},
         {"train_data_path": ["b"], "per_split_data_args_path": "f"},
     ):
-        with pytest.raises(DataError, match="exclude one another"):
+        with pytest.raises(UsageError, match="exclude one another"):
             blends_from_arguments(Namespace(**flags))
 
 
@@ -80,9 +80,9 @@ def test_flags_and_files(tmp_path: Path):
 def test_bad_files(tmp_path: Path, text: str):
     path = tmp_path / "splits.json"
     path.write_text(text)
-    with pytest.raises(DataError, match=r"--per-split-data-args-path .*splits\.json"):
+    with pytest.raises(UsageError, match=r"--per-split-data-args-path .*splits\.json"):
         blends_from_arguments(Namespace(per_split_data_args_path=str(path)))
     (tmp_path / "empty").touch()
     for name in ("none", "empty"):
-        with pytest.raises(DataError, match="--data-args-path"):
+        with pytest.raises(UsageError, match="--data-args-path"):
             blends_from_arguments(Namespace(data_args_path=str(tmp_path / name)))

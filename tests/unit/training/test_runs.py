@@ -99,6 +99,21 @@ def test_a_run_ends_when_its_time_is_over(
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "2"
 
 
+def test_a_last_evaluation_without_time_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    from megatron_smlp.training import evaluating
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluating, "evaluate", lambda *_, **__: (None, None, True))
+        with pretrained(f"{GMLP} --save {tmp_path}"):
+            pass
+    assert "no time was left to evaluate: the same command" in capfd.readouterr().out
+    with pretrained(f"{GMLP} --save {tmp_path}"):
+        pass
+    assert "validation_loss" in records(tmp_path)[-1] or "test_loss" in records(tmp_path)[-1]
+
+
 def test_an_interval_that_ends_with_the_run_stops_nothing(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.in_process import MINIMAL, pretrained
-from support.launches import records
+from support.launches import launch, records
 
 from megatron_smlp.data.pairs.indexed import bin_path, idx_path, write_index
 from megatron_smlp.platform.one_process import one_process
@@ -144,6 +144,72 @@ def test_a_schedule_of_batches_reads_mixed_data_to_its_end(tmp_path: Path):
         base = base.replace(flag, "")
     flags = "--architecture gmlp --micro-batch-size 1 --train-samples 5 --eval-iters 0"
     flags += " --step-batch-size-schedule 0:1,16:3 --log-interval 1"
-    with pretrained(f"{flags} --log-dir {tmp_path}", base=base):
-        pass
+    flags += f" --save {tmp_path}"
+    for _ in range(2):  # the second time nothing is left to read
+        with pretrained(flags, base=base):
+            pass
     assert [line["consumed_samples"] for line in records(tmp_path)] == [1, 4, 7]
+
+
+def test_another_schedule_at_a_resume_ends_with_the_samples(tmp_path: Path):
+    """Its steps are counted from where the run stands, not from the first sample."""
+    flags = "--architecture gmlp --micro-batch-size 1 --train-samples 8 --eval-iters 0"
+    base = MINIMAL
+    for flag in ("--micro-batch-size 2", "--global-batch-size 2", "--train-iters 4"):
+        base = base.replace(flag, "")
+    flags += f" --log-interval 1 --save {tmp_path} --step-batch-size-schedule"
+    with pretrained(f"{flags} 0:1 --exit-interval 4", base=base):
+        pass
+    with pretrained(f"{flags} 0:2", base=base):
+        pass
+    assert [line["consumed_samples"] for line in records(tmp_path)] == [1, 2, 3, 4, 6, 8]
+
+
+def test_a_whole_validation_is_the_same_over_ranks(tmp_path: Path):
+    """Sets of an odd number of samples, and of less than one for each rank."""
+    train, small, odd = (
+        random_pair(tmp_path / name, documents=documents)
+        for name, documents in (("train", 300), ("small", 1), ("odd", 4))
+    )
+    flags = (
+        f"--architecture gmlp --token-router base --num-experts 2 --lr 0 --train-iters 1 "
+        f"--train-data-path {train} --valid-data-path {small} {odd} --micro-batch-size 1 "
+        f"--full-validation --multiple-validation-sets --eval-iters 0 --log-dir {tmp_path}/"
+    )
+    base = MINIMAL.replace("--mock-data", "").replace("--micro-batch-size 2", "")
+    with pretrained(f"{flags}1", base=base):
+        pass
+    launch({"4": f"{base} --global-batch-size 4 {flags}4"}, processes=4, folder=tmp_path)
+    one, four = (
+        {name: value for line in records(tmp_path / count) for name, value in line.items()
+         if name.startswith("validation") and name.endswith(("loss", "routers"))}
+        for count in ("1", "4")
+    )  # fmt: skip
+    assert len(one) == 4
+    for name, value in one.items():
+        if name.endswith("loss"):
+            assert four[name] == pytest.approx(value, rel=1e-5)
+        else:
+            assert [router["choices"] for router in four[name]] == [
+                router["choices"] for router in value
+            ]
+
+
+def test_a_set_that_was_not_evaluated_at_the_end_is_evaluated_by_the_same_command(tmp_path: Path):
+    """Also where another one's name begins with its own."""
+    train, valid = (random_pair(tmp_path / name, documents=30) for name in ("train", "valid"))
+    names = ("en_web", "en")
+    flags = (
+        f"--architecture gmlp --lr 0 --train-data-path {train} --valid-data-path {valid} {valid} "
+        f"--multiple-validation-sets --validation-set-names {' '.join(names)} --save {tmp_path}"
+    )
+    base = MINIMAL.replace("--mock-data", "")
+    with pretrained(flags, base=base):
+        pass
+    file = tmp_path / "metrics.jsonl"
+    *before, last = file.read_text().splitlines(keepends=True)
+    assert "validation_en_loss" in last
+    file.write_text("".join(before))
+    with pretrained(flags, base=base):
+        pass
+    assert "validation_en_loss" in records(tmp_path)[-1]
