@@ -32,6 +32,8 @@ KEY = "plugin"
 GROUP = "megatron_smlp.plugins"
 HOSTED = "megatron_smlp.layers.hosted"
 WITHOUT_FLAGS = ("mlp", "none")
+EXPORTED = ("configuration_smlp", "modeling_plugin", "modeling_smlp", "plugins")
+"""Names of the files of an exported folder, where a plugin's stands beside them."""
 
 
 def take(argv: Sequence[str]) -> list[str]:
@@ -75,8 +77,9 @@ def load(name: str) -> PluginFile:
     known = LOADED.get(path.stem)
     if known is not None and known.path == path:
         return known
-    if known is not None or not path.stem.isidentifier():
+    if known is not None or path.stem in EXPORTED or not path.stem.isidentifier():
         why = f"and {known.path} have one name" if known else "has no module's name"
+        why = "has the name of a file of exported models" if path.stem in EXPORTED else why
         raise UsageError(f"{FLAG} {name} {why}: rename the file.")
     from megatron_smlp.plugins import register
 
@@ -244,6 +247,10 @@ def _architecture(name: str, architecture: Any) -> systems.Architecture:
             raise ValueError(
                 f"architecture {name!r}: {mixer!r} is no token mixer of {known}; "
                 f"a plugin's stands there once an earlier {FLAG} has named its file."
+            )
+        if systems.MIXERS[mixer].is_own:
+            raise ValueError(
+                f"architecture {name!r}: {mixer!r} is of --architecture amlp or smlp alone."
             )
         if channel not in (*WITHOUT_FLAGS, *systems.CHANNELS):
             known = ", ".join((*WITHOUT_FLAGS, *systems.CHANNELS))

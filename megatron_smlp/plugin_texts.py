@@ -30,6 +30,20 @@ class PluginFile:
     def sha256(self) -> str:
         return hashlib.sha256(self.text.encode()).hexdigest()
 
+    def exported(self) -> str:
+        """Return its text for an exported folder.
+
+        Raises:
+            UsageError: it imports what the folder does not have.
+        """
+        text = exported(self.text)
+        if other := re.search(r"^\s*(?:from|import) megatron_smlp\b.*", text, flags=re.M):
+            raise UsageError(
+                f"{self.path} cannot go along with an exported model, as it has the line "
+                f"`{other[0].strip()}`: put what looks on at a training into a file of its own."
+            )
+        return text
+
 
 LOADED: dict[str, PluginFile] = {}
 """The plugins of this process, by their modules' names, in the order in which they were named."""

@@ -128,10 +128,29 @@ def values_in(kind: type, source: Any) -> dict[str, Any]:
     return {name: getattr(source, name) for name in options_of(kind)}
 
 
-def _take(module: nn.Module, values: Mapping[str, Any]) -> None:
+def _take(module: Any, values: Mapping[str, Any], **sizes: int) -> None:
     """Put the values of its options, or their defaults, in the place of the records."""
+    module.made_of = {**sizes, "values": values}
     for name, it in options_of(type(module)).items():
         setattr(module, name, values.get(name, it.default))
+
+
+@torch.no_grad()
+def compute_tables(model: nn.Module) -> None:
+    """Compute the buffers of plugins' classes that are not saved (persistent=False): a model that
+    was built without values, as from_pretrained builds it, has none in them."""
+    for own in model.modules():
+        if not isinstance(own, Mixer | TokenRouter | FeatureRouter):
+            continue
+        if any(part._non_persistent_buffers_set for part in own.modules()):
+            again = type(own)(**own.made_of)
+            for part, new in zip(own.modules(), again.modules(), strict=True):
+                for name in part._non_persistent_buffers_set:
+                    before, value = part._buffers[name], new._buffers[name]
+                    if before is not None and value is not None:
+                        device = "cpu" if before.is_meta else before.device
+                        dtype = value.dtype if isinstance(own, TokenRouter) else before.dtype
+                        part._buffers[name] = value.to(device, dtype)
 
 
 class Weight(nn.Module):
@@ -213,7 +232,7 @@ class Mixer(_WithWeights):
     def __init__(self, *, width: int, length: int, values: Mapping[str, Any]) -> None:
         super().__init__()
         self.width, self.length = width, length
-        _take(self, values)
+        _take(self, values, width=width, length=length)
         self.build(width, length)
 
     @classmethod
@@ -303,7 +322,7 @@ class TokenRouter(nn.Module):
     def __init__(self, *, num_experts: int, values: Mapping[str, Any]) -> None:
         super().__init__()
         self.num_experts = num_experts
-        _take(self, values)
+        _take(self, values, num_experts=num_experts)
 
     def scores(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """hidden: <float>[..., D], weight: <float>[E, D] -> scores <fp32>[..., E], with gradient.
@@ -371,7 +390,7 @@ class FeatureRouter(_WithWeights):
     def __init__(self, *, num_experts: int, prefix_length: int, values: Mapping[str, Any]) -> None:
         super().__init__()
         self.num_experts, self.prefix_length = num_experts, prefix_length
-        _take(self, values)
+        _take(self, values, num_experts=num_experts, prefix_length=prefix_length)
         self.build(prefix_length, num_experts)
 
     def build(self, prefix_length: int, num_experts: int) -> None:
@@ -406,8 +425,8 @@ class Architecture:
 
     layers: Callable[[int, int], tuple[str, str]]
     """(number from 0, number of layers) -> (token mixer, channel mixer), names of registered ones
-    or of ours (megatron_smlp/systems.py); the channel mixer `mlp` gives way to token experts in
-    MoE layers, `none` is none."""
+    or of ours (megatron_smlp/systems.py), the channel mixer also `mlp` or `none`. In MoE layers
+    token experts stand in its place, whatever it is."""
 
 
 @dataclass

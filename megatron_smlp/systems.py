@@ -150,6 +150,8 @@ class Mixer:
     """Whether a router sends its chunks to experts."""
     recomputes: bool = False
     """Whether --recompute-granularity selective recomputes something of it."""
+    is_own: bool = False
+    """Whether a plugin's architecture cannot have it."""
     check: str | None = None
     """The function that raises ValueError for flags of which it cannot be built, `module:name`."""
     plugin: Any = None
@@ -188,6 +190,7 @@ MIXERS: dict[str, Mixer] = {
         drops_attention=True,
         spatial=True,
         recomputes=True,
+        is_own=True,
         check="megatron_smlp.layers.tiny_attention:check_flags",
     ),
     "feature_moe": Mixer(
@@ -198,6 +201,7 @@ MIXERS: dict[str, Mixer] = {
         spatial=True,
         routes=True,
         recomputes=True,
+        is_own=True,
         check=GATING_CHECK,
     ),
     "masked_mixer": Mixer(

@@ -208,7 +208,12 @@ def build(config: SMLPConfig) -> SMLPForCausalLM:
         UsageError: its sizes are beyond what a tensor can have.
     """
     with impossible("no such model can be built"), torch.device("meta"):
-        return model_class(config)(config).eval()
+        model = model_class(config)(config).eval()
+    if config.plugin is not None:
+        from megatron_smlp.plugins import compute_tables
+
+        compute_tables(model)
+    return model
 
 
 def model_class(config: SMLPConfig) -> type[SMLPForCausalLM]:
@@ -276,7 +281,7 @@ def _add_code(config: SMLPConfig, folder: Path) -> None:
     shutil.copy(plugins.__file__, folder)
     host = plugin_texts.exported(Path(modeling_plugin.__file__).read_text(encoding="utf-8"))
     for name in config.plugin["files"]:
-        text = plugin_texts.exported(plugin_texts.LOADED[name].text)
+        text = plugin_texts.LOADED[name].exported()
         (folder / f"{name}.py").write_text(text, encoding="utf-8")
         host += f"\nfrom .{name} import __name__ as _{name}  # registers what it holds"
     (folder / f"{modeling_plugin.__name__.rpartition('.')[2]}.py").write_text(

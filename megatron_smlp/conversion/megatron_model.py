@@ -73,6 +73,7 @@ def _build(flags: Mapping[str, Any]) -> Any:
     from megatron_smlp.architectures import SMLPTransformerConfig, block_spec
     from megatron_smlp.layers.minhash import replace_embedding
     from megatron_smlp.model import activation
+    from megatron_smlp.plugins import compute_tables
     from megatron_smlp.routers.hash import attach_token_ids
     from megatron_smlp.systems import weighs_all_experts
 
@@ -107,6 +108,7 @@ def _build(flags: Mapping[str, Any]) -> Any:
         )
         replace_embedding(model)
     attach_token_ids(model)
+    compute_tables(model)
     return model.eval()
 
 

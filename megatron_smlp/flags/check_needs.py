@@ -62,6 +62,10 @@ def _rotates(args: argparse.Namespace) -> bool:
     return args.position_embedding_type == "rope" or args.use_rotary_position_embeddings
 
 
+def _has_gelu(args: argparse.Namespace) -> bool:
+    return not (args.swiglu or args.quick_geglu or args.squared_relu)
+
+
 def _has_ffn(args: argparse.Namespace) -> bool:
     return any(slots.channel != "none" for slots in slots_of(args))
 
@@ -75,6 +79,16 @@ NEEDS = (
             *("qk_l2_norm", "softmax_type", "window_size", "attention_backend"),
             *("use_rotary_position_embeddings", "no_rope_freq"),
         ),
+    ),
+    Need(
+        "a GELU (no --swiglu, --quick-geglu or --squared-relu)",
+        _has_gelu,
+        ("openai_gelu",),
+    ),
+    Need(
+        "--moe-router-group-topk",
+        lambda args: args.moe_router_group_topk,
+        ("moe_router_num_groups",),
     ),
     Need("--position-embedding-type rope", _rotates, ROTARY_FLAGS),
     Need("--use-rope-scaling", lambda args: args.use_rope_scaling, ("rope_scaling_factor",)),

@@ -37,6 +37,9 @@ _FEED_FORWARD = ("transformer", "mixer")
 """Architectures by what they have: attention and learned positions, spatial gating, matrices that
 may be Toeplitz, an FFN beside the mixer."""
 
+_MIXER_OF = {"transformer": "attention", "gmlp": "spatial_gating", "mixer": "masked_mixer"}
+"""By architecture, what a plugin's architecture may have in its layers."""
+
 _TOP_K = ("token_router", ("topk",))
 # A field that is for some values of another one.
 _IS_FOR = {
@@ -266,7 +269,15 @@ class SMLPConfig(PreTrainedConfig):
 
     @property
     def _attends(self) -> bool:
-        return self.architecture in _ATTENTION or "attention" in [m for m, _ in self._plugged]
+        return self._is("architecture", _ATTENTION)
+
+    def _is(self, field: str, values: tuple[str, ...]) -> bool:
+        """Return whether a field has one of these values, or some layer of a plugin's architecture
+        the mixer of one of these architectures."""
+        if field == "architecture" and self._plugged:
+            mixers = {mixer for mixer, _ in self._plugged}
+            return any(_MIXER_OF.get(name) in mixers for name in values)
+        return getattr(self, field) in values
 
     @property
     def _positions(self) -> str:
@@ -309,10 +320,9 @@ class SMLPConfig(PreTrainedConfig):
             what = f"be one of {', '.join(allowed)}"
             self._require(name, getattr(self, name) in allowed or name in plugged, what)
         for name, (field, values) in _IS_FOR.items():
-            value, given = getattr(self, name), getattr(self, field)
-            is_possible = given in values or (values == _ATTENTION and self._attends)
-            if value and value != "none" and not is_possible:
-                kinds = " or ".join(values)
+            value = getattr(self, name)
+            if value and value != "none" and not self._is(field, values):
+                kinds, given = " or ".join(values), getattr(self, field)
                 raise ValueError(f"{name}={value} is for {field}={kinds}, not {given}")
         for name in _POSITIVE:
             value = getattr(self, name)

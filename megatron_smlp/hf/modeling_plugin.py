@@ -35,6 +35,7 @@ from megatron_smlp.hf.modeling_smlp import (
 from megatron_smlp.plugins import (
     Mixer,
     Weight,
+    compute_tables,
     keeps_state,
     mix,
     options_of,
@@ -175,13 +176,29 @@ HOSTED.update(
 )
 
 
-class _Drawing(SMLPPreTrainedModel):
-    """Draws the first values of plugins' parameters, beside all others'."""
+class _WithPlugins(SMLPPreTrainedModel):
+    """Gives plugins' parameters their first values, and their buffers what they hold."""
 
     auto_map = {  # noqa: RUF012 - read by its base
         "AutoModel": "modeling_plugin.SMLPPluginModel",
         "AutoModelForCausalLM": "modeling_plugin.SMLPPluginForCausalLM",
     }
+
+    def post_init(self) -> None:
+        """Name what transformers must load in fp32: the buffers of routers' rules."""
+        rules = [part.rule for part in self.modules() if isinstance(part, SMLPHostedRouter)]
+        buffers = {
+            rf"\.rule\.{name}$"
+            for rule in rules
+            for name, buffer in rule.named_buffers()
+            if buffer.is_floating_point()
+        }
+        self._keep_in_fp32_modules_strict = {*self._keep_in_fp32_modules_strict, *buffers}
+        super().post_init()
+
+    def initialize_weights(self) -> None:
+        super().initialize_weights()
+        compute_tables(self)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -194,11 +211,11 @@ class _Drawing(SMLPPreTrainedModel):
             init.normal_(module.weight, std=self.config.initializer_range)
 
 
-class SMLPPluginModel(_Drawing, SMLPModel):
+class SMLPPluginModel(_WithPlugins, SMLPModel):
     """Embeddings, layers and final norm."""
 
 
-class SMLPPluginForCausalLM(_Drawing, SMLPForCausalLM):
+class SMLPPluginForCausalLM(_WithPlugins, SMLPForCausalLM):
     """The model with its output layer."""
 
 

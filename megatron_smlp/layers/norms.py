@@ -98,43 +98,21 @@ class HeadLayerNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: <float>[..., F / tp] -> the same shape and dtype; statistics in fp32."""
         if self.group is not None:
-            return self._split(x)
+            return self._split(x, self.group)
         if self.num_heads == 1:
             return functional.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
         heads = x.unflatten(-1, (self.num_heads, -1))
         normed = functional.layer_norm(heads, heads.shape[-1:], eps=self.eps).flatten(-2)
         return torch.addcmul(self.bias, normed, self.weight)
 
-    def _split(self, x: Tensor) -> Tensor:
-        """One head over the TP group."""
-        normed = normalised(x, eps=self.eps, group=self.group).to(x.dtype)
+    def _split(self, x: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+        """One head over the TP group: the sums behind mean and variance go over all ranks."""
+        features = x.shape[-1] * group.size()
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = wide - SumOverGroup.apply(wide.sum(-1, keepdim=True), group) / features
+        var = SumOverGroup.apply(wide.square().sum(-1, keepdim=True), group) / features
+        normed = (wide * torch.rsqrt(var + self.eps)).to(x.dtype)
         return torch.addcmul(self.bias, normed, self.weight)
-
-
-def normalised(
-    x: Tensor, *, eps: float, group: torch.distributed.ProcessGroup | None = None
-) -> Tensor:
-    """LN without weight and bias: <float>[..., F / tp] -> the same shape, in fp32 or wider.
-
-    Args:
-        group: over whose ranks the features are split: the sums behind mean and variance go over
-            all of them. None: they are whole.
-    """
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    if group is None:
-        return functional.layer_norm(wide, wide.shape[-1:], eps=eps)
-    centred_x = centred(wide, group)
-    features = x.shape[-1] * group.size()
-    var = SumOverGroup.apply(centred_x.square().sum(-1, keepdim=True), group) / features
-    return centred_x * torch.rsqrt(var + eps)
-
-
-def centred(x: Tensor, group: torch.distributed.ProcessGroup | None) -> Tensor:
-    """x without its mean over the features, which may be split over a group."""
-    if group is None:
-        return x - x.mean(-1, keepdim=True)
-    features = x.shape[-1] * group.size()
-    return x - SumOverGroup.apply(x.sum(-1, keepdim=True), group) / features
 
 
 class SumOverGroup(torch.autograd.Function):

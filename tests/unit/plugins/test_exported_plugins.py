@@ -1,0 +1,157 @@
+"""A plugin's class in transformers: what it computes, what it keeps in fp32, what goes along."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.in_process import MINIMAL, pretrained
+from support.launches import REPOSITORY
+from support.smlp_systems import VOCABULARY, make_ids
+from torch import nn
+from unit.plugins.test_checks import GOOD
+
+from megatron_smlp import plugin_files, plugin_texts
+from megatron_smlp.errors import UsageError
+from megatron_smlp.hf.configuration_smlp import SMLPConfig
+
+pytestmark = pytest.mark.usefixtures("registry")
+
+# A table that follows from the length: in the class itself, and in a module of its own.
+MEAN = """
+import torch
+from torch import nn
+from megatron_smlp.plugins import TokenMixer, ones, register
+
+
+class Table(nn.Module):
+    def __init__(self, length):
+        super().__init__()
+        self.register_buffer("counts", torch.arange(1.0, length + 1)[:, None], persistent=False)
+
+
+@register("mean")
+class Mean(TokenMixer):
+    def build(self, width, length):
+        self.scale = self.parameter(width, cut=0, init=ones)
+        self.register_buffer("mask", torch.ones(length, length).tril(), persistent=False)
+        self.table = Table(length)
+
+    def forward(self, value):
+        t = value.shape[1]
+        return self.scale() * (self.mask[:t, :t].to(value) @ value) / self.table.counts[:t]
+
+
+register.architecture("mean", mixer="mean")
+"""
+LISTENER = """
+from megatron_smlp.training.events import Listener
+
+
+@register.listener
+class Quiet(Listener):
+    pass
+"""
+
+
+def load(folder: Path, text: str, name: str = "mine") -> None:
+    path = folder / f"{name}.py"
+    path.write_text(text, encoding="utf-8")
+    plugin_files.load(str(path))
+
+
+def config(architecture: str, **changes: Any) -> SMLPConfig:
+    plugin = {"files": plugin_texts.recorded(), "options": {},
+              "layers": [[architecture, "mlp"]] * 2}  # fmt: skip
+    return SMLPConfig(**{
+        "architecture": architecture, "plugin": plugin, "num_layers": 2, "hidden_size": 16,
+        "ffn_hidden_size": 32, "vocab_size": VOCABULARY, "max_position_embeddings": 12,
+        "pad_token_id": 0, **changes,
+    })  # fmt: skip
+
+
+def built(made: SMLPConfig) -> nn.Module:
+    from megatron_smlp.hf.modeling_plugin import SMLPPluginForCausalLM
+
+    return SMLPPluginForCausalLM(made).eval()
+
+
+@torch.no_grad()
+def test_what_is_not_saved_is_computed_again(tmp_path: Path):
+    load(tmp_path, MEAN)
+    model = built(config("mean"))
+    model.save_pretrained(tmp_path / "hf")
+    again = type(model).from_pretrained(tmp_path / "hf").eval()
+    ids = make_ids(2, 9)
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    half = type(model).from_pretrained(tmp_path / "hf", dtype=torch.bfloat16).eval()
+    assert half.model.layers[0].mixer.mixer.mask.dtype == torch.bfloat16
+    torch.testing.assert_close(half(ids).logits.float(), model(ids).logits, rtol=0.1, atol=0.05)
+
+
+def test_a_checkpoint_generates_what_its_export_does(tmp_path: Path):
+    from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
+    from megatron_smlp.conversion import cli
+    from megatron_smlp.generation.language_model import model_of
+
+    load(tmp_path, MEAN)
+    run = tmp_path / "run"
+    with pretrained(f"--architecture mean --train-iters 2 --save {run}", base=MINIMAL):
+        pass
+    model = model_of(TorchDistCheckpoint(str(run), iteration=None))
+    argv = ["--load", str(run), "--save", str(tmp_path / "hf"), "--to", "hf"]
+    assert cli.main(argv) in (None, 0)  # whose forward check compares with Megatron's model
+    exported = type(model).from_pretrained(tmp_path / "hf").eval()
+    ids = make_ids(2, 9) % 100
+    torch.testing.assert_close(exported(ids).logits, model(ids).logits)
+
+
+def test_buffers_of_a_routers_rule_stay_in_fp32(tmp_path: Path):
+    plugin_files.load(str(REPOSITORY / "plugins" / "threshold.py"))
+    options = {name: plugin_files.options.DEFAULTS[name]
+               for name in plugin_files.options.PLUGIN_OPTIONS}  # fmt: skip
+    plugin = {"files": plugin_texts.recorded(), "options": options, "layers": None}
+    made = config(
+        "transformer", plugin=plugin, token_router="threshold", num_experts=2, num_attention_heads=2
+    )
+    model = built(made).to(torch.bfloat16)
+    rules = [part.rule for part in model.modules() if hasattr(part, "rule")]
+    for rule in rules:
+        rule.bound.fill_(0.1234567)
+    model.save_pretrained(tmp_path / "hf")
+    again = type(model).from_pretrained(tmp_path / "hf", dtype="auto")
+    assert again.lm_head.weight.dtype == torch.bfloat16
+    found = [part.rule.bound for part in again.modules() if hasattr(part, "rule")]
+    assert len(found) == len(rules) > 0
+    for bound in found:
+        assert torch.equal(bound, torch.full_like(bound, 0.1234567, dtype=torch.float32))
+
+
+def test_a_file_that_needs_this_package_does_not_go_along(tmp_path: Path):
+    load(tmp_path, GOOD + LISTENER)
+    with pytest.raises(UsageError, match=r"mine.py cannot go along .* `from megatron_smlp.train"):
+        plugin_texts.LOADED["mine"].exported()
+
+
+@pytest.mark.parametrize("name", plugin_files.EXPORTED)
+def test_a_file_may_not_be_called_as_one_of_an_export(tmp_path: Path, name: str):
+    assert (
+        REPOSITORY / "megatron_smlp" / ("hf" if name != "plugins" else "") / f"{name}.py"
+    ).exists()
+    with pytest.raises(UsageError, match=f"{name}.py has the name of a file of exported models"):
+        load(tmp_path, GOOD, name)
+
+
+def test_an_order_of_the_packages_mixers_takes_their_options_along(tmp_path: Path):
+    """--toeplitz, which spatial gating has; a mixer that only the package's systems have, not."""
+    layers = [["attention", "mlp"], ["spatial_gating", "none"]]
+    plugin = {"files": {}, "options": {}, "layers": layers}
+    common = {"plugin": plugin, "num_attention_heads": 2}
+    model = built(config("turns", toeplitz=True, **common))
+    assert model(make_ids(1, 5)).logits.isfinite().all()
+    with pytest.raises(ValueError, match="mixer_expansion=True is for architecture=mixer, not tur"):
+        config("turns", mixer_expansion=True, **common)
+    text = "from megatron_smlp.plugins import register\nregister.architecture('m', mixer='{}')\n"
+    for mixer in ("feature_moe", "gating_and_attention"):
+        with pytest.raises(UsageError, match=f"'{mixer}' is of --architecture amlp or smlp alone"):
+            load(tmp_path, text.format(mixer))
