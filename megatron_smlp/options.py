@@ -228,7 +228,7 @@ class RunOptions:
     allow_tokenizer_mismatch: bool = False
     """Train on data whose manifest names another vocabulary than this run's tokenizer has."""
 
-    allow_data_mismatch: bool = False
+    allow_data_mismatch: bool = option(False, of_one_start=True)
     """Go on from a checkpoint on other data than it was trained on, under the same name."""
 
     eval_tasks: str | None = None

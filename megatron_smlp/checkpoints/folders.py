@@ -199,5 +199,5 @@ def tidy(run: str | Path) -> list[str]:
         else:
             with contextlib.suppress(OSError):
                 remove_folder(path)
-            removed.append(path.name)
+                removed.append(path.name)
     return removed

@@ -35,6 +35,7 @@ from megatron.training.checkpointing import (
     set_loaded_iteration,
 )
 from megatron.training.training import preprocess_common_state_dict
+from torch.distributed.checkpoint import CheckpointException
 
 from megatron_smlp.checkpoints.folders import RELEASE
 from megatron_smlp.checkpoints.optimizer_state import ANY_LAYOUT, FORMAT, AnyLayout
@@ -146,11 +147,13 @@ def _state(
     with_optimizer: bool = True,
 ) -> dict[str, Any]:
     """Return what is saved; without an iteration, what is to be filled by a load."""
-    is_loading, optimizer = iteration is None, None
+    is_loading, optimizer, args = iteration is None, None, parts.args
+    if is_loading:  # what --no-save-optim and --no-save-rng leave out is what the checkpoint lacks
+        args = argparse.Namespace(**{**vars(args), "no_save_optim": False, "no_save_rng": False})
     if with_optimizer and parts.optimizer is not None:
         optimizer = AnyLayout(parts.optimizer)
     state: dict[str, Any] = generate_state_dict(
-        parts.args,
+        args,
         unwrap_model(parts.model),
         optimizer,
         parts.schedule if with_optimizer else None,
@@ -171,7 +174,7 @@ def read(parts: Trained, folder: Path) -> int:
         its iteration; 0 with weights alone.
 
     Raises:
-        UsageError: its optimizer state is not for this layout.
+        UsageError: its optimizer state is not for this run.
     """
     args = parts.args
     common = dist_checkpointing.load_common_state_dict(str(folder))
@@ -190,14 +193,26 @@ def read(parts: Trained, folder: Path) -> int:
     wanted = _state(
         parts, metadata, rng=_rng(parts) if with_rng else None, with_optimizer=with_optimizer
     )
-    state = dist_checkpointing.load(
-        wanted,
-        str(folder),
-        _loading_strategy(parts),
-        validate_access_integrity=args.ckpt_load_validate_sharding_integrity,
-        strict=args.dist_ckpt_strictness,
-        verify_integrity=args.verify_integrity,
-    )
+    try:
+        state = dist_checkpointing.load(
+            wanted,
+            str(folder),
+            _loading_strategy(parts),
+            validate_access_integrity=args.ckpt_load_validate_sharding_integrity,
+            strict=args.dist_ckpt_strictness,
+            verify_integrity=args.verify_integrity,
+        )
+    except CheckpointException as error:
+        changed = [
+            name for name in OF_OPTIMIZER if getattr(saved, name, None) != getattr(args, name)
+        ]
+        if not (with_optimizer and changed):
+            raise
+        flags = ", ".join(map(flag_of, changed))
+        raise UsageError(
+            f"the optimizer state in {folder} is of another form than this run's, which has other "
+            f"values of {flags}: give those of the run that saved it, or --no-load-optim."
+        ) from error
     set_checkpoint_version(state.get("checkpoint_version", 0))
     iteration = int(common["iteration"]) if goes_on else 0
     set_loaded_iteration(iteration)
@@ -209,6 +224,13 @@ def read(parts: Trained, folder: Path) -> int:
     torch.distributed.barrier()
     torch.cuda.empty_cache()
     return iteration
+
+
+OF_OPTIMIZER = (
+    *("optimizer", "bf16", "fp16", "use_distributed_optimizer"),
+    *("overlap_grad_reduce", "ddp_bucket_size", "ddp_num_buckets"),
+)
+"""Flags on which the form of optimizer state depends."""
 
 
 @dataclass
@@ -286,6 +308,8 @@ def _set_rng(state: dict[str, Any]) -> None:
     random.setstate(state["random_rng_state"])
     np.random.set_state(state["np_rng_state"])
     torch.set_rng_state(state["torch_rng_state"])
+    if state["cuda_rng_state"].shape != torch.cuda.get_rng_state().shape:
+        return  # of a GPU, on a CPU, or the other way round: its draws cannot go on here
     torch.cuda.set_rng_state(state["cuda_rng_state"])
     tracker = tensor_parallel.get_cuda_rng_tracker()
     in_graphs = tensor_parallel.is_graph_safe_cuda_rng_tracker(tracker)

@@ -98,6 +98,12 @@ class AveragedCheckpoint(TorchDistCheckpoint):
                 f"{self.iteration}: give at least 2, and at most as many."
             )
         self.earlier = [TorchDistCheckpoint(run, iteration=it) for it in kept[-count:-1]]
+        for other in self.earlier:
+            if other.specs != self.specs:
+                raise UsageError(
+                    f"--average {count}: {other.folder} has tensors of other sizes or types than "
+                    f"{self.folder}, as with another padding of the vocabulary: average fewer."
+                )
 
     def read_into(self, target: Tensor, name: str, *, start: int = 0) -> None:
         super().read_into(target, name, start=start)

@@ -284,7 +284,7 @@ def _whole(options: argparse.Namespace, source: Path) -> Iterator[Path]:
     Raises:
         UsageError: it cannot be written, or something would be lost.
     """
-    target = options.save
+    target = options.save.resolve()  # of a link, the folder that it points to
     for folder in (options.load, source):
         check_target(target, folder, overwrite=options.overwrite)
     hidden = partial_folder(target)

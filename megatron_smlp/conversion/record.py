@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_smlp import plugin_texts
 from megatron_smlp.command_line import flag_of
 
 SPECIAL = "special_token_ids"
@@ -60,6 +61,8 @@ def converted_record(
     before = before if before and "flags" in before else {}
     then, now = (sizes(given, before) for given in ({}, layout))
     dropped = {"padded_vocab_size"}  # model.json says it
+    if iteration is None:
+        dropped |= {"branch_from"}  # weights that begin anew are no branch
     if now["pipeline_model_parallel_size"] != then["pipeline_model_parallel_size"]:
         dropped |= OF_A_PIPELINE
     recorded = [str(argument) for argument in before.get("command_line", [])]
@@ -79,6 +82,7 @@ def converted_record(
         "layout": now,
         **({name: before[name] for name in ("data", "software") if iteration and name in before}),
         "tokenizer": before.get("tokenizer"),
+        "plugins": before.get("plugins") or plugin_texts.texts(),
         "flags": {**before["flags"], **changes} if before else {},
         **special,
     }

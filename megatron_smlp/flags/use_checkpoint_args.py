@@ -12,7 +12,12 @@ from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any
 
-from megatron_smlp.checkpoints.folders import iteration_folder, loading_order, release_folder
+from megatron_smlp.checkpoints.folders import (
+    is_same_folder,
+    iteration_folder,
+    loading_order,
+    release_folder,
+)
 from megatron_smlp.checkpoints.run_record import START_FLAGS, read_run_record
 from megatron_smlp.checkpoints.tokenizer_copy import FLAGS, found_tokenizer
 from megatron_smlp.errors import UsageError
@@ -37,7 +42,10 @@ def with_checkpoint_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) 
     load = known.load or known.save
     if load is None:
         raise UsageError(f"{FLAG} takes the flags of a checkpoint: say which one by --load.")
-    arguments = _recorded_arguments(load, known.ckpt_step)
+    start = known.branch_from
+    if start and not iteration_folder(load, start).is_dir():  # as --keep-last may have it
+        start = None
+    arguments = _recorded_arguments(load, known.ckpt_step or start)
     options = actions_of(parser)
     given = {action.dest for action, _ in _groups(options, own) if action}
     replaced = START_FLAGS | given | replaced_by(given)
@@ -47,13 +55,15 @@ def with_checkpoint_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) 
         if word not in options and (flag := word.replace("--no-", "--", 1)) in options
     }
     own = [word for word in own if word not in negated]
+    is_told = {"save", "finetune"} & given or "--save" in negated.values()
+    if is_told and not is_same_folder(known.save, load):
+        replaced |= {"branch_from"}  # what goes on elsewhere is no branch of that run
     kept: list[str] = []
     for action, group in _groups(options, arguments):
         if group[0].split("=")[0] in negated.values():
             continue
         if action and action.dest not in replaced:
             kept += _with_copy(group, Path(load)) if action.dest in FLAGS else group
-    is_told = {"save", "finetune"} & given or "--save" in negated.values()
     where = [] if is_told else ["--save", load]
     where += [] if "load" in given else ["--load", load]
     if where and (log_dir := _value(options, arguments, "log_dir")) and "log_dir" not in given:

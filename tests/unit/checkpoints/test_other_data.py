@@ -54,6 +54,8 @@ def test_a_resume_on_other_data_wants_a_flag(tmp_path: Path, capfd: pytest.Captu
     assert "holds other data" not in capfd.readouterr().out
     assert iterations(run) == [2, 4, 6]
     _write(tmp_path / "data", seed=3)
+    with pytest.raises(UsageError, match="holds other data than at iteration 4"):
+        carry_on(f"--load {run} --use-checkpoint-args --ckpt-step 4")  # allowed once
     carry_on(f"{_words(prefix, tmp_path / 'tuned')} --load {run} --finetune --train-iters 2")
     assert iterations(tmp_path / "tuned") == [2]
 

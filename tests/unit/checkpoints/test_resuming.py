@@ -2,17 +2,22 @@
 
 import contextlib
 import json
+import random
 import shutil
 from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from megatron.core import tensor_parallel
 from support import checkpoints
 from support.checkpoints import assert_ends_like, carry_on, flip_a_bit, pretrain
-from support.in_process import MINIMAL, pretrained
+from support.in_process import MINIMAL, prepare_megatron, pretrained
 from support.launches import records, steps
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_smlp.checkpoints import state
 from megatron_smlp.checkpoints.folders import RUN, iteration_folder, iterations, tracked_iteration
 from megatron_smlp.checkpoints.run_record import read_run_record
 from megatron_smlp.errors import UsageError
@@ -97,6 +102,49 @@ def test_a_resumed_run_profiles_the_steps_that_are_named(run: Path, tmp_path: Pa
     events = f"--tensorboard-dir {tmp_path / 'events'}"
     pretrain(f"--save {run} --ckpt-step 4 --profile --use-pytorch-profiler {steps} {events}")
     assert list((tmp_path / "torch_profile").iterdir())
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--no-save-optim", "--no-save-optim --use-distributed-optimizer", "--no-save-rng"],
+)
+def test_what_is_saved_no_more_is_still_read(run: Path, finished_run: Path, flags: str):
+    pretrain(f"--save {run} --ckpt-step 4 {flags}")
+    assert steps(run) == steps(finished_run)
+
+
+@pytest.mark.parametrize(
+    ("saved", "changed", "named"),
+    [
+        ("", "--bf16", "--bf16"),
+        ("", "--optimizer muon", "--optimizer"),
+        ("--use-distributed-optimizer --optimizer-checkpoint data_parallel",
+         "--overlap-grad-reduce --ddp-bucket-size 500", "--overlap-grad-reduce, --ddp-bucket-size"),
+    ],
+)  # fmt: skip
+def test_optimizer_state_of_another_form(tmp_path: Path, saved: str, changed: str, named: str):
+    words = f"--save {tmp_path} {saved}"
+    pretrain(f"{words} --exit-interval 2")
+    message = rf"optimizer state in .*iter_0000002 is of another form .* {named}: .*--no-load-optim"
+    with pytest.raises(UsageError, match=message):
+        pretrain(f"{words} {changed}")
+    pretrain(f"{words} {changed} --no-load-optim --exit-interval 4")
+    assert tracked_iteration(tmp_path) == 4
+
+
+def test_random_states_of_another_device():
+    """A GPU's are 16 bytes, which say nothing here."""
+    prepare_megatron()
+    tracker = tensor_parallel.get_cuda_rng_tracker()
+    before = torch.get_rng_state(), tracker.get_states()
+    of_gpu = torch.zeros(16, dtype=torch.uint8)
+    state._set_rng({
+        "random_rng_state": random.getstate(), "np_rng_state": np.random.get_state(),
+        "torch_rng_state": before[0], "cuda_rng_state": of_gpu,
+        "rng_tracker_states": {"model-parallel-rng": of_gpu},
+    })  # fmt: skip
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert tracker.get_states().keys() == before[1].keys()
 
 
 def test_a_run_from_anothers_weights_goes_on(run: Path, tmp_path: Path, capfd: Capture):
@@ -205,6 +253,16 @@ class TestABranch:
         carry_on(f"--load {trunk} --use-checkpoint-args {self.BRANCH} --save {tmp_path / 'short'}")
         assert_ends_like(tmp_path / "short", whole, iteration=8)
         assert iterations(trunk) == [2, 4, 6, 8, 10, 12]
+        elsewhere = f"--load {whole} --use-checkpoint-args --save {tmp_path / 'elsewhere'}"
+        carry_on(f"{elsewhere} --finetune --train-iters 2")
+        assert iterations(tmp_path / "elsewhere") == [2]
+
+    def test_its_flags_are_those_of_where_it_begins(self, tmp_path: Path):
+        run, branch = tmp_path / "run", tmp_path / "branch"
+        pretrain(f"{self.CONSTANT} --save {run} --exit-interval 4")
+        pretrain(f"{self.CONSTANT} --save {run} --lr 5e-3 --exit-interval 6")
+        carry_on(f"--load {run} --use-checkpoint-args {self.BRANCH} --save {branch}")
+        assert next(r["learning_rate"] for r in records(branch) if "loss" in r) == 1e-2
 
     def test_its_samples_are_in_the_runs_order(self):
         """Of several epochs, Megatron's order is that of their number."""

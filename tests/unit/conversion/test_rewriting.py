@@ -132,3 +132,26 @@ def test_the_mean_of_the_last_checkpoints(tmp_path: Path):
     for count in (1, 5):
         with pytest.raises(UsageError, match=f"--average {count}: .* holds 4 checkpoints"):
             run(convert.torch_dist_to_hf, saved, tmp_path / "more", average=count)
+
+
+def test_no_mean_of_checkpoints_of_other_sizes(tmp_path: Path):
+    """Of another padding of the vocabulary, which may change within a run."""
+    words = f"{MODEL} --save {tmp_path / 'run'} --save-interval 1"
+    with pretrained(f"{words} --train-iters 1"):
+        pass
+    with pretrained(f"{words} --train-iters 2 --padded-vocab-size 104"):
+        pass
+    with pytest.raises(UsageError, match=r"--average 2: .*iter_0000001 has tensors of other sizes"):
+        run(convert.torch_dist_to_hf, tmp_path / "run", tmp_path / "mean", average=2)
+
+
+def test_a_link_to_another_place_stays(tmp_path: Path):
+    with pretrained(f"{MODEL} --train-iters 1 --save {tmp_path / 'run'}"):
+        pass
+    big, link = tmp_path / "big", tmp_path / "exported"
+    link.symlink_to(big)
+    for _ in range(2):
+        run(convert.torch_dist_to_hf, tmp_path / "run", link, overwrite=big.exists())
+    assert link.is_symlink()
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "big", "exported"}
+    assert (big / "model.safetensors").is_file()
