@@ -504,8 +504,10 @@ class Registry:
         return kind
 
     def update[Function: Callable[..., None]](self, function: Function) -> Function:
-        """Register a function that changes state once a step, behind the optimizer's update:
-        `f(models, skipped=bool)`, on every rank; see training.events.Update."""
+        """Register a function that changes buffers once a step, behind the optimizer's update:
+        `f(models, skipped=bool)`, on every rank; see training.events.Update. In bf16 and fp16 a
+        weight has to be changed in `parameter.main_param` too, from which the next step makes it.
+        """
         self.updates.append(function)
         return function
 

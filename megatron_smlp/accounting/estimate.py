@@ -244,7 +244,7 @@ def uncounted(values: Mapping[str, Any]) -> list[str]:
     return [
         name
         for name, value in values.items()
-        if value not in (None, False, _UNCOUNTED.get(name))
+        if value not in (None, False, default := _UNCOUNTED.get(name)) and [value] != default
         if name in _UNCOUNTED or not (name in known or flag_of(name) in taken)
     ]
 

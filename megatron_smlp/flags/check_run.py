@@ -128,6 +128,11 @@ def check_schedule(args: argparse.Namespace) -> None:
             f"--min-lr {args.min_lr} is over --lr {args.lr}: the learning rate decays from the "
             "second to the first. Lower --min-lr."
         )
+    if args.profile and args.train_iters and args.profile_step_end > args.train_iters:
+        raise UsageError(
+            f"--profile-step-end {args.profile_step_end} is over --train-iters {args.train_iters}: "
+            "nothing would be written. Give both, or more steps."
+        )
     _check_validation_sets(args)
     if (args.eval_iters or args.full_validation) and not has_data(args, "valid"):
         flag, rest = f"--eval-iters {args.eval_iters}", "give --eval-iters 0"

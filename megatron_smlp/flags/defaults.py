@@ -98,6 +98,8 @@ def _fill_in_token_router(args: argparse.Namespace) -> None:
         # Megatron reads a list of numbers, for its several losses; here there is one.
         args.moe_aux_loss_coeff = float(args.moe_aux_loss_coeff[0])
     args.moe_router_pre_softmax = weighs_all_experts(args.token_router, args.moe_router_topk)
+    if "moe_token_dispatcher_type" not in given:
+        args.moe_token_dispatcher_type = "alltoall"  # all-gather sends every token to every rank
     if "moe_token_drop_policy" not in args.explicit_flags:
         # By probability, later tokens push out earlier ones.
         args.moe_token_drop_policy = "position"

@@ -94,9 +94,7 @@ def _rendezvous(environment: Mapping[str, str]) -> RendezvousSettings:
         keeper = "machine 0" if kind == HOST else "the machine with the server"
         address = _given(environment, "MASTER_ADDR", f"the name or address of {keeper}")
         _given(environment, "MASTER_PORT", f"a free port on {keeper}")
-        port = whole_number(environment, "MASTER_PORT")
-        if not 0 < port < 1 << 16:
-            raise UsageError(f"MASTER_PORT={port}: give a port from 1 to 65535.")
+        port = port_number(environment, "MASTER_PORT")
     return RendezvousSettings(
         kind=kind,
         address=address,
@@ -158,3 +156,15 @@ def whole_number(environment: Mapping[str, str], name: str, *, default: str = ""
     if not re.fullmatch(r"\d{1,9}", text):
         raise UsageError(f"{name}={text}: give a whole number.")
     return int(text)
+
+
+def port_number(environment: Mapping[str, str], name: str) -> int:
+    """Return a variable's value.
+
+    Raises:
+        UsageError: it is no port.
+    """
+    port = whole_number(environment, name)
+    if not 0 < port < 1 << 16:
+        raise UsageError(f"{name}={port}: give a port from 1 to 65535.")
+    return port

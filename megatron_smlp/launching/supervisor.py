@@ -43,8 +43,8 @@ from megatron_smlp.launching.settings import (
     HOST,
     RendezvousSettings,
     Settings,
+    port_number,
     read,
-    whole_number,
 )
 from megatron_smlp.launching.training_argv import (
     FROM_CHECKPOINT,
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The rendezvous' thread may be inside the store: an interpreter that ends aborts on it.
         os._exit(code)
     if options.what == "serve":
-        return serve(whole_number({"serve": options.argv[0]}, "serve"))
+        return serve(port_number({"serve": options.argv[0]}, "serve"))
     several = options.what == "several-nodes"
     return Supervisor(read(os.environ, several=several), options.argv).run()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import shutil
 import subprocess
@@ -96,12 +97,14 @@ def check_counts(argv: Sequence[str], *, machines: range, processes: int) -> Non
     if len(machines) == 1:
         return
     nodes = f"NNODES={machines[0]}:{machines[-1]}"
-    batch = given("--global-batch-size", argv)
-    if batch is None and not is_on(FROM_CHECKPOINT, argv):
-        raise UsageError(f"{nodes} changes the batch with the machines: give --global-batch-size.")
     sizes = {name: _number(flag_of(name), argv) or default for name, default in SIZES.items()}
-    for count in machines:
-        layout = argparse.Namespace(**sizes, world_size=count * processes)
+    batches = [sizes.pop("global_batch_size")]
+    if schedule := given("--step-batch-size-schedule", argv):  # 0:32,64:64
+        batches = [int(batch) for batch in re.findall(r":\s*(\d+)", str(schedule))]
+    if batches == [None] and not is_on(FROM_CHECKPOINT, argv):
+        raise UsageError(f"{nodes} changes the batch with the machines: give --global-batch-size.")
+    for count, batch in itertools.product(machines, batches):
+        layout = argparse.Namespace(**sizes, global_batch_size=batch, world_size=count * processes)
         try:
             check_layout(layout)
         except UsageError as error:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from functools import cache
 
 from torch import Tensor
@@ -68,3 +70,14 @@ def rows_ready(tensor: Tensor) -> Tensor:
 def strided(tensor: Tensor) -> tuple[Tensor, int, int]:
     """Return what a kernel is told of [T, B, K]: the tensor, strides of tokens and of samples."""
     return tensor, tensor.stride(0), tensor.stride(1)
+
+
+@contextlib.contextmanager
+def unsaid() -> Iterator[None]:
+    """Say nothing here of what runs without kernels; it is said when it runs so again."""
+    _LOGGER.disabled = True
+    try:
+        yield
+    finally:
+        _LOGGER.disabled = False
+        _say_once.cache_clear()

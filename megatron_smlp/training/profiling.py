@@ -40,6 +40,10 @@ class Profiler(Listener):
         else:
             self._begin(outcome.iteration)
 
+    def stopping(self, iteration: int) -> None:
+        if self.is_on:
+            self._end()
+
     def _begin(self, done: int) -> None:
         """Before the step behind `done` steps."""
         if self.recorder:

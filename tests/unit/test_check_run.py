@@ -53,6 +53,7 @@ WHOLE = "--full-validation --multiple-validation-sets --train-data-path t --vali
         f"{EVALUATED} --split 100,0,0",
         f"{EVALUATED} --split 1",
         "--full-validation --split 100,0,0",
+        "--profile-step-end 5 --profile --use-pytorch-profiler --tensorboard-dir t",
         f"{EVALUATED} --train-data-path a",
         "--split 9,1,0 --train-data-path a --valid-data-path b",
         "--mock-data --data-path x",

@@ -154,6 +154,7 @@ def test_what_is_not_counted_is_refused(
     assert f"--no-{flag} leaves it out" in error
     assert main(["--config", str(config), f"--no-{flag}"]) == 0
     assert uncounted({"optimizer": "adam", "fp8_format": None, "use_torch_fsdp2": False}) == []
+    assert uncounted({"recompute_modules": "core_attn"}) == []  # as of a command line
 
 
 def test_traffic_by_hand():

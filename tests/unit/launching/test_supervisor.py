@@ -331,6 +331,7 @@ def test_sigterm_lets_the_ranks_end_well(tmp_path: Path):
         ("--global-batch-size 256", "with 3 machines, --global-batch-size 256"),
         ("--global-batch-size=192 --pipeline-model-parallel-size 3", "2 machines, --pipeline-mod"),
         ("--global-batch-size 192 --expert-model-parallel-size 16", "3 machines, --expert-model-"),
+        ("--step-batch-size-schedule 0:192,64:256", "with 3 machines, --global-batch-size 256"),
         ("--global-batch-size x", "^--global-batch-size x: give a whole number of 1 or more"),
         ("--global-batch-size 192 --tensor-model-parallel-size 0", "^--tensor-model-parallel-.* 0"),
     ],
@@ -344,9 +345,12 @@ def test_a_number_of_machines_that_could_not_go_on(flags: str, named: str):
 def test_numbers_of_machines_that_can_go_on():
     check_counts(["--global-batch-size", "192"], machines=range(2, 5), processes=8)
     check_counts([], machines=range(2, 3), processes=8)
+    schedule = ["--step-batch-size-schedule", "0:192,64:384"]
+    check_counts(schedule, machines=range(2, 5), processes=8)
     check_counts(["--use-checkpoint-args"], machines=range(2, 5), processes=8)
 
 
 def test_the_port_of_a_store_is_a_number():
-    with pytest.raises(UsageError, match="serve=x: give a whole number"):
-        supervisor.main(["serve", "x"])
+    for port, said in (("x", "give a whole number"), ("70000", "give a port from 1")):
+        with pytest.raises(UsageError, match=f"serve={port}: {said}"):
+            supervisor.main(["serve", port])

@@ -120,6 +120,16 @@ def test_without_a_driver_it_is_said_once(
     assert "\n" not in line
 
 
+def test_what_runs_for_a_question_is_said_when_it_runs_again(
+    on_cuda: Any, forgotten: Any, caplog: pytest.LogCaptureFixture
+):
+    with triton_ready.unsaid():
+        use_kernels("mixing", on_cuda)
+    assert not caplog.records
+    use_kernels("mixing", on_cuda)
+    assert len(caplog.records) == 1
+
+
 @pytest.mark.parametrize(
     ("arch", "shared", "reason"),
     [
