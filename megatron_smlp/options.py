@@ -158,7 +158,7 @@ class ModelOptions:
 
 @dataclass
 class RunOptions:
-    """Flags of the run, around Megatron's training loop."""
+    """Flags of the run: saving, resuming, reports."""
 
     config: str | None = option(None, of_one_start=True)
     """YAML file of flags, with hyphens or underscores; flags on the command line win over it. Given
@@ -173,7 +173,7 @@ class RunOptions:
 
     dry_run: bool = option(False, of_one_start=True)
     """Print the resolved configuration, where each value comes from, the layer table, parameters
-    and FLOPs, then exit."""
+    and FLOPs, then exit. No data is read."""
 
     platform: Literal["auto", "cpu"] = option("auto", of_one_start=True)
     """auto: CUDA devices where torch finds them, else the CPU, unless the machine has an NVIDIA
@@ -188,9 +188,10 @@ class RunOptions:
     folder is loaded instead, and the run says so."""
 
     branch_from: int | None = option(None, least=1)
-    """Decay from this iteration of --load on, over --lr-wsd-decay-iters (default: a quarter of it)
-    to --min-lr, and end there. All other flags are those of the run in --load, whose samples come
-    in the same order; --save is a folder of the branch's own."""
+    """Of a run with --lr-decay-style constant: decay from this iteration of --load on, over
+    --lr-wsd-decay-iters (default: a quarter of it) to --min-lr, and end there. All other flags are
+    those of the run in --load, whose samples come in the same order; --save is a folder of the
+    branch's own."""
 
     keep_last: int | None = option(None, least=1)
     """Keep this many of the last checkpoints in --save and delete older ones, each time that a new

@@ -94,7 +94,7 @@ def _causal(name: str, kind: type[Mixer], *, training: bool = False) -> Row:
     reads = "another token" if issubclass(kind, ChannelMixer) else "a later token"
     return close(
         name, f"outputs before a changed token, each of {LENGTH}, {mode}", worst, 0.0,
-        f"in {mode} an output reads {reads}: token {where} changes one that may not know of it",
+        f"in {mode} an output reads {reads}: changing token {where} changes the output at another",
     )  # fmt: skip
 
 

@@ -96,7 +96,7 @@ NEEDS = (
     # Else it would add parameters that nothing here counts.
     Need("biases (no --disable-bias-linear)", lambda args: args.add_bias_linear, ("add_qkv_bias",)),
     Need(
-        "a layer with an FFN, which none is",
+        "a layer with an FFN (a Transformer's, or token experts)",
         _has_ffn,
         ("swiglu", "quick_geglu", "glu_linear_offset", "activation_func_clamp_value"),
     ),
@@ -235,7 +235,7 @@ def check_needs(args: argparse.Namespace) -> None:
     for what, is_met, names in NEEDS:
         for name in requested(args, names):
             if not is_met(args):
-                raise UsageError(f"{said(args, name)} needs {what}: give both, or leave it out.")
+                raise UsageError(f"{said(args, name)} needs {what}, or is left out.")
 
 
 def refuse_unless(args: argparse.Namespace, choice: str) -> None:

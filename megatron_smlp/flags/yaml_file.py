@@ -165,6 +165,8 @@ def _parsed(path: Path, *, name: str, ready: str) -> tuple[Any, yaml.Node | None
         return (None if node is None else loader.construct_document(node)), node
     except FileNotFoundError as error:
         raise UsageError(f"{name}: no such file; {ready} holds ready ones.") from error
+    except IsADirectoryError as error:
+        raise UsageError(f"{name} is a folder: give a file in it.") from error
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UsageError(f"{name} cannot be read as YAML: {reason}") from error

@@ -12,6 +12,8 @@ COLLAPSED = 0.8
 """A router has collapsed where the entropy of its load is under this share of log E."""
 CLOSED_GATE = 0.01
 """Under this weight a token gets next to nothing of its expert, and the expert no gradient."""
+EARLY = 20
+"""Steps in which a router may still be as it was drawn."""
 CLOSED = 0.5
 """A router has collapsed, too, where more than this share of its choices weigh less than that."""
 
@@ -34,6 +36,8 @@ class CollapseWatch:
 
         title: of an evaluation; empty in training.
         """
+        if iteration < EARLY:
+            return
         when = f"{iteration} {title}".rstrip()
         for key, load in loads.items():
             if key.kind in self.fixed:

@@ -50,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
         )
         command.add_argument("study", type=Path, metavar="STUDY", help="file of studies/")
         for flag, default, help_text in (
-            ("--runs", RUNS, f"of all runs ({RUNS})"),
+            ("--runs", RUNS, f"of all runs (default: {RUNS})"),
             ("--data", DATA, f"what examples/study_data.sh made (default: {DATA})"),
             ("--results", None, "CSV files and report (default: studies/results/NAME/HARDWARE)"),
         ):

@@ -1,1 +1,1 @@
-"""A pretraining run around Megatron's loop: data, step, reporting, signals."""
+"""A pretraining run: loop, step, data, reporting, signals."""

@@ -105,7 +105,8 @@ def _leaks(layer: SlottedLayer, length: int, rotary: Any) -> Iterator[str]:
     scale = float(outputs[0].abs().max())
     early = change[: max(0, half - _offset(layer, len(change)))]
     if len(early) and not float(early.max()) <= TOLERANCE * scale:
-        kind = type(layer.self_attention).__name__
+        mixer = layer.self_attention
+        kind = type(getattr(mixer, "mixer", mixer)).__name__  # of a plugin, its own class
         yield (
             f"layer {layer.layer_number} ({kind}) reads later positions: with other inputs from "
             f"position {half} on, its output before that changes by {float(early.max()):.2g}, of "

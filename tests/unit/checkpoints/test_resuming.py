@@ -271,6 +271,11 @@ class TestABranch:
         branch.iteration, branch.consumed_train_samples = 4, 8
         assert _training_samples(branch) == 24
 
+    def test_a_run_whose_rate_decays_has_no_branch(self, run: Path, tmp_path: Path):
+        flags = f"--load {run} --use-checkpoint-args --branch-from 4 --save {tmp_path / 'branch'}"
+        with pytest.raises(UsageError, match=r"--branch-from 4: .* with --lr-decay-style linear"):
+            carry_on(flags)
+
     @pytest.mark.parametrize(
         ("flags", "message"),
         [

@@ -11,6 +11,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from support.in_process import pretrained
 from support.launches import launch_calls, records
 
+from megatron_smlp import plugin_files
 from megatron_smlp.errors import UsageError
 from megatron_smlp.layers.spatial_gating import SpatialGating
 
@@ -45,6 +46,23 @@ def test_a_look_at_the_next_token(tmp_path: Path, precision: str, monkeypatch: p
         pass
     assert "\n" not in str(error.value)
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_plugin_is_called_by_its_own_name(tmp_path: Path):
+    path = tmp_path / "ahead.py"
+    path.write_text(
+        "from megatron_smlp.plugins import TokenMixer, register\n@register('ahead')\n"
+        "class Ahead(TokenMixer):\n    def forward(self, value):\n"
+        "        return value.roll(-1, 1)\nregister.architecture('ahead', mixer='ahead')\n"
+    )
+    plugin_files.load(str(path))
+    for more in ("--dry-run", f"--log-dir {tmp_path}"):
+        with (
+            pytest.raises(UsageError, match=MESSAGE.format(1, "Ahead")),
+            pretrained(f"--architecture ahead {more}"),
+        ):
+            pass
 
 
 def test_a_dry_run_asks_a_layer_of_each_kind(
