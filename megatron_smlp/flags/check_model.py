@@ -13,11 +13,8 @@ from megatron_smlp.systems import ARCHITECTURES, LayerSlots, layer_slots, load
 def check_model(args: argparse.Namespace) -> None:
     """Check the sizes of the layers, and how they are cut over ranks."""
     for name in ("num_layers", "hidden_size", "seq_length", "micro_batch_size"):
-        value = getattr(args, name)
-        if value is None:
+        if getattr(args, name) is None:
             raise UsageError(f"{flag_of(name)} is missing: give it, or a --config that has it.")
-        if value < 1:
-            raise UsageError(f"{flag_of(name)} {value}: give 1 or more.")
     kind = ARCHITECTURES[args.architecture]
     if kind.attends:
         check_attention(args)

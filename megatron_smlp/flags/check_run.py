@@ -26,6 +26,9 @@ from megatron_smlp.partial_prediction import suffix_start
 from megatron_smlp.platform import cpu
 
 LEAST = {
+    "num_layers": 1,
+    "hidden_size": 1,
+    "seq_length": 1,
     "train_iters": 1,
     "train_samples": 1,
     "micro_batch_size": 1,

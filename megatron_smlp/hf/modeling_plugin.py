@@ -218,5 +218,7 @@ class SMLPPluginModel(_WithPlugins, SMLPModel):
 class SMLPPluginForCausalLM(_WithPlugins, SMLPForCausalLM):
     """The model with its output layer."""
 
+    body = SMLPPluginModel
+
 
 __all__ = ["SMLPPluginForCausalLM", "SMLPPluginModel"]

@@ -1583,10 +1583,11 @@ class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {  # noqa: RUF012 - transformers reads it as a class attribute
         "lm_head.weight": "model.embed_tokens.weight"
     }
+    body = SMLPModel
 
     def __init__(self, config: SMLPConfig) -> None:
         super().__init__(config)
-        self.model = SMLPModel(config)
+        self.model = self.body(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self._suppress_padding()
         self.post_init()

@@ -166,5 +166,5 @@ def test_layers_of_what_is_not_installed(parse: Parse, monkeypatch: pytest.Monke
 
 
 def test_a_profile_has_a_folder_beside_the_log(parse: Parse, tmp_path: Path):
-    words = f"{GMLP} --profile --use-pytorch-profiler --log-dir {tmp_path}"
+    words = f"{GMLP} --profile --profile-step-end 4 --use-pytorch-profiler --log-dir {tmp_path}"
     assert parse(words).tensorboard_dir == f"{tmp_path}/tensorboard"

@@ -289,7 +289,7 @@ def test_flags_of_experts_that_are_not_there(parse: Parse, parser: ArgumentParse
         f"--architecture gmlp --swiglu {EXPERTS}",
         "--architecture gmlp --squared-relu --position-embedding-type learned_absolute",
         "--architecture smlp --num-feature-experts 8 --feature-router none",
-        "--architecture gmlp --profile --use-pytorch-profiler --log-dir x",
+        "--architecture gmlp --profile --profile-step-end 4 --use-pytorch-profiler --log-dir x",
     ],
 )
 def test_what_works_is_allowed(

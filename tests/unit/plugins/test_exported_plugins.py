@@ -80,6 +80,11 @@ def built(made: SMLPConfig) -> nn.Module:
 def test_what_is_not_saved_is_computed_again(tmp_path: Path):
     load(tmp_path, MEAN)
     model = built(config("mean"))
+    assert all(
+        torch.equal(weight, torch.ones_like(weight))
+        for name, weight in model.named_parameters()
+        if name.endswith("scale.weight")
+    )
     model.save_pretrained(tmp_path / "hf")
     again = type(model).from_pretrained(tmp_path / "hf").eval()
     ids = make_ids(2, 9)
