@@ -77,9 +77,14 @@ def load(name: str) -> PluginFile:
     known = LOADED.get(path.stem)
     if known is not None and known.path == path:
         return known
-    if known is not None or path.stem in EXPORTED or not path.stem.isidentifier():
-        why = f"and {known.path} have one name" if known else "has no module's name"
-        why = "has the name of a file of exported models" if path.stem in EXPORTED else why
+    why = None
+    if known is not None:
+        why = f"and {known.path} have one name"
+    elif path.stem in EXPORTED:
+        why = "has the name of a file of exported models"
+    elif not path.stem.isidentifier():
+        why = "has no module's name"
+    if why:
         raise UsageError(f"{FLAG} {name} {why}: rename the file.")
     from megatron_smlp.plugins import register
 

@@ -140,17 +140,21 @@ def compute_tables(model: nn.Module) -> None:
     """Compute the buffers of plugins' classes that are not saved (persistent=False): a model that
     was built without values, as from_pretrained builds it, has none in them."""
     for own in model.modules():
-        if not isinstance(own, Mixer | TokenRouter | FeatureRouter):
-            continue
-        if any(part._non_persistent_buffers_set for part in own.modules()):
-            again = type(own)(**own.made_of)
-            for part, new in zip(own.modules(), again.modules(), strict=True):
-                for name in part._non_persistent_buffers_set:
-                    before, value = part._buffers[name], new._buffers[name]
-                    if before is not None and value is not None:
-                        device = "cpu" if before.is_meta else before.device
-                        dtype = value.dtype if isinstance(own, TokenRouter) else before.dtype
-                        part._buffers[name] = value.to(device, dtype)
+        if isinstance(own, Mixer | TokenRouter | FeatureRouter) and _tables_of(own):
+            made = _tables_of(type(own)(**own.made_of))
+            for (part, name, before), (_, _, value) in zip(_tables_of(own), made, strict=True):
+                device = "cpu" if before.is_meta else before.device
+                dtype = value.dtype if isinstance(own, TokenRouter) else before.dtype
+                part._buffers[name] = value.to(device, dtype)
+
+
+def _tables_of(module: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
+    return [
+        (part, name, buffer)
+        for part in module.modules()
+        for name, buffer in part._buffers.items()
+        if name in part._non_persistent_buffers_set and buffer is not None
+    ]
 
 
 class Weight(nn.Module):

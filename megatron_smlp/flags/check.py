@@ -97,15 +97,16 @@ def _check_branch(args: argparse.Namespace) -> None:
     own = ((read_run_record(newest) if newest else None) or {}).get("flags", {})
     if is_same_folder(args.load, args.save) and own.get("branch_from") != args.branch_from:
         raise UsageError(f"{flag} would go on in the folder that it leaves: give another --save.")
-    start = iteration_folder(args.load, args.branch_from)
-    if args.ckpt_step and not start.is_dir():
-        raise UsageError(f"{flag}: {args.load} holds no checkpoint of that iteration.")
-    then = (read_run_record(start) or {}).get("flags", {})
-    if (style := then.get("lr_decay_style", "constant")) != "constant" and args.ckpt_step:
-        raise UsageError(
-            f"{flag}: {args.load} was trained with --lr-decay-style {style}, and a branch leaves a "
-            "constant rate: train with --lr-decay-style constant."
-        )
+    if args.ckpt_step:  # else it goes on from a checkpoint of its own
+        start = iteration_folder(args.load, args.ckpt_step)
+        if not start.is_dir():
+            raise UsageError(f"{flag}: {args.load} holds no checkpoint of that iteration.")
+        then = (read_run_record(start) or {}).get("flags", {})
+        if (style := then.get("lr_decay_style", "constant")) != "constant":
+            raise UsageError(
+                f"{flag}: {args.load} was trained with --lr-decay-style {style}, and a branch "
+                "leaves a constant rate: train with --lr-decay-style constant."
+            )
     if args.train_iters > length:
         raise UsageError(
             f"{flag} with --lr-wsd-decay-iters {args.lr_wsd_decay_iters} ends at iteration "

@@ -11,7 +11,7 @@ from support.smlp_systems import VOCABULARY, make_ids
 from torch import nn
 from unit.plugins.test_checks import GOOD
 
-from megatron_smlp import plugin_files, plugin_texts
+from megatron_smlp import options, plugin_files, plugin_texts
 from megatron_smlp.errors import UsageError
 from megatron_smlp.hf.configuration_smlp import SMLPConfig
 
@@ -113,9 +113,9 @@ def test_a_checkpoint_generates_what_its_export_does(tmp_path: Path):
 
 def test_buffers_of_a_routers_rule_stay_in_fp32(tmp_path: Path):
     plugin_files.load(str(REPOSITORY / "plugins" / "threshold.py"))
-    options = {name: plugin_files.options.DEFAULTS[name]
-               for name in plugin_files.options.PLUGIN_OPTIONS}  # fmt: skip
-    plugin = {"files": plugin_texts.recorded(), "options": options, "layers": None}
+    values = {name: options.DEFAULTS[name]
+               for name in options.PLUGIN_OPTIONS}  # fmt: skip
+    plugin = {"files": plugin_texts.recorded(), "options": values, "layers": None}
     made = config(
         "transformer", plugin=plugin, token_router="threshold", num_experts=2, num_attention_heads=2
     )

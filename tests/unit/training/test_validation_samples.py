@@ -1,5 +1,6 @@
 """Every validation of a run reads the same samples, and so do runs of other seeds; how many."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from megatron_smlp.data.pairs.indexed import bin_path, idx_path, write_index
 from megatron_smlp.platform.one_process import one_process
 from megatron_smlp.training.data import run_datasets
 
+SCHEDULED = re.sub("--(micro-batch-size|global-batch-size|train-iters) [0-9]+", "", MINIMAL)
 RUN = "--architecture gmlp --lr 0 --eval-interval 2 --eval-iters 2 --log-interval 1"
 
 
@@ -139,9 +141,7 @@ def test_a_whole_validation_beside_a_share_for_tests(tmp_path: Path):
 def test_a_schedule_of_batches_reads_mixed_data_to_its_end(tmp_path: Path):
     """The last batch reads beyond --train-samples: 1, 4, then 7."""
     one, other = (random_pair(tmp_path / name, documents=30) for name in ("a", "b"))
-    base = MINIMAL.replace("--mock-data", f"--data-path 0.5 {one} 0.5 {other} --split 1,0,0")
-    for flag in ("--micro-batch-size 2", "--global-batch-size 2", "--train-iters 4"):
-        base = base.replace(flag, "")
+    base = SCHEDULED.replace("--mock-data", f"--data-path 0.5 {one} 0.5 {other} --split 1,0,0")
     flags = "--architecture gmlp --micro-batch-size 1 --train-samples 5 --eval-iters 0"
     flags += " --step-batch-size-schedule 0:1,16:3 --log-interval 1"
     flags += f" --save {tmp_path}"
@@ -154,9 +154,7 @@ def test_a_schedule_of_batches_reads_mixed_data_to_its_end(tmp_path: Path):
 def test_another_schedule_at_a_resume_ends_with_the_samples(tmp_path: Path):
     """Its steps are counted from where the run stands, not from the first sample."""
     flags = "--architecture gmlp --micro-batch-size 1 --train-samples 8 --eval-iters 0"
-    base = MINIMAL
-    for flag in ("--micro-batch-size 2", "--global-batch-size 2", "--train-iters 4"):
-        base = base.replace(flag, "")
+    base = SCHEDULED
     flags += f" --log-interval 1 --save {tmp_path} --step-batch-size-schedule"
     with pretrained(f"{flags} 0:1 --exit-interval 4", base=base):
         pass
