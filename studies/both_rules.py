@@ -4,7 +4,7 @@
     .venv/bin/python studies/both_rules.py
 
 Then: losses paired by seed, and Holm's steps over a claim for confirmations too. Now: decision 82.
-What is printed, from the CSV files in studies/results, is a part of docs/study-results.md.
+What is printed, from the CSV files in studies/results, is kept in studies/results/both-rules.md.
 """
 
 import sys
@@ -64,7 +64,7 @@ def by_pairs(page: Page, claim: Claim) -> list[tuple[Comparison, Difference, str
 
 
 def lines() -> Iterator[str]:
-    """Yield both tables: comparisons, and whole claims."""
+    """Yield the page: comparisons, and whole claims."""
     comparisons, claims, alike = [], [], 0
     for page in pages():
         for claim in (*page.claims, replace(page.others, name=PAIRS)):
@@ -82,6 +82,7 @@ def lines() -> Iterator[str]:
             if claim.name != PAIRS and both and before != claim.verdict:
                 claims.append(row(f"`{page.study.name}`", claim.name, before,
                                   f"**{claim.verdict}**"))  # fmt: skip
+    yield "# Verdicts that changed with the rule\n"
     yield from table("study", "comparison", "difference", "paired: 95 % interval, p after Holm",
                      "verdict", "now: 95 % interval, p after Holm", "verdict")  # fmt: skip
     yield from comparisons
