@@ -125,24 +125,33 @@ def usable(parser: argparse.ArgumentParser) -> set[str]:
 def refuse_untested(
     parser: argparse.ArgumentParser, argv: Sequence[str], *, allowed: Iterable[str]
 ) -> None:
-    """Refuse each flag of Megatron's that is not listed.
+    """Refuse the flags of Megatron's that are not listed.
 
     Args:
         argv: the command line, with the keys of --config as flags.
         allowed: the names that --allow-untested-flag gives, with or without hyphens.
 
     Raises:
-        UsageError: with the flag, and what to do.
+        UsageError: with all of them, and what to do.
     """
     let_through = {flag_of(name) for name in allowed}
     names = usable(parser)
-    for flag in (word.split("=")[0] for word in argv):
+    refused = []
+    for flag in dict.fromkeys(word.split("=")[0] for word in argv):
         action = parser._option_string_actions.get(flag)
         if action is None or action.dest in names:
             continue
         if not let_through.intersection((*action.option_strings, flag_of(action.dest))):
-            instead = f"give {RENAMED[flag]} in its place" if flag in RENAMED else "leave it out"
-            raise UsageError(
-                f"{flag} is not among the flags of Megatron that are tested here (docs/flags.md): "
-                f"{instead}, or give {ALLOW} {flag.lstrip('-')}."
-            )
+            refused.append(flag)
+    if refused:
+        instead = [
+            f"give {RENAMED[flag]} in place of {flag}" for flag in refused if flag in RENAMED
+        ]
+        if len(instead) < len(refused):
+            rest = "the others" if instead else "them" if refused[1:] else "it"
+            instead.append(f"leave {rest} out")
+        raise UsageError(
+            f"{', '.join(refused)} {'are' if refused[1:] else 'is'} not among the flags of "
+            f"Megatron that are tested here (docs/flags.md): {', '.join(instead)}, or give {ALLOW} "
+            f"{' '.join(flag.lstrip('-') for flag in refused)}."
+        )

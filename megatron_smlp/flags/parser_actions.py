@@ -38,10 +38,11 @@ def refuse_unknown(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None
         UsageError: there are others, or what belongs to none.
     """
     known, unknown = parser.parse_known_args(list(argv))
-    for word in unknown:
-        if word.startswith("-"):
-            flag = word.split("=")[0]
-            raise UsageError(f"{flag} is not a flag: {nearest(parser, flag)}")
+    flags = dict.fromkeys(word.split("=")[0] for word in unknown if word.startswith("-"))
+    if flags:
+        raise UsageError(
+            " ".join(f"{flag} is not a flag: {nearest(parser, flag)}" for flag in flags)
+        )
     if unknown:
         raise UsageError(f"'{unknown[0]}' belongs to no flag.")
     refuse_untested(parser, argv, allowed=known.allow_untested_flag or ())

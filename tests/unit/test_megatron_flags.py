@@ -84,6 +84,16 @@ class TestTheList:
             for name in (flag[2:], action.dest):
                 refuse_untested(parser, ["--lr", "1", flag], allowed=(name,))
 
+    def test_all_are_named_at_once(self, parser: ArgumentParser):
+        argv = ["--img-h", "1", "--use-flash-attn", "--patch-dim=2", "--img-h", "2", "--lr", "1"]
+        with pytest.raises(UsageError) as refused:
+            refuse_untested(parser, argv, allowed=())
+        assert str(refused.value) == (
+            "--img-h, --use-flash-attn, --patch-dim are not among the flags of Megatron that are "
+            "tested here (docs/flags.md): give --attention-backend in place of --use-flash-attn, "
+            "leave the others out, or give --allow-untested-flag img-h use-flash-attn patch-dim."
+        )
+
     @pytest.mark.parametrize("words", UNTRAINED)
     def test_what_no_test_trains_with_is_refused(self, parse: Parse, words: str):
         """And docs/gpus.md says so."""
