@@ -92,7 +92,11 @@ class Drawing:
         return figure
 
     def _losses_at_the_end(self, field: str, what: str) -> Figure:
-        names = self.measured.trained_on(field)
+        means = {
+            name: self.measured.at_end(field).mean(name).mean
+            for name in self.measured.trained_on(field)
+        }
+        names = sorted(means, key=lambda name: (math.isnan(means[name]), means[name]))
         figure, panel = _single(7.4, 1.2 + 0.4 * len(names))
         for line, name in enumerate(names):
             color = self.looks[name]["color"]
@@ -103,7 +107,7 @@ class Drawing:
                 panel.plot([low, high], [line, line], linewidth=2, color=color)
         labels = panel.set_yticks(range(len(names)), [self.systems[name].title for name in names])
         labels[names.index(self.study.subject)].label1.set_fontweight("bold")
-        panel.invert_yaxis()  # the first system on top
+        panel.invert_yaxis()  # the lowest loss on top
         panel.set_xlabel(f"validation loss{what} (nats per token)")
         panel.set_title(
             f"dots: seeds; stroke: mean; line: 95 % interval of {ENOUGH_FOR_BANDS} seeds or more",
