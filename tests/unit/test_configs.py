@@ -32,6 +32,7 @@ SYSTEMS = (
 )
 # Beside the paper's, without a file for its large models.
 NEIGHBOURS = ("mixer", "minhash")
+OF_STUDIES = ("samlp",)  # only of the size at which it was measured
 TOKEN_MOES = ("gshard", "switch", "base", "hash")
 # The regular Transformer, 24 layers of the width that is known, is 0.827: "about 0.8" in the paper.
 FOLDERS = {"cpu": 0.0134, "paper/regular": 0.827, "paper/large": 2.0}
@@ -39,7 +40,11 @@ VOCABULARY = {"cpu": 4096, "paper/regular": 50257, "paper/large": 50257}
 CONFIGS = [
     (folder, system)
     for folder in FOLDERS
-    for system in (*SYSTEMS, *(NEIGHBOURS if folder != "paper/large" else ()))
+    for system in (
+        *SYSTEMS,
+        *(NEIGHBOURS if folder != "paper/large" else ()),
+        *(OF_STUDIES if folder == "cpu" else ()),
+    )
 ]
 DATA = "--mock-data --tokenizer-type NullTokenizer --vocab-size"
 
@@ -55,7 +60,7 @@ def estimated(folder: str, system: str) -> dict[str, Any]:
 
 def test_every_system_is_there_and_nothing_else():
     found = {(str(p.parent.relative_to(REPOSITORY / "configs")), p.stem) for p in all_configs()}
-    assert found == set(CONFIGS), "SYSTEMS and NEIGHBOURS above say which files there are"
+    assert found == set(CONFIGS), "the names above say which files there are"
 
 
 def all_configs() -> Iterator[Path]:
