@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support.launches import REPOSITORY, clean_environment, free_port
+from support.launches import REPOSITORY, clean_environment
 from support.living import lives
+from support.ranks import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 

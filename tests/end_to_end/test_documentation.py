@@ -16,7 +16,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.launches import REPOSITORY, clean_environment, free_port, run_command
+from support.launches import REPOSITORY, clean_environment, run_command
+from support.ranks import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # the first case makes what all read
 PAGES = [

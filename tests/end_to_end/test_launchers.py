@@ -15,10 +15,10 @@ from support.launches import (
     TIME_LIMIT,
     Step,
     clean_environment,
-    free_port,
     run_command,
     steps,
 )
+from support.ranks import free_port
 
 EXAMPLES = REPOSITORY / "examples"
 CONFIG = "configs/cpu/smlp_deterministic.yaml"

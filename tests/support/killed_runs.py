@@ -15,12 +15,13 @@ import json
 import os
 import random
 import signal
-import socket
 import sys
 import time
 import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from support.ranks import free_port
 
 from megatron_smlp.program import readable_errors
 
@@ -67,9 +68,7 @@ class Run:
 
 def start(words: str, folder: Path, *, ranks: int) -> Run:
     """A training into `folder`."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     return Run(folder, [_start_rank(words, folder, rank, ranks, port) for rank in range(ranks)])
 
 

@@ -7,7 +7,9 @@ torchrun.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -22,6 +24,16 @@ from typing import Any
 
 REPOSITORY = Path(__file__).parents[2]
 TIME_LIMIT = 540  # seconds; less than pytest's own limit, which shows no rank's log
+
+
+def free_port() -> int:
+    """Return a port to listen on, below those that connections get (from 32768 on): one of theirs
+    could take it before it is listened on."""
+    while True:
+        port = 20_000 + secrets.randbelow(12_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def forkserver() -> BaseContext:
@@ -49,9 +61,7 @@ def run_ranks(
         log: what the ranks print.
         environment: all of it but what torchrun sets.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     places = [_place(rank, count, port) for rank in range(count)]
     ranks = [
         rank_process(context, work, arguments, log=log, environment={**environment, **place})

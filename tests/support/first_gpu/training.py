@@ -20,7 +20,8 @@ from typing import Any
 
 from support.first_gpu import sabotage
 from support.first_gpu.notes import Notes, Place
-from support.launches import Step, free_port, steps
+from support.launches import Step, steps
+from support.ranks import free_port
 from support.runs import ending_well, forget_run
 from support.systems import MODEL, SYSTEMS
 

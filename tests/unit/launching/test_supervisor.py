@@ -2,7 +2,6 @@
 
 import json
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from support.launches import REPOSITORY, clean_environment
+from support.ranks import free_port
 
 from megatron_smlp import commands
 from megatron_smlp.errors import UsageError
@@ -260,9 +260,7 @@ def test_ranks_that_always_fail(tmp_path: Path, what: str, code: int, times: int
 def test_whoever_waits_is_told_that_a_run_is_over(tmp_path: Path, kind: str):
     """Of three machines one is a spare. Nobody waits until REJOIN_TIMEOUT, and a later start finds
     nothing in its way."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     launch = [sys.executable, str(REPOSITORY / "tools" / "launch.py")]
     variables = {"RENDEZVOUS": kind, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     variables |= {"NPROC_PER_NODE": "1", "NNODES": "2", "SPARES": "1", "REJOIN_TIMEOUT": "10000"}

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from support.launches import free_port
+from support.ranks import free_port
 
 from megatron_smlp.errors import UnlikeRanksError
 from megatron_smlp.training import same_everywhere
