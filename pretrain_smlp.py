@@ -17,8 +17,8 @@ from megatron_smlp.flags.help import answered
 from megatron_smlp.launching.parent import AGENT_PID, end_with_agent
 from megatron_smlp.launching.training_argv import given, limit_connections
 from megatron_smlp.platform import choice
-from megatron_smlp.program import readable_errors
-from megatron_smlp.signals import StartUp, undisturbed_exit
+from megatron_smlp.program import readable_errors, whole_program
+from megatron_smlp.signals import StartUp
 from megatron_smlp.training.captured_output import CapturedOutput
 
 # What imports torch is imported inside: --help does without, --platform cpu hides the GPUs before.
@@ -75,7 +75,7 @@ def train(args: Any, **observers: Any) -> None:
 
 def run() -> None:
     """The command `smlp-pretrain`."""
-    with undisturbed_exit(), readable_errors("pretrain_smlp.py"):
+    with whole_program(), readable_errors("pretrain_smlp.py"):
         main(sys.argv[1:])
 
 

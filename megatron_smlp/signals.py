@@ -59,26 +59,15 @@ def noting_interruptions() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def holding_interruptions() -> Iterator[None]:
-    """Keep Ctrl-C, which reaches every process at a terminal, until the end of the block; a process
-    that is started in it never sees one, from its first instruction on: this one decides."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def held(*numbers: signal.Signals) -> Iterator[None]:
+    """Keep signals until the end of the block; a process that is started in it never sees one, from
+    its first instruction on. Ctrl-C reaches every process at a terminal, and a launcher's SIGTERM
+    all of a rank: the rank decides."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextlib.contextmanager
-def undisturbed_exit() -> Iterator[None]:
-    """Wrap a program's outermost block: after its end, Ctrl-C has nothing left to stop.
-
-    Exit functions take a second, and one that is interrupted prints a traceback.
-    """
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import functools
 import re
+import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -45,7 +46,7 @@ from megatron_smlp.checkpoints.tokenizer_copy import keep_tokenizer
 from megatron_smlp.collectives import from_first_rank, gathered
 from megatron_smlp.durable import remove_folder, replace_folder, text_of, write_durably
 from megatron_smlp.errors import SaveError, TakenOverError, UsageError
-from megatron_smlp.signals import holding_interruptions
+from megatron_smlp.signals import held
 
 FAILURES = (CheckpointException, SaveError)
 
@@ -189,7 +190,7 @@ class Saving:
                 add_share(folder, self.args.rank)
                 self.commit()
             else:
-                with holding_interruptions():
+                with held(signal.SIGINT):
                     self.queue.schedule_async_request(self._in_background(request, folder))
         except FAILURES as error:
             self._give_up(self.open[-1], error)

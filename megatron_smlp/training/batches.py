@@ -7,6 +7,7 @@ all of a run read the same samples.
 from __future__ import annotations
 
 import argparse
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from megatron.training.datasets.data_samplers import build_pretraining_data_load
 
 from megatron_smlp.collectives import gathered
 from megatron_smlp.data.blending import has_data
+from megatron_smlp.signals import held
 from megatron_smlp.training.data import run_datasets
 
 type PerChunk[T] = T | list[T]
@@ -123,8 +125,12 @@ def _whole(loader: Any) -> Iterator[Any]:
 
 
 def _begun(loader: Any) -> Iterator[Any]:
-    """Iterate over a loader, which draws a seed as it begins: from a CPU's generator of dropout."""
-    with torch.random.fork_rng(devices=[]):
+    """Iterate over a loader, which draws a seed as it begins: from a CPU's generator of dropout.
+
+    Its workers read on behind SIGTERM. torch would end one, and with it the run, that Megatron has
+    not reached yet.
+    """
+    with torch.random.fork_rng(devices=[]), held(signal.SIGTERM):
         return iter(loader)
 
 

@@ -10,8 +10,7 @@ from support.launches import REPOSITORY, clean_environment, run_command
 # Ends as torch's writers do: an object, held by a frame of the interruption, that complains late.
 INTERRUPTED = """
 import os
-from megatron_smlp.program import readable_errors
-from megatron_smlp.signals import undisturbed_exit
+from megatron_smlp.program import readable_errors, whole_program
 
 class HalfDone:
     def __del__(self):
@@ -25,21 +24,35 @@ def save():
         kept = error
         raise
 
-with undisturbed_exit(), readable_errors("program"):
+with whole_program(), readable_errors("program"):
     save()
 """
 LATE = """
 import atexit, os, signal, time
-from megatron_smlp.program import readable_errors
-from megatron_smlp.signals import undisturbed_exit
+from megatron_smlp.program import readable_errors, whole_program
 
 @atexit.register
 def tidy():
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(0.1)
 
-with undisturbed_exit(), readable_errors("program"):
+with whole_program(), readable_errors("program"):
     pass
+"""
+# Native code that ends the process as the interpreter lets go of what it holds.
+ABORTED = """
+import atexit, os, sys
+from megatron_smlp.program import readable_errors, whole_program
+
+class Native:
+    def __del__(self):
+        os.abort()
+
+native = Native()
+atexit.register(print, "tidied")
+with whole_program(), readable_errors("program"):
+    print("done", end=" ")
+    sys.exit(CODE)
 """
 # What reads the lines of a run may go before it, as `tee` with its terminal; or its disk is full.
 UNREAD = """
@@ -61,14 +74,13 @@ with readable_errors("program"):
 # A worker of the data loader ignores SIGTERM, and multiprocessing waits for it at the end.
 BROKEN = """
 import multiprocessing, signal, time
-from megatron_smlp.program import readable_errors
-from megatron_smlp.signals import undisturbed_exit
+from megatron_smlp.program import readable_errors, whole_program
 
 def work():
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     time.sleep(60)
 
-with undisturbed_exit(), readable_errors("program"):
+with whole_program(), readable_errors("program"):
     context = multiprocessing.get_context("fork")
     context.Process(target=work, daemon=True).start()
     time.sleep(0.3)
@@ -120,6 +132,13 @@ def test_what_an_interruption_leaves_half_done_stays_silent():
 
 def test_an_interruption_after_the_end_is_none():
     assert said(LATE) == ""
+
+
+@pytest.mark.parametrize(("code", "expected"), [(None, 0), (0, 0), (3, 3), ("a word", 1)])
+def test_nothing_that_the_interpreter_lets_go_of_changes_how_it_ended(code: object, expected: int):
+    program = ABORTED.replace("CODE", repr(code))
+    done = run_command([sys.executable, "-c", program], code=expected, seconds=60)
+    assert done.stdout == "done tidied\n"
 
 
 def test_an_unexpected_error_does_not_wait_for_workers():

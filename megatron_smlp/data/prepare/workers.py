@@ -20,7 +20,7 @@ from typing import Any, Self
 from megatron_smlp.data.prepare.chunks import Chunk
 from megatron_smlp.data.prepare.encoding import ChunkEncoder, EncodedChunk, EncodingSettings
 from megatron_smlp.errors import DataError
-from megatron_smlp.signals import holding_interruptions
+from megatron_smlp.signals import held
 
 IN_FLIGHT_BYTES = 64 << 20
 """Bound on the raw text between reading and writing; one larger record passes alone."""
@@ -62,7 +62,7 @@ class WorkerPool:
         self.workers: list[_Worker] = []
         self.idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         try:
-            with holding_interruptions():
+            with held(signal.SIGINT):
                 self.workers += [_Worker(context, settings) for _ in range(num_workers)]
             for worker in self.workers:
                 self.description = worker.wait_until_ready()
