@@ -77,9 +77,10 @@ def _never_collect(error: BaseException) -> None:
 def whole_program() -> Iterator[None]:
     """Wrap a program's outermost block: behind it, call the exit functions and end the process.
 
-    The interpreter would go on to take itself apart, and end a thread of native code that asks for
-    it meanwhile; where C++ does not expect that, the process aborts, and a run that ended well has
-    failed (seen with torch 2.15 on Python 3.13, in two of some hundred runs on a busy machine).
+    The interpreter would go on to take itself apart, with threads of native code still there. In
+    two of some hundred runs on a busy machine (torch 2.15, Python 3.13) that aborted the process,
+    and a run that had ended well had failed.
+
     Ctrl-C, which would interrupt an exit function, has nothing left to stop.
     """
     try:
