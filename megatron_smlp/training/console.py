@@ -90,7 +90,11 @@ def dry_run(args: argparse.Namespace) -> None:
     if not args.hash_table:  # which reads the data
         check_causality_of_layers(args)
     if args.rank == 0:
-        print_dry_run(args, Console(file=terminal(), highlight=False, soft_wrap=True))
+        console = Console(file=terminal(), highlight=False, soft_wrap=True)
+        with console.capture() as page:
+            print_dry_run(args, console)
+        with contextlib.suppress(BrokenPipeError):  # as of `head`
+            print(page.get(), end="", file=terminal(), flush=True)
 
 
 def data_text(args: argparse.Namespace) -> str:

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.in_process import MINIMAL
 from support.launches import REPOSITORY, clean_environment, run_command
 
 # Ends as torch's writers do: an object, held by a frame of the interruption, that complains late.
@@ -152,6 +153,14 @@ def test_workers_leave_the_keyboard_to_their_run():
 
 def test_a_run_under_nohup_outlives_its_terminal():
     assert said(UNDER_NOHUP) == "SIGUSR1: finishing this step, then saving\n"
+
+
+def test_a_dry_run_is_read_as_far_as_its_reader_likes():
+    flags = f"--architecture gmlp {' '.join(MINIMAL.split())} --dry-run"
+    command = f"{sys.executable} pretrain_smlp.py {flags} | head -1"
+    done = run_command(["bash", "-o", "pipefail", "-c", command])
+    assert done.stdout.startswith("Configuration ")
+    assert done.stderr == ""
 
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
