@@ -92,10 +92,8 @@ class Drawing:
         return figure
 
     def _losses_at_the_end(self, field: str, what: str) -> Figure:
-        means = {
-            name: self.measured.at_end(field).mean(name).mean
-            for name in self.measured.trained_on(field)
-        }
+        at_end = self.measured.at_end(field)
+        means = {name: at_end.mean(name).mean for name in self.measured.trained_on(field)}
         names = sorted(means, key=lambda name: (math.isnan(means[name]), means[name]))
         figure, panel = _single(7.4, 1.2 + 0.4 * len(names))
         for line, name in enumerate(names):
