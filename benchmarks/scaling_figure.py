@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.figure import Figure
 
-from megatron_smlp.plotting.figures import DPI, looks, tidy
+from megatron_smlp.plotting.figures import DPI, styles, tidy
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def scaling_figure(sweeps: Sequence[Sweep]) -> Figure:
     figure = Figure(figsize=(4.6 * len(sweeps), 4.4), layout="constrained", dpi=DPI)
     panels = figure.subplots(1, len(sweeps), squeeze=False)[0]
     labels = list(dict.fromkeys(label for sweep in sweeps for label in sweep.lines))
-    colors = {label: look["color"] for label, look in zip(labels, looks(), strict=False)}
+    colors = {label: style["color"] for label, style in zip(labels, styles(), strict=False)}
     for sweep, panel in zip(sweeps, panels, strict=True):
         for label, line in sweep.lines.items():
             color = colors[label]

@@ -66,8 +66,8 @@ def loss_figure(
     for panel in panels[:, 0]:
         panel.set_ylabel(f"loss{' behind the prefix' if suffix else ''} (nats per token)")
     drawn = [has_losses(run, suffix=suffix) for run in runs]
-    entries = zip(runs, looks(), drawn, strict=False)
-    pairs = [(run.label, look) for run, look, has in entries if any(has)]
+    entries = zip(runs, styles(), drawn, strict=False)
+    pairs = [(run.label, style) for run, style, has in entries if any(has)]
     legend(figure, pairs, has_dots=any(has_dots for _, has_dots in drawn))
     return figure
 
@@ -76,15 +76,15 @@ def _draw_losses(
     panel: Axes, runs: Sequence[Run], *, axis: Axis, window: int | None, suffix: bool
 ) -> None:
     unit, unit_name = common_unit(runs, axis)
-    for run, look in zip(runs, looks(), strict=False):
+    for run, style in zip(runs, styles(), strict=False):
         training, validation = loss_fields(run, suffix=suffix)
         raw = curve(run.training, axis=axis, unit=unit, field=training)
         line = smoothed(raw, window=window or len(raw.y) // SMOOTHED)
         if line is not raw:
-            panel.plot(raw.x, raw.y, linewidth=0.4, alpha=0.35, color=look["color"])
-        panel.plot(line.x, line.y, linewidth=1.4, **look)
+            panel.plot(raw.x, raw.y, linewidth=0.4, alpha=0.35, color=style["color"])
+        panel.plot(line.x, line.y, linewidth=1.4, **style)
         dots = curve(run.validation, axis=axis, unit=unit, field=validation)
-        panel.plot(dots.x, dots.y, "o", color=look["color"], markersize=4, markeredgecolor="white")
+        panel.plot(dots.x, dots.y, "o", color=style["color"], markersize=4, markeredgecolor="white")
     panel.set_xlabel(axis.label.format(unit_name))
     plain_log(panel, "y")
     tidy(panel)
@@ -97,13 +97,13 @@ def legend(
     has_dots: bool = False,
     note: str | None = None,
 ) -> None:
-    """Draw a legend of names and their looks below the panels, where it never lies on a curve.
+    """Draw a legend of names and their styles below the panels, where it never lies on a curve.
 
     Args:
         has_dots: whether dots are validations.
         note: its title.
     """
-    handles = [Line2D([], [], linewidth=1.8, label=name, **look) for name, look in pairs]
+    handles = [Line2D([], [], linewidth=1.8, label=name, **style) for name, style in pairs]
     if has_dots:
         dots: dict[str, Any] = {"linestyle": "", "marker": "o", "markeredgecolor": "white"}
         handles.append(Line2D([], [], label="validation", color="0.4", **dots))
@@ -115,7 +115,7 @@ def legend(
     )  # fmt: skip
 
 
-def looks() -> Iterator[dict[str, Any]]:
+def styles() -> Iterator[dict[str, Any]]:
     """Yield the color and the line style of each run."""
     for number in itertools.count():
         turn, place = divmod(number, len(COLORS))
@@ -170,21 +170,21 @@ def router_figure(runs: Sequence[Run]) -> Figure | None:
     None where no run has routers.
     """
     routed = [
-        (run, look, histories)
-        for run, look in zip(runs, looks(), strict=False)
+        (run, style, histories)
+        for run, style in zip(runs, styles(), strict=False)
         if (histories := router_histories(run))
     ]
     if not routed:
         return None
     figure = Figure(figsize=(10.4, 4.4), layout="constrained", dpi=DPI)
     entropy, dropped = figure.subplots(1, 2)
-    for run, look, histories in routed:
-        _draw_band(entropy, histories, "entropy", worst=np.nanmin, look=look)
-        _draw_band(dropped, histories, "drop_rate", worst=np.nanmax, look=look)
+    for run, style, histories in routed:
+        _draw_band(entropy, histories, "entropy", worst=np.nanmin, style=style)
+        _draw_band(dropped, histories, "drop_rate", worst=np.nanmax, style=style)
         validated = router_histories(run, evaluation=True)
         if validated:
-            _draw_dots(entropy, validated, "entropy", worst=np.nanmin, look=look)
-            _draw_dots(dropped, validated, "drop_rate", worst=np.nanmax, look=look)
+            _draw_dots(entropy, validated, "entropy", worst=np.nanmin, style=style)
+            _draw_dots(dropped, validated, "drop_rate", worst=np.nanmax, style=style)
     entropy.axhline(COLLAPSED, color="0.35", linewidth=0.9, linestyle=":")
     entropy.annotate(
         "collapse", (0.995, COLLAPSED), xycoords=("axes fraction", "data"), ha="right", va="top",
@@ -198,26 +198,36 @@ def router_figure(runs: Sequence[Run]) -> Figure | None:
         tidy(panel)
     figure.suptitle("lines: the worst router of a run; bands: all of its routers", fontsize=10)
     has_dots = any(router_histories(run, evaluation=True) for run, _, _ in routed)
-    legend(figure, [(run.label, look) for run, look, _ in routed], has_dots=has_dots)
+    legend(figure, [(run.label, style) for run, style, _ in routed], has_dots=has_dots)
     return figure
 
 
 def _draw_band(
-    panel: Axes, histories: Sequence[RouterHistory], field: str, *, worst: Any, look: dict[str, Any]
+    panel: Axes,
+    histories: Sequence[RouterHistory],
+    field: str,
+    *,
+    worst: Any,
+    style: dict[str, Any],
 ) -> None:
     values = np.stack([getattr(history, field) for history in histories])
     steps = histories[0].iterations
     low, high = values.min(axis=0), values.max(axis=0)
-    panel.fill_between(steps, low, high, color=look["color"], alpha=0.12, linewidth=0)
-    panel.plot(steps, worst(values, axis=0), linewidth=1.4, **look)
+    panel.fill_between(steps, low, high, color=style["color"], alpha=0.12, linewidth=0)
+    panel.plot(steps, worst(values, axis=0), linewidth=1.4, **style)
 
 
 def _draw_dots(
-    panel: Axes, histories: Sequence[RouterHistory], field: str, *, worst: Any, look: dict[str, Any]
+    panel: Axes,
+    histories: Sequence[RouterHistory],
+    field: str,
+    *,
+    worst: Any,
+    style: dict[str, Any],
 ) -> None:
     """Draw the validations, in which BASE routes greedily and is not balanced."""
     values = worst(np.stack([getattr(history, field) for history in histories]), axis=0)
-    dot = {"color": look["color"], "markersize": 4, "markeredgecolor": "white"}
+    dot = {"color": style["color"], "markersize": 4, "markeredgecolor": "white"}
     panel.plot(histories[0].iterations, values, "o", **dot)
 
 

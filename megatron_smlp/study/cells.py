@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -49,6 +49,11 @@ def number(value: float, form: str = ".3g") -> str:
     if math.isnan(value):
         return "n/a"
     return format(value, form) if math.isfinite(value) else ("∞" if value > 0 else "-∞")
+
+
+def listed(titles: Iterable[str]) -> str:
+    """Return titles, which may have commas, as a list in a sentence."""
+    return ", ".join(f"*{title}*" for title in titles)
 
 
 def table(*heads: str) -> Iterator[str]:

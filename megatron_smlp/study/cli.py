@@ -156,7 +156,7 @@ def _read_state(args: argparse.Namespace, name: str, study: Study) -> tuple[Stat
     if begun and args.command != "run":
         identity = json.dumps(next(iter(begun.values()))["identity"], sort_keys=True)
     else:
-        is_needed = args.command == "run" or args.data.exists()
+        is_needed = args.command in ("run", "reuse") or args.data.exists()
         identity = identity_of(StudyData(args.data).contents() if is_needed else {})
     now = state.description(study, systems, identity)
     for place, before in begun.items():
@@ -265,6 +265,8 @@ def _with(known: State, results: Results) -> State:
 def _evaluate(args: argparse.Namespace, known: State, results: Results) -> int:
     from megatron_smlp.study.final import evaluate_finals
 
+    if args.data_dir and not args.tasks:
+        raise UsageError(f"--data-dir {args.data_dir} has the files of --tasks: give both")
     with _alone(known, "evaluation"):
         results.collect(known)
         done = evaluate_finals(

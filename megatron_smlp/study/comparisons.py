@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from megatron_smlp.study.cells import number, row, table, visible
+from megatron_smlp.study.cells import listed, number, row, table, visible
 from megatron_smlp.study.looks import LOOKS, Look
 from megatron_smlp.study.measured import Measured
 from megatron_smlp.study.metrics import SUFFIX_LOSS
@@ -39,18 +39,18 @@ def _because(measured: Measured, claim: Claim) -> Iterator[str]:
             if comparison.verdict == said
         ]
         if pairs and is_one_against_all:
-            yield f"{said} against {', '.join(other for _, other in pairs)}"
+            yield f"{said} against {listed(other for _, other in pairs)}"
         elif pairs:
-            yield f"{said}: {', '.join(map(' against '.join, pairs))}"
+            yield f"{said}: {listed(map(' against '.join, pairs))}"
 
 
 def comparison_lines(measured: Measured, claims: Sequence[Claim]) -> Iterator[str]:
     is_design = measured.study.design is not None
     yield from table(
         "claim", "of", "difference or ratio", "95 % interval", "df", "p", "p (Holm)",
-        "p (level)", "n", "standard error", "can be seen", "verdict",
+        "p (level)", "n", "standard error (of a ratio: of its logarithm)", "can be seen", "verdict",
     )  # fmt: skip
-    undecided = []
+    undecided: dict[str, list[str]] = {}
     for claim in claims:
         for comparison in claim.comparisons:
             difference, (system, rival) = comparison.found, _titles(measured, comparison)
@@ -74,8 +74,10 @@ def comparison_lines(measured: Measured, claims: Sequence[Claim]) -> Iterator[st
                         unit="rounds" if comparison.what == STEP_TIME else "seeds",
                     )
                 )
-                undecided.append(f"* {claim.name}, {of} is undecided: {why}.")
-    yield from ["", *undecided] if undecided else []
+                undecided.setdefault(f"{claim.name} is undecided, {why}", []).append(of)
+    if undecided:
+        yield ""
+    yield from (f"* {why}: {'; '.join(pairs)}." for why, pairs in undecided.items())
 
 
 def other_lines(measured: Measured, others: Claim) -> Iterator[str]:
@@ -88,7 +90,8 @@ def other_lines(measured: Measured, others: Claim) -> Iterator[str]:
         "the lower loss; refuted: the second has.\n"
     )
     yield from comparison_lines(measured, [others])
-    yield from (f"\n{note}." for note in others.notes)
+    if others.notes:
+        yield f"\n{'; '.join(others.notes)}."
 
 
 def deviation_lines(measured: Measured) -> Iterator[str]:
@@ -96,17 +99,19 @@ def deviation_lines(measured: Measured) -> Iterator[str]:
         spread = measured.at_end(field)
         behind = " behind the prefix" * (field == SUFFIX_LOSS)
         apart = spread.outside if isinstance(spread, Rates) else spread.outliers
-        names = ", ".join(measured.systems[name].title for name in apart)
+        names = listed(measured.systems[name].title for name in apart)
+        if not spread.df:
+            continue
         if isinstance(spread, Rates):
             yield (
                 f"\nLosses{behind} are minima of parabolas in log2(rate), one seed a rate, of "
                 f"{spread.curvature:.4f} nats per octave squared for all systems; runs deviate "
                 f"from them by {number(spread.sd)} nats (df {spread.df}); equal deviations of all "
                 f"{len(spread.points)}: Bartlett's p = {spread.p:.3g}."
-                + f" **Outside of its rates lies the fitted best of: {names}**."
+                + f" Outside of its rates lies the fitted best of: {names}."
                 * bool(names)
             )
-        elif spread.df:
+        else:
             several = len(spread.pooled) + len(spread.outliers)
             test = f"; equal deviations of all {several}: Bartlett's p = {spread.p:.3g}"
             yield (

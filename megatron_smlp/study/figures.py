@@ -12,7 +12,7 @@ import pandas
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from megatron_smlp.plotting.figures import DPI, legend, looks, plain_log, tidy
+from megatron_smlp.plotting.figures import DPI, legend, plain_log, styles, tidy
 from megatron_smlp.plotting.series import AXES, Floats, unit_for
 from megatron_smlp.study.cells import not_reached, speedup
 from megatron_smlp.study.measured import Measured
@@ -39,14 +39,14 @@ ENOUGH_FOR_BANDS = 3  # seeds: the interval of two is wider than any figure
 
 
 class Drawing:
-    """The figures of one study, with one look for each system in all of them."""
+    """The figures of one study, with one style for each system in all of them."""
 
     def __init__(self, measured: Measured, factors: Mapping[str, float]) -> None:
         self.measured = measured
         self.study, self.systems, self.tables = measured.study, measured.systems, measured.tables
         self.factors = factors
-        self.looks = _looks(self.systems)
-        self.looks[self.study.subject]["zorder"] = 3  # over the others
+        self.styles = _styles(self.systems)
+        self.styles[self.study.subject]["zorder"] = 3  # over the others
 
     def figures(self, speedups: Sequence[Comparison]) -> Iterator[tuple[str, Figure]]:
         asked = (VALIDATION_LOSS, self.measured.field(*self.systems))
@@ -58,7 +58,7 @@ class Drawing:
         is_known = any(math.isfinite(comparison.found.mean) for comparison in speedups)
         if is_known and len(self.study.horizons) > 1:
             yield "speed-up", self.speedups(speedups)
-        if loads := {name: own for name in self.looks if len(own := self._evaluated_loads(name))}:
+        if loads := {name: own for name in self.styles if len(own := self._evaluated_loads(name))}:
             yield "expert-load", self.load(loads)
         if kinds := [kind for kind in PANELS if self.tables.labels(kind)]:
             yield "where-the-loss-lies", self.breakdown(kinds)
@@ -97,14 +97,15 @@ class Drawing:
         names = sorted(means, key=lambda name: (math.isnan(means[name]), means[name]))
         figure, panel = _single(7.4, 1.2 + 0.4 * len(names))
         for line, name in enumerate(names):
-            color = self.looks[name]["color"]
+            color = self.styles[name]["color"]
             losses = list(self.tables.losses(name, self.study.longest, field).values())
             panel.plot(losses, [line] * len(losses), "o", markersize=3.5, alpha=0.6, color=color)
             for _, mean, low, high in self._means(name, field):
                 panel.plot([mean], [line], "|", markersize=14, color=color)
                 panel.plot([low, high], [line, line], linewidth=2, color=color)
         labels = panel.set_yticks(range(len(names)), [self.systems[name].title for name in names])
-        labels[names.index(self.study.subject)].label1.set_fontweight("bold")
+        if self.study.subject in names:  # not where its losses are of another part of the window
+            labels[names.index(self.study.subject)].label1.set_fontweight("bold")
         panel.invert_yaxis()  # the lowest loss on top
         panel.set_xlabel(f"validation loss{what} (nats per token)")
         panel.set_title(
@@ -137,15 +138,15 @@ class Drawing:
         return axes
 
     def _draw_seeds(self, panel: Axes, name: str, field: str, scale: float) -> None:
-        look = self.looks[name]
+        style = self.styles[name]
         for seed in self.tables.seeds(name):
             tokens, losses = self.tables.curve(name, seed, field)
             width = self._width(name, 0.6)
-            panel.plot(np.array(tokens) * scale, losses, linewidth=width, alpha=0.6, **look)
+            panel.plot(np.array(tokens) * scale, losses, linewidth=width, alpha=0.6, **style)
         points = self._means(name, field)
         x, mean = points[:, 0] * scale, points[:, 1]
-        panel.plot(x, mean, linewidth=self._width(name, 1.6), **look)
-        panel.plot(x, mean, "o", markersize=3.5, color=look["color"])
+        panel.plot(x, mean, linewidth=self._width(name, 1.6), **style)
+        panel.plot(x, mean, "o", markersize=3.5, color=style["color"])
 
     def _width(self, name: str, others: float) -> float:
         """Return the width of a line, which is twice that of others for the subject."""
@@ -153,7 +154,7 @@ class Drawing:
 
     def _draw_band(self, panel: Axes, name: str, field: str, scale: float) -> None:
         points = self._means(name, field)
-        color = self.looks[name]["color"]
+        color = self.styles[name]["color"]
         x, low, high = points[:, 0] * scale, points[:, 2], points[:, 3]
         panel.fill_between(x, low, high, color=color, alpha=0.12, linewidth=0)
 
@@ -184,21 +185,23 @@ class Drawing:
         """
         figure, panel = _single(7.4, 5.2)
         trials = self._trials()
-        names = [name for name in self.looks if name in set(trials["system"])]
+        names = [name for name in self.styles if name in set(trials["system"])]
         for name in names:
-            look = self.looks[name]
+            style = self.styles[name]
             own = trials[trials["system"] == name].sort_values("factor")
             finite = own[np.isfinite(own["loss"].astype(float))]
             width = self._width(name, 1.3)
             panel.plot(
-                finite["lr"], finite["loss"], marker="o", markersize=3.5, linewidth=width, **look
+                finite["lr"], finite["loss"], marker="o", markersize=3.5, linewidth=width, **style
             )
             panel.plot(
                 *self._chosen(name, finite), "o", markersize=9, fillstyle="none",
-                color=look["color"],
+                color=style["color"],
             )  # fmt: skip
             for rate in own[own["status"] == DIVERGED]["lr"]:
-                panel.plot(rate, 1, "x", color=look["color"], transform=panel.get_xaxis_transform())
+                panel.plot(
+                    rate, 1, "x", color=style["color"], transform=panel.get_xaxis_transform()
+                )
         panel.set(
             xlabel="peak learning rate", ylabel="validation loss of the trial (nats per token)"
         )
@@ -229,7 +232,7 @@ class Drawing:
         figure, panel = _single(6.8, 0.5 * len(shown) + 1.8)
         for place, comparison in enumerate(reversed(shown)):
             mean, low, high = speedup(comparison)
-            color = self.looks[comparison.other]["color"]
+            color = self.styles[comparison.other]["color"]
             if comparison.unreached:
                 panel.text(
                     0.01, place, not_reached(comparison), fontsize=8, va="center",
@@ -269,7 +272,7 @@ class Drawing:
             mean = lines.groupby("tokens")[["load_min", "load_max"]].mean()
             for field, width in (("load_max", 1.6), ("load_min", 0.8)):
                 width = self._width(name, width)
-                panel.plot(mean.index / unit, mean[field], linewidth=width, **self.looks[name])
+                panel.plot(mean.index / unit, mean[field], linewidth=width, **self.styles[name])
         panel.axhline(1, color="0.35", linewidth=0.9, linestyle=":")
         panel.set(
             xlabel=f"training tokens{unit_name}", ylabel="load in evaluations (1: an even share)"
@@ -297,10 +300,10 @@ class Drawing:
             labels = self.tables.labels(kind)
             for name in there:
                 points = [self._against(first, name, kind, label) for label in labels]
-                look = self.looks[name]
+                style = self.styles[name]
                 width = self._width(name, 1.3)
                 panel.plot(
-                    range(len(labels)), points, marker="o", markersize=3.5, linewidth=width, **look
+                    range(len(labels)), points, marker="o", markersize=3.5, linewidth=width, **style
                 )
             turned = 30 if len(labels) > MANY_LABELS else 0
             panel.set_xticks(range(len(labels)), labels=labels, fontsize=8, rotation=turned)
@@ -328,7 +331,7 @@ class Drawing:
         labels: Mapping[str, str] | None = None,
     ) -> None:
         titles = {name: system.title for name, system in self.systems.items()} | dict(labels or {})
-        pairs = [(titles[name], self.looks[name]) for name in names or self.systems]
+        pairs = [(titles[name], self.styles[name]) for name in names or self.systems]
         legend(figure, pairs, note=note)
 
 
@@ -337,11 +340,11 @@ def _single(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, figure.subplots()
 
 
-def _looks(names: Collection[str]) -> dict[str, dict[str, Any]]:
+def _styles(names: Collection[str]) -> dict[str, dict[str, Any]]:
     """Return colors and lines: the paper's systems have their own, the same in every study, and
     others those of the paper's that are not there, from the last on."""
-    every = looks()
+    every = styles()
     own = dict(zip(ALWAYS_ALIKE, every, strict=False))
-    absent = [look for name, look in own.items() if name not in names]
+    absent = [style for name, style in own.items() if name not in names]
     free = itertools.chain(reversed(absent), every)
     return {name: own[name] if name in own else next(free) for name in names}

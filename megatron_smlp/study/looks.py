@@ -81,7 +81,7 @@ def look(difference: Difference, *, alpha: float, spent: float) -> Look:
 
 
 def _student(left: Sequence[float], right: Sequence[float]) -> Difference:
-    """Return `one` minus `other`, of as many values."""
+    """Return `left` minus `right`, of as many values."""
     n, sides = len(left), np.array([left, right], dtype=np.float64)
     mean = float(np.subtract(*sides.mean(axis=1)))
     if not np.isfinite(sides).all():

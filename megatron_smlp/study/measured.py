@@ -50,8 +50,8 @@ class Measured:
         return self.at(self.study.longest, field)
 
     def slope(self, system: str, rival: str) -> Difference:
-        """Return by how much `one` minus `other` grows per doubling of the tokens, by the runs that
-        have a finite loss at every horizon."""
+        """Return by how much `system` minus `rival` grows per doubling of the tokens, by the runs
+        that have a finite loss at every horizon."""
         horizons, field = sorted(self.study.horizons), self.field(system, rival)
         x = [math.log2(self.tables.tokens(horizon)) for horizon in horizons]
         losses = {}

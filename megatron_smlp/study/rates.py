@@ -88,7 +88,8 @@ class Rates:
         return [
             name
             for name, points in self.points.items()
-            if not min(rate for rate, _ in points) <= self.best(name) <= max(r for r, _ in points)
+            if (best := self.best(name)) < min(r for r, _ in points)
+            or best > max(r for r, _ in points)
         ]
 
     def best(self, name: str) -> float:
@@ -102,14 +103,14 @@ class Rates:
         return self._weighted({name: 1})
 
     def difference(self, system: str, rival: str) -> Difference:
-        """Return `one` minus `other`; its `n` is the runs of the system that has fewer."""
+        """Return `system` minus `rival`; its `n` is the runs of the one that has fewer."""
         return self._weighted({system: 1, rival: -1})
 
     @classmethod
     def slope(
         cls, fits: Sequence[Rates], x: Sequence[float], system: str, rival: str
     ) -> Difference:
-        """Return the slope over x of `one` minus `other`, of the same runs at each x.
+        """Return the slope over x of `system` minus `rival`, of the same runs at each x.
 
         What a run deviates by at one x it does at the next as well, so that with the covariance S
         of the residuals, the gradients G of the differences and the weights w of least squares

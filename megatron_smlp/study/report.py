@@ -36,7 +36,7 @@ from megatron_smlp.study.sections import (
 )
 from megatron_smlp.study.state import FAILED, State
 from megatron_smlp.study.tables import Tables
-from megatron_smlp.study.verdicts import claims_of, costs_to_losses, others_of, primary_looks
+from megatron_smlp.study.verdicts import claims_of, others_of, primary_looks, times_to_losses
 
 
 def write_report(page: Page) -> list[Path]:
@@ -79,11 +79,7 @@ class Page:
         self.claims = claims_of(self.measured)
         self.others = others_of(self.measured)
         self.looks = primary_looks(self.measured)
-        self.costs = costs_to_losses(self.measured)
-        rivals = self.measured.rivals()
-        self.times = [
-            each for each in self.costs if each.one == self.study.subject and each.other in rivals
-        ]
+        self.times = times_to_losses(self.measured)
         self.figures: Sequence[str] = ()
 
     def text(self) -> str:
@@ -126,7 +122,7 @@ class Page:
         measured = self.measured
         lists: dict[str, Sequence[Any]] = {
             "primary": self.looks, "claims": self.claims, "others": self.others.comparisons,
-            "costs": self.costs,
+            "times": self.times,
         }  # fmt: skip
         content = {
             "study": dataclasses.asdict(self.study),

@@ -30,7 +30,7 @@ from megatron_smlp.study.state import CHECKPOINTS, DIVERGED, DONE, FAILED, State
 
 ATTEMPTS = 2
 WAIT_SECONDS = 2.0
-LOOKS = 2
+IDLE_SCANS = 2
 """Consecutive scans that must find no work: a run that ended after the first may have unlocked
 others."""
 
@@ -50,19 +50,19 @@ class Worker:
         first = self.state.plan()
         total = _iterations((*first.runs, *first.pending))
         with Progress(total) as progress:
-            looks = 0
-            while looks < LOOKS:
+            idle = 0
+            while idle < IDLE_SCANS:
                 plan = self.state.plan()
                 to_do = self.state.to_do(plan)
                 if self._run_one(to_do, plan, progress):
-                    looks = 0
+                    idle = 0
                 elif waits and any(self.state.is_held(run) for run in to_do):
-                    looks = 0
+                    idle = 0
                     over, counts = self._counts(plan)
                     progress.show(over, f"{counts}; waiting for the other workers")
                     time.sleep(WAIT_SECONDS)
                 else:
-                    looks += 1
+                    idle += 1
 
     def _run_one(self, to_do: list[PlannedRun], plan: Plan, progress: Progress) -> bool:
         """Run the first free run whose parent is ready. Return whether anything changed."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from megatron_smlp.evaluation.reports import PAPER_FIGURES, PAPER_METRICS
 from megatron_smlp.study.cells import (
     deviation,
+    listed,
     mean_of,
     not_reached,
     number,
@@ -82,7 +83,7 @@ def _about_systems(measured: Measured, plan: Plan) -> Iterator[str]:
             f"product, just before, had less than {QUIET:.0%} of its best speed."
         )
     if plan.at_edge:
-        names = ", ".join(measured.systems[name].title for name in plan.at_edge)
+        names = listed(measured.systems[name].title for name in plan.at_edge)
         yield (
             f"Edge: the best rate of {names} is the lowest or highest "
             "that was tried, and a better one may lie beyond."
@@ -280,7 +281,11 @@ def breakdown_lines(measured: Measured) -> Iterator[str]:
     routed = [name for name in measured.systems if tables.values(ROUTING, "prices", name)]
     if routed:
         yield "\nBASE balances in training, and evaluates greedily or by the mean prices.\n"
-        rules = [rule for rule in tables.labels(ROUTING) if tables.values(ROUTING, rule, routed[0])]
+        rules = [
+            rule
+            for rule in tables.labels(ROUTING)
+            if any(tables.values(ROUTING, rule, name) for name in routed)
+        ]
         yield from _means(measured, "loss with", ROUTING, rules, routed)
 
 

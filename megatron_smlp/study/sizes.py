@@ -19,7 +19,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from megatron_smlp.durable import write_durably
-from megatron_smlp.plotting.figures import DPI, legend, looks, plain_log, tidy
+from megatron_smlp.plotting.figures import DPI, legend, plain_log, styles, tidy
 from megatron_smlp.plotting.series import AXES, unit_for
 from megatron_smlp.study.cells import number, row, table
 from megatron_smlp.study.measured import Measured
@@ -178,17 +178,17 @@ class Sizes:
         figure = Figure(figsize=area, layout="constrained", dpi=DPI)
         panels = figure.subplots(rows, columns, squeeze=False, sharey=True)
         unit, unit_name = unit_for(AXES["tokens"], max(self.horizons))
-        pairs = list(zip(self.sizes, looks(), strict=False))
+        pairs = list(zip(self.sizes, styles(), strict=False))
         for rival, panel in zip(self.rivals, panels.flat, strict=False):
-            for size, look in pairs:
+            for size, style in pairs:
                 horizons = sorted(size.study.horizons)
                 gaps = [self.difference(size, rival, horizon) for horizon in horizons]
                 x = np.array([size.tables.tokens(horizon) for horizon in horizons]) / unit
                 mean, low, high = np.array([(gap.mean, gap.low, gap.high) for gap in gaps]).T
-                panel.plot(x, mean, marker="o", markersize=3.5, linewidth=1.4, **look)
+                panel.plot(x, mean, marker="o", markersize=3.5, linewidth=1.4, **style)
                 is_known = np.isfinite(high - low)
                 panel.fill_between(x[is_known], low[is_known], high[is_known],
-                                   color=look["color"], alpha=0.15, linewidth=0)  # fmt: skip
+                                   color=style["color"], alpha=0.15, linewidth=0)  # fmt: skip
             panel.axhline(0, color="0.35", linewidth=0.9, linestyle=":")
             panel.set_title(f"against {self.titles[rival]}", fontsize=10)
             panel.set_xlabel(f"training tokens{unit_name}")
@@ -199,7 +199,7 @@ class Sizes:
             panel.remove()
         for line in panels[:, 0]:
             line.set_ylabel(f"{self.titles[self.subject]} minus it\n(nats per token)")
-        titles = [(f"{self.title(size)} (D = {self.width(size)})", look) for size, look in pairs]
+        titles = [(f"{self.title(size)} (D = {self.width(size)})", style) for size, style in pairs]
         legend(figure, titles, note="at equal tokens and FLOPs; band: 95 % interval")
         return figure
 

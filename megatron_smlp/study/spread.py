@@ -62,7 +62,7 @@ class Spread:
         return of_error(mean, error, df=df, n=len(losses))
 
     def difference(self, system: str, rival: str) -> Difference:
-        """Return `one` minus `other`; its `n` is that of the system with fewer seeds."""
+        """Return `system` minus `rival`; its `n` is that of the one with fewer seeds."""
         sides = [self.mean(name) for name in (system, rival)]
         mean, n = sides[0].mean - sides[1].mean, min(side.n for side in sides)
         errors = [self._error(name) for name in (system, rival)]

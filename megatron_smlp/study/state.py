@@ -35,10 +35,10 @@ EXPIRY = 120.0  # seconds
 DONE, DIVERGED, FAILED = "done", "diverged", "failed"
 MAY_CHANGE = (
     *("cluster", "flops_tolerance", "may_differ", "needed_flops_tolerance", "paper", "titles"),
-    "variants",
+    *("base", "fixed", "variants"),
 )
-"""Keys of a study that no run depends on, and no number of a verdict; what variants come to are the
-flags."""
+"""Keys of a study that no run depends on, and no number of a verdict; what the last three come to
+are the flags."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,8 +208,9 @@ def begin(folder: Path, now: dict[str, Any]) -> None:
 def check_unchanged(before: dict[str, Any], now: dict[str, Any], *, where: Path) -> None:
     """Check that a study is the one whose runs or results lie in a folder.
 
-    Systems and seeds may be added, and the keys in MAY_CHANGE may change: existing runs keep their
-    hashes. Where a system's flags are written does not matter, only what they are.
+    Systems may be added, and seeds after the others, and the keys in MAY_CHANGE may change:
+    existing runs keep their hashes. Where a system's flags are written does not matter, only what
+    they are.
 
     Raises:
         UsageError: with the difference.
@@ -217,7 +218,7 @@ def check_unchanged(before: dict[str, Any], now: dict[str, Any], *, where: Path)
     names = before["study"]["systems"]
     old, new = (_of_systems(side, names) for side in (before, now))
     for name, seeds in old["study"]["seeds"].items():
-        if set(seeds) <= set(new["study"]["seeds"][name]):
+        if new["study"]["seeds"][name][: len(seeds)] == seeds:  # looks are at the first of them
             new["study"]["seeds"][name] = seeds
     changes = differences(old, new)
     if changes:

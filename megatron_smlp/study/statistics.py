@@ -54,9 +54,8 @@ class Difference:
     """p-value of no difference; 1 if there are too few seeds."""
     n: int
     """Seeds, of the one that has fewer."""
-    sd: float
-    """The standard error times the root of n: of pairs, their deviation; of two systems that have
-    as many seeds, that of the difference of two runs."""
+    error: float
+    """Standard error of the mean, or of a ratio's logarithm; NaN where it is not known."""
     df: float
     """Degrees of freedom of its interval."""
     visible: float | None = None
@@ -65,13 +64,9 @@ class Difference:
     holm: float = 1.0
     """p after Holm's steps over the comparisons of a claim: of `with_holm`, 1 before."""
 
-    @property
-    def error(self) -> float:
-        return self.sd / math.sqrt(self.n) if self.n else math.nan
-
 
 def paired(left: Mapping[int, float], right: Mapping[int, float]) -> Difference:
-    """Return `one` minus `other`, a value a seed; an infinite one leaves nothing to decide."""
+    """Return `left` minus `right`, a value a seed; an infinite one leaves nothing to decide."""
     seeds = sorted(set(left) & set(right))
     values = np.array([left[seed] - right[seed] for seed in seeds], dtype=np.float64)
     n = len(values)
@@ -84,13 +79,15 @@ def paired(left: Mapping[int, float], right: Mapping[int, float]) -> Difference:
 
 
 def unknown(mean: float, n: int) -> Difference:
-    return Difference(mean=mean, low=-math.inf, high=math.inf, p=1.0, n=n, sd=math.nan, df=math.nan)
+    return Difference(
+        mean=mean, low=-math.inf, high=math.inf, p=1.0, n=n, error=math.nan, df=math.nan
+    )
 
 
 def visible(difference: Difference, *, comparisons: int = 1) -> float:
     """Return the smallest difference that as many seeds with this deviation find with POWER; of a
     claim of so many comparisons, whose first must have ALPHA over that number."""
-    if not math.isfinite(difference.sd):
+    if not math.isfinite(difference.error):
         return math.inf
     critical = stats.t.ppf(1 - ALPHA / comparisons / 2, difference.df)
     shift = optimize.brentq(
@@ -100,7 +97,7 @@ def visible(difference: Difference, *, comparisons: int = 1) -> float:
 
 
 def plus(left: Difference, right: Difference) -> Difference:
-    """Return the sum of two independent means; `n` is that of `one`, and `sd` as if of as many."""
+    """Return the sum of two independent means; `n` is that of `left`."""
     if not math.isfinite(right.high - right.low):
         return unknown(left.mean + right.mean, left.n)
     moved = replace(left, mean=left.mean + right.mean)
@@ -132,12 +129,11 @@ def of_error(mean: float, error: float, *, df: float, n: int, alpha: float = ALP
     """Return a mean with its standard error; one that is not finite leaves nothing to decide."""
     if not math.isfinite(mean + error):
         return unknown(mean, n)
-    sd = error * math.sqrt(n)
     if error == 0:
-        return Difference(mean=mean, low=mean, high=mean, p=float(mean == 0), n=n, sd=0, df=df)
+        return Difference(mean=mean, low=mean, high=mean, p=float(mean == 0), n=n, error=0, df=df)
     half = float(stats.t.ppf(1 - alpha / 2, df)) * error
     p = float(2 * stats.t.sf(abs(mean) / error, df))
-    return Difference(mean=mean, low=mean - half, high=mean + half, p=p, n=n, sd=sd, df=df)
+    return Difference(mean=mean, low=mean - half, high=mean + half, p=p, n=n, error=error, df=df)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -264,7 +260,7 @@ def is_upper_bound(losses: Sequence[float], target: float) -> bool:
 
 
 def log_ratio(left: Mapping[int, float], right: Mapping[int, float]) -> Difference:
-    """Return the mean logarithm of `one` / `other` by seed; `exponential` makes a ratio of it.
+    """Return the mean logarithm of `left` / `right` by seed; `exponential` makes a ratio of it.
 
     A seed that is infinite leaves the interval open.
     """
@@ -273,7 +269,7 @@ def log_ratio(left: Mapping[int, float], right: Mapping[int, float]) -> Differen
 
 
 def exponential(logarithms: Difference) -> Difference:
-    """Return a ratio, as a geometric mean; `sd`, and so `visible`, is that of the logarithms."""
+    """Return a ratio, as a geometric mean; `error`, and so `visible`, is that of the logarithms."""
     mean, low, high = (math.exp(x) for x in (logarithms.mean, logarithms.low, logarithms.high))
     return replace(logarithms, mean=mean, low=low, high=high)
 

@@ -228,6 +228,8 @@ def read_studies(path: Path) -> tuple[str, list[Study]]:
     name, sizes = str(content.get("name")), content.pop("sizes", None)
     place = ""
     try:
+        if "name" not in content:
+            raise ValueError("name missing: give one")
         if sizes is None:
             return name, [_study(content)]
         studies = []
@@ -264,7 +266,7 @@ def _of_size(content: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     merged = content | own
     merged["fixed"] = {**_flags(content.get("fixed", {})), **_flags(own.get("fixed", {}))}
     variants, more = (_variants(side.get("variants", {})) for side in (content, own))
-    titles, systems = _titles(content.get("titles", {})), merged.get("systems") or ()
+    titles, systems = _titles(merged.get("titles") or {}), merged.get("systems") or ()
     # Of a size that has some of the systems, those of the others are left out.
     merged["titles"] = {name: title for name, title in titles.items() if name in systems}
     merged["variants"] = more | {

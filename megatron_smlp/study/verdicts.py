@@ -230,15 +230,14 @@ def _log_step_ratio(measured: Measured, system: str, rival: str) -> Difference:
     return log_ratio(measured.tables.step_seconds(system), measured.tables.step_seconds(rival))
 
 
-def costs_to_losses(measured: Measured) -> list[Comparison]:
-    """Return each system's cost over each other one's, to the loss at which that one ends."""
-    systems, longest = measured.systems, measured.study.longest
-    unit = SECONDS if measured.tables.has_speed(*systems) else TOKENS
-    over = [name for name in systems if measured.tables.losses(name, longest, VALIDATION_LOSS)]
+def times_to_losses(measured: Measured) -> list[Comparison]:
+    """Return the subject's cost over each rival's, to the loss at which that one ends."""
+    study, tables = measured.study, measured.tables
+    unit = SECONDS if tables.has_speed(*measured.systems) else TOKENS
     return [
-        cost_ratio(measured, pair, unit=unit)
-        for pair in itertools.product(systems, over)
-        if pair[0] != pair[1]
+        cost_ratio(measured, (study.subject, name), unit=unit)
+        for name in measured.rivals()
+        if tables.losses(name, study.longest, VALIDATION_LOSS)
     ]
 
 

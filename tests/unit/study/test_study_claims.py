@@ -58,7 +58,7 @@ def test_a_claim_that_ends_level_names_its_rivals(tmp_path: Path):
     made = page_of_study(tmp_path, lambda run: 5.0 + NOISE[run.seed] * (1 + len(run.system) / 40))
     [claim] = [claim for claim in made.claims if claim.name == "C1"]
     assert claim.verdict == "level"
-    rivals = ", ".join(comparison.other for comparison in claim.comparisons)
+    rivals = ", ".join(f"*{comparison.other}*" for comparison in claim.comparisons)
     assert f"| **level** | level against {rivals} |" in made.text()
 
 

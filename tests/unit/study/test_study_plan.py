@@ -167,6 +167,7 @@ def begun_as(known: State, other: State) -> None:
     ("changes", "named"),
     [
         ({"seeds": [11, 12, 14]}, r"study\.seeds\.switch: \[11, 12, 13\] -> \[11, 12, 14\]"),
+        ({"seeds": [14, 11, 12, 13]}, r"study\.seeds\.switch"),
         ({"subject": "switch"}, "study.subject"),
         ({"systems": ["transformer", "smlp_deterministic"]}, "study.systems"),
     ],
@@ -185,7 +186,7 @@ def test_a_study_that_changed_is_refused_with_the_difference(
 @pytest.mark.parametrize(
     "changes",
     [
-        {"seeds": {"switch": [14, 13, 12, 11], "others": [11, 12, 13]}},
+        {"seeds": {"switch": [11, 12, 13, 14], "others": [11, 12, 13]}},
         {"flops-tolerance": 0.05, "needed-flops-tolerance": 0.05},
         {"cluster": {"gpus": 8, "tflops": 989, "utilization": 0.4}},
         {"speed": {"rounds": 7}},
@@ -201,5 +202,5 @@ def test_what_no_run_depends_on_may_change(tmp_path: Path, changes: dict[str, An
     keys = {run.key for run in known.plan().runs}
     assert keys <= {run.key for run in other.plan().runs}
     if "seeds" in changes:  # and what was added is not taken away again
-        with pytest.raises(UsageError, match=r"study\.seeds\.switch: \[14, 13, 12, 11\] -> "):
+        with pytest.raises(UsageError, match=r"study\.seeds\.switch: \[11, 12, 13, 14\] -> "):
             begun_as(known, known)

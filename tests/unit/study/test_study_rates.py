@@ -128,6 +128,12 @@ def test_a_plan_has_a_whole_training_for_each_pair_of_rate_and_seed(known: State
         assert {run.phase for run in ends} == {"main"}
 
 
+def test_what_has_no_minimum_lies_nowhere(known: State, tmp_path: Path):
+    """The losses of a rate go up on both sides of it in no system."""
+    pretend(known, lambda run: 5.0 - 0.05 * math.log2(run.factor) ** 2)
+    assert "Outside of its rates" not in page_of(known, tmp_path).text()
+
+
 def test_a_design_is_compared_by_its_minima(known: State, tmp_path: Path):
     pretend(known, loss_of)
     made = page_of(known, tmp_path)
@@ -138,9 +144,9 @@ def test_a_design_is_compared_by_its_minima(known: State, tmp_path: Path):
     assert found["mean"] == pytest.approx(-0.05, abs=0.006)
     assert claims["C1"]["verdict"] == "confirmed"
     text = made.text()
-    assert "**Outside of its rates lies the fitted best of: switch**" in text
+    assert "Outside of its rates lies the fitted best of: *switch*." in text
     assert claims["C2"]["verdict"] == "undecided"
-    assert "switch is undecided: costs of fitted curves have no interval." in text
+    assert "* C2 is undecided, costs of fitted curves have no interval: " in text
     [look] = made.looks
     assert (look.verdict, look.spent, look.found.n) == ("confirmed", 0.05, 5)
     [panel] = Drawing(made.measured, made.plan.factors).learning_rates().axes

@@ -13,6 +13,7 @@ from support.cover import slow_unless_in
 from support.launches import REPOSITORY
 from support.studies import (
     claims_and_text,
+    drawing,
     loss_of,
     page_of,
     page_of_study,
@@ -23,12 +24,15 @@ from support.studies import (
 
 from megatron_smlp.errors import UsageError
 from megatron_smlp.study import cli
+from megatron_smlp.study.data import StudyData
 from megatron_smlp.study.made_by import FINGERPRINT_COLUMNS
+from megatron_smlp.study.metrics import VALIDATION_LOSS
 from megatron_smlp.study.plan import PlannedRun
 from megatron_smlp.study.report import Page
 from megatron_smlp.study.results import Results
 from megatron_smlp.study.sizes import Sizes
 from megatron_smlp.study.state import State
+from megatron_smlp.study.verdicts import TOKENS, cost_ratio
 
 
 def test_a_true_difference_is_confirmed_and_time_undecided_without_a_timing(
@@ -69,10 +73,21 @@ def test_trials_and_experts_have_their_tables(tmp_path: Path):
     assert "| switch | 1 to 1 | 0.8 to 1.2 | 0.970 | 10.0% | 25.0% |" in text
 
 
+def test_losses_of_one_horizon_are_drawn_where_the_subject_has_others(tmp_path: Path):
+    """Those behind its prefix."""
+    systems = ["transformer", "smlp_partial"]
+    made = page_of_study(
+        tmp_path, loss_of, systems=systems, subject="smlp_partial", horizons=["100K"]
+    )
+    [panel] = drawing(made).losses(VALIDATION_LOSS, "").axes
+    assert [label.get_text() for label in panel.get_yticklabels()] == ["transformer"]
+
+
 def test_runs_that_another_study_made_are_taken_over(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     """By what they are, whatever the other study calls the system; the trials before the others."""
+    monkeypatch.setattr(StudyData, "contents", lambda _: {})
     tuning = {"seed": 1, "horizon": "100K", "lr": [1, 2]}
     first, second = tmp_path / "first", tmp_path / "second"
     for folder in (first, second):
@@ -194,8 +209,9 @@ def test_each_is_compared_with_each_by_its_cost(known: State, tmp_path: Path):
     pretend(known, loss)
     made = page_of(known, tmp_path)
     tokens = [made.measured.tables.tokens(horizon) for horizon in known.study.horizons]
-    costs = {(each.one, each.other): each for each in made.costs}
-    assert len(costs) == 6
+    switch, smlp = "switch", "smlp_deterministic"
+    pairs = (switch, smlp), (smlp, switch), (switch, "transformer")
+    costs = {pair: cost_ratio(made.measured, pair, unit=TOKENS) for pair in pairs}
     # Switch is where sMLP ends three quarters of the way from the second horizon to the third.
     share = (tokens[1] + 3 * tokens[2]) / 4 / tokens[2]
     assert costs["switch", "smlp_deterministic"].found.mean == pytest.approx(share)

@@ -85,11 +85,14 @@ def numbers(cell: str) -> list[float]:
 
 
 def test_a_size_is_the_study_with_keys_of_its_own(tmp_path: Path):
-    name, studies = read_studies(write_sizes(tmp_path, titles={"switch": "Switch"}))
+    own = SIZES | {"D128": SIZES["D128"] | {"titles": {"switch": "Switch, wide"}}}
+    path = write_sizes(tmp_path, titles={"switch": "Switch"}, sizes=own)
+    name, studies = read_studies(path)
     assert (name, [study.name for study in studies]) == (
         "small", ["small-D64", "small-D128", "small-D256"],
     )  # fmt: skip
-    first, _, last = studies
+    first, middle, last = studies
+    assert (first.titles, middle.titles) == ({"switch": "Switch"}, {"switch": "Switch, wide"})
     assert first.fixed == {"bf16": True, "eval_iters": 1, "global_batch_size": 8,
                            "hidden_size": 64, "lr": pytest.approx(2e-3 * 4**0.8)}  # fmt: skip
     assert first.variants["switch"] == {

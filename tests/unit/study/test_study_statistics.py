@@ -46,7 +46,7 @@ class TestPairedDifference:
         A sum of Student's quantiles at alpha, in place of noncentral Student's at alpha / m, gave
         0.77 for three seeds and one comparison, and 0.19 for seven."""
         rng, sd = np.random.default_rng(100 * n + comparisons), 0.01
-        one = Difference(mean=-1, low=-2, high=0, p=0.01, n=n, sd=sd, df=n - 1)
+        one = Difference(mean=-1, low=-2, high=0, p=0.01, n=n, error=sd / math.sqrt(n), df=n - 1)
         each = with_holm(dict.fromkeys(range(comparisons), one), is_conjunction=False)
         gap = each[0].visible
         values = rng.normal(-gap, sd, size=(100_000, n))
@@ -72,7 +72,7 @@ class TestHolm:
         assert holm([0.9, 0.6]) == [1.0, 1.0]
 
     def test_pairs_of_no_claim_need_more_the_more_there_are(self):
-        one = Difference(mean=-1, low=-1.5, high=-0.5, p=0.03, n=3, sd=0.1, df=2)
+        one = Difference(mean=-1, low=-1.5, high=-0.5, p=0.03, n=3, error=0.06, df=2)
         for count, said in ((1, CONFIRMED), (2, UNDECIDED)):
             both = with_holm(dict.fromkeys(range(count), one), is_conjunction=False)
             assert set(verdicts(both, is_conjunction=False).values()) == {said}
@@ -81,7 +81,8 @@ class TestHolm:
 def difference(mean: float, *, p: float, sd: float = 0.02) -> Difference:
     """As of three seeds, with this p."""
     half = 1.1 * abs(mean) if p >= 0.05 else 0.9 * abs(mean)
-    return Difference(mean=mean, low=mean - half, high=mean + half, p=p, n=3, sd=sd, df=16)
+    error = sd / math.sqrt(3)
+    return Difference(mean=mean, low=mean - half, high=mean + half, p=p, n=3, error=error, df=16)
 
 
 class TestConjunction:
