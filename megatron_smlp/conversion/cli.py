@@ -165,7 +165,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     _check_used(options)
     sizes = {name: getattr(options, f"target_{name}") for name in LAYOUT}
     options.layout = {name: size for name, size in sizes.items() if size is not None}
-    require_positive(options, "make_vocab_size_divisible_by", *(f"target_{n}" for n in LAYOUT))
+    layout = [f"target_{name}" for name in LAYOUT]
+    require_positive(options, "average", "make_vocab_size_divisible_by", *layout)
     options.shard_limit = parse_size(options.max_shard_size or SHARD_SIZE)
     _check_load(options.load, options.source)
     check_target(options.save, options.load, overwrite=options.overwrite)

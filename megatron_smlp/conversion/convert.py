@@ -79,7 +79,7 @@ def torch_dist_to_hf(options: argparse.Namespace, say: Say = print) -> None:
         form: Any = llama if is_llama else huggingface
         config = llama.exported(ours) if is_llama else ours
         plan = form.TENSORS.export_plan(source.specs, flags)
-        model = form.build(config)
+        model = (huggingface.build_theirs if is_llama else huggingface.build)(config)
         expected = huggingface.expected_shapes(model)
         converted = Converted(plan, source, expected, where=str(checkpoint.folder))
         tokenizer = options.tokenizer_model or tokenizer_folder(checkpoint.args, say)
@@ -128,7 +128,7 @@ def to_torch_dist(options: argparse.Namespace, say: Say = print) -> None:
 def torch_dist_to_torch_dist(options: argparse.Namespace, say: Say = print) -> None:
     """Rewrite a Megatron checkpoint for another layout, or without optimizer state."""
     checkpoint = TorchDistCheckpoint(options.load, iteration=options.ckpt_step)
-    if options.drop_optimizer or options.average or not checkpoint.iteration:
+    if options.drop_optimizer or options.average is not None or not checkpoint.iteration:
         to_torch_dist(options, say)
         return
     with one_process():
@@ -139,7 +139,7 @@ def torch_dist_to_torch_dist(options: argparse.Namespace, say: Say = print) -> N
         )
         rewriting.check_layout(flags, options.layout)
         with _whole(options, checkpoint.folder) as folder:
-            rewriting.copy(checkpoint, source, folder, flags, options.layout)
+            rewriting.copy(checkpoint, source, folder, flags, options.layout, record)
             keep_tokenizer(checkpoint.args, folder)
             if options.checks:
                 tokens = _tokens(flags)
@@ -197,7 +197,9 @@ def _weights(options: argparse.Namespace) -> Weights:
     expected = megatron_model.expected_shapes(flags)
     plan = form.import_plan(expected, flags)
     converted = Converted(plan, source, expected, where=str(options.load))
-    build = partial(form.build, config if form is huggingface else form.theirs_of(values))
+    build = partial(huggingface.build, config)
+    if form is not huggingface:
+        build = partial(huggingface.build_theirs, huggingface.theirs_of(values))
     ids = huggingface.special_ids(config)
     record = {SPECIAL: ids} if any(number is not None for number in ids.values()) else None
     logits = partial(huggingface.logits, build, files)

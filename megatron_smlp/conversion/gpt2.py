@@ -15,10 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from megatron_smlp.conversion.huggingface import impossible
+from megatron_smlp.conversion.huggingface import impossible, theirs_of
 from megatron_smlp.conversion.names import QKV, HeadShape, Names, join_qkv
 from megatron_smlp.conversion.recipes import Recipe, same
 from megatron_smlp.errors import UsageError
@@ -129,17 +128,3 @@ def _head_by_head(fused: Tensor, *, heads: HeadShape) -> Tensor:
     """Reorder queries, keys, values: [D, 3 D] or [3 D] -> [3 D, D] or [3 D], head by head."""
     queries, keys, values = (fused.T if fused.dim() == 2 else fused).chunk(3)
     return join_qkv(queries, keys, values, heads)
-
-
-def build(config: Any) -> Any:
-    """Build transformers' model on the meta device."""
-    from transformers import GPT2LMHeadModel
-
-    with torch.device("meta"):
-        return GPT2LMHeadModel(config).float().eval()
-
-
-def theirs_of(values: Mapping[str, Any]) -> Any:
-    from transformers import GPT2Config
-
-    return GPT2Config(**{name: v for name, v in values.items() if name != "model_type"})

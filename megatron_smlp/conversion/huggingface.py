@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from megatron_smlp import plugin_files, plugin_texts
@@ -213,6 +213,26 @@ def build(config: SMLPConfig) -> SMLPForCausalLM:
         from megatron_smlp.plugins import compute_tables
 
         compute_tables(model)
+    return model
+
+
+def theirs_of(values: Mapping[str, Any]) -> PreTrainedConfig:
+    """Return the configuration of a model that transformers has, without code of its folder."""
+    kept = {name: value for name, value in values.items() if name != "auto_map"}
+    return CONFIG_MAPPING[values["model_type"]].from_dict(kept)
+
+
+def build_theirs(config: PreTrainedConfig) -> Any:
+    """Build a model that transformers has, as `build` does.
+
+    Raises:
+        UsageError: its sizes are beyond what a tensor can have.
+    """
+    with impossible("no such model can be built"):
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config).float().eval()
+        if rotary := getattr(model.base_model, "rotary_emb", None):
+            model.base_model.rotary_emb = type(rotary)(config)  # a table that no file holds
     return model
 
 

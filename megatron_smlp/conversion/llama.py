@@ -14,9 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from megatron_smlp.conversion.huggingface import impossible
+from megatron_smlp.conversion.huggingface import impossible, theirs_of
 from megatron_smlp.conversion.names import QKV, Names
 from megatron_smlp.errors import UsageError
 from megatron_smlp.hf.configuration_smlp import SMLPConfig
@@ -126,25 +124,3 @@ def config_in(values: Mapping[str, Any], folder: Path) -> SMLPConfig:
             rotary_base=int(base),
             hidden_dropout=values.get("hidden_dropout", 0.0),
         )
-
-
-def theirs_of(values: Mapping[str, Any]) -> Any:
-    from transformers import LlamaConfig
-
-    return LlamaConfig.from_dict({n: v for n, v in values.items() if n != "auto_map"})
-
-
-def build(config: Any) -> Any:
-    """Build transformers' model in evaluation mode, its parameters on the meta device.
-
-    Raises:
-        UsageError: its sizes are beyond what a tensor can have.
-    """
-    from transformers import LlamaForCausalLM
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-    with impossible("no such model can be built"):
-        with torch.device("meta"):
-            model = LlamaForCausalLM(config).float().eval()
-        model.model.rotary_emb = LlamaRotaryEmbedding(config)  # a table that no file holds
-    return model

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_smlp.checkpoints.run_record import read_run_record
 from megatron_smlp.checkpoints.tensors import Source, tensors_of
 from megatron_smlp.checkpoints.torch_dist import COMMON, NOT_WEIGHTS, TorchDistCheckpoint
 from megatron_smlp.checkpoints.writer import write_checkpoint
@@ -54,6 +53,7 @@ def copy(
     run: Path,
     flags: Mapping[str, Any],
     layout: Mapping[str, int],
+    record: Mapping[str, Any] | None,
 ) -> None:
     """Write the whole state for another layout.
 
@@ -64,6 +64,7 @@ def copy(
         source: the tensors of the checkpoint, optimizer state included.
         flags: of the model, with the vocabulary as it is in `source`.
         layout: sizes that are other than the run's.
+        record: run.json of the checkpoint.
 
     Raises:
         UsageError: the optimizer state is tied to the layout that saved it.
@@ -82,11 +83,7 @@ def copy(
     names = [name for name in checkpoint.objects if not name.startswith(NOT_WEIGHTS)]
     objects = {name: checkpoint.read_object(name) for name in names} | {COMMON: [common]}
     record = converted_record(
-        read_run_record(checkpoint.folder),
-        flags,
-        layout,
-        iteration=checkpoint.iteration,
-        is_new_model=False,
+        record, flags, layout, iteration=checkpoint.iteration, is_new_model=False
     )
     write_checkpoint(
         run, checkpoint.iteration, tensors_of(source), objects, flags=flags, record=record

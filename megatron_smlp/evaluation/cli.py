@@ -176,10 +176,11 @@ def evaluate_text(options: argparse.Namespace, megatron_flags: Sequence[str]) ->
 
 def _suffix_from(given: float | None, facts: argparse.Namespace, *, longest: int) -> int:
     """Return P of windows of `longest` tokens; partial prediction's own, unless one is given."""
-    from megatron_smlp.partial_prediction import suffix_start
+    from megatron_smlp.partial_prediction import prefix_length, suffix_start
 
-    length = {} if given is None else {"seq_length": longest}
-    start = suffix_start(argparse.Namespace(**vars(facts) | {"suffix_from": given} | length))
+    if given is not None:
+        return suffix_start(argparse.Namespace(suffix_from=given, seq_length=longest))
+    start = prefix_length(facts, seq_length=facts.seq_length)
     return start if start < longest else 0  # its own, which nobody asked for of shorter windows
 
 
@@ -210,12 +211,11 @@ def _harness_model(
     options: argparse.Namespace, megatron_flags: Sequence[str]
 ) -> tuple[int | None, Any]:
     """Return the iteration of --checkpoint, and the model."""
-    from megatron_smlp.generation.language_model import default_device
-
     if options.hf:
         from megatron_smlp.evaluation.huggingface_model import ExportedModel
+        from megatron_smlp.generation.language_model import usable_device
 
-        device = options.device or default_device()
+        device = usable_device(options.device)  # another one lm-eval would replace, in silence
         about = {"batch_size": options.batch_size, "device": device, "dtype": options.dtype}
         return None, ExportedModel(options.hf, **about)
     args, scorer, tokenizer = _scorer(options, megatron_flags)

@@ -189,13 +189,15 @@ def _run_file(
     from megatron_smlp.generation.completion import complete, encode_prompt
 
     # All of them first: a wrong line is found before hours of work, not after them.
-    encoded = [encode_prompt(lm, prompt, where=where) for where, prompt in prompts]
+    encoded = [(prompt, encode_prompt(lm, prompt, where=where)) for where, prompt in prompts]
     room = lm.longest - options.max_new_tokens
     # A prompt that will reach position T goes alone, so that it stops no other.
-    for ends_early, group in itertools.groupby(encoded, key=lambda ids: len(ids) > room):
+    for ends_early, group in itertools.groupby(encoded, key=lambda pair: len(pair[1]) > room):
         for batch in itertools.batched(group, 1 if ends_early else options.batch_size):
-            for done in complete(lm, batch, options):
-                record = {"prompt": done.prompt, "text": done.text, "num_tokens": done.num_tokens}
+            texts, ids = zip(*batch, strict=True)
+            given = (text for text in texts for _ in range(options.num_samples))
+            for prompt, done in zip(given, complete(lm, ids, options), strict=True):
+                record = {"prompt": prompt, "text": done.text, "num_tokens": done.num_tokens}
                 print(json.dumps(record, ensure_ascii=False), flush=True)
                 _report_the_end(lm, done)
 

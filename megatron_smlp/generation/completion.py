@@ -18,11 +18,10 @@ from megatron_smlp.generation.language_model import COLDEST, LanguageModel
 
 @dataclass(frozen=True)
 class Completion:
-    """A prompt and one continuation of it."""
+    """One continuation of a prompt."""
 
-    prompt: str
     text: str
-    """The continuation, without the token that ended it."""
+    """Without the token that ended it."""
     num_tokens: int
     reached_the_end: bool
     """Whether it stopped because the model has no further positions."""
@@ -91,7 +90,6 @@ def complete(
         prompt = prompts[row // options.num_samples]
         kept = list(takewhile(lambda number: number not in lm.ends, new))
         yield Completion(
-            prompt=lm.decode(prompt[len(lm.start) :]),
             text=lm.continuation(prompt, kept),
             num_tokens=len(kept),
             reached_the_end=len(kept) == room < options.max_new_tokens,

@@ -82,6 +82,7 @@ def load(options: argparse.Namespace) -> LanguageModel:
 
 def model_and_tokenizer(options: argparse.Namespace) -> tuple[Any, Tokenizer, tuple[int, ...]]:
     """Load what `load` does: a tokenizer that is not at work yet, and the ids before a text."""
+    device = usable_device(options.device)
     model, spec, source = _exported(options) if options.hf else _trained(options)
     spec = named_or_moved(options, spec)
     if spec is None:
@@ -93,8 +94,7 @@ def model_and_tokenizer(options: argparse.Namespace) -> tuple[Any, Tokenizer, tu
         spec, source=source, entries=own_entries or model.config.vocab_size,
         may_be_smaller=own_entries is None,
     )  # fmt: skip
-    model = _placed(model, device=options.device, dtype=options.dtype)
-    return model, tokenizer, tuple(start_of(tokenizer, spec))
+    return model.to(device), tokenizer, tuple(start_of(tokenizer, spec))
 
 
 def _trained(options: argparse.Namespace) -> tuple[Any, TokenizerSpec | None, str]:
@@ -102,7 +102,12 @@ def _trained(options: argparse.Namespace) -> tuple[Any, TokenizerSpec | None, st
 
     checkpoint = TorchDistCheckpoint(options.checkpoint, iteration=options.ckpt_step)
     spec = recorded_tokenizer(checkpoint.args, trusts=options.trust_remote_code)
-    return model_of(checkpoint), spec, f"--checkpoint {options.checkpoint}"
+    model = model_of(checkpoint)
+    if options.dtype != "auto":
+        import torch
+
+        model = model.to(getattr(torch, options.dtype))
+    return model, spec, f"--checkpoint {options.checkpoint}"
 
 
 def model_of(checkpoint: Any) -> Any:
@@ -134,7 +139,7 @@ def _exported(options: argparse.Namespace) -> tuple[Any, TokenizerSpec | None, s
     with impossible(f"--hf {folder} cannot be loaded"):
         model, loaded = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype="auto",
+            dtype=options.dtype,
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
@@ -180,15 +185,17 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _placed(model: Any, *, device: str | None, dtype: str) -> Any:
+def usable_device(name: str | None) -> str:
+    """Return --device, or the default, if a tensor can be there.
+
+    Raises:
+        UsageError: it cannot.
+    """
     import torch
 
-    if dtype != "auto":  # first, for the device need not have room for the weights as they are
-        model = model.to(getattr(torch, dtype))
-    device = device or default_device()
+    name = name or default_device()
     try:
-        return model.to(torch.device(device))
+        torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(
-            f"--device {device} cannot be used: {str(error).splitlines()[0]}"
-        ) from error
+        raise UsageError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
+    return name

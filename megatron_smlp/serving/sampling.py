@@ -48,38 +48,41 @@ def _tokens(ids: Sequence[int], logprobs: Tensor, count: int) -> list[Token]:
     return [Token(*fields) for fields in zip(ids, chosen, likeliest, strict=True)]
 
 
-# Classes of our own: transformers would move its own ones in front of the watcher.
+# Classes of our own: transformers would move its own ones in front of `_Seen`.
 class _Repetition(RepetitionPenaltyLogitsProcessor): ...
 
 
 class _NoPadding(SuppressTokensLogitsProcessor): ...
 
 
-class _Watcher(LogitsProcessor, StoppingCriteria):
-    """A logits processor and a stopping criterion of `generate`: it sees logits and choices.
+class _Seen(LogitsProcessor):
+    """Keeps the model's own log-probabilities: before the temperature, of the whole vocabulary."""
 
-    Log-probabilities are the model's own: before the temperature, over the whole vocabulary.
-    """
+    logprobs: Tensor
 
-    def __init__(self, asked: Asked, on_token: OnToken, cancelled: threading.Event) -> None:
-        self.asked, self.on_token, self.cancelled = asked, on_token, cancelled
-        self.logprobs = torch.empty(0)
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.logprobs = scores.float().log_softmax(dim=-1)
+        return scores
+
+
+class _Reporting(StoppingCriteria):
+    """Reports the new token of each row, and ends the rows that `on_token` says have ended."""
+
+    def __init__(
+        self, asked: Asked, seen: _Seen, on_token: OnToken, cancelled: threading.Event
+    ) -> None:
+        self.asked, self.seen, self.on_token, self.cancelled = asked, seen, on_token, cancelled
         self.done = [False] * asked.n
 
-    def __call__(self, input_ids: Tensor, scores: Any) -> Tensor:
-        if isinstance(scores, Tensor):
-            if self.asked.logprobs is not None:
-                self.logprobs = scores.float().log_softmax(dim=-1)
-            return scores
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         ids = input_ids[:, -1].tolist()
         tokens = [Token(number, None, None) for number in ids]
         if self.asked.logprobs is not None:
-            tokens = _tokens(ids, self.logprobs, self.asked.logprobs)
+            tokens = _tokens(ids, self.seen.logprobs, self.asked.logprobs)
         for row, token in enumerate(tokens):
             if not self.done[row]:
                 self.done[row] = self.on_token(row, token)
-        ends = torch.tensor(self.done, device=input_ids.device)
-        return ends | self.cancelled.is_set()
+        return torch.tensor(self.done, device=input_ids.device) | self.cancelled.is_set()
 
 
 @torch.inference_mode()
@@ -98,8 +101,8 @@ def answer(
     if asked.max_tokens == 0 or cancelled.is_set():
         return
     torch.manual_seed(secrets.randbits(63) if asked.seed is None else asked.seed % 2**63)
-    watcher = _Watcher(asked, on_token, cancelled)
-    processors: list[Any] = [watcher]
+    seen = _Seen()
+    processors: list[Any] = [] if asked.logprobs is None else [seen]
     if lm.padding_ids:
         processors.append(_NoPadding(lm.padding_ids, device=lm.model.device))
     if asked.repetition_penalty != 1:
@@ -117,7 +120,7 @@ def answer(
         pad_token_id=lm.end or 0,
         suppress_tokens=[],
         logits_processor=LogitsProcessorList(processors),
-        stopping_criteria=StoppingCriteriaList([watcher]),
+        stopping_criteria=StoppingCriteriaList([_Reporting(asked, seen, on_token, cancelled)]),
         **sampling,
     )
 

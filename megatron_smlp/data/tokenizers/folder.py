@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from megatron_smlp.data.tokenizers.spec import TokenizerSpec
+from megatron_smlp.data.tokenizers.spec import FILES, TokenizerSpec
 from megatron_smlp.errors import UsageError
 
 CONFIG = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False} | dict.fromkeys(
@@ -44,8 +44,7 @@ def local_gpt2_files(args: argparse.Namespace) -> Iterator[None]:
     if not _has_gpt2_files(args):
         yield
         return
-    names = ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file")
-    before = {name: getattr(args, name) for name in names}
+    before = {name: getattr(args, name) for name in ("tokenizer_type", *FILES)}
     args.tokenizer_type, args.tokenizer_model = "HuggingFaceTokenizer", str(_gpt2_folder(args))
     args.vocab_file = args.merge_file = None
     try:

@@ -29,6 +29,7 @@ TOKENIZER_TYPES = (
     "ByteLevelTokenizer",
     "NullTokenizer",
 )
+FILES = ("tokenizer_model", "vocab_file", "merge_file")
 READ_BY = {
     "tokenizer_model": ("HuggingFaceTokenizer", *SENTENCEPIECE_TYPES, "TikTokenizer"),
     **dict.fromkeys(("vocab_file", "merge_file"), ("GPT2BPETokenizer",)),
@@ -157,14 +158,14 @@ class TokenizerSpec:
 def named_or_moved(
     args: argparse.Namespace, recorded: TokenizerSpec | None = None
 ) -> TokenizerSpec | None:
-    """Return the tokenizer that flags name. --tokenizer-model alone says where the recorded one has
-    moved or, where none is recorded, is a HuggingFaceTokenizer."""
+    """Return the tokenizer that flags name. Files alone say where the recorded one has moved or,
+    where none is recorded, are those of a HuggingFaceTokenizer, or the two of GPT2BPETokenizer."""
     if args.tokenizer_type:
         return TokenizerSpec.from_arguments(args)
-    if args.tokenizer_model:
-        spec = recorded or TokenizerSpec(tokenizer_type="HuggingFaceTokenizer")
-        files = {"tokenizer_model": args.tokenizer_model, "vocab_file": None, "merge_file": None}
-        return replace(spec, **files)
+    files: dict[str, Any] = {name: getattr(args, name, None) for name in FILES}
+    if any(files.values()):
+        kind = "HuggingFaceTokenizer" if args.tokenizer_model else "GPT2BPETokenizer"
+        return replace(recorded or TokenizerSpec(tokenizer_type=kind), **files)
     return recorded
 
 

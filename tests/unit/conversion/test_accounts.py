@@ -199,6 +199,7 @@ def test_where_one_stands_is_not_replaced(exported: Path, tmp_path: Path, monkey
         ("--from hf --to torch_dist --ckpt-step 3", "--ckpt-step"),
         ("--to torch_dist --max-shard-size 1GB", "--max-shard-size"),
         ("--to torch_dist --num-experts 4", "--num-experts"),
+        ("--to torch_dist --average 0", "--average 0: give 1 or more"),
     ],
 )
 def test_wrong_flags_are_one_line(words: str, message: str):

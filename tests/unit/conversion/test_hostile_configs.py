@@ -51,7 +51,7 @@ def test_a_config_that_lies(exported: Path, tmp_path: Path, lie: Any, named: str
     refusals = []
     for read in (
         lambda: run(from_hf, folder, tmp_path / "run", checks=False),
-        lambda: language_model._exported(argparse.Namespace(hf=str(folder))),
+        lambda: language_model._exported(argparse.Namespace(hf=str(folder), dtype="auto")),
         lambda: check_folder(folder),
     ):
         start = time.monotonic()

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
 from megatron_smlp.conversion import convert
 from megatron_smlp.errors import UsageError
-from megatron_smlp.generation.language_model import model_of
+from megatron_smlp.generation import cli
+from megatron_smlp.generation.language_model import load, model_of
 from megatron_smlp.platform.one_process import one_process
 
 SIZES = {"vocab_size": 104, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
@@ -72,6 +73,14 @@ def test_in_and_out_again(tmp_path: Path, variant: str):
     with one_process(), torch.no_grad():
         ours = model_of(TorchDistCheckpoint(tmp_path / "run"))(tokens).logits
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
+
+
+def test_a_lower_precision_is_not_that_of_the_positions(tmp_path: Path):
+    words = ["--hf", str(save_llama(tmp_path)), "--dtype", "bfloat16"]
+    numbers = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "103"]
+    model = load(cli.build_parser().parse_args([*words, *numbers])).model
+    assert model.dtype == torch.bfloat16
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
 
 
 @pytest.mark.parametrize("output", ["", "--untie-embeddings-and-output-weights"])

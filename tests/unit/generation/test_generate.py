@@ -64,6 +64,9 @@ def test_a_checkpoint_says_what_its_export_says(
     assert tokens[:3] == [5, 17, 3]
     assert len(tokens) == 9
     assert max(tokens) <= 100  # never the padding of the vocabulary
+    (tmp_path / "prompts").write_text("5  17\n")  # its ids stand for "5 17"
+    [said] = lines([*models[0], "--prompts-file", str(tmp_path / "prompts"), *GREEDY], capsys)
+    assert json.loads(said)["prompt"] == "5  17"
 
 
 def test_a_file_of_prompts_equals_one_by_one(
@@ -172,6 +175,7 @@ def test_lines_of_a_pipe_are_a_conversation(
         ("--hf {0} --prompt a --top-p 0", "--top-p 0.0"),
         ("--hf {0} --prompt a --temperature nan", "--temperature nan"),
         ("--hf {0} --prompt a --max-new-tokens 0", "--max-new-tokens 0"),
+        ("--hf {0} --prompt a --device cuda:99", "--device cuda:99 cannot be used"),
         ("--hf {0} --prompt a --tokenizer-model {1}", "--tokenizer-model"),
         ("--hf {0} --prompt a --tokenizer-type ByteLevelTokenizer", "do not belong together"),
         ("--hf {0} --prompt a --tokenizer-type NullTokenizer --vocab-size 9", "do not belong"),

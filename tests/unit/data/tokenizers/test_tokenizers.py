@@ -21,7 +21,13 @@ from megatron_smlp.data.tokenizers.factory import read_tokenizer
 from megatron_smlp.data.tokenizers.folder import recorded_tokenizer
 from megatron_smlp.data.tokenizers.gigatoken_encoder import GigatokenEncoder
 from megatron_smlp.data.tokenizers.huggingface import HuggingFaceEncoder, HuggingFaceTokenizer
-from megatron_smlp.data.tokenizers.spec import Encoder, Tokenizer, TokenizerSpec
+from megatron_smlp.data.tokenizers.spec import (
+    FILES,
+    Encoder,
+    Tokenizer,
+    TokenizerSpec,
+    named_or_moved,
+)
 from megatron_smlp.errors import DataError, UsageError
 
 DOCUMENTS = make_documents(120, seed=9)
@@ -317,3 +323,13 @@ def test_every_tokenizer_flag_of_megatron_is_known():
         *("--tokenizer-hf-no-use-fast", "--tokenizer-sentencepiece-legacy"),
         *(f"--no-{spaces}", f"--disable-{spaces}"),
     }
+
+
+@pytest.mark.parametrize("recorded", [None, "old"])
+def test_two_files_alone_are_a_gpt2_tokenizer_or_where_the_recorded_one_is(recorded: str | None):
+    def of(vocab: str, merges: str) -> TokenizerSpec:
+        kind = "GPT2BPETokenizer"
+        return TokenizerSpec(tokenizer_type=kind, vocab_file=vocab, merge_file=merges)
+
+    given = Namespace(tokenizer_type=None, **dict(zip(FILES, (None, "v", "m"), strict=True)))
+    assert named_or_moved(given, of(recorded, recorded) if recorded else None) == of("v", "m")
