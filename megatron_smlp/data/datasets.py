@@ -21,6 +21,7 @@ from megatron_smlp.data.blending import SPLITS, Blend
 from megatron_smlp.data.index_cache import cache_folders, exclusive_caches
 from megatron_smlp.data.pairs.content import Watch
 from megatron_smlp.data.pairs.indexed import in_parts, open_index
+from megatron_smlp.durable import text_of
 from megatron_smlp.errors import DataError
 from megatron_smlp.first_rank import first_rank_first, telling
 
@@ -120,7 +121,7 @@ def build_datasets(
             that do not suffice, or of which one is shorter than a sample, or weighted ones that
             are rounded to too few samples.
     """
-    _check_splits(config)
+    _check_splits(config, num_samples)
     builder = UnhurriedBuilder(WatchedGPTDataset, list(num_samples), is_built_on_rank, config)
     prefixes = [prefix for _, blend, _ in _splits(config) for prefix in blend.prefixes]
     folders = cache_folders(prefixes, path_to_cache=config.path_to_cache)
@@ -138,14 +139,22 @@ def build_datasets(
             if "oversamples" not in str(error):
                 raise
             raise DataError(f"{error} It is --mid-level-dataset-surplus.") from None
-    for name, dataset, wanted in zip(SPLITS, datasets, num_samples, strict=True):
-        _check_suffices(name, dataset, wanted)
+        except Exception as error:
+            if not isinstance(error.__cause__, OSError):  # as Megatron raises it on rank 0
+                raise
+            raise DataError(
+                f"the sample index cannot be cached in {where} ({text_of(error.__cause__)}); give "
+                f"another folder with --data-cache-path"
+            ) from None
+        for name, dataset, wanted in zip(SPLITS, datasets, num_samples, strict=True):
+            _check_suffices(name, dataset, wanted)
     return datasets
 
 
-def _check_splits(config: GPTDatasetConfig) -> None:
+def _check_splits(config: GPTDatasetConfig, num_samples: Sequence[int | None]) -> None:
     """Megatron repeats a dataset until it is long enough: for ever, where a part of it is empty.
-    Without weights it reads each once, and stops at one that is shorter than a sample."""
+    One that it reads once, whole or without weights, must not be shorter than a sample."""
+    wanted = dict(zip(SPLITS, num_samples, strict=True))
     for name, blend, share in _splits(config):
         for prefix in blend.prefixes:
             index = open_index(prefix)
@@ -158,12 +167,15 @@ def _check_splits(config: GPTDatasetConfig) -> None:
                     f"--valid-data-path"
                 )
             tokens = len(index.tokens_of(first, last))
-            if _is_read_once(name, blend, config) and tokens <= config.sequence_length:
+            is_whole = wanted[name] is None
+            is_read_once = is_whole or _is_read_once(name, blend, config)
+            if is_read_once and tokens <= config.sequence_length:
+                how = "with --full-validation" if is_whole else "without weights"
                 raise DataError(
                     f"{prefix!r} has {tokens} tokens for {name}, and a sample takes "
-                    f"{config.sequence_length} and one more: without weights each dataset is read "
-                    f"once; leave it out, merge it into another one (tools/merge_datasets.py), "
-                    f"give weights, or make the split's share larger"
+                    f"{config.sequence_length} and one more: {how} each dataset is read once; "
+                    f"leave it out, merge it into another one (tools/merge_datasets.py), "
+                    f"{'' if is_whole else 'give weights, '}or make the split's share larger"
                 )
 
 

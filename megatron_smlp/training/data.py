@@ -77,24 +77,21 @@ def run_datasets(
     Raises:
         UsageError: the datasets do not suffice, or a split is empty.
     """
-    once = args.eval_iters * args.eval_global_batch_size
-    whole = args.full_validation
+    samples = args.eval_iters * args.eval_global_batch_size
     build = partial(_build, args=args, on_rank=partial(_reads_data, args, vp_stage), say=say)
     train = None
     if not args.skip_train:
         train, *_ = build([_training_samples(args), 0, 0], splits=(0,), seed=args.seed)
-    wanted = [0, None if whole else once, once]
-    _, valid, test = build(wanted, splits=(1, 2), seed=EVALUATION_SEED)
-    # Megatron refuses to read from a dataset without samples.
-    test = test if once else None
-    valid = valid if once or whole else None
+    wanted = [0, None if args.full_validation else samples, samples]
+    read = [place for place, count in enumerate(wanted) if count != 0]
+    _, valid, test = build(wanted, splits=read, seed=EVALUATION_SEED)
     if args.rank == 0 and not args.mock_data and not vp_stage:
         for line in use_lines(dataset_uses([train, valid, test], sequence_length=args.seq_length)):
             say(line)
     sets = valid if isinstance(valid, list) else [valid]
-    if not whole:
-        sets = [_first(dataset, once, Split.valid) for dataset in sets]
-    return Datasets(train, sets, _first(test, once, Split.test))
+    if not args.full_validation:
+        sets = [_first(dataset, samples, Split.valid) for dataset in sets]
+    return Datasets(train, sets, _first(test, samples, Split.test))
 
 
 def _training_samples(args: argparse.Namespace) -> int:
@@ -168,21 +165,16 @@ def _build(
         raise UsageError(str(error)) from error
 
 
-def may_be_padded(args: argparse.Namespace) -> bool:
-    """Return whether samples may end in padding. Only full validation pads: elsewhere Megatron
-    drops an incomplete last sample."""
-    return bool(args.full_validation)
-
-
 def needs_every_batch(args: argparse.Namespace) -> bool:
-    """Return whether every pipeline stage reads the batches: HASH routes by token ids, and no
-    router may count padding, and attention within documents finds their ends.
+    """Return whether every pipeline stage reads the batches: HASH routes by token ids, attention
+    within documents finds their ends, and in a full validation, ranks with fewer samples read empty
+    ones (batches._whole), which no router may count.
     """
     has_routers = args.token_router != "none" or args.feature_router in BY_PREFIX
     return bool(
         args.token_router in READING_IDS
         or args.reset_attention_mask
-        or (has_routers and may_be_padded(args))
+        or (has_routers and args.full_validation)
     )
 
 

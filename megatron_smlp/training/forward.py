@@ -28,7 +28,7 @@ from megatron_smlp.routers.draws import sample_keys
 from megatron_smlp.routers.gshard import attach_samples
 from megatron_smlp.routers.statistics import RouterStatistics
 from megatron_smlp.systems import BY_PREFIX, token_router_class
-from megatron_smlp.training.data import may_be_padded, needs_batch, needs_every_batch
+from megatron_smlp.training.data import needs_batch, needs_every_batch
 from megatron_smlp.training.slow_hosts import OwnPart
 
 SUFFIX_LOSS = "suffix loss"
@@ -72,7 +72,10 @@ class ForwardStep:
                 self.data_seconds += time.perf_counter() - start
                 self._attach_keys(model, vp_stage)
             timers("batch-generator").stop()
-            self.statistics.begin(real_tokens(batch["loss_mask"]) if may_be_padded(args) else None)
+            # In a full validation, ranks with fewer samples read empty ones (batches._whole),
+            # which no router may count.
+            real = real_tokens(batch["loss_mask"]) if args.full_validation else None
+            self.statistics.begin(real)
             if args.feature_router in BY_PREFIX:
                 scale_balance_losses(model)
             mask = None

@@ -12,9 +12,11 @@ from megatron_smlp.data.pairs.full_check import require_sound_index
 from megatron_smlp.data.pairs.indexed import Index, bin_path, idx_path, open_index, strip_suffix
 from megatron_smlp.data.pairs.manifest import (
     Manifest,
+    Origin,
     TokenizerRecord,
+    check_manifest_path,
     find_manifest,
-    is_whole,
+    is_unchanged,
 )
 from megatron_smlp.data.pairs.writer import PairWriter, lock_output, publish
 from megatron_smlp.durable import empty_locked, remove_locked
@@ -59,47 +61,50 @@ def merge(prefixes: Sequence[str], *, output_prefix: str, allow_mismatch: bool =
     that differ and are allowed to, the result has no manifest.
 
     Raises:
-        DataError: a damaged pair, or half of one, or tokenizers that differ.
+        DataError: a damaged pair, or half of one, tokenizers that differ, or another file that
+            the manifest would replace.
     """
     # One pair is open at a time: each map of a file counts as an open one, which are limited.
     dtypes = {open_index(prefix).dtype for prefix in prefixes}
-    manifests = [_manifest_of(prefix) for prefix in prefixes]
-    tokenizer_agrees = _check_tokenizers(prefixes, manifests, allow_mismatch)
+    origins = [origin_of(prefix) for prefix in prefixes]
+    tokenizer_agrees = _check_tokenizers(prefixes, origins, allow_mismatch)
+    name, manifest_path = Path(output_prefix).name, Path(output_prefix + ".json")
+    check_manifest_path(manifest_path, pairs=[name])
     with scratch_folder(output_prefix) as folder:
         writer = PairWriter(folder / "merged", dtype=np.result_type(*dtypes))
         for index in map(open_index, prefixes):
             require_sound_index(index)
             copy_documents(index, writer, 0, index.num_documents)
-        known = [manifest for manifest in manifests if manifest is not None]
+        known = [origin for origin in origins if origin is not None]
         record = writer.finish(key=_joined(known, "key"), level=_joined(known, "level"))
         manifest = None
         if tokenizer_agrees and len(known) == len(prefixes):
             manifest = Manifest(
-                tokenizer=known[0].tokenizer,
-                pairs={Path(output_prefix).name: record},
+                tokenizer=known[0].manifest.tokenizer,
+                pairs={name: record},
                 sources=[{"pair": prefix} for prefix in prefixes],
                 counts={"documents": record.documents, "tokens": record.tokens},
             )
-        publish(
-            {output_prefix: writer}, manifest=manifest, manifest_path=Path(output_prefix + ".json")
-        )
+        publish({output_prefix: writer}, manifest=manifest, manifest_path=manifest_path)
 
 
-def _manifest_of(prefix: str) -> Manifest | None:
-    """Return the manifest, narrowed to this pair, once its fingerprint agrees."""
+def origin_of(prefix: str) -> Origin | None:
+    """Return the manifest that lists the pair, if there is one, once the fingerprint agrees.
+
+    Raises:
+        DataError: the pair is not what it describes.
+    """
     origin = find_manifest(prefix)
-    if origin is None:
-        return None
-    if not is_whole(prefix, origin.manifest):
+    if origin and not is_unchanged(prefix, origin.pair):
         raise DataError(f"{prefix!r} is not what its manifest {origin.path} describes; validate it")
-    return replace(origin.manifest, pairs={Path(prefix).name: origin.pair})
+    return origin
 
 
 def _check_tokenizers(
-    prefixes: Sequence[str], manifests: list[Manifest | None], allow_mismatch: bool
+    prefixes: Sequence[str], origins: list[Origin | None], allow_mismatch: bool
 ) -> bool:
-    pairs = zip(prefixes, manifests, strict=True)
-    known = [(prefix, manifest.tokenizer) for prefix, manifest in pairs if manifest]
+    pairs = zip(prefixes, origins, strict=True)
+    known = [(prefix, origin.manifest.tokenizer) for prefix, origin in pairs if origin]
     for prefix, ours in known[1:]:
         first, theirs = known[0]
         if _without_name(ours) != _without_name(theirs):
@@ -118,9 +123,8 @@ def _without_name(record: TokenizerRecord) -> TokenizerRecord:
     return replace(record, type="") if record.identity else record
 
 
-def _joined(manifests: list[Manifest], name: str) -> str:
-    values = {getattr(pair, name) for manifest in manifests for pair in manifest.pairs.values()}
-    return "+".join(sorted(values)) or "document"
+def _joined(origins: list[Origin], name: str) -> str:
+    return "+".join(sorted({getattr(origin.pair, name) for origin in origins})) or "document"
 
 
 @contextlib.contextmanager
@@ -128,10 +132,10 @@ def scratch_folder(output_prefix: str) -> Iterator[Path]:
     """Make a folder beside the output, empty but for its lock, which is gone afterwards.
 
     Raises:
-        DataError: the manifest would replace another file, or another process writes there.
+        DataError: another process writes there.
     """
     folder = Path(output_prefix + ".merging")  # `.partial` is a preprocessing's, to be resumed
-    lock = lock_output(folder, output_prefix, pairs=[Path(output_prefix).name])
+    lock = lock_output(folder, output_prefix)
     try:
         empty_locked(folder)
         yield folder

@@ -150,15 +150,10 @@ def check_manifest_path(path: Path, *, pairs: Iterable[str]) -> None:
             )
 
 
-def is_whole(prefix: str, manifest: Manifest) -> bool:
-    """Return whether the pair is there, and is what the manifest describes."""
+def is_unchanged(prefix: str, pair: PairRecord) -> bool:
+    """Return whether both files are there, and have the fingerprint of the record."""
     files = [Path(f"{prefix}.{suffix}") for suffix in ("bin", "idx")]
-    pair = manifest.pairs.get(Path(prefix).name)
-    return bool(
-        pair
-        and all(path.is_file() for path in files)
-        and fingerprint_of(*files) == pair.fingerprint
-    )
+    return all(path.is_file() for path in files) and fingerprint_of(*files) == pair.fingerprint
 
 
 def is_manifest(path: Path) -> bool:

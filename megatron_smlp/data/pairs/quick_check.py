@@ -3,7 +3,7 @@
 from megatron_smlp.data.pairs.content import BLOCK_BYTES, WHOLE_BYTES, block_starts, sha256_once
 from megatron_smlp.data.pairs.full_check import check_ids, require_sound_index
 from megatron_smlp.data.pairs.indexed import Index, bin_path, idx_path, open_index
-from megatron_smlp.data.pairs.manifest import Origin, find_manifest, is_whole
+from megatron_smlp.data.pairs.manifest import Origin, find_manifest, is_unchanged
 from megatron_smlp.errors import DataError
 
 
@@ -46,7 +46,7 @@ def _check_unchanged(index: Index, origin: Origin) -> None:
     is_same = sha256_once(idx_path(index.prefix)) == origin.pair.idx_sha256
     if data.stat().st_size <= WHOLE_BYTES:
         is_same = is_same and sha256_once(data) == origin.pair.bin_sha256
-    if not (is_same and is_whole(index.prefix, origin.manifest)):
+    if not (is_same and is_unchanged(index.prefix, origin.pair)):
         raise DataError(
             f"the dataset {index.prefix!r} is not what its manifest {origin.path} describes: a "
             f"file was damaged or swapped; see tools/inspect_dataset.py validate"

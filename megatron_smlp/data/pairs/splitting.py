@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_smlp.data.pairs.combining import copy_documents, scratch_folder
+from megatron_smlp.data.pairs.combining import copy_documents, origin_of, scratch_folder
 from megatron_smlp.data.pairs.full_check import require_sound_index
 from megatron_smlp.data.pairs.indexed import Index, idx_path, open_index
-from megatron_smlp.data.pairs.manifest import check_manifest_path, find_manifest
+from megatron_smlp.data.pairs.manifest import check_manifest_path
 from megatron_smlp.data.pairs.statistics import document_lengths
 from megatron_smlp.data.pairs.writer import PairWriter, publish, withdraw
 from megatron_smlp.errors import DataError
@@ -31,7 +31,8 @@ def split(
             their order within each part.
 
     Raises:
-        DataError: bad weights, a damaged pair, or too few documents.
+        DataError: bad weights, a pair that is damaged or not what its manifest describes, or too
+            few documents.
     """
     index = open_index(prefix)
     require_sound_index(index)
@@ -81,7 +82,7 @@ def _assign(index: Index, shares: list[float], *, by: str, seed: int | None) -> 
 def _write_parts(index: Index, part_of: NDArray[np.int8], output_prefix: str) -> None:
     """Write all parts, and only then replace those of an older split: a mix of both would hold
     documents twice, in training and in validation."""
-    origin = find_manifest(index.prefix)
+    origin = origin_of(index.prefix)
     with scratch_folder(output_prefix) as folder:
         finished = {}
         for number in np.unique(part_of).tolist():

@@ -11,7 +11,7 @@ Memory does not grow with the data, and a crash loses at most what came after th
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -22,7 +22,6 @@ from megatron_smlp.data.pairs.indexed import bin_path, idx_path, in_parts, mappe
 from megatron_smlp.data.pairs.manifest import (
     Manifest,
     PairRecord,
-    check_manifest_path,
     check_output_prefix,
     fingerprint_of,
     sha256_of,
@@ -33,18 +32,13 @@ from megatron_smlp.errors import DataError
 STREAMS = ("bin", "lengths", "sequences")
 
 
-def lock_output(folder: Path, output_prefix: str, *, pairs: Sequence[str]) -> IO[bytes]:
+def lock_output(folder: Path, output_prefix: str) -> IO[bytes]:
     """Make a folder of unfinished output, and lock it until the returned file is closed.
 
-    Args:
-        pairs: the names of those that the manifest will describe.
-
     Raises:
-        DataError: the prefix is no start of a name, its manifest would replace another file, or
-            another process is at work there.
+        DataError: the prefix is no start of a name, or another process is at work there.
     """
     check_output_prefix(output_prefix)
-    check_manifest_path(Path(output_prefix + ".json"), pairs=pairs)
     try:
         return lock_folder(folder)
     except BlockingIOError:

@@ -5,7 +5,7 @@ last sequence of a document that has ids. A document without ids in every key is
 out; with several keys, an empty one keeps an empty document so that the pairs stay aligned.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,7 +87,14 @@ class ChunkEncoder:
         try:
             columns = self._encode_columns(documents)
         except UnencodableTextError:
-            documents = list(self._encodable(chunk, documents, result))
+            problems = {line: self._problem(texts) for line, texts in documents}
+            result.rejections += [
+                Rejection(chunk.file, line, "not_encodable", problems[line], texts[0][:200])
+                for line, texts in documents
+                if problems[line]
+            ]
+            result.rejections.sort(key=lambda rejection: rejection.line)
+            documents = [(line, texts) for line, texts in documents if not problems[line]]
             columns = self._encode_columns(documents)
         used = np.logical_or.reduce([counts > 0 for _, _, counts in columns])
         result.num_empty += int(len(documents) - used.sum())
@@ -95,18 +102,13 @@ class ChunkEncoder:
         # Empty documents hold no ids and no sequences: only their counts are taken out.
         result.keys = [self._finish(ids, lengths, counts[used]) for ids, lengths, counts in columns]
 
-    def _encodable(
-        self, chunk: Chunk, documents: list[Document], result: EncodedChunk
-    ) -> Iterator[Document]:
-        """Yield the documents that the tokenizer takes, and put the others among the rejections."""
-        for line, texts in documents:
-            try:
-                self._encode_texts(texts)
-                yield line, texts
-            except UnencodableTextError as error:
-                rejection = Rejection(chunk.file, line, "not_encodable", str(error), texts[0][:200])
-                result.rejections.append(rejection)
-        result.rejections.sort(key=lambda rejection: rejection.line)
+    def _problem(self, texts: Sequence[str]) -> str:
+        """Return why the tokenizer does not take them; "" where it does."""
+        try:
+            self._encode_texts(texts)
+        except UnencodableTextError as error:
+            return str(error)
+        return ""
 
     def _encode_columns(self, documents: list[Document]) -> list[Encoded]:
         """Encode the texts of each key."""

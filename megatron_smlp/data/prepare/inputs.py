@@ -118,6 +118,11 @@ def stamps_of(files: Sequence[Path]) -> dict[Path, tuple[int, int] | None]:
     return {path: stat and (stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}
 
 
+def can_be_resumed(files: Sequence[Path]) -> bool:
+    """Return whether all can be read again: a pipe cannot."""
+    return None not in stamps_of(files).values()
+
+
 def comparable_size(files: Sequence[Path]) -> int | None:
     """Return the bytes of text in the input where they are known: plain text files only."""
     if any(is_parquet(path) or compression_of(path) for path in files):

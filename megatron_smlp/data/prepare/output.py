@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from megatron_smlp.data.pairs.manifest import Manifest, PairRecord
+from megatron_smlp.data.pairs.manifest import Manifest, PairRecord, check_manifest_path
 from megatron_smlp.data.pairs.writer import (
     PairWriter,
     append_to,
@@ -68,12 +68,11 @@ class Journal:
     rejected_size: int = 0
     """Bytes of the list of rejected records."""
     counts: Counts = field(default_factory=Counts)
-    text_bytes: dict[str, int] = field(default_factory=dict)
-    """Uncompressed bytes read of each input, by its number."""
 
     @classmethod
     def read(cls, path: Path) -> "Journal":
         body = json.loads(path.read_text(encoding="utf-8"))
+        body.pop("text_bytes", None)  # of an older version
         body["position"] = Position(**body["position"])
         body["counts"] = Counts(**body["counts"])
         return cls(**body)
@@ -97,7 +96,8 @@ class PartialOutput:
 
     def __enter__(self) -> "PartialOutput":
         names = [Path(prefix).name for prefix in self.pairs.values()]
-        self.lock = lock_output(self.folder, self.prefix, pairs=names)
+        check_manifest_path(Path(self.prefix + ".json"), pairs=names)
+        self.lock = lock_output(self.folder, self.prefix)
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -83,17 +83,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A scheduler's SIGTERM ends the run as Ctrl-C does: workers stop, finished shards stay.
     signal.signal(signal.SIGTERM, interrupt)
     from megatron_smlp.data.pairs.indexed import refuse_existing
-    from megatron_smlp.data.prepare.inputs import comparable_size, find_inputs
+    from megatron_smlp.data.prepare.inputs import can_be_resumed, comparable_size, find_inputs
     from megatron_smlp.data.prepare.preprocessing import pairs_of, preprocess
 
     if not (args.overwrite or args.resume):
         refuse_existing(pairs_of(args).values(), output_prefix=args.output_prefix)
+    files = find_inputs(args.input)
     try:
-        with _Report(comparable_size(find_inputs(args.input))) as report:
+        with _Report(comparable_size(files)) as report:
             summary = preprocess(args, on_progress=report.update)
     except KeyboardInterrupt:
-        kept = Path(args.output_prefix + ".partial").exists()
-        rest = "finished shards are kept, go on with --resume" if kept else "nothing was written"
+        rest = "nothing was written"
+        if Path(args.output_prefix + ".partial").exists():
+            rest = "a pipe cannot be resumed: start again"
+            if can_be_resumed(files):
+                rest = "finished shards are kept, go on with --resume"
         print(f"interrupted: {rest}", file=sys.stderr)
         return 128 + signal.SIGINT
     _print_summary(summary, time.monotonic() - began)

@@ -14,11 +14,17 @@ from megatron_smlp.data.pairs.manifest import (
     Manifest,
     TokenizerRecord,
     is_manifest,
-    is_whole,
+    is_unchanged,
     read_manifest,
 )
 from megatron_smlp.data.prepare.encoding import EncodingSettings
-from megatron_smlp.data.prepare.inputs import describe_inputs, find_inputs, shown, stamps_of
+from megatron_smlp.data.prepare.inputs import (
+    can_be_resumed,
+    describe_inputs,
+    find_inputs,
+    shown,
+    stamps_of,
+)
 from megatron_smlp.data.prepare.output import Counts, PartialOutput
 from megatron_smlp.data.prepare.records import remedy
 from megatron_smlp.data.prepare.sentences import SentenceSettings, Splitter
@@ -161,7 +167,9 @@ def _complete_already(args: argparse.Namespace, digest: str) -> Summary | None:
         manifest = read_manifest(path)
         counts = dict(manifest.counts)
         is_same = counts.pop("settings", None) == digest
-        if is_same and all(is_whole(pair, manifest) for pair in pairs_of(args).values()):
+        prefixes = pairs_of(args).values()
+        pairs = [(prefix, manifest.pairs.get(Path(prefix).name)) for prefix in prefixes]
+        if is_same and all(pair and is_unchanged(prefix, pair) for prefix, pair in pairs):
             done = Counts(**counts)
             return Summary(args.output_prefix, done, 0.0, 0, "", already_complete=True)
     if not args.overwrite:
@@ -187,15 +195,13 @@ def _encode(
             first = encoded.rejections[0]
             left = f"nothing was written ({remedy(args.json_keys)})"
             if partial.has_journal:
-                left = "finished shards are kept, --on-error skip --resume goes on"
+                left = "a pipe cannot be resumed: start again with --on-error skip"
+                if can_be_resumed(files):
+                    left = "finished shards are kept, --on-error skip --resume goes on"
             raise DataError(f"{first} [{first.reason}]; {left}")
         partial.write(encoded)
         position = chunk.end
         counts.text_bytes += chunk.num_bytes
-        if chunk.damage is None:
-            read = partial.journal.text_bytes
-            number = str(chunk.end.file)
-            read[number] = read.get(number, 0) + chunk.num_bytes
         on_progress(counts)
         due = counts.text_bytes - committed_bytes >= SHARD_BYTES
         if due or time.monotonic() - committed_at >= SHARD_SECONDS:
@@ -211,8 +217,6 @@ def _publish(
     partial: PartialOutput,
 ) -> None:
     counts = partial.journal.counts
-    for number, source in enumerate(sources):
-        source["text_bytes"] = partial.journal.text_bytes.get(str(number), 0)
     if counts.documents == 0:
         partial.discard()
         reasons = f" ({counts.reasons})" if counts.rejected else ""

@@ -2,13 +2,15 @@
 
 import argparse
 import bz2
+import contextlib
 import gzip
 import json
 import lzma
 import random
+import resource
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -72,6 +74,17 @@ def write_pair(
     """Preprocess texts; the prefix of their pair."""
     run(write_jsonl(folder / f"{name}.jsonl", texts), folder / name, *flags)
     return str(folder / f"{name}_text_document")
+
+
+@contextlib.contextmanager
+def small_files(limit: int) -> Iterator[None]:
+    """The system refuses what grows beyond `limit` bytes, as a full disk does: without a name."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def parse(*flags: object) -> argparse.Namespace:

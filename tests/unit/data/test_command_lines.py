@@ -5,20 +5,19 @@ import contextlib
 import importlib
 import os
 import re
-import resource
 import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from data_helpers import BYTE_FLAGS, PYTHON, ROOT, Run, assert_same_pair
+from data_helpers import BYTE_FLAGS, PYTHON, ROOT, Run, assert_same_pair, small_files
 
 from megatron_smlp import __version__, commands
 from megatron_smlp.data.pairs import inspect_cli, merge_cli
@@ -113,17 +112,6 @@ def test_sigterm_ends_the_run_and_its_workers(corpus: Path, tmp_path: Path):
     assert not list(tmp_path.glob("data*"))
 
 
-@contextlib.contextmanager
-def _small_files(limit: int) -> Iterator[None]:
-    """The system refuses what grows beyond `limit` bytes, as a full disk does: without a name."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 def test_no_room_is_one_line_that_names_the_file(
     corpus: Path, tmp_path: Path, run: Run, capsys: Capture
 ):
@@ -140,7 +128,7 @@ def test_no_room_is_one_line_that_names_the_file(
     for tool, flags in tools:
         shutil.rmtree(full, ignore_errors=True)
         full.mkdir()
-        with _small_files(500), pytest.raises(SystemExit) as end:
+        with small_files(500), pytest.raises(SystemExit) as end:
             run_tool(lambda tool=tool, flags=flags: tool.main([str(flag) for flag in flags]))
         assert end.value.code == 1
         said = capsys.readouterr().err

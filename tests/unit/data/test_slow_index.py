@@ -36,7 +36,7 @@ def test_ranks_wait_for_an_index(tmp_path: Path, prefixes: list[str], kind: str)
 
 
 def test_a_first_rank_that_fails_says_why_to_the_others(tmp_path: Path, prefixes: list[str]):
-    launch_calls(_fail, prefixes[:1], str(tmp_path / "c"), processes=2, log=tmp_path / "log")
+    launch_calls(_fail, prefixes, str(tmp_path / "c"), processes=2, log=tmp_path / "log")
 
 
 def _wait(words: list[str], cache: str, slow: int) -> None:
@@ -66,10 +66,14 @@ def _fail(words: list[str], cache: str) -> None:
         raise DataError("no index today")
 
     rank = _join()
+    build = WatchedGPTDataset._build_document_sample_shuffle_indices
     if rank == 0:
         WatchedGPTDataset._build_document_sample_shuffle_indices = refuses  # type: ignore
     with pytest.raises(DataError, match="no index today"):
         _built(words, cache, rank)
+    WatchedGPTDataset._build_document_sample_shuffle_indices = build
+    with pytest.raises(DataError, match="read once without weights"):  # also where none is read
+        _built(words, cache, rank, samples=10**6, reads=rank == 0)
     time.sleep(2)  # the store is that of rank 0
 
 
@@ -83,15 +87,17 @@ def _join() -> int:
     return torch.distributed.get_rank()
 
 
-def _built(words: list[str], cache: str, rank: int) -> Any:
+def _built(
+    words: list[str], cache: str, rank: int, *, samples: int = 20, reads: bool = True
+) -> Any:
     from megatron_smlp.data.blending import Blends, parse_blend
     from megatron_smlp.data.datasets import build_datasets
 
     blends = Blends(parse_blend(words, source="x"))
     return build_datasets(
-        [20, 0, 0],
+        [samples, 0, 0],
         config=dataset_config(blends, Path(cache), "1,0,0"),
-        is_built_on_rank=lambda: True,
+        is_built_on_rank=lambda: reads,
         rank=rank,
         say=(lambda line: print(line, flush=True)) if rank == 0 else lambda line: None,
     )[0]

@@ -12,7 +12,7 @@ from support.in_process import MINIMAL, pretrained
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoTokenizer
 
-from megatron_smlp.checkpoints.run_record import read_run_record
+from megatron_smlp.checkpoints.run_record import read_run_record, run_record
 from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
 from megatron_smlp.conversion import convert
 from megatron_smlp.data.tokenizers.factory import identity_from_arguments, read_tokenizer
@@ -50,6 +50,17 @@ def test_training_has_the_tokenizer_of_the_data(files: str, parse: Callable[...,
     text = "every token, mixes with  what came"
     assert get_tokenizer().tokenize(text) == written.build().encode_batch([text])[0].tolist()
     assert get_tokenizer().eod == written.eod
+
+
+def test_the_tokenizer_is_read_for_the_first_save_alone(
+    files: str, parse: Callable[..., Any], tmp_path: Path
+) -> None:
+    """That of another type is read by another Python, which may ask the hub."""
+    args = parse(f"--architecture gmlp --tokenizer-type GPT2BPETokenizer {files}")
+    first = run_record(args, iteration=1)["tokenizer"]["identity"]
+    assert first
+    (tmp_path / "vocab.json").unlink()
+    assert run_record(args, iteration=2)["tokenizer"]["identity"] == first
 
 
 def test_checkpoints_name_the_files_of_the_user(files: str, tmp_path: Path) -> None:

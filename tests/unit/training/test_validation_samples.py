@@ -97,6 +97,22 @@ def test_other_seeds_train_on_others_and_validate_on_the_same(
     assert one[1:] == other[1:]
 
 
+@pytest.mark.parametrize("flag", ["--data-path", "--data-args-path"])
+def test_a_split_that_nobody_reads_may_be_empty(
+    parse: Callable[..., Any], tmp_path: Path, flag: str
+):
+    """The default leaves none of 30 documents for the tests. Megatron has it for one flag only."""
+    prefix = random_pair(tmp_path / "data", documents=30)
+    (tmp_path / "names").write_text(prefix)
+    data = f"{flag} {prefix if flag == '--data-path' else tmp_path / 'names'}"
+    args = parse("--architecture gmlp --eval-iters 0", base=MINIMAL.replace("--mock-data", data))
+    args.iteration = 0
+    with one_process():
+        found = run_datasets(args, lambda line: None)
+    assert len(found.train) >= 8
+    assert (found.valid, found.test) == ([None], None)
+
+
 @pytest.mark.parametrize("named", [True, False])
 @pytest.mark.parametrize("how", ["--full-validation", "--eval-iters 2"])
 def test_each_of_several_validation_sets_has_its_own_numbers(tmp_path: Path, named: bool, how: str):

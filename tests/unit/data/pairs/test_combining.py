@@ -1,6 +1,7 @@
 """Merging and splitting, against Megatron's builder and against each other."""
 
 import resource
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,25 @@ def test_shares_are_kept(pairs: list[str], tmp_path: Path):
     split(pairs[0], output_prefix=output, weights=[6, 3, 1], by="tokens", seed=1)
     tokens = np.array([open_index(f"{output}_{name}").num_tokens for name in NAMES])
     np.testing.assert_allclose(tokens / tokens.sum(), [0.6, 0.3, 0.1], atol=0.05)
+
+
+def test_a_split_beside_the_manifest_of_what_is_split(run: Run, tmp_path: Path):
+    prefix, output = write_pair(run, tmp_path, "books", make_documents(50)), f"{tmp_path}/books"
+    before = (tmp_path / "books.json").read_bytes()
+    split(prefix, output_prefix=output, weights=[1, 1], by="documents")
+    assert (tmp_path / "books.json").read_bytes() == before
+    assert {*read_manifest(tmp_path / "books_train.json").pairs} == {"books_train"}
+
+
+def test_a_pair_that_is_not_what_its_manifest_describes(pairs: list[str], tmp_path: Path):
+    """The parts would have a manifest that fits them, and names a tokenizer that may not."""
+    for half in (".bin", ".idx"):
+        shutil.copyfile(pairs[1] + half, pairs[0] + half)
+    output = str(tmp_path / "out")
+    with pytest.raises(DataError, match="is not what its manifest"):
+        merge(pairs, output_prefix=output)
+    with pytest.raises(DataError, match="is not what its manifest"):
+        split(pairs[0], output_prefix=output, weights=[1, 1], by="documents")
 
 
 @pytest.mark.parametrize("names", [None, *range(4)])
