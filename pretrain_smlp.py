@@ -26,7 +26,7 @@ from megatron_smlp.training.captured_output import CapturedOutput
 
 def main(argv: Sequence[str]) -> None:
     """Run a command line: parse -> patch -> train."""
-    argv = plugin_files.take(argv)
+    argv = plugin_files.load_named(argv)
     if answered(argv):  # --help, --version
         return
     if given("--platform", argv) == "cpu":

@@ -129,7 +129,7 @@ def main() -> None:
     recipe = RECIPE.format(root=ROOT, data=arguments.data.resolve()).split()
     folder = ROOT / "runs/gates" / arguments.run
     with CapturedOutput() as output:
-        flags = plugin_files.take([*recipe, "--log-dir", str(folder), *arguments.flags])
+        flags = plugin_files.load_named([*recipe, "--log-dir", str(folder), *arguments.flags])
         args = patched_arguments(flags)
         output.open(args.log_dir, rank=args.rank)
         train(args, listeners=[Looking(arguments.run, arguments.csv)])

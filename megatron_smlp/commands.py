@@ -23,7 +23,7 @@ def _main(module: str) -> int | None:
     if NAMING & {word.partition("=")[0] for word in sys.argv[1:]}:
         from megatron_smlp import plugin_files  # with numpy, which --help does without
 
-        sys.argv[1:] = plugin_files.take(sys.argv[1:])
+        sys.argv[1:] = plugin_files.load_named(sys.argv[1:])
     code: int | None = importlib.import_module(f"megatron_smlp.{module}").main()
     return code
 

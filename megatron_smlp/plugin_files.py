@@ -26,17 +26,23 @@ from megatron_smlp.command_line import Parser, flag_of
 from megatron_smlp.errors import UsageError
 from megatron_smlp.flag_facts import Facts
 from megatron_smlp.flags.yaml_file import Setting, config_paths, read_settings
-from megatron_smlp.plugin_texts import ALLOW, ALLOWED, FLAG, LOADED, PluginFile, recorded
+from megatron_smlp.plugin_texts import (
+    ALLOW,
+    ALLOWED,
+    EXPORTED,
+    FLAG,
+    LOADED,
+    PluginFile,
+    recorded,
+)
 
 KEY = "plugin"
 GROUP = "megatron_smlp.plugins"
 HOSTED = "megatron_smlp.layers.hosted"
 WITHOUT_FLAGS = ("mlp", "none")
-EXPORTED = ("configuration_smlp", "modeling_plugin", "modeling_smlp", "plugins")
-"""Names of the files of an exported folder, where a plugin's stands beside them."""
 
 
-def take(argv: Sequence[str]) -> list[str]:
+def load_named(argv: Sequence[str]) -> list[str]:
     """Load what --plugin names, note --allow-other-plugin, and return the other arguments.
 
     Raises:
@@ -82,6 +88,8 @@ def load(name: str) -> PluginFile:
         why = f"and {known.path} have one name"
     elif path.stem in EXPORTED:
         why = "has the name of a file of exported models"
+    elif path.stem in sys.stdlib_module_names:
+        why = "has the name of a module of Python's own"
     elif not path.stem.isidentifier():
         why = "has no module's name"
     if why:
@@ -155,7 +163,7 @@ def _path(name: str) -> Path:
     if spec is None or spec.origin is None:
         known = f", or one of {', '.join(sorted(entries))}" if entries else ""
         raise UsageError(f"{FLAG} {name}: give a file that ends in .py, a module{known}.")
-    return Path(spec.origin)
+    return Path(spec.origin).resolve()
 
 
 def _lines_in(path: Path, error: BaseException) -> Iterator[int]:
@@ -218,8 +226,8 @@ def _enter_package_flags(name: str) -> None:
                 table[flag] = dataclasses.replace(facts, architectures=wider)
 
 
-def _mixer(name: str, kind: Any) -> systems.Mixer:
-    return systems.Mixer(
+def _mixer(name: str, kind: Any) -> systems.MixerEntry:
+    return systems.MixerEntry(
         spec=f"{HOSTED}:hosted_spec",
         cost="megatron_smlp.accounting.plugin_costs:plugin_cost",
         title=f"{name} (plugin)",
@@ -244,7 +252,7 @@ def _feature_rule(name: str, kind: Any) -> systems.FeatureRouterRule:
     )
 
 
-def _architecture(name: str, architecture: Any) -> systems.Architecture:
+def _architecture(name: str, architecture: Any) -> systems.ArchitectureEntry:
     pairs = _pairs_of(architecture)
     for mixer, channel in pairs:
         if mixer not in systems.MIXERS:
@@ -253,7 +261,7 @@ def _architecture(name: str, architecture: Any) -> systems.Architecture:
                 f"architecture {name!r}: {mixer!r} is no token mixer of {known}; "
                 f"a plugin's stands there once an earlier {FLAG} has named its file."
             )
-        if systems.MIXERS[mixer].is_own:
+        if not systems.MIXERS[mixer].for_plugins:
             raise ValueError(
                 f"architecture {name!r}: {mixer!r} is of --architecture amlp or smlp alone."
             )
@@ -262,14 +270,23 @@ def _architecture(name: str, architecture: Any) -> systems.Architecture:
             raise ValueError(f"architecture {name!r}: {channel!r} is no channel mixer of {known}.")
     mixer, channel = pairs[0]
     others = dict.fromkeys(other for other, _ in pairs if other != mixer)
-    return systems.Architecture(
+    return systems.ArchitectureEntry(
         mixer=mixer, channel=channel, layers=architecture.layers, others=tuple(others)
     )
 
 
 def _pairs_of(architecture: Any) -> list[tuple[str, str]]:
     """Return the different pairs of mixers in the layers of a model of 64."""
-    return list(dict.fromkeys(architecture.layers(number, 64) for number in range(64)))
+    pairs: dict[tuple[str, str], None] = {}
+    for number in range(64):
+        try:
+            pairs[architecture.layers(number, 64)] = None
+        except LookupError as error:
+            raise ValueError(
+                f"layers({number}, 64): it is asked of a model of 64 layers; answer for every "
+                "number (ORDER[number % len(ORDER)])."
+            ).with_traceback(error.__traceback__) from error  # which has the plugin's line
+    return list(pairs)
 
 
 def _kinds_of(architecture: Any) -> list[Any]:

@@ -13,6 +13,8 @@ from megatron_smlp.errors import UsageError
 FLAG, ALLOW = "--plugin", "--allow-other-plugin"
 ALLOWED: set[str] = set()
 """Holds ALLOW where this process was given it."""
+EXPORTED = ("configuration_smlp", "modeling_plugin", "modeling_smlp", "plugins")
+"""Names of the files of an exported folder, where a plugin's stands beside them."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ def require(there: Mapping[str, str], where: str) -> None:
 def exported(text: str) -> str:
     """Return a text for a folder that needs torch and transformers alone: imports of this package
     become imports of the files beside it."""
+    names = "|".join(EXPORTED)
     return re.sub(
-        r"^from megatron_smlp(?:\.hf)?\.(\w+) import", r"from .\1 import", text, flags=re.M
+        rf"^from megatron_smlp(?:\.hf)?\.({names}) import", r"from .\1 import", text, flags=re.M
     )

@@ -128,7 +128,7 @@ def values_in(kind: type, source: Any) -> dict[str, Any]:
     return {name: getattr(source, name) for name in options_of(kind)}
 
 
-def _take(module: Any, values: Mapping[str, Any], **sizes: int) -> None:
+def _set_options(module: Any, values: Mapping[str, Any], **sizes: int) -> None:
     """Put the values of its options, or their defaults, in the place of the records."""
     module.made_of = {**sizes, "values": values}
     for name, it in options_of(type(module)).items():
@@ -236,7 +236,7 @@ class Mixer(_WithWeights):
     def __init__(self, *, width: int, length: int, values: Mapping[str, Any]) -> None:
         super().__init__()
         self.width, self.length = width, length
-        _take(self, values, width=width, length=length)
+        _set_options(self, values, width=width, length=length)
         self.build(width, length)
 
     @classmethod
@@ -326,7 +326,7 @@ class TokenRouter(nn.Module):
     def __init__(self, *, num_experts: int, values: Mapping[str, Any]) -> None:
         super().__init__()
         self.num_experts = num_experts
-        _take(self, values, num_experts=num_experts)
+        _set_options(self, values, num_experts=num_experts)
 
     def scores(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """hidden: <float>[..., D], weight: <float>[E, D] -> scores <fp32>[..., E], with gradient.
@@ -394,7 +394,7 @@ class FeatureRouter(_WithWeights):
     def __init__(self, *, num_experts: int, prefix_length: int, values: Mapping[str, Any]) -> None:
         super().__init__()
         self.num_experts, self.prefix_length = num_experts, prefix_length
-        _take(self, values, num_experts=num_experts, prefix_length=prefix_length)
+        _set_options(self, values, num_experts=num_experts, prefix_length=prefix_length)
         self.build(prefix_length, num_experts)
 
     def build(self, prefix_length: int, num_experts: int) -> None:

@@ -125,7 +125,7 @@ def token_router_class(name: str) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mixer:
+class MixerEntry:
     """A filling of the token mixer's slot of a layer."""
 
     spec: str
@@ -150,8 +150,8 @@ class Mixer:
     """Whether a router sends its chunks to experts."""
     recomputes: bool = False
     """Whether --recompute-granularity selective recomputes something of it."""
-    is_own: bool = False
-    """Whether a plugin's architecture cannot have it."""
+    for_plugins: bool = True
+    """Whether a plugin's architecture may have it; else it is of amlp or smlp alone."""
     check: str | None = None
     """The function that raises ValueError for flags of which it cannot be built, `module:name`."""
     plugin: Any = None
@@ -162,8 +162,8 @@ CHANNELS: dict[str, Any] = {}
 """Classes of plugins' channel mixers, by name."""
 COSTS = "megatron_smlp.accounting.mixers"
 GATING_CHECK = "megatron_smlp.layers.spatial_gating:check_flags"
-MIXERS: dict[str, Mixer] = {
-    "attention": Mixer(
+MIXERS: dict[str, MixerEntry] = {
+    "attention": MixerEntry(
         spec="megatron_smlp.layers.attention:attention_spec",
         cost=f"{COSTS}:attention_cost",
         title="self-attention, heads: {heads}",
@@ -174,7 +174,7 @@ MIXERS: dict[str, Mixer] = {
         learned_positions=True,
         recomputes=True,
     ),
-    "spatial_gating": Mixer(
+    "spatial_gating": MixerEntry(
         spec="megatron_smlp.layers.spatial_gating:gating_spec",
         cost=f"{COSTS}:gating_cost",
         title="spatial gating, heads: {heads}",
@@ -182,7 +182,7 @@ MIXERS: dict[str, Mixer] = {
         recomputes=True,
         check=GATING_CHECK,
     ),
-    "gating_and_attention": Mixer(
+    "gating_and_attention": MixerEntry(
         spec="megatron_smlp.layers.tiny_attention:gating_and_attention_spec",
         cost=f"{COSTS}:gating_and_attention_cost",
         title="spatial gating, heads: {heads}, and attention of width {tiny_attention_width}",
@@ -190,10 +190,10 @@ MIXERS: dict[str, Mixer] = {
         drops_attention=True,
         spatial=True,
         recomputes=True,
-        is_own=True,
+        for_plugins=False,
         check="megatron_smlp.layers.tiny_attention:check_flags",
     ),
-    "feature_moe": Mixer(
+    "feature_moe": MixerEntry(
         spec="megatron_smlp.layers.feature_moe:feature_moe_spec",
         cost=f"{COSTS}:feature_moe_cost",
         title="feature MoE ({feature_router}), experts: {heads}",
@@ -201,10 +201,10 @@ MIXERS: dict[str, Mixer] = {
         spatial=True,
         routes=True,
         recomputes=True,
-        is_own=True,
+        for_plugins=False,
         check=GATING_CHECK,
     ),
-    "masked_mixer": Mixer(
+    "masked_mixer": MixerEntry(
         spec="megatron_smlp.layers.masked_mixer:masked_mixer_spec",
         cost=f"{COSTS}:masked_mixer_cost",
         title="masked mixer, heads: {heads}",
@@ -215,7 +215,7 @@ MIXERS: dict[str, Mixer] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Architecture:
+class ArchitectureEntry:
     """The mixers of a model's layers."""
 
     mixer: str
@@ -229,7 +229,7 @@ class Architecture:
     """Mixers of its layers beside `mixer`."""
 
     @property
-    def mixers(self) -> list[Mixer]:
+    def mixers(self) -> list[MixerEntry]:
         return [MIXERS[name] for name in (self.mixer, *self.others)]
 
     @property
@@ -247,12 +247,12 @@ class Architecture:
         return "learned_absolute" if learned else "none"
 
 
-ARCHITECTURES: dict[str, Architecture] = {
-    "transformer": Architecture(mixer="attention", channel="mlp"),
-    "gmlp": Architecture(mixer="spatial_gating"),
-    "amlp": Architecture(mixer="gating_and_attention"),
-    "smlp": Architecture(mixer="spatial_gating", sparse_mixer="feature_moe"),
-    "mixer": Architecture(mixer="masked_mixer", channel="mlp"),
+ARCHITECTURES: dict[str, ArchitectureEntry] = {
+    "transformer": ArchitectureEntry(mixer="attention", channel="mlp"),
+    "gmlp": ArchitectureEntry(mixer="spatial_gating"),
+    "amlp": ArchitectureEntry(mixer="gating_and_attention"),
+    "smlp": ArchitectureEntry(mixer="spatial_gating", sparse_mixer="feature_moe"),
+    "mixer": ArchitectureEntry(mixer="masked_mixer", channel="mlp"),
 }
 SPECS = [["megatron_smlp.architectures", name] for name in ARCHITECTURES]
 """What --spec may be, in the order of the architectures."""

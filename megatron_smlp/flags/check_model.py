@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.errors import UsageError
-from megatron_smlp.systems import ARCHITECTURES, LayerSlots, layer_slots, load
+from megatron_smlp.systems import ARCHITECTURES, CHANNELS, LayerSlots, layer_slots, load
 
 
 def check_model(args: argparse.Namespace) -> None:
@@ -33,6 +33,7 @@ def check_model(args: argparse.Namespace) -> None:
     if kind.sparse_mixer:
         check_sparse(args)
     check_experts(args)
+    check_channels(args)
     check_mup(args)
 
 
@@ -54,6 +55,21 @@ def check_attention(args: argparse.Namespace) -> None:
             f"--tensor-model-parallel-size {tp} does not divide --num-attention-heads {heads}: "
             "choose a divisor."
         )
+
+
+def check_channels(args: argparse.Namespace) -> None:
+    """Check that tensor parallelism can cut the layers' FFNs, and what plugins have there."""
+    width, tp = args.ffn_hidden_size, args.tensor_model_parallel_size
+    if width is None:
+        return  # Megatron's default, which follows from --hidden-size
+    for name in {slots.channel for slots in slots_of(args)}:
+        if name == "mlp" and width % tp:
+            raise UsageError(
+                f"--tensor-model-parallel-size {tp} does not divide --ffn-hidden-size {width}: "
+                "choose a divisor, or another --ffn-hidden-size."
+            )
+        if name in CHANNELS:
+            _call("megatron_smlp.layers.hosted:check_flags", args, CHANNELS[name])
 
 
 def check_mup(args: argparse.Namespace) -> None:
@@ -118,14 +134,16 @@ def check_experts(args: argparse.Namespace) -> None:
             "choose a multiple."
         )
     freq, layers = args.moe_layer_freq, args.num_layers
-    is_number = isinstance(freq, int)
-    if freq < 1 if is_number else len(freq) != layers or not set(freq) <= {0, 1}:
+    if isinstance(freq, int):
+        is_possible, is_default = freq >= 1, freq == 1
+    else:
+        is_possible, is_default = len(freq) == layers and set(freq) <= {0, 1}, all(freq)
+    if not is_possible:
         raise UsageError(
             f"--moe-layer-freq {freq}: give a number of 1 or more, or a list with 0 or 1 for each "
             f"of the --num-layers {layers} layers, as [0,1]*{layers // 2 or 1}."
         )
     by_number = ARCHITECTURES[args.architecture].sparse_mixer
-    is_default = freq == 1 if is_number else all(freq)
     if by_number and not is_default:
         raise UsageError(
             f"--moe-layer-freq {freq} does nothing with --architecture {args.architecture}, of "

@@ -86,7 +86,8 @@ class SMLPConfig(PreTrainedConfig):
         max_position_embeddings: T, tokens: the size of every spatial matrix and the longest input.
         spatial_heads: heads of a dense spatial gating block, or of a masked mixer.
         toeplitz: whether spatial matrices hold one weight per distance, M[t, s] = m[t - s], and one
-            bias; an input may then be longer than T, and every token sees the last T.
+            bias; without learned positions an input may then be longer than T, and every token sees
+            the last T.
         mixer_expansion: mixer: whether there are two matrices with a GELU between them.
         input_projection: what makes vectors of tokens: a table (embedding), or counted hashes of
             their strings (minhash), with an output layer that is never tied.
@@ -290,6 +291,13 @@ class SMLPConfig(PreTrainedConfig):
     def turning_base(self) -> int | None:
         """Return the base of the positions that turn queries and keys; None: they are not."""
         return self.rotary_base if self.position_embedding_type == "rope" else None
+
+    @property
+    def reads_any_length(self) -> bool:
+        """Whether an input may be longer than T, which learned positions and plugins' mixers end
+        at."""
+        is_ours = all(mixer in _MIXER_OF.values() for mixer, _ in self._plugged)
+        return self.toeplitz and is_ours and self.position_embedding_type != "learned_absolute"
 
     @property
     def states_per_layer(self) -> int:

@@ -125,7 +125,8 @@ class SMLPHostedRouter(nn.Module):
             loss = self.rule.loss(scores, chosen)
         weights = self.rule.weigh(scores, chosen)
         experts = chosen.masked_fill(~visited, -1)
-        return Routing(experts, weights, None if loss is None else self.loss_coeff * loss)
+        loss = None if loss is None else self.loss_coeff * loss
+        return Routing(experts, weights, loss, scores)
 
 
 class SMLPHostedPrediction(SMLPPartialPrediction):
@@ -156,22 +157,12 @@ class SMLPHostedPrediction(SMLPPartialPrediction):
         return experts, self.rule.weigh(scores, experts)
 
 
-def _hosted_mixer(config: SMLPConfig, index: int, name: str) -> nn.Module:
-    return SMLPHostedMixer(config, register.token_mixers[name], index * config.states_per_layer)
-
-
-def _hosted_channel(config: SMLPConfig, index: int, name: str) -> nn.Module:
-    return SMLPHostedMixer(config, register.channel_mixers[name], None)
-
-
-def _hosted_router(config: SMLPConfig) -> nn.Module:
-    return SMLPHostedRouter(config)
-
-
 HOSTED.update(
-    mixer=_hosted_mixer,
-    channel=_hosted_channel,
-    router=_hosted_router,
+    mixer=lambda config, index, name: SMLPHostedMixer(
+        config, register.token_mixers[name], index * config.states_per_layer
+    ),
+    channel=lambda config, _, name: SMLPHostedMixer(config, register.channel_mixers[name], None),
+    router=SMLPHostedRouter,
     features=SMLPHostedPrediction,
 )
 

@@ -209,7 +209,7 @@ class SMLPCache(Cache):
     and how many tokens each sample has."""
 
     def __init__(self, config: SMLPConfig) -> None:
-        longest = math.inf if config.toeplitz else config.max_position_embeddings
+        longest = math.inf if config.reads_any_length else config.max_position_embeddings
         num_states = config.states_per_layer * config.num_layers
         num_states += config.input_projection == "minhash"
         super().__init__(layers=[SMLPCacheLayer(longest) for _ in range(num_states)])
@@ -852,6 +852,8 @@ class Routing:
     """<float>[n, k]."""
     loss: Tensor | None = None
     """The balance loss, with its coefficient; training only."""
+    scores: Tensor | None = None
+    """<fp32>[n, E], of which the z loss is; None: the router has none."""
 
 
 class SMLPTokenMoE(nn.Module):
@@ -866,7 +868,7 @@ class SMLPTokenMoE(nn.Module):
         self.experts = SMLPExperts(config)
         build_router = _ROUTERS.get(config.token_router) or HOSTED["router"]
         self.router: Any = build_router(config)
-        self.z_loss_coeff = config.moe_z_loss_coeff if config.token_router != "hash" else None
+        self.z_loss_coeff = config.moe_z_loss_coeff
         is_base = config.token_router == "base"
         self.routes_on_residual = is_base and config.base_routing_input == "residual"
         self.shared_experts: SMLPFeedForward | None = None
@@ -892,22 +894,20 @@ class SMLPTokenMoE(nn.Module):
         ids = None if layout.input_ids is None else layout.input_ids.T.flatten()
         if layout.valid is None:
             routing = self.router(seen, ids, limited=not layout.cached)
-            loss = _add(routing.loss, self._z_loss(seen))
             output = self.experts(tokens, routing.experts, routing.weights)
         else:
             real = layout.valid.T.flatten().nonzero()[:, 0]
             ids = None if ids is None else ids[real]
             routing = self.router(seen[real], ids, limited=not layout.cached)
-            loss = _add(routing.loss, self._z_loss(seen[real]))
             output = self.experts(tokens[real], routing.experts, routing.weights)
             output = torch.zeros_like(tokens).index_copy(0, real, output.to(tokens.dtype))
+        loss = _add(routing.loss, self._z_loss(routing.scores))
         return output.unflatten(0, (hidden.shape[1], -1)).transpose(0, 1), loss
 
-    def _z_loss(self, tokens: Tensor) -> Tensor | None:
-        """z mean_t (log sum_e exp(h_t w_e))^2, which keeps scores small. tokens: <float>[n, D]."""
-        if not (self.z_loss_coeff and self.training and len(tokens)):
+    def _z_loss(self, scores: Tensor | None) -> Tensor | None:
+        """z mean_t (log sum_e exp s_te)^2, which keeps scores s small: <fp32>[n, E]."""
+        if scores is None or not (self.z_loss_coeff and self.training and len(scores)):
             return None
-        scores = _in_fp32(tokens, self.router.weight)
         return self.z_loss_coeff * scores.logsumexp(dim=-1).square().mean()
 
 
@@ -935,7 +935,8 @@ class SMLPSwitchRouter(nn.Module):
 
     def forward(self, tokens: Tensor, ids: Tensor | None, *, limited: bool) -> Routing:
         """tokens: <float>[n, D]; ids: <int64>[n]; limited: whether capacity may drop tokens."""
-        probabilities = _in_fp32(tokens, self.weight).softmax(dim=-1)
+        scores = _in_fp32(tokens, self.weight)
+        probabilities = scores.softmax(dim=-1)
         loss = None
         if self.training and len(tokens):
             loss = self.loss_coeff * _balance(probabilities, probabilities.argmax(dim=-1))
@@ -943,7 +944,7 @@ class SMLPSwitchRouter(nn.Module):
         factor = self.train_capacity if self.training else self.eval_capacity
         if limited and factor is not None:
             experts = self._drop(experts, probabilities, self._capacity(factor, len(tokens)))
-        return Routing(experts, weights, loss)
+        return Routing(experts, weights, loss, scores)
 
     def _choose(self, probabilities: Tensor) -> tuple[Tensor, Tensor]:
         """<fp32>[n, E] -> weights <fp32>[n, k], experts <int64>[n, k]."""
@@ -1034,16 +1035,16 @@ class SMLPBaseRouter(_WithBuffersInFp32):
 
     def forward(self, tokens: Tensor, ids: Tensor | None, *, limited: bool) -> Routing:
         """See SMLPSwitchRouter.forward."""
-        scores = _in_fp32(tokens, self.weight)
+        scores = gates = _in_fp32(tokens, self.weight)
         experts, prices = self._choose(scores.detach())
         if self.gate_is_priced:
             if self.training:
-                mean = scores.mean(dim=0)
-                scores = scores - mean + mean.detach()
-            scores = scores - prices
-            scores = scores - scores.mean(dim=1, keepdim=True)
+                mean = gates.mean(dim=0)
+                gates = gates - mean + mean.detach()
+            gates = gates - prices
+            gates = gates - gates.mean(dim=1, keepdim=True)
         experts = experts[:, None]
-        return Routing(experts, scores.gather(1, experts).sigmoid())
+        return Routing(experts, gates.gather(1, experts).sigmoid(), scores=scores)
 
     def _choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """<fp32>[n, E] -> <int64>[n], and by which prices: <fp32>[E]."""
@@ -1126,7 +1127,7 @@ class SMLPTopKRouter(_WithBuffersInFp32):
         weights = scores.gather(1, experts)
         if self.num_choices > 1:
             weights = weights / weights.sum(dim=-1, keepdim=True)
-        return Routing(experts, weights * self.scale, self._loss(scores))
+        return Routing(experts, weights * self.scale, self._loss(scores), logits)
 
     def _in_best_groups(self, scores: Tensor) -> Tensor:
         """<float>[n, E] -> the same, -inf for experts of other groups."""
@@ -1211,7 +1212,7 @@ def balanced_greedy(scores: Tensor) -> Tensor:
 def _attention(config: SMLPConfig, index: int) -> nn.Module:
     return SMLPAttention(
         config,
-        index,
+        index * config.states_per_layer,
         num_heads=config.num_attention_heads,
         width=config.hidden_size,
         out_features=config.hidden_size,
@@ -1224,8 +1225,9 @@ def _attention(config: SMLPConfig, index: int) -> nn.Module:
 
 def _spatial_gating(config: SMLPConfig, index: int) -> nn.Module:
     if config.is_sparse_layer(index) and config.routes_by_prefix:
-        hosted = HOSTED["features"] if config.feature_router != "partial" else SMLPPartialPrediction
-        return hosted(config, index)
+        is_ours = config.feature_router == "partial"
+        kind = SMLPPartialPrediction if is_ours else HOSTED["features"]
+        return kind(config, index)
     is_routed = config.is_sparse_layer(index) and config.feature_router == "deterministic"
     heads = config.num_feature_experts if is_routed else config.spatial_heads
     return SMLPSpatialGating(config, index, num_heads=heads, num_experts=heads)
@@ -1552,7 +1554,7 @@ class SMLPModel(SMLPPreTrainedModel):
 
     def _check_length(self, length: int) -> None:
         longest = self.config.max_position_embeddings
-        if length > longest and not self.config.toeplitz:
+        if length > longest and not self.config.reads_any_length:
             raise ValueError(
                 f"a sequence of {length} tokens is longer than max_position_embeddings={longest}: "
                 f"the model has no weights for positions from {longest} on; cut it from the left"
@@ -1628,8 +1630,8 @@ class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
             router logits are not returned; who asks for them is warned.
 
         Raises:
-            ValueError: a sequence longer than T (without toeplitz), a cache of another kind, no
-                token ids for HASH, documents that are packed into a row.
+            ValueError: a sequence longer than T (unless the model reads any length), a cache of
+                another kind, no token ids for HASH, documents that are packed into a row.
         """
         outputs = self.model(
             *(input_ids, attention_mask, inputs_embeds, cache, use_cache, output_hidden_states),
@@ -1687,7 +1689,7 @@ class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
         """Note how many of the tokens that `generate` counts are the prompt's: none of embeddings,
         and of a prompt that goes on with a cache perhaps those alone that are new.
 
-        A length by default is not cut at T here: with toeplitz it is no limit, and of others
+        A length by default is not cut at T here: to some models it is no limit, and of others
         `_end_at_longest` knows which columns are padding.
         """
         default = generation_config.max_length
@@ -1699,7 +1701,7 @@ class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
 
     def _end_at_longest(self, generation_config: Any, model_kwargs: dict[str, Any]) -> None:
         """Make `generate` end at position T and say so, instead of failing there."""
-        if self.config.toeplitz:
+        if self.config.reads_any_length:
             return
         mask = model_kwargs.get("attention_mask")
         # transformers drops a mask without padding, and keeps its length.

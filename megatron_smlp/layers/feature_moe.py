@@ -2,11 +2,12 @@
 
     g_i = s_i * (M_e(i) LN(u2_i)) + b_e(i)           i = 1..C chunks of F/C features, E experts
 
-e(i) and s_i are those of routers/deterministic.py or routers/prefix.py. Parameters grow by E T T a
-layer, FLOPs do not grow with E.
+Deterministic: e(i) = i mod E, s_i = 1 (Yu et al., arXiv 2203.06850, section 3, where C = E). No
+token is looked at, and spatial gating whose heads are the experts does it without a router.
+Partial: those of routers/prefix.py, for the rows t >= P of a sample; rows t < P, and a whole
+sequence of fewer than P tokens, are routed deterministically.
 
-Partial prediction routes the rows t >= P of a sample by its prefix; rows t < P, and a whole
-sequence of fewer than P tokens, are routed deterministically. Tensor parallelism shards the chunks;
+Parameters grow by E T T a layer, FLOPs do not grow with E. Tensor parallelism shards the chunks;
 any of them may choose any expert, so every rank holds all M and b, and their gradients are summed
 over the ranks.
 
@@ -30,7 +31,6 @@ from megatron_smlp.layers.projections import await_parameters
 from megatron_smlp.layers.spatial_gating import SpatialGating, gating_spec
 from megatron_smlp.ops.gated_mix import Routing, gated_mix
 from megatron_smlp.ops.gelu_norm import gelu_norm
-from megatron_smlp.routers.deterministic import experts_of_chunks
 from megatron_smlp.routers.prefix import Choice, PrefixRouter
 
 
@@ -132,9 +132,8 @@ class PartialFeatureMoE(SpatialGating):
 
     def _deterministic(self, device: torch.device) -> Tensor:
         """Return the experts of this rank's chunks for the rows of the prefix: <int64>[C']."""
-        return experts_of_chunks(
-            self.first_chunk, self.local_heads, num_experts=self.num_experts, device=device
-        )
+        chunks = self.first_chunk + torch.arange(self.local_heads, device=device)
+        return chunks % self.num_experts
 
     def gated(self, u1: Tensor, u2: Tensor, attended: Tensor | None) -> Tensor:
         """See the base class; nothing is attended here."""

@@ -57,29 +57,16 @@ def attend(
     with torch.autocast(query.device.type, enabled=False):
         if training and in_blocks and dropout == 0.0 and allowed is None:
             return attention_in_blocks(query, key, value, scale=scale)
-        return attention_reference(query, key, value, scale=scale, dropout=dropout, allowed=allowed)
-
-
-def attention_reference(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    scale: float | None,
-    dropout: float = 0.0,
-    allowed: Tensor | None = None,
-) -> Tensor:
-    """Attend by torch's SDPA: the twin of `attention_in_blocks`. Same shapes and result."""
-    return functional.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=allowed,
-        dropout_p=dropout,
-        is_causal=allowed is None,
-        scale=scale,
-        enable_gqa=key.shape[1] != query.shape[1],
-    )
+        return functional.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=allowed,
+            dropout_p=dropout,
+            is_causal=allowed is None,
+            scale=scale,
+            enable_gqa=key.shape[1] != query.shape[1],
+        )
 
 
 def attention_in_blocks(

@@ -5,7 +5,7 @@
     loss  a E sum_e f_e P_e,  f_e share of the (sample, chunk) choices of e, P_e mean of p_e
 
 Yu et al., arXiv 2203.06850, section 3; the details are ours (docs/decisions/0006). W_r: P x E. Rows
-t < P must not see all of the prefix: they are routed by deterministic.py. What is trained on is in
+t < P must not see all of the prefix: layers/feature_moe.py routes them. What is trained on is in
 partial_prediction.py. s_i multiplies the mixed values: W_r would get no gradient otherwise. a:
 --feature-aux-loss-coeff.
 

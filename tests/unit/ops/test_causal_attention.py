@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from megatron_smlp.ops import causal_attention
-from megatron_smlp.ops.causal_attention import attend, attention_in_blocks, attention_reference
+from megatron_smlp.ops.causal_attention import attend, attention_in_blocks
 
 BATCH, HEADS, WIDTH = 2, 4, 6
 
@@ -30,7 +30,7 @@ def _results(way: object, inputs: list[Tensor], **options: object) -> list[Tenso
 def test_blocks_equal_sdpa(tokens: int, groups: int):
     inputs = _inputs(tokens, groups=groups)
     for ours, theirs in zip(
-        _results(attention_in_blocks, inputs), _results(attention_reference, inputs), strict=True
+        _results(attention_in_blocks, inputs), _results(attend, inputs), strict=True
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
@@ -38,7 +38,7 @@ def test_blocks_equal_sdpa(tokens: int, groups: int):
 def test_bf16_is_as_close_as_rounded_scores_are():
     """A half of the last place of a score, 2^-9 of it, and no more than a few of those."""
     inputs = [2 * x for x in _inputs(200, dtype=torch.bfloat16)]
-    exact = _results(attention_reference, [x.double() for x in inputs])
+    exact = _results(attend, [x.double() for x in inputs])
     for ours, theirs in zip(_results(attention_in_blocks, inputs), exact, strict=True):
         error = torch.linalg.vector_norm(ours.double() - theirs)
         assert error < 8 * 2**-9 * torch.linalg.vector_norm(theirs)

@@ -1,5 +1,6 @@
 """A plugin's class in transformers: what it computes, what it keeps in fp32, what goes along."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from support.in_process import MINIMAL, pretrained
 from support.launches import REPOSITORY
 from support.smlp_systems import VOCABULARY, make_ids
 from torch import nn
-from unit.plugins.test_checks import GOOD
+from unit.plugins.test_checks import GOOD, LISTENER
 
 from megatron_smlp import options, plugin_files, plugin_texts
 from megatron_smlp.errors import UsageError
@@ -44,13 +45,14 @@ class Mean(TokenMixer):
 
 register.architecture("mean", mixer="mean")
 """
-LISTENER = """
-from megatron_smlp.training.events import Listener
+LEVEL = """
+from megatron_smlp.plugins import TokenRouter, register
 
 
-@register.listener
-class Quiet(Listener):
-    pass
+@register("level")
+class Level(TokenRouter):
+    def scores(self, hidden, weight):
+        return 0 * super().scores(hidden, weight) + 1
 """
 
 
@@ -132,13 +134,25 @@ def test_buffers_of_a_routers_rule_stay_in_fp32(tmp_path: Path):
         assert torch.equal(bound, torch.full_like(bound, 0.1234567, dtype=torch.float32))
 
 
-def test_a_file_that_needs_this_package_does_not_go_along(tmp_path: Path):
-    load(tmp_path, GOOD + LISTENER)
-    with pytest.raises(UsageError, match=r"mine.py cannot go along .* `from megatron_smlp.train"):
+def test_the_z_loss_is_of_a_routers_own_scores(tmp_path: Path):
+    """All 1 here: ln (2 e) = 1 + ln 2, squared, in each of two layers."""
+    load(tmp_path, LEVEL)
+    plugin = {"files": {}, "options": {}, "layers": None}
+    sizes = {"num_experts": 2, "num_attention_heads": 2, "moe_z_loss_coeff": 0.5}
+    made = config("transformer", plugin=plugin, token_router="level", **sizes)
+    loss = built(made).train()(make_ids(2, 9)).aux_loss
+    assert loss.item() == pytest.approx((1 + math.log(2)) ** 2)
+
+
+@pytest.mark.parametrize("more", [LISTENER, "from megatron_smlp.errors import UsageError\n"])
+def test_a_file_that_needs_this_package_does_not_go_along(tmp_path: Path, more: str):
+    load(tmp_path, GOOD + more)
+    said = r"mine.py cannot go along .* `from megatron_smlp\.(training|errors)"
+    with pytest.raises(UsageError, match=said):
         plugin_texts.LOADED["mine"].exported()
 
 
-@pytest.mark.parametrize("name", plugin_files.EXPORTED)
+@pytest.mark.parametrize("name", plugin_texts.EXPORTED)
 def test_a_file_may_not_be_called_as_one_of_an_export(tmp_path: Path, name: str):
     assert (
         REPOSITORY / "megatron_smlp" / ("hf" if name != "plugins" else "") / f"{name}.py"
@@ -154,9 +168,27 @@ def test_an_order_of_the_packages_mixers_takes_their_options_along(tmp_path: Pat
     common = {"plugin": plugin, "num_attention_heads": 2}
     model = built(config("turns", toeplitz=True, **common))
     assert model(make_ids(1, 5)).logits.isfinite().all()
+    with pytest.raises(ValueError, match="13 tokens is longer than max_position_embeddings=12"):
+        model(make_ids(1, 13))  # behind the last learned position
+    common["position_embedding_type"] = "none"
+    model = built(config("turns", toeplitz=True, **common))
+    assert model(make_ids(1, 13)).logits.isfinite().all()
+    mine = {**plugin, "layers": [["mean", "mlp"], ["spatial_gating", "none"]]}
+    assert not config("turns", toeplitz=True, **{**common, "plugin": mine}).reads_any_length
     with pytest.raises(ValueError, match="mixer_expansion=True is for architecture=mixer, not tur"):
         config("turns", mixer_expansion=True, **common)
     text = "from megatron_smlp.plugins import register\nregister.architecture('m', mixer='{}')\n"
     for mixer in ("feature_moe", "gating_and_attention"):
         with pytest.raises(UsageError, match=f"'{mixer}' is of --architecture amlp or smlp alone"):
             load(tmp_path, text.format(mixer))
+
+
+@torch.no_grad()
+def test_attention_and_mixers_with_two_states_share_a_cache():
+    layers = [["masked_mixer", "none"], ["attention", "mlp"]]
+    plugin = {"files": {}, "options": {}, "layers": layers}
+    made = config("turns", plugin=plugin, num_attention_heads=2, mixer_expansion=True)
+    model, ids = built(made), make_ids(2, 7)
+    first = model(ids[:, :4], use_cache=True)
+    rest = model(ids[:, 4:], cache=first.cache)
+    torch.testing.assert_close(rest.logits, model(ids).logits[:, 4:], rtol=1e-4, atol=1e-5)

@@ -1,6 +1,8 @@
 """What can be wrong with a plugin is one line with the file and its line; nothing stays behind."""
 
 import hashlib
+import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,9 @@ def written(folder: Path, text: str, name: str = "mine") -> str:
         ("from megatron_smlp.plugins import register\nregister.architecture('m')\n", "mixer= or"),
         ("from megatron_smlp.plugins import register\n@register('m')\nclass C: pass\n",
          "is no TokenMixer"),
+        ("from megatron_smlp.plugins import register\nORDER = ['attention'] * 6\n"
+         "register.architecture('m', layers=lambda i, n: (ORDER[i], 'mlp'))\n",
+         r"mine.py:3: ValueError: layers\(6, 64\): it is asked of a model of 64 layers"),
     ],
 )  # fmt: skip
 def test_a_wrong_file_is_one_line_and_leaves_nothing(tmp_path: Path, text: str, said: str):
@@ -115,6 +120,20 @@ def test_two_files_of_one_name(tmp_path: Path):
         plugin_files.load(written(tmp_path / "other", GOOD))
 
 
+def test_a_module_of_pythons_own_stays(tmp_path: Path):
+    with pytest.raises(UsageError, match=r"random.py has the name of a module of Python's own"):
+        plugin_files.load(written(tmp_path, GOOD, "random"))
+    assert sys.modules["random"] is random
+
+
+def test_a_module_in_a_linked_folder_is_its_file(tmp_path: Path, monkeypatch):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    path = written(tmp_path / "real", GOOD, "linked_mixer")
+    monkeypatch.syspath_prepend(tmp_path / "link")
+    assert plugin_files.load("linked_mixer") is plugin_files.load(path)
+
+
 def test_two_plugins_of_one_name(tmp_path: Path):
     plugin_files.load(written(tmp_path, GOOD, "first"))
     with pytest.raises(UsageError, match=r"second.py:12: .*'gated_conv'"):
@@ -124,13 +143,13 @@ def test_two_plugins_of_one_name(tmp_path: Path):
 def test_flags_and_configurations_name_them():
     config = REPOSITORY / "plugins/gated_conv.yaml"
     argv = ["--config", str(config), "--seed", "3"]
-    assert plugin_files.take(argv) == argv
+    assert plugin_files.load_named(argv) == argv
     assert list(plugin_texts.LOADED) == ["gated_conv"]
     assert "gated_conv" in systems.ARCHITECTURES
     facts = options.OUR_FLAGS["taps"]
     assert (facts.architectures, facts.least, facts.may_change) == (("gated_conv",), 1, False)
     both = ["--plugin", str(REPOSITORY / "plugins/threshold.py"), "--seed", "3"]
-    assert plugin_files.take(both) == ["--seed", "3"]
+    assert plugin_files.load_named(both) == ["--seed", "3"]
     assert list(plugin_texts.LOADED) == ["gated_conv", "threshold"]
 
 
@@ -148,7 +167,7 @@ def test_a_checkpoint_asks_for_its_plugin_and_for_its_text(tmp_path: Path, monke
     for value in ("false", "true"):
         assert not allowed
         config.write_text(f"allow-other-plugin: {value}\n", encoding="utf-8")
-        plugin_files.take(["--config", str(config)])
+        plugin_files.load_named(["--config", str(config)])
     plugin_texts.require({"mine": "0" * 64}, "runs/a")
 
 

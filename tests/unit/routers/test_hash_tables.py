@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from support.routers import make_router
 
 from megatron_smlp.routers.hash_table import balanced_table
 
@@ -22,24 +23,9 @@ def test_tokens_that_the_corpus_lacks_are_spread_evenly():
 class TestRouter:
     """The table of a new model, padded ids included."""
 
-    def build(self, **changes: object) -> torch.Tensor:
-        from megatron.core.process_groups_config import ProcessGroupCollection
-        from support.in_process import layer_config
-
-        from megatron_smlp.routers.hash import HashRouter
-
-        config = layer_config(
-            token_router="hash",
-            num_moe_experts=2,
-            moe_router_topk=1,
-            moe_router_pre_softmax=True,
-            add_bias_linear=False,
-            hash_vocab_size=8,
-            **changes,
-        )
-        return HashRouter(config, ProcessGroupCollection.use_mpu_process_groups()).table
-
     def test_seeds_differ(self):
-        first, same, other = (self.build(hash_seed=seed) for seed in (1, 1, 4))
+        first, same, other = (
+            make_router("hash", num_experts=2, hash_seed=seed).table for seed in (1, 1, 4)
+        )
         assert torch.equal(first, same)
         assert not torch.equal(first, other)
