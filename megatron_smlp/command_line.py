@@ -10,11 +10,17 @@ from megatron_smlp import __version__
 from megatron_smlp.errors import UsageError
 
 VERSION = f"megatron_smlp {__version__}"
+SPELLINGS = {
+    "layernorm_zero_centered_gamma": "--apply-layernorm-1p",
+    "layernorm_epsilon": "--norm-epsilon",
+    "fp8": "--fp8-format",
+}
+"""Flags that set something of another name."""
 
 
 def flag_of(name: str) -> str:
     """`--num-layers` of `num_layers`."""
-    return "--" + name.replace("_", "-")
+    return SPELLINGS.get(name) or "--" + name.replace("_", "-")
 
 
 def did_you_mean(name: str, known: Iterable[str], *, most: int = 1, cutoff: float = 0.6) -> str:

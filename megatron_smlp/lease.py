@@ -293,19 +293,18 @@ def acquire(
         OSError: no lease can be written there.
     """
     observer, gives_up = Observer(), time.monotonic() + patience
-    has_said, last_beat = False, 0.0
+    has_said, seen = False, 0
     while (lease := take(folder, expiry=expiry, observer=observer)) is None:
         path = newest(folder)
         sight = observer.look(path) if path else None
         if sight and sight.holder:
             lives = sight.holder.lives()
-            beats = sight.beats > 0 and sight.since != last_beat
-            if (lives or beats) and time.monotonic() > gives_up:
+            has_beaten, seen = sight.beats > seen, sight.beats
+            if (lives or has_beaten) and time.monotonic() > gives_up:
                 raise HeldError(str(sight.holder))
             if lives is None and not has_said:
                 say(f"{folder} was last held by {sight.holder}: is it still at work?")
                 has_said = True
-            last_beat = sight.since
         time.sleep(min(0.2, expiry / 10))
     return lease
 

@@ -28,7 +28,7 @@ def silence_libraries() -> None:
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Silence the libraries for a while, progress bars included."""
+    """Silence the libraries for a while, and their progress bars for good."""
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()

@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -86,6 +87,8 @@ def whole_program() -> Iterator[None]:
     try:
         yield
     except SystemExit as end:
+        if not isinstance(end.code, int | None):
+            to_stderr(str(end.code))
         _leave(end.code if isinstance(end.code, int) else int(end.code is not None))
     except BaseException:
         sys.excepthook(*sys.exc_info())
@@ -96,6 +99,7 @@ def whole_program() -> Iterator[None]:
 
 def _leave(code: int) -> NoReturn:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading._shutdown()  # type: ignore[attr-defined]  # executors end what they have begun
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # nobody reads it, or it is closed

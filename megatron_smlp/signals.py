@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 WARNINGS = (signal.SIGHUP, signal.SIGUSR1)
 """A terminal that closes, and what `sbatch --signal=B:USR1@600` sends before a job's end."""
-FINISHING = "finishing this step, then saving"
+FINISHING = "finishing this step or evaluation, then saving what is not saved yet"
 
 _interrupted = threading.Event()
 

@@ -50,7 +50,7 @@ def choose_checkpoint(args: argparse.Namespace, say: Say) -> Path | None:
     with first_rank_first(args.rank, silence=SILENCE):
         if args.rank == 0:
             for name in tidy(args.save) if args.save else []:
-                say(f"removed {name}, which an interrupted save left in {args.save}")
+                say(f"removed {name}, which an interrupted save or deletion left in {args.save}")
             folders = _in_order(args) if args.load else []
     args.load, folders = from_first_rank((args.load, folders))
     if not folders:

@@ -92,7 +92,7 @@ def checkpoint_of(path: str | Path) -> Path:
     Raises:
         UsageError: there is none.
     """
-    path = Path(path)
+    path = Path(path) if Path(path).name else Path(path).resolve()  # "."
     if path.is_dir() and (is_checkpoint_folder(path) or (path / ".metadata").is_file()):
         return path
     folder = tracked_folder(path)

@@ -32,10 +32,15 @@ def check_same_model(args: argparse.Namespace, iteration: int | None) -> None:
         here = wanted.get(name, there)
         may_change = name in MODEL_FLAGS and MODEL_FLAGS[name].may_change
         if here != there and not may_change:
+            if name == "add_bias_linear":
+                name, here, there = "disable_bias_linear", not here, not there
             flag = flag_of(name)
+            remedy = f"give {flag} {there}"
+            if isinstance(there, bool):
+                remedy = f"give {flag}" if there else f"leave {flag} out"
             raise UsageError(
                 f"{flag} {here} contradicts the checkpoint {args.load}, which was made with "
-                f"{there}: give {flag} {there}, or another folder."
+                f"{there}: {remedy}, or give another folder."
             )
 
 

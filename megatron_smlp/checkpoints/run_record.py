@@ -18,12 +18,14 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from megatron_smlp import plugin_texts
 from megatron_smlp.checkpoints import integrity
 from megatron_smlp.checkpoints.folders import MODEL, RUN
+from megatron_smlp.data.tokenizers.spec import TokenizerSpec
 from megatron_smlp.durable import write_durably
 from megatron_smlp.options import OUR_FLAGS
 from megatron_smlp.provenance import software
@@ -63,17 +65,18 @@ def run_record(args: argparse.Namespace, *, iteration: int | None) -> dict[str, 
         "software": software(),
         "plugins": plugin_texts.texts(),
         "tokenizer": {name: getattr(args, name) for name in TOKENIZER}
-        | {"identity": _tokenizer_identity(args)},
+        | {"identity": _tokenizer_identity(TokenizerSpec.from_arguments(args))},
         "flags": {name: plain(value) for name, value in sorted(vars(args).items())},
     }
 
 
-def _tokenizer_identity(args: argparse.Namespace) -> str | None:
-    from megatron_smlp.data.tokenizers.factory import identity_from_arguments
+@cache  # once for all saves: it may take another Python, which asks the hub
+def _tokenizer_identity(spec: TokenizerSpec) -> str | None:
+    from megatron_smlp.data.tokenizers.factory import read_tokenizer
     from megatron_smlp.errors import DataError
 
     try:
-        return identity_from_arguments(args)
+        return read_tokenizer(spec).identity
     except DataError:  # trained with, but not one that the tools of this repository read
         return None
 

@@ -58,7 +58,7 @@ LESS_GATHERED = (
 )
 
 
-class Listener(Protocol):
+class SaveObserver(Protocol):
     """Is told how a save ended, on every rank."""
 
     def say(self, text: str) -> None: ...
@@ -93,18 +93,18 @@ class Saving:
     def __init__(
         self,
         args: argparse.Namespace,
-        listener: Listener,
+        observer: SaveObserver,
         *,
         before_writing: Callable[[], None] = lambda: None,
     ) -> None:
-        self.args, self.listener = args, listener
+        self.args, self.observer = args, observer
         self.is_first_rank = args.rank == 0
         self.before_writing = before_writing
         self.cache: dict[str, Any] = {}
         """What Megatron keeps from one save to the next."""
         self.queue = AsyncCallsQueue()
         self.open: deque[Save] = deque()
-        self.lease = SaveLease(args, listener.say)
+        self.lease = SaveLease(args, observer.say)
         self.unsaved = 0
         """The latest iteration that could not be saved; 0 if a later one was."""
 
@@ -123,11 +123,6 @@ class Saving:
             yield
             self._raise_if_unsaved()
             failed = False
-        except SystemExit as end:  # as by a signal, or --exit-interval
-            if not end.code:
-                self._raise_if_unsaved()
-                failed = False
-            raise
         finally:
             for call in self.queue.async_calls:  # in the background, which ends with the run
                 call.async_caller.close()
@@ -143,7 +138,7 @@ class Saving:
         """
         self.lease.take()
         if self.lease.before:
-            self.listener.found(self.lease.before)
+            self.observer.found(self.lease.before)
         if self.args.save and self.is_first_rank:
             self._keep_tokenizer()
 
@@ -161,7 +156,7 @@ class Saving:
         try:
             keep_tokenizer(self.args, Path(self.args.save))
         except OSError as error:
-            self.listener.say(f"WARNING: the tokenizer is not copied: {text_of(error)}")
+            self.observer.say(f"WARNING: the tokenizer is not copied: {text_of(error)}")
 
     def _raise_if_unsaved(self) -> None:
         if self.unsaved:
@@ -251,7 +246,7 @@ class Saving:
         if save.iteration >= self.unsaved:
             self.unsaved = 0
         seconds = time.perf_counter() - save.began
-        self.listener.saved(iteration=save.iteration, seconds=seconds)
+        self.observer.saved(iteration=save.iteration, seconds=seconds)
 
     def _publish(self, save: Save) -> Sequence[str | TakenOverError]:
         try:
@@ -271,7 +266,7 @@ class Saving:
             try:
                 remove_folder(folder)
             except OSError as error:
-                self.listener.say(f"{folder} could not be deleted: {error.strerror}")
+                self.observer.say(f"{folder} could not be deleted: {error.strerror}")
         return []
 
     def _give_up(self, save: Save, error: Exception) -> None:
@@ -298,7 +293,7 @@ class Saving:
             raise SaveError(
                 f"{message}. {remedy}, or let a run go on without by --on-save-failure continue."
             ) from error
-        self.listener.say(f"{message}. The run goes on (--on-save-failure continue)")
+        self.observer.say(f"{message}. The run goes on (--on-save-failure continue)")
 
     def _remove(self, save: Save) -> None:
         if self.is_first_rank:

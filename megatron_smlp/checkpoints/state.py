@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import argparse
 import random
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import numpy as np
@@ -233,20 +233,12 @@ OF_OPTIMIZER = (
 """Flags on which the form of optimizer state depends."""
 
 
-@dataclass
-class _Weights:
-    """A model without the rest of a training."""
-
-    args: argparse.Namespace
-    model: list[Any]
-    groups: Any
-    optimizer: None = None
-    schedule: None = None
-
-
 def read_weights(args: argparse.Namespace, model: list[Any], groups: Any, folder: Path) -> None:
     """Load weights alone; model: this rank's chunks. Collective."""
-    read(_Weights(args, model, groups), folder)
+    weights: Any = SimpleNamespace(
+        args=args, model=model, groups=groups, optimizer=None, schedule=None
+    )
+    read(weights, folder)
 
 
 def _layout(args: argparse.Namespace) -> tuple[int, int]:

@@ -43,7 +43,6 @@ class TorchDistCheckpoint(TorchDistReader):
 
     def __init__(self, folder: str | Path, *, iteration: int | None = None) -> None:
         checkpoint = _find(Path(folder), iteration)
-        checkpoint = checkpoint if checkpoint.name else checkpoint.resolve()  # "."
         _check_small_files(checkpoint)
         self.flags = flags_in(checkpoint)
         super().__init__(checkpoint)

@@ -18,8 +18,6 @@ from megatron_smlp.options import DEFAULTS, OUR_FLAGS
 from megatron_smlp.platform import cpu
 from megatron_smlp.systems import ARCHITECTURES, BY_PREFIX, POSITIONS, SPECS
 
-SPELLINGS = {"layernorm_zero_centered_gamma": "--apply-layernorm-1p"}
-"""Spellings of flags that set something of another name."""
 OFF = {"attention_backend": "auto", "cuda_graph_impl": "none"}
 KNOWN = {**DEFAULTS, **{name: flag.default for name, flag in MEGATRON_FLAGS.items()}}
 FILLED_IN = {name for name, flag in MEGATRON_FLAGS.items() if flag.filled_in}
@@ -58,10 +56,6 @@ def _attends(args: argparse.Namespace) -> bool:
     return ARCHITECTURES[args.architecture].attends
 
 
-def _rotates(args: argparse.Namespace) -> bool:
-    return args.position_embedding_type == "rope" or args.use_rotary_position_embeddings
-
-
 def _has_gelu(args: argparse.Namespace) -> bool:
     return not (args.swiglu or args.quick_geglu or args.squared_relu)
 
@@ -90,7 +84,11 @@ NEEDS = (
         lambda args: args.moe_router_group_topk,
         ("moe_router_num_groups",),
     ),
-    Need("--position-embedding-type rope", _rotates, ROTARY_FLAGS),
+    Need(
+        "--position-embedding-type rope",
+        lambda args: args.position_embedding_type == "rope",
+        ROTARY_FLAGS,
+    ),
     Need("--use-rope-scaling", lambda args: args.use_rope_scaling, ("rope_scaling_factor",)),
     Need("--group-query-attention", lambda args: args.group_query_attention, ("num_query_groups",)),
     # Else it would add parameters that nothing here counts.
@@ -188,6 +186,11 @@ NEEDS = (
         ("eval_tasks_interval", "eval_tasks_limit", "eval_tasks_data_dir"),
     ),
     Need(
+        "a training (no --skip-train; tools/evaluate.py scores a checkpoint)",
+        lambda args: not args.skip_train,
+        ("eval_tasks",),
+    ),
+    Need(
         "--multiple-validation-sets",
         lambda args: args.multiple_validation_sets,
         ("validation_set_names",),
@@ -269,7 +272,7 @@ def requested(args: argparse.Namespace, names: Iterable[str]) -> Iterator[str]:
 
 def said(args: argparse.Namespace, name: str) -> str:
     """Return the flag with its value, as it was given."""
-    flag, value = SPELLINGS.get(name) or flag_of(name), args.explicit_flags[name]
+    flag, value = flag_of(name), args.explicit_flags[name]
     return flag if value is True else f"{flag} {_text(value)}"
 
 

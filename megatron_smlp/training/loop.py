@@ -76,7 +76,10 @@ def train(
         if tasks:
             tasks.built(parts.model)
         batches = build_batches(args, run.reporter.say, chunks=len(parts.model))
-        loop = Loop(run, parts, batches, tasks, iteration=iteration)
+        evaluate = Evaluator(parts, forward=forward, listener=run.listeners)
+        loop = None
+        if not args.skip_train:
+            loop = Loop(run, parts, batches, tasks, evaluate, iteration=iteration)
         if iteration == 0:
             check_causality(parts)
             forward.statistics.take(training=False)  # what routers did in it is no evaluation's
@@ -84,9 +87,13 @@ def train(
         from_first_rank(None)  # all ranks have their data too
         start_up.over()
         run.listeners.ready()
-        if not args.skip_train:
+        if loop:
             loop.train()
-        loop.finish()
+            iteration = loop.iteration
+        if loop and loop.stopped:
+            run.listeners.stopping(iteration)
+        elif not evaluate([*batches.valid, *batches.test], iteration):
+            run.reporter.say("no time was left to evaluate: the same command goes on with it")
         release(parts)
 
 
@@ -106,17 +113,22 @@ class Loop:
     """The steps of a run, and what is done between them. Every call is collective."""
 
     def __init__(
-        self, run: Run, parts: Parts, batches: Batches, tasks: Tasks | None, *, iteration: int
+        self,
+        run: Run,
+        parts: Parts,
+        batches: Batches,
+        tasks: Tasks | None,
+        evaluate: Evaluator,
+        *,
+        iteration: int,
     ) -> None:
         self.args, self.run, self.parts, self.batches = run.args, run, parts, batches
         self.saving, self.listeners, self.tasks = run.saving, run.listeners, tasks
+        self.evaluate = evaluate
         self.iteration = iteration
         """Steps that are done."""
         self.saved_at = iteration if is_same_folder(self.args.load, self.args.save) else None
         self.stopped = False
-        self.evaluate = Evaluator(parts, forward=run.forward, listener=run.listeners)
-        if self.args.skip_train:
-            return
         titles = [dataset.title for dataset in (*batches.valid, *batches.test)]
         logged = from_first_rank(run.reporter.evaluated_at(iteration, titles))
         self.evaluate.seen = {(title, iteration) for title in logged}
@@ -134,7 +146,7 @@ class Loop:
         self.upkeep = Upkeep(parts, self.gathering)
 
     def train(self) -> None:
-        """Make steps until the last one, or until something ends the run before it."""
+        """Make steps until the last one, or until something ends the run before it; save it."""
         if self.iteration >= self.args.train_iters:
             name = "train_samples" if self.args.train_samples else "train_iters"
             end = f"{flag_of(name)} {getattr(self.args, name)}"
@@ -147,10 +159,16 @@ class Loop:
                 self.skip_data()
                 continue
             self.make_step()
-            between = [self.score_if_due(), self.evaluate_if_due()]
+            scored, evaluated = self.score_if_due(), self.evaluate_if_due()
             self.upkeep.after_step(self.iteration)
-            between.append(self.save_if_due())
-            self.stop_if_due(asks_anew=any(between))
+            saved = self.save_if_due()
+            if scored or evaluated or saved:
+                self.agreement.send()  # much time has passed since the step's message
+            self.stop_if_due()
+        self.gathering.end()
+        if self.iteration:
+            self.save()
+        self.saving.finish(blocking=True)
 
     def set_batch_size(self) -> None:
         """Take the batch of this step from its schedule; before it changes, save."""
@@ -215,32 +233,14 @@ class Loop:
             self.saving.save(self.parts, self.iteration)
         return True
 
-    def stop_if_due(self, *, asks_anew: bool) -> None:
-        """Stop, with a save, after a signal, at the end of the run's time, or of its interval.
-
-        asks_anew: much time has passed since the ranks agreed on it in the step.
-        """
-        if asks_anew:
-            self.agreement.send()
+    def stop_if_due(self) -> None:
+        """Stop, with a save, after a signal, at the end of the run's time, or of its interval."""
         agreed = self.agreement.read()
         goes_on = self.iteration < self.args.train_iters
         is_at_interval = goes_on and is_due(self.args.exit_interval, self.iteration)
         self.stopped = agreed.is_signalled or agreed.is_over or is_at_interval
         if self.stopped:
             self.save()
-
-    def finish(self) -> None:
-        """Save and evaluate what the last step left; a run that was stopped is saved already."""
-        if not self.args.skip_train:
-            self.gathering.end()
-            if self.iteration:
-                self.save()
-        self.saving.finish(blocking=True)
-        if self.stopped:
-            self.listeners.stopping(self.iteration)
-            return
-        if not self.evaluate([*self.batches.valid, *self.batches.test], self.iteration):
-            self.run.reporter.say("no time was left to evaluate: the same command goes on with it")
 
     @contextmanager
     def interruption(self) -> Iterator[None]:

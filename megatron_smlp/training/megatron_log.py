@@ -171,11 +171,10 @@ class MegatronLog(Listener):
         print_rank_last(" | ".join(parts))
         self.sums, self.made, self.skipped, self.nan = {}, 0, 0, 0
         self._memory(outcome.iteration)
-        if args.log_timers_to_tensorboard and self.writers:
-            timers.write(
-                self.timers, self.writers.tensorboard, outcome.iteration,
-                normalizer=args.log_interval, reset=False,
-            )  # fmt: skip
+        if args.log_timers_to_tensorboard:  # collective
+            times = timers._get_global_min_max_time(self.timers, False, False, args.log_interval)
+            for name, (_, longest) in times.items():
+                self._write(f"{name}-time", longest, outcome.iteration, twice=False)
         timers.log(self.timers, normalizer=args.log_interval)
 
     def _memory(self, iteration: int) -> None:

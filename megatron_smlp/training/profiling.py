@@ -35,7 +35,8 @@ class Profiler(Listener):
     def stepped(self, outcome: Outcome) -> None:
         if not self.is_on:
             return
-        if outcome.iteration == self.args.profile_step_end:
+        # With --train-samples nothing compares its last step with the run's.
+        if outcome.iteration in (self.args.profile_step_end, self.args.train_iters):
             self._end()
         else:
             self._begin(outcome.iteration)

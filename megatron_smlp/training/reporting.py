@@ -40,12 +40,7 @@ from megatron_smlp.training.router_report import (
 )
 from megatron_smlp.training.slow_hosts import SlowHosts
 from megatron_smlp.training.slow_paths import SlowPaths
-from megatron_smlp.training.speed import (
-    StepClock,
-    device_peak_tflops,
-    duration,
-    speed_fields,
-)
+from megatron_smlp.training.speed import StepClock, device_peak_tflops, duration
 
 PERPLEXITY_LIMIT = 700.0  # exp() of a loss above this overflows
 
@@ -77,7 +72,7 @@ class Reporter(Listener):
         """A step is made."""
         self.last_saved: int | None = None
         self.tokens_since = 0
-        """Tokens of the steps since the last line."""
+        """Tokens of the steps since the last line: a schedule may change the batch."""
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
@@ -87,9 +82,9 @@ class Reporter(Listener):
             yield
 
     def stopping(self, iteration: int) -> None:
-        is_saved = self.last_saved is not None
+        is_saved = self.last_saved == iteration
         saved = f"saved to {self.args.save}; the same command goes on from there"
-        self.say(f"stopped at iteration {iteration}: {saved if is_saved else 'nothing was saved'}")
+        self.say(f"stopped at iteration {iteration}: {saved if is_saved else 'it was not saved'}")
 
     def built(self, parts: Parts) -> None:
         iteration = self.args.iteration
@@ -109,8 +104,8 @@ class Reporter(Listener):
             given, load = self.args.explicit_flags.get("load"), self.args.load
             began = "" if given in (None, load) else f" (--load {given} was its start)"
             self.say(f"resumed from iteration {iteration} of {load}{began}")
-            if not self.args.skip_train:
-                self.writers.forget_after(iteration)
+        if not self.args.skip_train:
+            self.writers.forget_after(iteration)
         self.began = time.perf_counter() - last.get("wall_seconds", 0.0)
 
     def ready(self) -> None:
@@ -216,16 +211,22 @@ class Reporter(Listener):
         }
 
     def _speed(self, iteration: int, flops_per_token: float) -> dict[str, float | None]:
-        tokens, self.tokens_since = self.tokens_since, 0
-        return speed_fields(
-            self.clock,
-            tokens=tokens,
-            flops_per_token=flops_per_token,
-            devices=self.args.world_size,
-            waited=self.forward.pop_data_seconds(),
-            left=self.args.train_iters - iteration,
-            peak=self.peak_tflops,
-        )
+        """Return the speed since the last line (speed.py), and begin the next one's.
+
+        flops_per_token: needed ones, forward and backward, summed over the devices.
+        """
+        steps, tokens, self.tokens_since = max(1, self.clock.steps), self.tokens_since, 0
+        seconds = self.clock.pop_seconds_per_step()
+        per_second = tokens / steps / seconds
+        tflops = per_second * flops_per_token / 1e12 / self.args.world_size
+        return {
+            "seconds_per_iteration": seconds,
+            "tokens_per_second": per_second,
+            "tflops_per_device": tflops,
+            "mfu": tflops / self.peak_tflops if self.peak_tflops else None,
+            "data_wait_share": self.forward.pop_data_seconds() / steps / seconds,
+            "eta_seconds": (self.args.train_iters - iteration) * seconds,
+        }
 
     def _line(self, record: dict[str, Any], loads: Loads) -> str:
         norm, mfu = record["grad_norm"], record["mfu"]
@@ -259,7 +260,7 @@ class Reporter(Listener):
     def held_up(self, *, seconds: float) -> None:
         self.clock.exclude(seconds)
 
-    # Listener of checkpoints/saving.py
+    # SaveObserver of checkpoints/saving.py
 
     def found(self, before: PreviousRun) -> None:
         """Take note of what the last run in this folder left."""
@@ -308,4 +309,4 @@ def _numbers(losses: Mapping[str, torch.Tensor]) -> dict[str, float]:
 
 def perplexity(loss: float) -> float:
     """exp(loss), loss in nats a token."""
-    return math.exp(loss) if loss < PERPLEXITY_LIMIT else math.inf
+    return math.inf if loss >= PERPLEXITY_LIMIT else math.exp(loss)

@@ -25,7 +25,6 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from megatron.training.dist_signal_handler import get_device
 
 from megatron_smlp.collectives import gathered
 
@@ -123,8 +122,8 @@ class SlowHosts:
             own_part: seconds of this rank.
             step: seconds of a step, on rank 0.
         """
-        parts, receiving, steps = _gathered(own_part, self._receive_seconds(), step)
-        step = steps[0]
+        ranks = gathered((own_part, self._receive_seconds(), step))
+        parts, receiving, (step, *_) = zip(*ranks, strict=True)
         # What a leader waits for is sent by the one before it.
         sending = {
             leader: receiving[self.leaders[(at + 1) % len(self.leaders)]]
@@ -159,14 +158,6 @@ class SlowHosts:
         seconds = time.perf_counter() - began
         out.wait()
         return seconds
-
-
-def _gathered(*numbers: float) -> list[list[float]]:
-    """Return each of these numbers of all ranks, as fp32, by one collective."""
-    mine = torch.tensor(numbers, dtype=torch.float32, device=get_device())
-    ranks = mine.new_empty(torch.distributed.get_world_size(), len(numbers))
-    torch.distributed.all_gather(list(ranks), mine)
-    return ranks.T.tolist()
 
 
 def _ratio(seconds: dict[int, float]) -> float:

@@ -65,39 +65,6 @@ class StepClock:
         return seconds / steps
 
 
-def speed_fields(
-    clock: StepClock,
-    *,
-    tokens: int,
-    flops_per_token: float,
-    devices: int,
-    waited: float,
-    left: int,
-    peak: float | None,
-) -> dict[str, float | None]:
-    """Return the speed since the last line of metrics.jsonl, as its fields, and restart the clock.
-
-    Args:
-        tokens: since the last line: a schedule may change the batch.
-        flops_per_token: needed ones, forward and backward, summed over the devices.
-        waited: seconds in which rank 0 waited for data.
-        left: steps to the end.
-        peak: TFLOP/s of a device, where it is known.
-    """
-    steps = max(1, clock.steps)
-    seconds = clock.pop_seconds_per_step()
-    per_second = tokens / steps / seconds
-    tflops = per_second * flops_per_token / 1e12 / devices
-    return {
-        "seconds_per_iteration": seconds,
-        "tokens_per_second": per_second,
-        "tflops_per_device": tflops,
-        "mfu": tflops / peak if peak else None,
-        "data_wait_share": waited / steps / seconds,
-        "eta_seconds": left * seconds,
-    }
-
-
 def duration(seconds: float) -> str:
     """1h02m, 3m20s, 12s."""
     minutes, rest = divmod(round(seconds), 60)

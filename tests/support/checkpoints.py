@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from pathlib import Path
 
@@ -25,14 +24,14 @@ RUN = (
 
 
 def pretrain(words: str) -> None:
-    """RUN with more flags, in this process; --exit-interval is a good end too."""
-    with contextlib.suppress(SystemExit), pretrained(f"{RUN} {words}"):
+    """RUN with more flags, in this process."""
+    with pretrained(f"{RUN} {words}"):
         pass
 
 
 def carry_on(words: str) -> None:
     """These flags and no others: the rest is to come from a checkpoint."""
-    with contextlib.suppress(SystemExit), pretrained(words, base=""):
+    with pretrained(words, base=""):
         pass
 
 

@@ -8,6 +8,8 @@ import pytest
 from support.in_process import MINIMAL
 from support.launches import REPOSITORY, clean_environment, run_command
 
+from megatron_smlp.signals import FINISHING
+
 # Ends as torch's writers do: an object, held by a frame of the interruption, that complains late.
 INTERRUPTED = """
 import os
@@ -42,7 +44,8 @@ with whole_program(), readable_errors("program"):
 """
 # Native code that ends the process as the interpreter lets go of what it holds.
 ABORTED = """
-import atexit, os, sys
+import atexit, os, sys, time
+from concurrent.futures import ThreadPoolExecutor
 from megatron_smlp.program import readable_errors, whole_program
 
 class Native:
@@ -51,8 +54,9 @@ class Native:
 
 native = Native()
 atexit.register(print, "tidied")
+ThreadPoolExecutor(1).submit(lambda: (time.sleep(0.2), print("deleted", end=" ")))
 with whole_program(), readable_errors("program"):
-    print("done", end=" ")
+    print("done", end=" ", flush=True)
     sys.exit(CODE)
 """
 # What reads the lines of a run may go before it, as `tee` with its terminal; or its disk is full.
@@ -139,7 +143,8 @@ def test_an_interruption_after_the_end_is_none():
 def test_nothing_that_the_interpreter_lets_go_of_changes_how_it_ended(code: object, expected: int):
     program = ABORTED.replace("CODE", repr(code))
     done = run_command([sys.executable, "-c", program], code=expected, seconds=60)
-    assert done.stdout == "done tidied\n"
+    assert done.stdout == "done deleted tidied\n"
+    assert done.stderr == ("a word\n" if code == "a word" else "")
 
 
 def test_an_unexpected_error_does_not_wait_for_workers():
@@ -152,7 +157,7 @@ def test_workers_leave_the_keyboard_to_their_run():
 
 
 def test_a_run_under_nohup_outlives_its_terminal():
-    assert said(UNDER_NOHUP) == "SIGUSR1: finishing this step, then saving\n"
+    assert said(UNDER_NOHUP) == f"SIGUSR1: {FINISHING}\n"
 
 
 def test_a_dry_run_is_read_as_far_as_its_reader_likes():

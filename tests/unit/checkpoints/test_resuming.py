@@ -1,6 +1,5 @@
 """`--use-checkpoint-args`: a checkpoint's flags, what may differ from them and what may not."""
 
-import contextlib
 import json
 import random
 import shutil
@@ -91,7 +90,7 @@ def test_another_batch_trains_the_rest_of_the_samples(
     words = f"{checkpoints.RUN.replace('--train-iters 6', '')} --save {tmp_path}"
     for batch, more in ((before, "--exit-interval 2"), (after, "")):
         flags = f"{words} --global-batch-size {batch} {more}"
-        with contextlib.suppress(SystemExit), pretrained(flags, base=base):
+        with pretrained(flags, base=base):
             pass
     line = [line for line in records(tmp_path) if "loss" in line][-1]
     assert (line["iteration"], line["consumed_samples"]) == (last, 24)
@@ -185,14 +184,17 @@ def test_evaluations_that_a_killed_run_lacks_are_made_up(run: Path, lost: int):
 
 
 def test_tensorboard_has_each_step_once_after_a_resume(tmp_path: Path):
+    """And after a start from scratch in the same folders."""
     run, events = tmp_path / "run", tmp_path / "events"
     words = f"--save {run} --tensorboard-dir {events} --tensorboard-log-interval 1"
     pretrain(f"{words} --exit-interval 4")
     pretrain(f"{words} --exit-interval 5")
     shutil.rmtree(iteration_folder(run, 5))
-    pretrain(words)
-    scalars = EventAccumulator(str(events)).Reload().Scalars("run/consumed_tokens")
-    assert [(event.step, event.value) for event in scalars] == [(n, 32 * n) for n in range(1, 7)]
+    for more, last in (("", 6), ("--no-resume --exit-interval 3", 3)):
+        pretrain(f"{words} {more}")
+        scalars = EventAccumulator(str(events)).Reload().Scalars("run/consumed_tokens")
+        found = [(event.step, event.value) for event in scalars]
+        assert found == [(n, 32 * n) for n in range(1, last + 1)]
 
 
 def test_the_model_may_not_change(run: Path):
@@ -283,6 +285,11 @@ class TestABranch:
             ("--branch-from 5 --load {0}", "--branch-from 5: .* holds no checkpoint"),
             ("--branch-from 12 --load {0}", "--branch-from 12 with .* ends at iteration 15"),
             ("--branch-from 4", "--branch-from 4 needs --load"),
+            ("--branch-from 4 --load {0} --ckpt-step 2", "--branch-from 4 .*not at --ckpt-step 2"),
+            (
+                "--branch-from 4 --load {0} --lr-decay-style cosine",
+                "--branch-from 4 .*not by --lr-decay-style cosine",
+            ),
         ],
     )
     def test_what_is_no_branch(self, trunk: Path, flags: str, message: str):

@@ -98,7 +98,9 @@ def test_a_folder_that_vanishes_is_not_made_again(
     with pytest.raises(SaveError, match=rf"the last checkpoint, of iteration {last}, could not"):
         pretrain(f"{flags} --on-save-failure continue")
     assert not run.exists()
-    assert f"iteration 4 could not be saved to {run}: {run}: No such" in capfd.readouterr().out
+    output = capfd.readouterr().out
+    assert f"iteration 4 could not be saved to {run}: {run}: No such" in output
+    assert ("stopped at iteration 5: it was not saved" in output) == bool(words)
     if not how:
         with pytest.raises(SaveError, match=r"iteration 4 could not be saved to .*: No such file"):
             pretrain(flags)

@@ -63,6 +63,7 @@ def test_the_peak_is_of_the_device_by_its_name(
 def test_perplexity_of_a_loss_that_is_too_large_is_infinite():
     assert perplexity(math.log(50)) == pytest.approx(50)
     assert perplexity(1e4) == math.inf
+    assert math.isnan(perplexity(math.nan))
 
 
 class TestMetricsFile:
