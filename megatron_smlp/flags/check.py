@@ -34,8 +34,8 @@ from megatron_smlp.flags.check_needs import check_choices, check_needs, refuse_u
 from megatron_smlp.flags.check_routers import check_feature_router, check_token_router
 from megatron_smlp.flags.check_run import (
     check_machine,
-    check_names,
     check_schedule,
+    check_tokenizer_and_data,
 )
 from megatron_smlp.flags.layout import check_layout
 from megatron_smlp.platform import choice, cpu
@@ -58,7 +58,7 @@ def check(args: argparse.Namespace) -> None:
     check_cuda_graphs(args)
     check_schedule(args)
     check_layout(args)
-    check_names(args)
+    check_tokenizer_and_data(args)
     check_machine(args)
 
 
@@ -92,6 +92,14 @@ def _check_branch(args: argparse.Namespace) -> None:
         raise UsageError(
             f"{flag} needs --load, the --save folder of the run that it leaves, and --train-iters "
             "of that run: give both."
+        )
+    step, style = (args.explicit_flags.get(name) for name in ("ckpt_step", "lr_decay_style"))
+    if step not in (None, args.branch_from):
+        raise UsageError(f"{flag} begins there, not at --ckpt-step {step}: leave that out.")
+    if style not in (None, "constant", "WSD"):
+        raise UsageError(
+            f"{flag} decays a constant rate by WSD, not by --lr-decay-style {style}: leave that "
+            "out."
         )
     newest = tracked_folder(args.load)
     own = ((read_run_record(newest) if newest else None) or {}).get("flags", {})

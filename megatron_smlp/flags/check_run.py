@@ -156,14 +156,22 @@ def _check_validation_sets(args: argparse.Namespace) -> None:
             "--full-validation reads sample by sample, and other ranks of the model would expect "
             f"micro-batches of {rows}: give --eval-micro-batch-size 1."
         )
-    if not args.multiple_validation_sets:
-        return
-    valid = (blends_from_arguments(args).per_split or (None, None))[1]
-    if valid and valid.weights and len(valid.prefixes) > 1:
+    blends = blends_from_arguments(args)
+    valid = (blends.per_split or (None, None))[1]
+    if args.multiple_validation_sets and valid and valid.weights and len(valid.prefixes) > 1:
         raise UsageError(
             "--multiple-validation-sets evaluates each dataset alone, and weights would be passed "
             "over: leave the weights of the validation's datasets out."
         )
+    blend = blends.whole or valid
+    if args.full_validation and blend and blend.weights:
+        raise UsageError(
+            "--full-validation reads each dataset once, and weights would be passed over: name the "
+            "validation's datasets by --valid-data-path, without weights, and the training's by "
+            "--train-data-path."
+        )
+    if not args.multiple_validation_sets:
+        return
     names, sets = args.validation_set_names, len(valid.prefixes) if valid else 1
     if names and not len(set(names)) == len(names) == sets:
         raise UsageError(
@@ -178,10 +186,11 @@ def _check_length(args: argparse.Namespace) -> None:
     length = args.train_iters or args.train_samples
     if not length:
         raise UsageError("--train-iters is missing: give it (or --train-samples).")
-    if args.train_samples and args.train_samples < (args.global_batch_size or 1):
+    ranks = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
+    batch = args.global_batch_size or args.micro_batch_size * max(1, args.world_size // ranks)
+    if args.train_samples and args.train_samples < batch and not args.step_batch_size_schedule:
         raise UsageError(
-            f"--train-samples {args.train_samples} is less than a batch: give --global-batch-size "
-            f"{args.global_batch_size}, or more."
+            f"--train-samples {args.train_samples} is less than a batch: give {batch} or more."
         )
     decay = getattr(args, f"lr_decay_{unit}")
     warmup = getattr(args, f"lr_warmup_{unit}")
@@ -196,8 +205,8 @@ def _check_length(args: argparse.Namespace) -> None:
         )
 
 
-def check_names(args: argparse.Namespace) -> None:
-    """Refuse flags that mean nothing without others."""
+def check_tokenizer_and_data(args: argparse.Namespace) -> None:
+    """Check that there is a tokenizer, with what its type needs, and one source of data."""
     if args.tokenizer_type is None:
         raise UsageError(
             "--tokenizer-type is missing: give it as --tokenizer-type HuggingFaceTokenizer "
@@ -224,6 +233,11 @@ def check_names(args: argparse.Namespace) -> None:
     if args.mock_data and data:
         raise UsageError(
             f"--mock-data beside {flag_of(data[0])}: the data would not be read. Give one of them."
+        )
+    if not (args.skip_train or has_data(args, "train")):
+        raise UsageError(
+            f"{flag_of(data[0])} without data to train on: give --train-data-path (in a file of "
+            'all splits a list under "train"), or --skip-train.'
         )
 
 

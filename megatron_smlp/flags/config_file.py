@@ -34,20 +34,18 @@ def expand_config(
     places: dict[str, str] = {}
     settings = read_settings(config_paths(argv))
     settings.pop("plugin", None)  # plugin_files.py has loaded what it names
-    keys = {
-        key: (_action_of(parser, key, setting.place), setting) for key, setting in settings.items()
-    }
+    actions = {key: _action_of(parser, key, own.place) for key, own in settings.items()}
     replaced = replaced_by(given_flags(parser, argv))
-    if PER_SPLIT & {action.dest for action, _ in keys.values()}:
+    if PER_SPLIT & {actions[key].dest for key, own in settings.items() if own.value is not None}:
         replaced.add("split")
-    for key, (action, setting) in keys.items():
+    for key, setting in settings.items():
         negation = f"--no-{key.replace('_', '-')}"
-        if negation in argv and negation not in actions_of(parser):
-            if GOES_ON not in argv:
+        if negation in argv and negation not in actions_of(parser):  # the key is taken back
+            if GOES_ON not in argv:  # else a checkpoint's flag of that name is still to come
                 rest.remove(negation)
-        elif action.dest not in replaced:
-            flags += _as_flags(action, key, *setting)
-            places[action.dest] = setting.place
+        elif actions[key].dest not in replaced:
+            flags += _as_flags(actions[key], key, *setting)
+            places[actions[key].dest] = setting.place
     return flags + rest, places
 
 

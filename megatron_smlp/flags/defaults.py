@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from megatron_smlp.checkpoints.folders import is_same_folder, tracked_folder
 from megatron_smlp.checkpoints.model_record import read_model_flags
 from megatron_smlp.checkpoints.run_record import read_run_record
-from megatron_smlp.data.blending import PER_SPLIT_FLAGS, WHOLE_FLAGS
+from megatron_smlp.data.blending import MEGATRONS_SPLIT, PER_SPLIT_FLAGS, WHOLE_FLAGS
 from megatron_smlp.platform import choice, cpu
 from megatron_smlp.restart_note import RESTART
 from megatron_smlp.systems import ARCHITECTURES, SPECS, TOKEN_ROUTERS, weighs_all_experts
@@ -33,7 +33,9 @@ def fill_in(args: argparse.Namespace) -> None:
     _fill_in_from_checkpoint(args)
     if args.tokenizer_type is None and args.vocab_file and args.merge_file:
         args.tokenizer_type = "GPT2BPETokenizer"  # Megatron's default
-    choice.limit_connections(args)
+    if args.data_args_path and args.split is None:
+        args.split = MEGATRONS_SPLIT  # which Megatron fills in beside --data-path only
+    choice.limit_connections(args.tensor_model_parallel_size, os.environ)
     cpu.set_flags(args)
 
 
@@ -43,6 +45,8 @@ def _has(module: str) -> bool:
 
 def _fill_in_layers(args: argparse.Namespace) -> None:
     given = args.explicit_flags
+    if args.use_rotary_position_embeddings:
+        args.position_embedding_type = "rope"
     if args.spec in SPECS and "architecture" not in given:
         args.architecture = args.spec[1]
     # Samples carry no mask, and a step of --iterations-to-skip would wait for one.
@@ -184,17 +188,20 @@ def _fill_in_from_checkpoint(args: argparse.Namespace) -> None:
 
 
 def _choose_checkpoint(args: argparse.Namespace) -> None:
-    if args.branch_from and (args.no_resume or not (args.save and tracked_folder(args.save))):
+    own = tracked_folder(args.save) if args.save else None
+    if args.branch_from and (args.no_resume or not own):
         args.ckpt_step = args.branch_from
-    is_save_folder = is_same_folder(args.load, args.save)
-    resumes = args.save and not (is_save_folder or args.no_resume) and tracked_folder(args.save)
-    if (is_restart := _is_automatic_restart(args)) or resumes:
-        if is_restart or args.load:
-            vars(args).update(FIRST_START)
-        args.load = args.save  # what an earlier start left
-    elif is_save_folder and args.no_resume and not args.finetune:
+    if _is_automatic_restart(args):
+        vars(args).update(FIRST_START)
+        args.load = args.save
+    elif not is_same_folder(args.load, args.save):
+        if own and not args.no_resume:
+            if args.load:  # another run's, from which this one began
+                vars(args).update(FIRST_START)
+            args.load = args.save
+    elif args.no_resume and not args.finetune:
         args.load = None
-    elif is_save_folder and not args.exit_on_missing_checkpoint and not tracked_folder(args.load):
+    elif not own and not args.exit_on_missing_checkpoint:
         args.load = None  # as launchers give it; this is the first start
 
 

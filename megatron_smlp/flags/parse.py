@@ -29,7 +29,7 @@ from megatron_smlp.flags.our_flags import add_our_flags, new_parser
 from megatron_smlp.flags.parser_actions import actions_of, given_flags, refuse_unknown
 from megatron_smlp.flags.use_checkpoint_args import with_checkpoint_flags
 
-FILES = (*tokenizer_copy.FLAGS, "data_args_path", "per_split_data_args_path")
+FILES = (*tokenizer_copy.FLAGS, "data_args_path", "per_split_data_args_path", "eval_tasks_data_dir")
 PREFIXES = ("data_path", *SPLIT_FLAGS)
 
 

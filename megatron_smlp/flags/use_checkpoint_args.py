@@ -48,7 +48,7 @@ def with_checkpoint_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) 
     arguments = _recorded_arguments(load, known.ckpt_step or start)
     options = actions_of(parser)
     given = {action.dest for action, _ in _groups(options, own) if action}
-    replaced = START_FLAGS | given | replaced_by(given)
+    replaced = (START_FLAGS | given | replaced_by(given)) - {"allow_untested_flag"}  # names add up
     negated = {
         word: flag
         for word in own

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import re
-import shutil
-import subprocess
 from collections.abc import MutableMapping, Sequence
 from typing import Any
 
@@ -14,7 +12,7 @@ from megatron_smlp.command_line import flag_of
 from megatron_smlp.errors import UsageError
 from megatron_smlp.flags.layout import check_layout
 from megatron_smlp.flags.yaml_file import config_paths, read_yaml, spelling
-from megatron_smlp.platform.choice import CONNECTIONS
+from megatron_smlp.platform import choice
 
 SIZES = {
     "tensor_model_parallel_size": 1,
@@ -27,8 +25,6 @@ SIZES = {
 """What decides whether a number of processes can be, and Megatron's defaults."""
 FROM_CHECKPOINT = "--use-checkpoint-args"
 """With which a flag that is not given is that of the checkpoint."""
-BLACKWELL = 10
-"""Compute capability."""
 
 
 def given(flag: str, argv: Sequence[str]) -> Any:
@@ -58,31 +54,12 @@ def is_on(switch: str, argv: Sequence[str]) -> bool:
 
 
 def limit_connections(argv: Sequence[str], environment: MutableMapping[str, str]) -> None:
-    """Give CUDA one queue, so that communication starts in the order in which it is asked for.
-
-    Megatron insists on it for tensor parallelism before Blackwell. CUDA reads the variable as it
-    starts: this is for launchers, and a program before it imports torch.
+    """Do what `choice.limit_connections` says for the size that a command line gives.
 
     Raises:
-        UsageError: the file of --config cannot be read.
+        UsageError: that is no number, or the file of --config cannot be read.
     """
-    size = given("--tensor-model-parallel-size", argv)
-    if environment.get(CONNECTIONS) or str(size) in ("None", "1"):
-        return
-    if _capability() < BLACKWELL:
-        environment[CONNECTIONS] = "1"
-
-
-def _capability() -> float:
-    """Return the first GPU's, without starting CUDA; 0 where there is none."""
-    if shutil.which("nvidia-smi") is None:
-        return 0
-    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-    try:
-        said = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True).stdout
-        return float(said.split()[0])
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-        return 0
+    choice.limit_connections(_number("--tensor-model-parallel-size", argv) or 1, environment)
 
 
 def check_counts(argv: Sequence[str], *, machines: range, processes: int) -> None:

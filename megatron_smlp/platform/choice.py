@@ -9,14 +9,18 @@ choice must be made before anything starts CUDA.
 
 from __future__ import annotations
 
-import argparse
 import os
+import shutil
+import subprocess
+from collections.abc import MutableMapping
 from pathlib import Path
 
 from megatron_smlp.errors import UsageError
 
 VISIBLE, CONNECTIONS = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_MAX_CONNECTIONS"
 DRIVER = Path("/proc/driver/nvidia/gpus")
+BLACKWELL = 10
+"""Compute capability."""
 
 
 def hide_gpus() -> None:
@@ -43,13 +47,30 @@ def check(platform: str = "auto") -> None:
     )
 
 
-def limit_connections(args: argparse.Namespace) -> None:
-    """Do what launching.training_argv does for a size that only a checkpoint names.
+def limit_connections(size: int, environment: MutableMapping[str, str]) -> None:
+    """Give CUDA one queue, so that communication starts in the order in which it is asked for.
 
-    CUDA has started, and may have read another value: Megatron would stop without it.
+    Megatron insists on it for tensor parallelism before Blackwell. CUDA reads the variable as it
+    starts: this is for launchers, and a program before it imports torch. A size that only a
+    checkpoint names comes later, and Megatron would stop without it.
+
+    Args:
+        size: tensor parallel.
     """
-    if args.tensor_model_parallel_size > 1:
-        os.environ.setdefault(CONNECTIONS, "1")
+    if size > 1 and not environment.get(CONNECTIONS) and _capability() < BLACKWELL:
+        environment[CONNECTIONS] = "1"
+
+
+def _capability() -> float:
+    """Return the first GPU's, without starting CUDA; 0 where there is none."""
+    if shutil.which("nvidia-smi") is None:
+        return 0
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True).stdout
+        return float(said.split()[0])
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return 0
 
 
 def has_nvidia_device() -> bool:

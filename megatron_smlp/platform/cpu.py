@@ -35,6 +35,7 @@ FLAGS: dict[str, Any] = {
     "bias_gelu_fusion": False,
     "bias_swiglu_fusion": False,
     "bias_dropout_fusion": False,
+    "apply_rope_fusion": False,
     "cross_entropy_loss_fusion": False,  # megatron_patches/cross_entropy.py has fewer passes
     "no_persist_layer_norm": True,
 }

@@ -94,6 +94,7 @@ REFUSED = f"""
     --tiny-attention-width 0 | --architecture amlp --tiny-attention-width 0
 
     --base-eval greedy | {GMLP} {PRICED} --base-eval greedy
+    --eval-tasks copa needs a training | {GMLP} --skip-train --eval-tasks copa
     Megatron refuses these .*lr-warm | {GMLP} --lr-warmup-iters 1 --lr-warmup-fraction 0.5
     Megatron refuses these .*expected iteration-based | {GMLP} --train-samples 10
     --no-lr-decay-style is not a flag | {GMLP} --no-lr-decay-style
@@ -104,6 +105,7 @@ LAYOUTS = f"""
     --tensor-model-parallel-size 8 .*-heads 4 | {TRANSFORMER} {TP} 8
     --tensor-model-parallel-size 2 .*-chunks 1 | {PARTIAL} --num-feature-chunks 1 {TP} 2
     --tensor-model-parallel-size 4 .*gate width 30 | {GMLP} --ffn-hidden-size 60 {TP} 4
+    --tensor-model-parallel-size 4 .*-hidden-size 66 | {TRANSFORMER} --ffn-hidden-size 66 {TP} 4
     --context-parallel-size 2 .*spatial gating | {GMLP} --context-parallel-size 2
     --context-parallel-size 2 .*masked mixer | --architecture mixer --context-parallel-size 2
     --context-parallel-size 2 .*attention alone | {TRANSFORMER} --context-parallel-size 2
@@ -154,6 +156,19 @@ class TestRefusals:
         checkpoint(parse(GMLP), tmp_path)
         words = f"{GMLP} --load {tmp_path} {flag}"
         refusal(parse, words, f"^{flag.split(' --')[0]} contradicts the checkpoint {tmp_path}")
+
+    @pytest.mark.parametrize(
+        ("flag", "remedy"),
+        [
+            *((switch, switch) for switch in ("--swiglu", "--disable-bias-linear")),
+            ("--norm-epsilon 1e-6", "--norm-epsilon 1e-06"),
+        ],
+    )
+    def test_how_the_checkpoints_model_is_asked_for(
+        self, parse: Parse, tmp_path: Path, flag: str, remedy: str
+    ):
+        checkpoint(parse(f"{TRANSFORMER} {flag}"), tmp_path)
+        refusal(parse, f"{TRANSFORMER} --load {tmp_path}", f": give {remedy}, or give another")
 
     def test_the_same_model_is_loaded(self, parse: Parse, tmp_path: Path):
         """And a run that finds its own checkpoint under --save goes on from it, unasked."""
@@ -271,7 +286,22 @@ class TestSettled:
         assert (args.moe_router_load_balancing_type, args.moe_aux_loss_coeff) == ("aux_loss", 0.1)
 
     @pytest.mark.skipif(not cpu.needed(), reason="there is a CUDA device")
-    def test_what_the_platform_sets(self, parse: Parse):
-        args = parse(f"{GMLP} --distributed-backend nccl")
+    @pytest.mark.parametrize(
+        "words",
+        [
+            f"{GMLP} --distributed-backend nccl",
+            f"{TRANSFORMER} --position-embedding-type rope --transformer-impl transformer_engine",
+        ],
+    )
+    def test_what_the_platform_sets(self, parse: Parse, words: str):
+        args = parse(words)
         assert {name: getattr(args, name) for name in cpu.FLAGS} == cpu.FLAGS
         assert args.distributed_backend == "gloo"
+
+    def test_a_folder_of_tasks_is_named_from_everywhere(
+        self, parse: Parse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.chdir(tmp_path)
+        Path("tasks").mkdir()
+        args = parse(f"{GMLP} --eval-tasks copa --eval-tasks-data-dir tasks")
+        assert args.eval_tasks_data_dir == str(Path("tasks").absolute())

@@ -50,9 +50,12 @@ WHOLE = "--full-validation --multiple-validation-sets --train-data-path t --vali
     [
         *("--lr nan", "--peak-tflops -3", "--cross-entropy-loss-fusion"),
         *("--split a,b,c", "--split 110,-10,0", "--split 0,100,0", "--split 0,0,0"),
+        "--valid-data-path x",
         f"{EVALUATED} --split 100,0,0",
         f"{EVALUATED} --split 1",
         "--full-validation --split 100,0,0",
+        "--full-validation --data-path 0.7 a 0.3 b",
+        f"{WHOLE} 1 a",
         "--profile-step-end 5 --profile --use-pytorch-profiler --tensorboard-dir t",
         f"{EVALUATED} --train-data-path a",
         "--split 9,1,0 --train-data-path a --valid-data-path b",
@@ -74,7 +77,7 @@ WHOLE = "--full-validation --multiple-validation-sets --train-data-path t --vali
     ],
 )
 def test_what_cannot_start(parse: Parse, words: str):
-    base = MINIMAL.replace("--mock-data", "") if WHOLE in words else MINIMAL
+    base = MINIMAL.replace("--mock-data", "") if "data-path" in words else MINIMAL
     refused(parse, words, base=base)
 
 
@@ -97,6 +100,11 @@ def test_a_swiglu_that_the_fused_one_is_not(
 )
 def test_a_run_by_samples(parse: Parse, words: str):
     refused(parse, words, base=BY_SAMPLES)
+
+
+def test_less_than_a_batch_that_follows_from_others(parse: Parse):
+    base = BY_SAMPLES.replace("--global-batch-size 2", "")
+    refused(parse, "--train-samples 1", base=base, message="^--train-samples 1 .* give 2 or more")
 
 
 def test_a_run_by_samples_saves_and_evaluates_at_its_end(parse: Parse, tmp_path):

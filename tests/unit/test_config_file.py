@@ -124,6 +124,8 @@ def test_a_flag_stands_in_for_keys_of_the_file(parse: Parse, yaml):
     assert (args.split, args.mock_data) == (None, False)
     assert (args.train_data_path, args.valid_data_path) == (["a"], ["b"])
     assert parse(f"{words} --data-path a", base=base).split == "9,1,0"
+    path.write_text(path.read_text() + "train-data-path: null\n")  # asks for nothing
+    assert parse(f"{words} --data-path a", base=base).split == "9,1,0"
     args = parse(f"{words} --train-samples 16 --lr-warmup-samples 2", base=base)
     assert (args.train_samples, args.lr_warmup_samples) == (16, 2)
     assert args.lr_warmup_fraction is None

@@ -10,6 +10,7 @@ from megatron_smlp.errors import UsageError
 from megatron_smlp.launching.settings import read
 from megatron_smlp.launching.supervisor import Supervisor
 from megatron_smlp.launching.training_argv import limit_connections
+from megatron_smlp.platform import choice
 from megatron_smlp.platform.choice import CONNECTIONS
 
 TP_2 = "--tensor-model-parallel-size 2"
@@ -58,6 +59,16 @@ def test_one_connection_where_megatron_needs_it(
     environment = {} if given is None else {CONNECTIONS: given}
     limit_connections(words.split(), environment)
     assert environment.get(CONNECTIONS) == expected
+
+
+@pytest.mark.parametrize(("capability", "expected"), [("9.0", {CONNECTIONS: "1"}), ("10.0", {})])
+def test_a_size_that_only_a_checkpoint_names(
+    hopper: Path, capability: str, expected: dict[str, str]
+):
+    (hopper / "nvidia-smi").write_text(f"#!/bin/sh\necho {capability}\n")
+    environment: dict[str, str] = {}
+    choice.limit_connections(2, environment)
+    assert environment == expected
 
 
 def test_launchers_tell_their_ranks(monkeypatch: pytest.MonkeyPatch, hopper: Path):
