@@ -100,7 +100,6 @@ canary: env ## contract, golden losses and layouts against Megatron's sources in
 # OpenBLAS takes the kernels of this processor, whatever the shell asks for.
 bench: env ## every benchmark, into benchmarks/results/
 	env -u OPENBLAS_CORETYPE $(BIN)/python benchmarks/run_all.py
-	env -u OPENBLAS_CORETYPE $(BIN)/python -m pytest -m slow tests/benchmarks
 
 bench-gpu: env ## on a machine with a CUDA device: speed of all systems in bf16, and of kernels
 	$(BIN)/python benchmarks/bench_gpu.py

@@ -36,6 +36,7 @@ DATA = "--mock-data --tokenizer-type NullTokenizer --vocab-size 50257"
 TP, PP = "--tensor-model-parallel-size 2", "--pipeline-model-parallel-size {stages}"
 PROBES = "cuda_without_a_gpu/test_probes.py"
 LAYOUTS = "invariants/test_layouts.py"
+RECOMPUTED = "unit/layers/test_recompute.py"
 MUON = "invariants/test_muon.py"
 MUON_FLAGS = "--optimizer muon --no-overlap-param-gather"
 GROUPS = "--moe-router-num-groups 4 --moe-router-group-topk 1"
@@ -78,9 +79,9 @@ ROWS = (
     Row(
         "full recomputation",
         "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
-        LAYOUTS,
+        RECOMPUTED,
     ),
-    Row("selective recomputation", "--recompute-granularity selective", LAYOUTS),
+    Row("selective recomputation", "--recompute-granularity selective", RECOMPUTED),
     Row("CUDA graphs", "--cuda-graph-impl local", PROBES, is_for_gpus=True),
     Row("Toeplitz matrices", "--toeplitz", LAYOUTS),
     Row("rotary positions", "--position-embedding-type rope", LAYOUTS),

@@ -12,12 +12,11 @@ import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from megatron_smlp.command_line import VERSION, WithDefaults, flag_of
 from megatron_smlp.flags.megatron_flags import TESTED
-from megatron_smlp.flags.our_flags import add_our_flags, docstrings, new_parser
-from megatron_smlp.options import OUR_FLAGS, ModelOptions, RunOptions, choices_of
+from megatron_smlp.flags.our_flags import add_our_flags, new_parser
+from megatron_smlp.options import OUR_FLAGS, ModelOptions, RunOptions
 
 FLAGS_PAGE = Path(__file__).parents[2] / "docs" / "flags.md"
 WIDTH = 100
@@ -72,17 +71,16 @@ def _help(parser: argparse.ArgumentParser) -> str:
 
 
 def rows(options: type) -> Iterator[tuple[str, str, str, str]]:
-    """Yield each flag of a dataclass: name, allowed values, default, meaning."""
-    meanings = docstrings(options)
-    for field in dataclasses.fields(options):
-        default = "" if field.default is None or field.default is False else str(field.default)
-        yield field.name, _allowed(field), default, meanings[field.name]
-
-
-def _allowed(field: dataclasses.Field[Any]) -> str:
-    if choices := choices_of(field):
-        return "{" + ",".join(choices) + "}"
-    return "" if field.type is bool else field.name.upper()
+    """Yield each flag of a dataclass, as the parser has it: name, values, default, meaning."""
+    names = {field.name for field in dataclasses.fields(options)}
+    for action in add_our_flags(new_parser())._actions:
+        if action.dest in names:
+            allowed = "" if action.nargs == 0 else action.dest.upper()
+            if action.choices:
+                allowed = "{" + ",".join(action.choices) + "}"
+            default = action.default
+            shown = "" if default is None or default is False else str(default)
+            yield action.dest, allowed, shown, action.help or ""
 
 
 def flags_page() -> str:

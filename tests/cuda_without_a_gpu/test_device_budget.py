@@ -55,9 +55,9 @@ def test_a_step_and_each_kind_of_layer(
 
 @pytest.mark.parametrize("row_of", SYSTEMS)
 def test_the_table_of_the_documentation(row_of: str, written: dict[str, Any]):
-    """Counted before, without Triton and with its kernels, where that is another number."""
+    """Counted without Triton and with its kernels, where that is another number."""
     page = (REPOSITORY / "docs" / "performance.md").read_text(encoding="utf-8")
-    (row,) = re.findall(rf"^\| {row_of} \| \d+ / \d+ / [\d.]+ \| (.*) \|$", page, re.MULTILINE)
+    (row,) = re.findall(rf"^\| {row_of} \| (\d+ / .*) \|$", page, re.MULTILINE)
     kernels = json.loads(KERNELS.read_text(encoding="utf-8"))
     counts = [written[row_of], kernels[row_of]] if row_of in kernels else [written[row_of]]
     cells = [" / ".join(f"{one['step'][name]:g}" for name in COUNTED) for one in counts]
@@ -79,14 +79,6 @@ def test_a_step_by_kernels(tmp_path: Path):
     for system in systems:
         for count in COUNTED:
             assert ours[system]["step"][count] <= allowed[system]["step"][count]
-
-
-def test_kernels_are_a_fraction_of_the_operators(written: dict[str, Any]):
-    by_kernels = json.loads(KERNELS.read_text(encoding="utf-8"))
-    for system in ("base", "smlp_deterministic"):
-        ours, without = by_kernels[system]["step"], written[system]["step"]
-        assert ours["operators"] < without["operators"] / 3
-        assert ours["megabytes"] < without["megabytes"]
 
 
 @pytest.mark.parametrize("system", COUNTED_SYSTEMS)

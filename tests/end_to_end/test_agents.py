@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from support.launches import REPOSITORY, clean_environment
-from support.living import lives
+from support.living import children_of, lives
 from support.ranks import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -152,8 +152,3 @@ def test_an_agent_ends_whose_launcher_was_killed_as_it_started(start: Callable[.
     launcher.wait()
     machines.wait_for(lambda: not lives(agent), seconds=30)
     assert not machines.events
-
-
-def children_of(process: int) -> list[int]:
-    file = Path(f"/proc/{process}/task/{process}/children")
-    return [int(word) for word in file.read_text().split()] if file.exists() else []

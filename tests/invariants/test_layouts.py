@@ -88,11 +88,6 @@ TWO_PROCESSES = {
 }
 PRICED = ("tp2_sp", "pp2", "dp2", "ep2")
 FOUR_PROCESSES = {"tp2_pp2": f"{TP} {PP}"}
-RECOMPUTE = {
-    "recompute_full": "--recompute-granularity full --recompute-method uniform "
-    "--recompute-num-layers 1",
-    "recompute_selective": "--recompute-granularity selective",
-}
 PRECISIONS = {"fp32": "", "bf16": "--bf16"}
 # As a Megatron-LM user without our flags writes it; heads and positions are Megatron's to ask for.
 BARE_SPEC = f"""
@@ -106,23 +101,18 @@ PADDED = "--make-vocab-size-divisible-by 384 --save-interval 100 --save"
 
 # Where an architecture shares all but one part with others, the layouts that this part could break.
 FEWER = {
-    "transformer_gshard": (
-        *("tp2_sp", "ep2", "dp2", "pp2_interleaved", "pp2_recompute", "recompute_full", "tp2_pp2"),
-    ),
+    "transformer_gshard": ("tp2_sp", "ep2", "dp2", "pp2_interleaved", "pp2_recompute", "tp2_pp2"),
     "transformer_topk": ("tp2_sp", "ep2", "dp2"),
-    "transformer_documents": ("tp2", "tp2_sp", "pp2", "pp2_interleaved", "recompute_full"),
+    "transformer_documents": ("tp2", "tp2_sp", "pp2", "pp2_interleaved"),
     "transformer_mup": ("tp2_sp", "pp2", "dp2_distributed_optimizer"),
-    "amlp_rope": ("tp2", "tp2_sp", "pp2_interleaved", "recompute_full"),
+    "amlp_rope": ("tp2", "tp2_sp", "pp2_interleaved"),
     "smlp_partial": ("tp2_sp", "pp2", "ep2", "dp2", "tp2_pp2"),
     "feature_moe_toeplitz": ("tp2_sp", "pp2", "dp2_distributed_optimizer"),
     "mixer": ("tp2", "tp2_sp", "pp2_interleaved", "dp2_distributed_optimizer", "tp2_pp2"),
     "minhash": ("tp2", "tp2_sp", "pp2", "dp2_distributed_optimizer", "tp2_pp2"),
-    "minhash_base": ("tp2_sp", "pp2_interleaved", "ep2", "recompute_full"),
-    "mixer_switch": ("tp2_sp", "pp2", "ep2", "dp2_distributed_optimizer", "recompute_full"),
-    "feature_moe_partial": (
-        *("tp2", "pp2_interleaved", "pp2_recompute", "dp2_distributed_optimizer"),
-        *("recompute_full", "recompute_selective"),
-    ),
+    "minhash_base": ("tp2_sp", "pp2_interleaved", "ep2"),
+    "mixer_switch": ("tp2_sp", "pp2", "ep2", "dp2_distributed_optimizer"),
+    "feature_moe_partial": ("tp2", "pp2_interleaved", "pp2_recompute", "dp2_distributed_optimizer"),
 }
 
 
@@ -148,8 +138,6 @@ FAST = {
     "dp2": ("amlp",),
     "dp2_distributed_optimizer": ("transformer_switch",),
     "ep2": ("smlp",),
-    "recompute_full": ("feature_moe_partial",),
-    "recompute_selective": ("transformer_switch",),
     "tp2_pp2": ("smlp",),
 }
 EACH = slow_unless_in({name for names in FAST.values() for name in names}, ARCHITECTURES)
@@ -220,7 +208,6 @@ def one(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     ]
     seeds = {f"seeds/{name}": runs.seed(name) for name in architectures}
     plain = {f"{name}/plain": runs.resumed(name, "") for name in architectures}
-    plain |= runs.asked_for(request, RECOMPUTE)
     learning = selected(request, "architecture", "precision") | {("gmlp_1_head", "fp32")}
     fresh = {
         f"{name}/{precision}": f"{runs.fresh(name)} --train-iters {LONG_RUN} {flags}"
@@ -310,12 +297,6 @@ def test_an_evaluation_of_other_micro_batches(two: Runs):
 @pytest.mark.parametrize(("architecture", "layout"), _marked(_cases(FOUR_PROCESSES)))
 def test_four_processes_train_and_count_as_one(four: Runs, architecture: str, layout: str):
     _assert_as_one(four, architecture, layout)
-
-
-@pytest.mark.parametrize(("architecture", "layout"), _marked(_cases(RECOMPUTE)))
-def test_recomputing_activations_changes_nothing(one: Runs, architecture: str, layout: str):
-    """And counts a pass once."""
-    _assert_as_one(one, architecture, layout)
 
 
 def _assert_same_routers(ours: list[dict[str, Any]], plain: list[dict[str, Any]]) -> None:

@@ -69,19 +69,23 @@ FAST_SYSTEMS = [case[0] for case in FAST]
 class Runs:
     """From a seed of each system, under each layout; and on from there, under others."""
 
-    def __init__(self, folder: Path, cases: list[tuple[str, str, str]]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        systems: set[str],
+        sources: set[tuple[str, str]],
+        cases: set[tuple[str, str, str]],
+    ) -> None:
         self.folder = folder
         self.planned: dict[int, dict[str, str]] = {}
-        systems = dict.fromkeys(case[0] for case in cases)
-        sources = dict.fromkeys(case[:2] for case in cases)
-        for name in systems:
+        for name in sorted(systems):
             self.plan(name, "seed", "--no-save-optim --no-save-rng --train-iters 1")
         self.launch()
         weights = "--finetune --no-load-optim --no-load-rng"
-        for name, layout in {*sources, *((name, "one") for name in systems)}:
+        for name, layout in sorted(sources | {(name, "one") for name in systems}):
             self.plan(name, layout, f"{self.load(name, 'seed')} {weights} --save-interval {SAVED}")
         self.launch()
-        for name, source, target in [*cases, *((*pair, pair[1]) for pair in sources)]:
+        for name, source, target in sorted(cases | {(*pair, pair[1]) for pair in sources}):
             more = f"{self.load(name, source)} --ckpt-step {SAVED}"
             self.plan(f"{name}/{source}", target, more)
         self.launch()
@@ -107,8 +111,10 @@ class Runs:
 
 @pytest.fixture(scope="module")
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    asked = selected(request, "system", "source", "target")
-    return Runs(tmp_path_factory.mktemp("muon"), [case for case in CASES if case in asked])
+    systems = {system for (system,) in selected(request, "system")}
+    cases = selected(request, "system", "source", "target")
+    sources = selected(request, "system", "layout") | {case[:2] for case in cases}
+    return Runs(tmp_path_factory.mktemp("muon"), systems, sources, cases)
 
 
 def assert_same(ours: list[Step], plain: list[Step], system: str) -> None:

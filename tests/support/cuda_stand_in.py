@@ -29,6 +29,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 os.environ["TORCHDYNAMO_DISABLE"] = "1"
@@ -36,13 +37,27 @@ os.environ["TORCHDYNAMO_DISABLE"] = "1"
 import torch
 import torch._dynamo  # it maps torch's functions when it is imported: before they are replaced
 import torch.distributed as dist
-from support.hopper import HOPPER
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_leaves
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
+HOPPER = SimpleNamespace(
+    name="NVIDIA H100 80GB HBM3",
+    major=9,
+    minor=0,
+    total_memory=80 << 30,
+    multi_processor_count=132,
+    warp_size=32,
+    regs_per_multiprocessor=65536,
+    max_threads_per_multi_processor=2048,
+    max_threads_per_block=1024,
+    shared_memory_per_block=48 << 10,
+    shared_memory_per_block_optin=227 << 10,
+    L2_cache_size=50 << 20,
+)
+"""As torch describes one."""
 TYPES = {
     torch.float32: "Float",
     torch.float16: "Half",

@@ -164,23 +164,15 @@ def _counted(layer: Any, hidden: Any) -> tuple[Any, list[int]]:
     return output, counts
 
 
-def _on_the_stand_in(folder: str, *layouts: str) -> None:
-    from multiprocessing import get_context
-
-    from support import cuda_stand_in
-    from support.launches import clean_environment
-    from support.ranks import run_ranks
-
-    cuda_stand_in.install()
-    import support.preloaded  # noqa: F401
-
-    fork, environment = get_context("fork"), clean_environment()
-    for layout in layouts:
-        log, arguments = Path(folder, f"{layout}.log"), (folder, layout)
-        processes = LAYOUTS[layout][0]
-        run_ranks(fork, processes, compare, arguments, log=log, environment=environment)
-
-
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
-    _on_the_stand_in(*sys.argv[1:])
+    from support.ranks import run_ranks_on_the_stand_in
+
+    folder, *layouts = sys.argv[1:]
+    run_ranks_on_the_stand_in(
+        compare,
+        [
+            (LAYOUTS[layout][0], (folder, layout), Path(folder, f"{layout}.log"))
+            for layout in layouts
+        ],
+    )

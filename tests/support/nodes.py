@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from support.launches import REPOSITORY, clean_environment
+from support.living import children_of, command_of
 
 ENTER = 'echo "$0" > /proc/sys/kernel/hostname && exec "$@"'
 # Preloaded into every program of a machine whose clock is wrong. Whoever waits up to a time of day
@@ -282,24 +283,21 @@ class Job:
 
     def ranks(self, node: int) -> list[int]:
         """The training processes of a machine, without their workers."""
-        found = []
-        for process in self.net.processes(node):
-            with contextlib.suppress(OSError):
-                words = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
-                parent = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1]
-                if any(w.endswith(b"pretrain_smlp.py") for w in words[:3]):
-                    found.append((process, int(parent)))
-        inner = {process for process, _ in found}
-        return [process for process, parent in found if parent not in inner]
+        found = [
+            process
+            for process in self.net.processes(node)
+            if any(word.endswith("pretrain_smlp.py") for word in command_of(process)[:3])
+        ]
+        workers = {child for process in found for child in children_of(process)}
+        return [process for process in found if process not in workers]
 
     def agents(self, node: int) -> list[int]:
         """The agents of a machine."""
         found = []
         for process in self.net.processes(node):
-            with contextlib.suppress(OSError):
-                words = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
-                if len(words) > 2 and words[1].endswith(b"launch.py") and words[2] == b"agent":
-                    found.append(process)
+            words = command_of(process)
+            if len(words) > 2 and words[1].endswith("launch.py") and words[2] == "agent":
+                found.append(process)
         return found
 
     def ends_of_logs(self) -> str:

@@ -15,7 +15,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from multiprocessing import get_context
 from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
@@ -87,6 +87,26 @@ def run_ranks(
             process.join()
     codes = [process.exitcode for process in ranks]
     assert codes == [0] * count, f"exit codes {codes} of {arguments}\n{_tail(log)}"
+
+
+def run_ranks_on_the_stand_in(
+    work: Callable[..., None], calls: Iterable[tuple[int, tuple[Any, ...], Path]]
+) -> None:
+    """Let the CPU stand in for a CUDA device in this process, and call `work` in ranks forked of
+    it, one launch after the other.
+
+    Args:
+        calls: number of processes, arguments of `work`, log.
+    """
+    from support import cuda_stand_in
+    from support.launches import clean_environment
+
+    cuda_stand_in.install()
+    import support.preloaded  # noqa: F401  # Megatron, which has to come after that
+
+    fork, environment = get_context("fork"), clean_environment()
+    for count, arguments, log in calls:
+        run_ranks(fork, count, work, arguments, log=log, environment=environment)
 
 
 def rank_process(

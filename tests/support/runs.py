@@ -82,22 +82,14 @@ def run_program(words: Sequence[str]) -> None:
         pretrain_smlp.run()
 
 
-def _run_on_the_stand_in(plans: Sequence[tuple[str, str]]) -> None:
-    from multiprocessing import get_context
-
-    from support import cuda_stand_in
-    from support.launches import clean_environment
-    from support.ranks import run_ranks
-
-    cuda_stand_in.install()
-    import support.preloaded  # noqa: F401
-
-    fork, environment = get_context("fork"), clean_environment()
-    for path, processes in plans:
-        log = Path(path).with_suffix(".log")
-        run_ranks(fork, int(processes), run_all, (path,), log=log, environment=environment)
-
-
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
-    _run_on_the_stand_in(list(zip(sys.argv[1::2], sys.argv[2::2], strict=True)))
+    from support.ranks import run_ranks_on_the_stand_in
+
+    run_ranks_on_the_stand_in(
+        run_all,
+        [
+            (int(processes), (path,), Path(path).with_suffix(".log"))
+            for path, processes in zip(sys.argv[1::2], sys.argv[2::2], strict=True)
+        ],
+    )

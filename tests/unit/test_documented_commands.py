@@ -64,6 +64,13 @@ def test_a_command_is_as_printed(words: list[str], monkeypatch: pytest.MonkeyPat
         _parser_of(REPOSITORY / words[at]).parse_args(rest)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_page_says_what_its_variable_is(page: Path) -> None:
+    """The tests that run it set P for all pages."""
+    text = page.read_text(encoding="utf-8")
+    assert not re.search(r"\$P\b", text) or re.search(r"\bP=", text)
+
+
 def _parser_of(tool: Path) -> Any:
     name = re.search(r"^from megatron_smlp.commands import (\w+)$", tool.read_text(), re.MULTILINE)
     assert name is not None

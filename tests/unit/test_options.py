@@ -8,7 +8,7 @@ import pytest
 from support.launches import run_command
 
 from megatron_smlp.flags import help
-from megatron_smlp.options import MODEL_FLAGS, OUR_FLAGS, ModelOptions, RunOptions
+from megatron_smlp.options import MODEL_FLAGS, OUR_FLAGS, ModelOptions
 from megatron_smlp.partial_prediction import prefix_length
 from megatron_smlp.systems import (
     ARCHITECTURES,
@@ -50,24 +50,6 @@ def test_the_page_of_flags_is_that_of_the_records():
     assert written == help.flags_page(), "run `python -m megatron_smlp.flags.help`"
 
 
-def test_the_page_says_what_the_parser_takes():
-    from megatron_smlp.flags.parse import build_parser
-
-    actions = {action.dest: action for action in build_parser()._actions}
-    for options in (ModelOptions, RunOptions):
-        for name, allowed, default, meaning in help.rows(options):
-            action = actions[name]
-            assert meaning == " ".join(action.help.split())
-            assert default == (
-                ""
-                if (action.default in (None, False) and action.default != 0)
-                or action.default is False
-                else str(action.default)
-            )
-            assert allowed.startswith("{") == bool(action.choices)
-            assert bool(allowed) == (action.nargs != 0)
-
-
 def test_help_of_the_real_command_imports_nothing_heavy():
     code = (
         "import sys; from pretrain_smlp import main; main(['--help']); "
@@ -102,12 +84,13 @@ def test_records_of_the_hugging_face_configuration_are_those_of_its_file():
     theirs = {field.name: field.default for field in dataclasses.fields(hf.SMLPConfig)}
     missing = {facts.hf for facts in MODEL_FLAGS.values() if facts.hf} - set(theirs)
     assert not missing, f"hf/configuration_smlp.py lacks the fields {', '.join(sorted(missing))}"
+    allowed = {row[0]: row[1] for row in help.rows(ModelOptions)}
     for field in dataclasses.fields(ModelOptions):
         name = OUR_FLAGS[field.name].hf
         # The class for sMLP makes one where nothing else is said.
         if name and name != "architecture":
             assert theirs[name] == field.default, name
-        choices = {row[0]: row[1] for row in help.rows(ModelOptions)}[field.name]
+        choices = allowed[field.name]
         if name and choices.startswith("{"):
             assert set(choices.strip("{}").split(",")) == set(hf._ALLOWED[name])
     with_ffn = {name for name, one in ARCHITECTURES.items() if one.channel == "mlp"}

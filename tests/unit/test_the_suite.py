@@ -1,10 +1,9 @@
-"""The suite's own parts: tables with every kind of system in them, and the canary's command."""
+"""The suite's own tables have every kind of system in them."""
 
 import re
-from pathlib import Path
 
 import pytest
-from support.launches import REPOSITORY, run_command
+from support.launches import REPOSITORY
 
 from megatron_smlp.systems import ARCHITECTURES, TOKEN_ROUTERS
 
@@ -20,21 +19,6 @@ MATRICES = {
     ),
 }
 """Files with a table of systems, in which every kind has to be."""
-
-
-def test_the_canary_takes_sources_of_megatron(tmp_path: Path):
-    sources = tmp_path / "megatron" / "core" / "datasets"
-    sources.mkdir(parents=True)
-    (sources / "helpers.cpp").touch()
-    command = ["make", "-n", "canary"]
-    done = run_command(command, code=2)
-    assert "MEGATRON=DIR must name sources of Megatron-LM" in done.stderr.splitlines()[-1]
-    said = run_command([*command, f"MEGATRON={tmp_path}"]).stdout
-    assert f"{sources}/helpers.cpp -o {sources}/helpers_cpp" in said
-    tests = said.partition(f"PYTHONPATH={tmp_path} OMP_NUM_THREADS=1")[2].split()
-    named = {word for word in tests if word.startswith("tests/")}
-    assert named == {"tests/contract", "tests/golden", "tests/invariants/test_layouts.py"}
-    assert all((REPOSITORY / name).exists() for name in named)
 
 
 @pytest.mark.parametrize(

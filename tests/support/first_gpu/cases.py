@@ -61,8 +61,10 @@ def _all() -> dict[str, Case]:
     cases = [Case("environment", environment), *_references(names)]
     cases += [
         Case(
-            *(f"train_{name}", partial(trains, system=name), (names[name],)),
-            RESUMED._replace(kernels=KERNELS.get(name, 0)),
+            f"train_{name}",
+            partial(trains, system=name),
+            needs=(names[name],),
+            work=RESUMED._replace(kernels=KERNELS.get(name, 0)),
         )
         for name in SYSTEMS
     ]
@@ -73,7 +75,8 @@ def _all() -> dict[str, Case]:
     cases += [Case("kernels", kernels, work=Work(kernels=192), limit=300)]
     cases += [
         Case(
-            *(f"size_{name}", partial(real_size.real_size, system=name)),
+            f"size_{name}",
+            partial(real_size.real_size, system=name),
             work=Work(trainings=1, large_steps=real_size.NUM_STEPS, kernels=40),
             limit=180,
         )
@@ -85,7 +88,8 @@ def _all() -> dict[str, Case]:
     cases += [Case(cuda_graphs.__name__, cuda_graphs, graphed, Work(trainings=2, steps=6))]
     runs = len(SYSTEMS) + 1
     with_te = Work(trainings=runs, steps=3 * runs)
-    cases += [Case(transformer_engine.__name__, transformer_engine, work=with_te, limit=300)]
+    systems = tuple(names[name] for name in SYSTEMS)
+    cases += [Case(transformer_engine.__name__, transformer_engine, systems, with_te, limit=300)]
     return {case.name: case for case in [*cases, *_of_tools(), *_of_layouts(names)]}
 
 
@@ -94,7 +98,8 @@ def _references(names: dict[str, str]) -> list[Case]:
     least = {name: min(x.ranks for x in LAYOUTS.values() if x.start == name) for name in STARTS}
     return [
         Case(
-            *(case, partial(reference, name=name)),
+            case,
+            partial(reference, name=name),
             work=Work(
                 trainings=2 + (name in STARTS),
                 reference_steps=6 + (name in STARTS),
@@ -124,7 +129,9 @@ def _of_tools() -> list[Case]:
 def _of_layouts(names: dict[str, str]) -> list[Case]:
     return [
         Case(
-            *(name, partial(layout, name=name), (names[asked.start],)),
+            name,
+            partial(layout, name=name),
+            needs=(names[asked.start],),
             limit=180,
             gpus=asked.ranks,
         )
