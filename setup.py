@@ -73,7 +73,7 @@ SOURCE = Path(__file__).with_name("megatron_smlp") / "__init__.py"
 setup(
     name="megatron-smlp",
     version=VERSION,
-    description="Sparse all-MLP language models (arXiv 2203.06850) at Megatron scale",
+    description="Sparse all-MLP language models (arXiv 2203.06850) on Megatron",
     long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -30,13 +30,13 @@ class ModelOptions:
     """The pair of mixers of each layer; megatron_smlp/systems.py is the table."""
 
     spatial_heads: int = option(1, architectures=SPATIAL, hf=SAME)
-    """Number of heads in a dense layer; each has its own T x T matrix and bias. It must divide
-    ffn_hidden_size / 2, of which each head has a LayerNorm, or, of a mixer, hidden_size."""
+    """Heads of a dense layer, each with a T x T matrix and bias. Must divide ffn_hidden_size / 2
+    (of a mixer: hidden_size)."""
 
     toeplitz: bool = option(False, architectures=SPATIAL, hf=SAME)
-    """One weight per distance, M[t, s] = m[t - s], and one bias, for each head or
-    spatial expert, in place of a T x T matrix and T biases. Such a model can be evaluated on
-    sequences longer than --seq-length, of which each token reads the last T. Not in the paper."""
+    """One weight per distance, M[t, s] = m[t - s], and one bias per head or spatial expert, in
+    place of a T x T matrix and T biases. Evaluation may then go beyond --seq-length: each token
+    reads the last T. Not in the paper."""
 
     mixer_expansion: bool = option(False, architectures=("mixer",), hf=SAME)
     """mixer: two T x T matrices a head with a GELU between them, as MLP-Mixer's token MLP, instead
@@ -46,9 +46,9 @@ class ModelOptions:
     """amlp: width of the one attention head beside the gate, in features."""
 
     input_projection: Literal["embedding", "minhash"] = option("embedding", hf=SAME)
-    """What makes vectors of the input's tokens. embedding: a table with a row a token. minhash:
-    pNLP-Mixer's projection of counted hashes of the token's characters, which needs the tokenizer's
-    strings; the output layer is then a table of its own."""
+    """What makes vectors of the input's tokens. embedding: a table. minhash: pNLP-Mixer's
+    projection of counted hashes of a token's characters, which needs the tokenizer's strings; the
+    output layer then has a table of its own."""
 
     hash_count: int = option(64, input_projections=("minhash",), least=1, hf=SAME)
     """minhash: number of hash functions, values of a token's fingerprint."""
@@ -67,7 +67,8 @@ class ModelOptions:
     --prefix-fraction)."""
 
     num_feature_experts: int = option(1, architectures=("smlp",), hf=SAME, upcycling=True)
-    """smlp: number of spatial experts in a sparse layer. Must divide ffn_hidden_size / 2."""
+    """smlp: number of spatial experts in a sparse layer. Must divide ffn_hidden_size / 2, unless
+    --num-feature-chunks is given."""
 
     num_feature_chunks: int | None = option(
         None, architectures=("smlp",), least=1, hf=SAME, upcycling=True
@@ -107,8 +108,7 @@ class ModelOptions:
         None, token_routers=LIMITED, may_change=True, hf=SAME
     )
     """switch, gshard: choices that an expert serves in training, as a multiple of an even share of
-    the micro-batch; the others pass by the residual (see --moe-token-drop-policy). Left out:
-    nothing is dropped."""
+    the micro-batch; the others are dropped (--moe-token-drop-policy). Left out: none is."""
 
     moe_eval_capacity_factor: float | None = option(None, token_routers=LIMITED, may_change=True)
     """switch, gshard: the same in evaluation, where it often is larger or left out."""
@@ -121,9 +121,8 @@ class ModelOptions:
 
     base_gate: Literal["score", "price"] = option("score", token_routers=("base",), hf=SAME)
     """base: an expert's weight. score: the sigmoid of its score, as in BASE's source, which in sMLP
-    closes most gates; price: of that minus the expert's price, less the mean over the experts: a
-    constant on all scores of an expert or of a token does nothing (not in the paper). With price,
-    evaluation is by prices."""
+    closes most gates. price: the sigmoid of its score minus its price, less the mean of this over
+    the experts (not in the paper); evaluation is then by prices."""
 
     base_eval: Literal["greedy", "prices"] = option(
         "greedy", token_routers=("base",), may_change=True, evaluates=True, hf=SAME
@@ -142,9 +141,9 @@ class ModelOptions:
     """hash: seed of the random table of token ids with which a new model starts."""
 
     hash_table: Literal["balanced"] | None = option(None, token_routers=("hash",), may_change=True)
-    """hash: with which table a new model starts instead. balanced: by the token counts of the run's
-    data, with --split of the whole dataset; random where there is none, as with --mock-data. A
-    checkpoint's own table wins."""
+    """hash: the table with which a new model starts (default: a random one). balanced: by the token
+    counts of the run's data (with --split, of the whole dataset); random where there is none, as
+    with --mock-data. A checkpoint's own table wins."""
 
     @property
     def num_chunks(self) -> int:
@@ -176,8 +175,8 @@ class RunOptions:
     and FLOPs, then exit. No data is read."""
 
     platform: Literal["auto", "cpu"] = option("auto", of_one_start=True)
-    """auto: CUDA devices where torch finds them, else the CPU, unless the machine has an NVIDIA
-    device that torch cannot use. cpu: the CPU in any case (on the command line, not in a file)."""
+    """auto: CUDA devices where torch finds them, else the CPU; an NVIDIA device that torch cannot
+    use is an error. cpu: the CPU in any case. On the command line, not in a file."""
 
     no_resume: bool = option(False, of_one_start=True)
     """Start from scratch although the --save folder holds a checkpoint. By default --load is the
@@ -188,10 +187,9 @@ class RunOptions:
     folder is loaded instead, and the run says so."""
 
     branch_from: int | None = option(None, least=1)
-    """Of a run with --lr-decay-style constant: decay from this iteration of --load on, over
-    --lr-wsd-decay-iters (default: a quarter of it) to --min-lr, and end there. All other flags are
-    those of the run in --load, whose samples come in the same order; --save is a folder of the
-    branch's own."""
+    """Decay a run with --lr-decay-style constant from this iteration of --load to --min-lr over
+    --lr-wsd-decay-iters (default: a quarter of it), and end. Give the run's other flags, and
+    another --save."""
 
     keep_last: int | None = option(None, least=1)
     """Keep this many of the last checkpoints in --save and delete older ones, each time that a new
@@ -213,18 +211,18 @@ class RunOptions:
 
     optimizer_checkpoint: Literal["any_layout", "data_parallel"] = "any_layout"
     """The format of a distributed optimizer's state. any_layout: whole tensors, gathered over the
-    data parallel ranks, for a resume under any layout. data_parallel: Megatron's own default,
-    written without communication, for a resume with another data parallel size only."""
+    data parallel ranks; a resume may change the layout. data_parallel: Megatron's default, written
+    without communication; a resume may change the data parallel size only."""
 
     token_dispatch: Literal["sorted", "megatron"] = "sorted"
-    """How tokens reach their experts. sorted: the numbers of the experts are sorted, where a token
-    has one and none is dropped (layers/token_dispatch.py), with the same results in fewer operators
-    than megatron: its all-to-all dispatcher, which all others take in any case."""
+    """How tokens reach their experts. sorted: the same results in fewer operators, where a token
+    has one expert and none is dropped; elsewhere, as megatron. megatron: its all-to-all
+    dispatcher."""
 
     allow_untested_flag: list[str] | None = None
-    """Names of flags of Megatron's to take although no test here gives them (docs/flags.md lists
-    those that are tested). They may do nothing, or harm; with --save a save is planned before the
-    first step."""
+    """Names of Megatron's flags to take although no test here gives them (docs/flags.md lists the
+    tested ones). They may do nothing, or harm; with --save, a save is planned before the first
+    step."""
 
     allow_tokenizer_mismatch: bool = False
     """Train on data whose manifest names another vocabulary than this run's tokenizer has."""
@@ -246,10 +244,9 @@ class RunOptions:
     """With --eval-tasks: only the first so many examples of each task."""
 
     suffix_from: float | None = None
-    """Report loss and perplexity of the targets that this position and later ones predict, beside
-    those of all, in training and validation: what partial prediction is trained on, for any system.
-    A number under 1 is a fraction of --seq-length (default: partial prediction's prefix, else
-    nothing)."""
+    """Report also the loss and perplexity of the targets that this position and later ones predict,
+    in training and validation: what partial prediction is trained on, for any system. Under 1: a
+    fraction of --seq-length (default: partial prediction's prefix, else nothing)."""
 
     strict_accounting: bool = False
     """Stop where the model that is built has another number of parameters than its description
