@@ -195,7 +195,7 @@ def usable_device(name: str | None) -> str:
 
     name = name or default_device()
     try:
-        torch.empty(0, device=name)
+        torch.empty(0).to(name)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
     return name

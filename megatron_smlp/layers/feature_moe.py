@@ -2,8 +2,11 @@
 
     g_i = s_i * (M_e(i) LN(u2_i)) + b_e(i)           i = 1..C chunks of F/C features, E experts
 
-Deterministic: e(i) = i mod E, s_i = 1 (Yu et al., arXiv 2203.06850, section 3, where C = E). No
-token is looked at, and spatial gating whose heads are the experts does it without a router.
+Deterministic (Yu et al., arXiv 2203.06850, section 3, where C = E):
+
+    e(i) = i mod E        s_i = 1
+
+No token is looked at, and spatial gating whose heads are the experts does it without a router.
 Partial: those of routers/prefix.py, for the rows t >= P of a sample; rows t < P, and a whole
 sequence of fewer than P tokens, are routed deterministically.
 

@@ -64,9 +64,9 @@ def test_a_checkpoint_says_what_its_export_says(
     assert tokens[:3] == [5, 17, 3]
     assert len(tokens) == 9
     assert max(tokens) <= 100  # never the padding of the vocabulary
-    (tmp_path / "prompts").write_text("5  17\n")  # its ids stand for "5 17"
+    (tmp_path / "prompts").write_text("05 17\n")  # its ids stand for "5 17"
     [said] = lines([*models[0], "--prompts-file", str(tmp_path / "prompts"), *GREEDY], capsys)
-    assert json.loads(said)["prompt"] == "5  17"
+    assert json.loads(said)["prompt"] == "05 17"
 
 
 def test_a_file_of_prompts_equals_one_by_one(
