@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.generic import maybe_autocast
 
 from megatron_smlp.hf.configuration_smlp import SMLPConfig
@@ -87,13 +88,17 @@ class SMLPHostedMixer(nn.Module):
 
     def _continued(self, inner: list[Tensor], layout: Layout, kept: SMLPCacheLayer) -> Tensor:
         """inner: [B, T, m F] of the new tokens -> <float>[B, T, F]."""
-        if layout.valid is None:
+        # Before a sample's first token its state is that of padding alone, and is not read.
+        fresh = layout.positions[:, 0] == 0
+        if layout.valid is None and (layout.start is not None or not fresh.any()):
             return mix(self.mixer, inner, state=kept.state)
         # A state may not see padding: each sample goes on by its own tokens.
-        length = layout.valid.shape[1]
+        valid = torch.ones_like(layout.positions) if layout.valid is None else layout.valid
+        length = valid.shape[1]
         rows, states = [], []
-        for row, count in enumerate(layout.valid.sum(dim=1).tolist()):
-            state = {name: values[row : row + 1] for name, values in kept.state.items()}
+        for row, count in enumerate(valid.sum(dim=1).tolist()):
+            before = {} if fresh[row] else kept.state
+            state = {name: values[row : row + 1] for name, values in before.items()}
             new = [part[row : row + 1, : max(1, count)] for part in inner]
             # A sample without new tokens keeps the state that it has.
             mixed = mix(self.mixer, new, state=dict(state) if state and not count else state)
@@ -211,5 +216,10 @@ class SMLPPluginForCausalLM(_WithPlugins, SMLPForCausalLM):
 
     body = SMLPPluginModel
 
+
+# See the end of modeling_smlp.py.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(
+    f"{SMLPConfig.model_type}_plugin", SMLPPluginForCausalLM.__name__
+)
 
 __all__ = ["SMLPPluginForCausalLM", "SMLPPluginModel"]

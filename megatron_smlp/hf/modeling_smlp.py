@@ -209,10 +209,10 @@ class SMLPCache(Cache):
     and how many tokens each sample has."""
 
     def __init__(self, config: SMLPConfig) -> None:
-        longest = math.inf if config.reads_any_length else config.max_position_embeddings
+        self.longest = math.inf if config.reads_any_length else config.max_position_embeddings
         num_states = config.states_per_layer * config.num_layers
         num_states += config.input_projection == "minhash"
-        super().__init__(layers=[SMLPCacheLayer(longest) for _ in range(num_states)])
+        super().__init__(layers=[SMLPCacheLayer(self.longest) for _ in range(num_states)])
         self.num_columns = 0
         self.lengths: Tensor | None = None
         """<int64>[B], tokens of each sample; None: `num_columns` each."""
@@ -220,6 +220,12 @@ class SMLPCache(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns of `input_ids` seen so far, padding included: what `generate` counts in."""
         return self.num_columns
+
+    @property
+    def is_full(self) -> bool:
+        """Whether a sample has come to position T, behind which the model has no weights."""
+        end = self.num_columns if self.lengths is None else int(self.lengths.max())
+        return end >= self.longest
 
     def advance(self, num_columns: int, lengths: Tensor | None) -> None:
         self.num_columns += num_columns
@@ -1075,7 +1081,8 @@ class SMLPHashRouter(nn.Module):
     def random_table(self) -> Tensor:
         """<int64>[V], the same in every layer and on every machine."""
         generator = torch.Generator().manual_seed(self.seed)
-        return torch.randint(self.num_experts, self.table.shape, generator=generator)
+        shape = self.table.shape
+        return torch.randint(self.num_experts, shape, generator=generator, device="cpu")
 
     def forward(self, tokens: Tensor, ids: Tensor | None, *, limited: bool) -> Routing:
         """See SMLPSwitchRouter.forward.
@@ -1246,7 +1253,17 @@ _MIXERS: dict[str, Any] = {
 }
 """Functions that build the mixer of a layer from the configuration and the layer's number, by the
 architecture."""
-HOSTED: dict[str, Any] = {}
+
+
+class _Hosted(dict[str, Any]):
+    def __missing__(self, part: str) -> Any:
+        raise ValueError(
+            f"the model has a plugin's {part}, whose code is in its folder: load it with "
+            "trust_remote_code=True where megatron_smlp.hf is not imported"
+        )
+
+
+HOSTED = _Hosted()
 """Functions that build what plugins bring: modeling_plugin.py adds them."""
 
 
@@ -1493,16 +1510,19 @@ class SMLPModel(SMLPPreTrainedModel):
     def _cache(self, cache: SMLPCache | None, use_cache: bool | None) -> SMLPCache | None:
         # Recomputing a layer would write its states twice.
         recomputes = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        if recomputes or not (use_cache or (use_cache is None and cache is not None)):
-            return None
-        if cache is None:
-            return SMLPCache(self.config)
-        if not isinstance(cache, SMLPCache):
+        if cache is not None and not isinstance(cache, SMLPCache):
             raise ValueError(
                 f"cache is a {type(cache).__name__}, but this model keeps its states by absolute "
                 "position: give an SMLPCache(config), or none"
             )
-        return cache
+        if recomputes or not (use_cache or (use_cache is None and cache is not None)):
+            if cache is not None and cache.num_columns:
+                raise ValueError(
+                    f"cache holds {cache.num_columns} tokens, which use_cache=False and gradient "
+                    "checkpointing do not read: leave these out, or give all tokens and no cache"
+                )
+            return None
+        return SMLPCache(self.config) if cache is None else cache
 
     def _layout(
         self,
@@ -1631,7 +1651,8 @@ class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: a sequence longer than T (unless the model reads any length), a cache of
-                another kind, no token ids for HASH, documents that are packed into a row.
+                another kind or with tokens that would not be read, no token ids for HASH, documents
+                that are packed into a row.
         """
         outputs = self.model(
             *(input_ids, attention_mask, inputs_embeds, cache, use_cache, output_hidden_states),
@@ -1658,19 +1679,39 @@ class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
         )
 
     def _targets(self, labels: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Partial prediction trains its routed rows only, t >= P, unless told otherwise.
+        """Leave out each sample's first token, which none is before: padding on the left predicts
+        nothing. Partial prediction trains its routed rows only, t >= P, unless told otherwise.
 
         Label t is predicted by row t - 1: the first that counts is label P + 1. A sample without
         labels there, as one that ends before P, has no routed row and keeps those that it has.
         """
+        mask = torch.ones_like(labels) if attention_mask is None else attention_mask
+        positions = (mask.long().cumsum(dim=1) - 1)[:, -labels.shape[1] :]
+        labels = labels.masked_fill(positions <= 0, -100)
         config = self.config
         is_partial = config.routes_by_prefix and config.partial_loss == "suffix"
         if not (self.training and is_partial):
             return labels
-        mask = torch.ones_like(labels) if attention_mask is None else attention_mask
-        positions = mask.long().cumsum(dim=1) - 1
         routed = labels.masked_fill(positions <= config.prefix_length, -100)
         return torch.where((routed != -100).any(dim=1, keepdim=True), routed, labels)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        cache: SMLPCache | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """See transformers. Where weights are sharded (FSDP, ZeRO-3), a rank that has generated all
+        steps on until the others have too: from position T on by a token without the cache."""
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(
+            *(input_ids, next_sequence_length, cache, attention_mask, inputs_embeds), **kwargs
+        )
+        if next_sequence_length == 1 and isinstance(cache, SMLPCache) and cache.is_full:
+            inputs.update(cache=None, use_cache=False)
+        return inputs
 
     def _prepare_position_ids_for_generation(self, *args: Any, **kwargs: Any) -> None:
         """Give `generate` none: the mask and the cache say where tokens stand."""
@@ -1682,7 +1723,11 @@ class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
         self._end_at_longest(generation_config, model_kwargs)
         if kind := generation_config.cache_implementation:
             logger.warning_once(f"cache_implementation={kind} is ignored: SMLPCache is taken")
-        if generation_config.use_cache is not False and model_kwargs.get("cache") is None:
+        cache = model_kwargs.get("cache")
+        if isinstance(cache, SMLPCache):
+            # On some devices transformers steps once too often, but not with a cache of the user's.
+            cache._is_user_defined = True
+        elif cache is None and generation_config.use_cache is not False:
             model_kwargs["cache"] = SMLPCache(self.config)
 
     def _prepare_generated_length(self, generation_config: Any, **kwargs: Any) -> Any:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import DynamicCache
 
-from megatron_smlp.hf.modeling_smlp import SHORT_ROW, linear
+from megatron_smlp.hf.modeling_smlp import SHORT_ROW, SMLPCache, linear
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 LENGTHS = (3, 12, 7)
@@ -59,6 +59,17 @@ def test_prompts_of_different_lengths_equal_one_by_one(system: str, side: str):
         tokens = torch.stack([ids[row, n + step] for row, n in enumerate(LENGTHS)])[:, None]
         mask = torch.cat([mask, mask.new_ones(3, 1)], dim=1)
         output = model(tokens, attention_mask=mask, cache=output.cache)
+
+
+@torch.no_grad()
+def test_the_loss_is_the_same_on_either_side_of_padding():
+    model, ids = make_model("gmlp"), make_ids(3, 12)
+    losses = []
+    for side in ("left", "right"):
+        padded, mask = _padded(ids, side)
+        labels = padded.masked_fill(mask == 0, -100)
+        losses.append(model(padded, attention_mask=mask, labels=labels).loss)
+    torch.testing.assert_close(*losses, **TOLERANCE)
 
 
 @pytest.mark.parametrize("system", ["gmlp", "amlp", "smlp_partial", "base"])
@@ -120,6 +131,17 @@ def test_too_long_prompts_and_sequences_are_refused():
         model(make_ids(1, 1), cache=cache)
 
 
+def test_a_rank_that_has_come_to_position_t_steps_on():
+    """As with sharded weights, where each step of the others needs all ranks."""
+    model, ids = make_model("gmlp"), make_ids(2, LONGEST)
+    cache = model(ids, use_cache=True).cache
+    inputs = model.prepare_inputs_for_generation(ids, 1, cache, use_cache=True)
+    output = model(**inputs)
+    assert output.logits.shape[:2] == (2, 1)
+    assert output.cache is None
+    assert cache.num_columns == LONGEST
+
+
 @pytest.mark.parametrize("columns", [LONGEST, LONGEST + 20])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("system", ["transformer", "smlp_partial", "minhash", "gshard"])
@@ -149,6 +171,24 @@ def test_padding_takes_no_position(system: str, side: str, columns: int):
 def test_another_kind_of_cache_is_refused(system: str):
     with pytest.raises(ValueError, match=r"this model keeps its states .* give an SMLPCache"):
         make_model(system)(make_ids(1, 3), cache=DynamicCache())
+
+
+def test_a_cache_that_would_not_be_read_is_refused():
+    model, ids = make_model("gmlp"), make_ids(1, 3)
+    cache = model(ids, use_cache=True).cache
+    with pytest.raises(ValueError, match="cache holds 3 tokens, which use_cache=False and"):
+        model(ids, cache=cache, use_cache=False)
+    model.train().gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="cache holds 3 tokens, which use_cache=False and"):
+        model(ids, cache=cache)
+
+
+def test_a_cache_of_the_users_is_marked_as_theirs():
+    """Or transformers, which on some devices steps once too often, would do so with it."""
+    model = make_model("gmlp")
+    cache = SMLPCache(model.config)
+    model.generate(make_ids(1, 3), cache=cache, max_new_tokens=2)
+    assert cache._is_user_defined
 
 
 @pytest.mark.parametrize("use_cache", [True, False])

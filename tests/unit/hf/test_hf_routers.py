@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.smlp_systems import make_config, make_model
 
-from megatron_smlp.hf.modeling_smlp import balanced_greedy
+from megatron_smlp.hf.modeling_smlp import SMLPHashRouter, balanced_greedy
 
 
 @pytest.mark.parametrize(("tokens", "experts"), [(0, 3), (2, 5), (64, 4), (65, 4), (7, 1)])
@@ -26,6 +26,9 @@ def test_hash_tables_of_a_new_model_come_from_the_seed():
     assert torch.equal(tables[0], tables[1])
     assert not torch.equal(tables[0], tables[2])
     assert (tables[0].bincount(minlength=4) > 0).all()
+    with torch.device("meta"):  # or whatever the default device is
+        table = SMLPHashRouter(make_config("hash")).random_table()
+    assert torch.equal(table, tables[0])
 
 
 def test_padding_is_neither_routed_nor_counted():

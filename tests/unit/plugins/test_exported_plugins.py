@@ -10,11 +10,13 @@ from support.in_process import MINIMAL, pretrained
 from support.launches import REPOSITORY
 from support.smlp_systems import VOCABULARY, make_ids
 from torch import nn
+from unit.hf.test_in_transformers import check_smoothed_labels
 from unit.plugins.test_checks import GOOD, LISTENER
 
 from megatron_smlp import options, plugin_files, plugin_texts
 from megatron_smlp.errors import UsageError
 from megatron_smlp.hf.configuration_smlp import SMLPConfig
+from megatron_smlp.hf.modeling_smlp import HOSTED, SMLPForCausalLM
 
 pytestmark = pytest.mark.usefixtures("registry")
 
@@ -94,6 +96,21 @@ def test_what_is_not_saved_is_computed_again(tmp_path: Path):
     half = type(model).from_pretrained(tmp_path / "hf", dtype=torch.bfloat16).eval()
     assert half.model.layers[0].mixer.mixer.mask.dtype == torch.bfloat16
     torch.testing.assert_close(half(ids).logits.float(), model(ids).logits, rtol=0.1, atol=0.05)
+
+
+def test_smoothed_labels_are_the_next_tokens(tmp_path: Path):
+    load(tmp_path, MEAN)
+    check_smoothed_labels(built(config("mean")), tmp_path)
+
+
+def test_the_packages_own_classes_refuse_a_plugins_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As where megatron_smlp.hf is imported, whose classes are then taken, and no plugin's host."""
+    load(tmp_path, MEAN)
+    monkeypatch.delitem(HOSTED, "mixer", raising=False)
+    with pytest.raises(ValueError, match="has a plugin's mixer, whose code is in its folder"):
+        SMLPForCausalLM(config("mean"))
 
 
 def test_a_checkpoint_generates_what_its_export_does(tmp_path: Path):
