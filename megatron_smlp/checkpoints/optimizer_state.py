@@ -16,7 +16,8 @@ resume under another one stops there. On every device:
 * What a plain optimizer saved does not name a format that a distributed optimizer could look for:
   that is ANY_LAYOUT.
 
-Megatron's format for a change of the data parallel size alone (`dp_reshardable`) passes untouched.
+Megatron's format for a change of the data parallel size alone (`dp_reshardable`) passes untouched,
+but for the groups: there too a load takes the run's own, with the step that was saved.
 """
 
 from __future__ import annotations
@@ -76,6 +77,8 @@ class AnyLayout:
     def load_state_dict(self, state: Any) -> None:
         """state: what `sharded_state_dict` asked for, loaded."""
         if LOCAL not in state:
+            for optimizer, part in _parts(self.optimizer, state):
+                _set_own_groups(optimizer, part["optimizer"])
             self.optimizer.load_state_dict(state)
             return
         local = state[LOCAL]
@@ -100,12 +103,14 @@ def allocate(optimizer: torch.optim.Adam) -> None:
 
 
 def _allocate_moments(optimizer: Any) -> None:
-    """Allocate moments where a plain optimizer has made no update yet."""
+    """Allocate moments where an optimizer has made no update yet: that of Transformer Engine or
+    Apex would do it in the first."""
     for part in optimizer.chained_optimizers:
-        if isinstance(part, DistributedOptimizer) or part.optimizer.state:
+        if part.optimizer is None or any(part.optimizer.state.values()):
             continue
         if isinstance(part.optimizer, torch.optim.Adam):
-            allocate(part.optimizer)
+            if not isinstance(part, DistributedOptimizer):  # of which torch_adam.py does it
+                allocate(part.optimizer)
         elif part.init_state_fn is not None:
             part.init_state_fn(part.optimizer, part.config)
 
@@ -163,6 +168,14 @@ def _step(optimizer: Any) -> int:
         holders = [*part.optimizer.param_groups, *part.optimizer.state.values()]
         steps += [int(holder["step"]) for holder in holders if holder.get("step") is not None]
     return max(gathered(max(steps)))
+
+
+def _set_own_groups(optimizer: Any, saved: dict[str, Any]) -> None:
+    """Keep the step of saved groups alone: Megatron finds no group by rates that have changed."""
+    steps = [group["step"] for group in saved["param_groups"] if group.get("step") is not None]
+    step = {"step": max(steps)} if steps else {}
+    own = optimizer.state_dict()["optimizer"]["param_groups"]
+    saved["param_groups"] = [group | step for group in own]
 
 
 def _set_step(optimizer: Any, part: dict[str, Any], step: int) -> None:

@@ -49,7 +49,7 @@ START_FLAGS = frozenset({
     *(name for name, facts in OUR_FLAGS.items() if facts.of_one_start),
     "use_checkpoint_args", "load", "save", "ckpt_step", "finetune", "no_load_optim", "no_load_rng",
     "override_ckpt_iteration", "exit_interval", "exit_duration_in_mins",
-    "override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler",
+    "override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler", "tensorboard_dir",
 })  # fmt: skip
 
 

@@ -279,7 +279,8 @@ def _loading_strategy(parts: Trained) -> Any:
 
 
 def _count_on(args: argparse.Namespace, saved: argparse.Namespace) -> None:
-    for name in ("consumed_train_samples", "skipped_train_samples", "consumed_valid_samples"):
+    samples = ("consumed_train_samples", "skipped_train_samples", "consumed_valid_samples")
+    for name in (*samples, "unsent_flops"):
         setattr(args, name, getattr(saved, name, 0))
     update_num_microbatches(consumed_samples=args.consumed_train_samples, verbose=True)
 

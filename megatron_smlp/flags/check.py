@@ -28,7 +28,12 @@ from megatron_smlp.command_line import flag_of
 from megatron_smlp.data.tokenizers.factory import strings_of_tokens
 from megatron_smlp.data.tokenizers.folder import local_gpt2_files
 from megatron_smlp.errors import UsageError
-from megatron_smlp.flags.check_execution import check_cuda_graphs, check_muon, check_recomputing
+from megatron_smlp.flags.check_execution import (
+    check_cuda_graphs,
+    check_fp16,
+    check_muon,
+    check_recomputing,
+)
 from megatron_smlp.flags.check_model import check_model
 from megatron_smlp.flags.check_needs import check_choices, check_needs, refuse_unless
 from megatron_smlp.flags.check_routers import check_feature_router, check_token_router
@@ -53,6 +58,7 @@ def check(args: argparse.Namespace) -> None:
     check_model(args)
     check_feature_router(args)
     check_needs(args)
+    check_fp16(args)
     check_muon(args)
     check_recomputing(args)
     check_cuda_graphs(args)
@@ -123,19 +129,21 @@ def _check_branch(args: argparse.Namespace) -> None:
 
 
 def _check_kept_schedule(args: argparse.Namespace) -> None:
-    """Refuse rates beside --use-checkpoint-opt_param-scheduler: the optimizer's groups would have
-    the ones that are given, and the schedule the checkpoint's."""
+    """Refuse other rates and decays beside --use-checkpoint-opt_param-scheduler: the optimizer's
+    groups would have the run's own, and the rest of the schedule the checkpoint's."""
     if not (args.use_checkpoint_opt_param_scheduler and args.load):
         return
     folder = folder_at(args.load, args.ckpt_step)
     then = ((read_run_record(folder) if folder else None) or {}).get("flags", {})
-    for name in ("lr", "min_lr"):
-        now = args.explicit_flags.get(name)
-        if now is not None and then.get(name, now) != now:
+    decays = ("lr_wsd_decay_iters", "lr_wsd_decay_samples", "lr_wsd_decay_style")
+    for name in ("lr", "min_lr", *decays):
+        flag, now = flag_of(name), getattr(args, name)
+        if (kept := then.get(name, now)) != now:
+            own = f"no {flag}" if now is None else f"{flag} {now}"
+            remedy = f"leave {flag} out" if kept is None else f"give {flag} {kept}"
             raise UsageError(
-                f"{flag_of(name)} {now} beside --use-checkpoint-opt_param-scheduler, which keeps "
-                f"the checkpoint's {then[name]}: give {flag_of(name)} {then[name]}, or leave the "
-                "other out."
+                f"{own} beside --use-checkpoint-opt_param-scheduler, which keeps the checkpoint's "
+                f"{kept}: {remedy}, or leave the other out."
             )
 
 

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.errors import UsageError, require_package
 from megatron_smlp.flags.check_model import slots_of
-from megatron_smlp.systems import ARCHITECTURES, MIXERS
+from megatron_smlp.systems import ARCHITECTURES, CHANNELS, MIXERS
 
 CORE = "core_attn"
 """What Megatron calls the part of a token mixer that recomputes, where one does."""
@@ -37,10 +37,36 @@ def check_muon(args: argparse.Namespace) -> None:
             "--use-distributed-optimizer beside --optimizer muon needs --bf16: Megatron 0.19 has "
             "no fp32 state of whole matrices to spread over ranks. Give both, or leave it out."
         )
+    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    expert_tp, ep = args.expert_tensor_parallel_size or tp, args.expert_model_parallel_size
+    if (
+        args.use_distributed_optimizer
+        and args.num_experts
+        and args.world_size == tp * pp > expert_tp * ep * pp
+    ):
+        raise UsageError(
+            f"--use-distributed-optimizer beside --optimizer muon: with {args.world_size} "
+            f"processes, --tensor-model-parallel-size {tp}, --expert-tensor-parallel-size "
+            f"{expert_tp} and --expert-model-parallel-size {ep} experts alone have copies, and "
+            "Megatron 0.19 counts each in the gradients' norm. Leave --use-distributed-optimizer "
+            "out."
+        )
     if args.optimizer_checkpoint == "data_parallel":
         raise UsageError(
             "--optimizer-checkpoint data_parallel is a format of Adam's parts, and --optimizer "
             "muon has whole matrices: leave it out."
+        )
+
+
+def check_fp16(args: argparse.Namespace) -> None:
+    """Refuse fp16 where experts have an optimizer of their own."""
+    expert, tensor = args.expert_model_parallel_size, args.tensor_model_parallel_size
+    is_apart = expert > 1 or args.expert_tensor_parallel_size not in (None, tensor)
+    if args.fp16 and args.num_experts and is_apart:
+        raise UsageError(
+            f"--fp16 with --expert-model-parallel-size {expert} and --expert-tensor-parallel-size "
+            f"{args.expert_tensor_parallel_size or tensor}: Megatron 0.19 gives such experts a "
+            "loss scale of their own, and scales by that of the rest. Give --bf16."
         )
 
 
@@ -81,11 +107,13 @@ def check_cuda_graphs(args: argparse.Namespace) -> None:
     """
     if args.explicit_flags.get("cuda_graph_impl") in (None, "none"):
         return
-    mixer = MIXERS[ARCHITECTURES[args.architecture].mixer]
-    dropout = max(args.hidden_dropout, args.attention_dropout if mixer.drops_attention else 0.0)
+    mixers, slots = ARCHITECTURES[args.architecture].mixers, slots_of(args)
+    drops_attention = any(mixer.drops_attention for mixer in mixers)
+    dropout = max(args.hidden_dropout, args.attention_dropout if drops_attention else 0.0)
     if (
-        all(layer.routes for layer in slots_of(args))
-        or mixer.plugin
+        all(layer.routes for layer in slots)
+        or any(mixer.plugin for mixer in mixers)
+        or any(layer.channel in CHANNELS for layer in slots)
         or (dropout and args.eval_iters)
         or args.eval_micro_batch_size not in (None, args.micro_batch_size)
         or args.eval_tasks

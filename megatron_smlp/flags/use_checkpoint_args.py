@@ -20,6 +20,7 @@ from megatron_smlp.checkpoints.folders import (
 )
 from megatron_smlp.checkpoints.run_record import START_FLAGS, read_run_record
 from megatron_smlp.checkpoints.tokenizer_copy import FLAGS, found_tokenizer
+from megatron_smlp.command_line import flag_of
 from megatron_smlp.errors import UsageError
 from megatron_smlp.flags.exclusive import replaced_by
 from megatron_smlp.flags.parser_actions import actions_of
@@ -30,7 +31,8 @@ FLAG = "--use-checkpoint-args"
 def with_checkpoint_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[str]:
     """Put the flags of the checkpoint before the given ones, where FLAG is among these.
 
-    The run saves where the checkpoint is, unless --save, --no-save or --finetune is given.
+    The run saves where the checkpoint is, unless --save, --no-save or --finetune is given; there it
+    goes on with that run's logs.
 
     Raises:
         UsageError: there is no checkpoint, or none that says its flags.
@@ -66,8 +68,11 @@ def with_checkpoint_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) 
             kept += _with_copy(group, Path(load)) if action.dest in FLAGS else group
     where = [] if is_told else ["--save", load]
     where += [] if "load" in given else ["--load", load]
-    if where and (log_dir := _value(options, arguments, "log_dir")) and "log_dir" not in given:
-        where += ["--log-dir", log_dir]
+    goes_on = not is_told or ("finetune" not in given and is_same_folder(known.save, load))
+    for name in ("log_dir", "tensorboard_dir"):
+        is_settled = name in given or flag_of(name) in negated.values()
+        if goes_on and not is_settled and (value := _value(options, arguments, name)):
+            where += [flag_of(name), value]
     return [*kept, *where, *own]
 
 

@@ -3,7 +3,8 @@
     s_e = softmax(h W)_e or sigmoid(h w_e)        the k experts of the largest s_e + b_e
     w_e = c s_e / sum over the chosen of s        (k = 1: c s_e)
     loss   a E sum_e f_e P_e,   f_e share of the k N choices by s alone, P_e mean of s_e / sum s
-    b_e    += u sign(mean load - load_e) after each step, of the global batch; without it b = 0
+    b_e    += u sign(mean load - load_e) after each step, of the global batch; without it b = 0;
+           as it was, where the step's update was held back
 
 h <float>[n, D] tokens after the norm; W <float>[D, E], kept as [E, D], without bias. k:
 --moe-router-topk; sigmoid: --moe-router-score-function; c: --moe-router-topk-scaling-factor; a:
@@ -21,13 +22,15 @@ tokens; what is here counts them as those of our other rules, and keeps scores i
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from megatron.core.transformer.moe.moe_utils import (
     compute_routing_scores_for_aux_loss,
     topk_routing_with_score_function,
 )
 from megatron.core.transformer.moe.router import TopKRouter
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_smlp.routers.token_router import Choices, TokenRouter
 
@@ -36,6 +39,8 @@ class TopKTokenRouter(TokenRouter):
     """Megatron's router, counted; see the top of the file."""
 
     has_aux_loss = True
+    bias_before: Tensor | None = None
+    """<fp32>[E], b before the training step under way; None: no step is, or there is no b."""
 
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See TokenRouter.forward: here Megatron's own is the one that routes."""
@@ -43,6 +48,8 @@ class TopKTokenRouter(TokenRouter):
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Route, and count; logits: <fp32>[T or T / TP, B, E]."""
+        if self.training and self.bias_before is None and self.expert_bias is not None:
+            self.bias_before = self.expert_bias.clone()
         if self.counts:
             with torch.no_grad():
                 whole = self.of_group(logits.detach().flatten(0, 1))
@@ -65,6 +72,12 @@ class TopKTokenRouter(TokenRouter):
         loads = chosen.float().sum(dim=0) / max(1, len(scores) * self.topk)
         return self.num_experts * (loads * shares.mean(dim=0)).sum()
 
+    def _maintain_float32_expert_bias(self) -> None:
+        """Keep the step's counts so too: in 16 bits they would be rounded, or overflow."""
+        super()._maintain_float32_expert_bias()
+        if self.local_tokens_per_expert is not None:
+            self.local_tokens_per_expert.data = self.local_tokens_per_expert.data.float()
+
     def _top(self, scores: Tensor, wanted: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Weights <fp32>[N, k] and experts <int64>[N, k]; `wanted`: of these instead."""
         return topk_routing_with_score_function(
@@ -79,3 +92,16 @@ class TopKTokenRouter(TokenRouter):
             dense_output=True,
             precomputed_indices=wanted,
         )
+
+
+def hold_biases(models: Iterable[nn.Module], *, skipped: bool) -> None:
+    """After a step: put back the biases, which Megatron has moved with the gradients' sums.
+
+    Args:
+        skipped: the step had no update of the weights, and has none of the biases.
+    """
+    modules = (module for model in models for module in model.modules())
+    for router in (module for module in modules if isinstance(module, TopKTokenRouter)):
+        before, router.bias_before = router.bias_before, None
+        if skipped and before is not None:
+            router.expert_bias.copy_(before)

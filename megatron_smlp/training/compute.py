@@ -8,7 +8,6 @@ What is not sent: second experts that GShard does not draw, and choices over a c
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from megatron_smlp.accounting.costs import (
     ModelShape,
@@ -29,13 +28,12 @@ class Compute:
         self.per_choice = 3 * choice_flops(shape)
         self.tokens = 0
         self.unsent = 0.0
-        """FLOPs a token that were not spent, mean over the first `tokens` of the run."""
+        """FLOPs a token that were not spent, mean over the first `tokens` of the run; a checkpoint
+        carries it."""
 
-    def resume(self, last: Mapping[str, Any], *, tokens: int) -> None:
-        """Go on at `tokens` of a run whose last line of metrics.jsonl was `last`."""
-        self.tokens = tokens
-        if counted := last.get("consumed_tokens"):
-            self.unsent = self.needed - last["consumed_flops"] / counted
+    def resume(self, unsent: float, *, tokens: int) -> None:
+        """Go on at `tokens` of a run, of whose FLOPs a token `unsent` were not spent."""
+        self.unsent, self.tokens = unsent, tokens
 
     def add(self, loads: Mapping[RouterKey, RouterLoad], *, tokens: int) -> float:
         """Take in what the routers did up to `tokens` of the run.

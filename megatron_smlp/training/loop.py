@@ -26,11 +26,12 @@ from megatron.core.num_microbatches_calculator import (
 from megatron_smlp.checkpoints.choosing import choose_checkpoint
 from megatron_smlp.checkpoints.folders import is_same_folder
 from megatron_smlp.checkpoints.state import check_saving, read
-from megatron_smlp.collectives import from_first_rank
+from megatron_smlp.collectives import from_first_rank, gathered
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.plugins import register
 from megatron_smlp.routers.base import update_prices
 from megatron_smlp.routers.hosted import update_rules
+from megatron_smlp.routers.topk import hold_biases
 from megatron_smlp.signals import StartUp
 from megatron_smlp.training.agreement import StepAgreement
 from megatron_smlp.training.batches import Batches, build_batches
@@ -84,7 +85,7 @@ def train(
             check_causality(parts)
             forward.statistics.take(training=False)  # what routers did in it is no evaluation's
             check_saving(parts)
-        from_first_rank(None)  # all ranks have their data too
+        gathered(None)  # all ranks have their data too
         start_up.over()
         run.listeners.ready()
         if loop:
@@ -123,12 +124,11 @@ class Loop:
         iteration: int,
     ) -> None:
         self.args, self.run, self.parts, self.batches = run.args, run, parts, batches
-        self.saving, self.listeners, self.tasks = run.saving, run.listeners, tasks
-        self.evaluate = evaluate
+        self.saving, self.listeners = run.saving, run.listeners
+        self.tasks, self.evaluate, self.stopped = tasks, evaluate, False
         self.iteration = iteration
         """Steps that are done."""
         self.saved_at = iteration if is_same_folder(self.args.load, self.args.save) else None
-        self.stopped = False
         titles = [dataset.title for dataset in (*batches.valid, *batches.test)]
         logged = from_first_rank(run.reporter.evaluated_at(iteration, titles))
         self.evaluate.seen = {(title, iteration) for title in logged}
@@ -140,7 +140,7 @@ class Loop:
             forward=run.forward,
             agree=self.agreement.send,
             may_update=partial(may_update, self.args, self.agreement, run.reporter.say),
-            updates=[update_prices, update_rules, *register.updates],
+            updates=[update_prices, update_rules, hold_biases, *register.updates],
         )
         self.gathering = ParameterGathering(parts)
         self.upkeep = Upkeep(parts, self.gathering)
@@ -152,6 +152,8 @@ class Loop:
             end = f"{flag_of(name)} {getattr(self.args, name)}"
             self.run.reporter.say(f"nothing is left to train: {end} is reached")
         self.upkeep.begin()
+        if 0 < self.iteration == self.saved_at < self.args.train_iters:
+            self.evaluate_if_due()  # unless it is logged: no time may have been left for it
         while self.iteration < self.args.train_iters and not self.stopped:
             self.saving.finish()
             self.set_batch_size()
@@ -166,15 +168,14 @@ class Loop:
                 self.agreement.send()  # much time has passed since the step's message
             self.stop_if_due()
         self.gathering.end()
-        if self.iteration:
-            self.save()
+        self.save()
         self.saving.finish(blocking=True)
 
     def set_batch_size(self) -> None:
         """Take the batch of this step from its schedule; before it changes, save."""
         args, before = self.args, get_num_microbatches()
         update_num_microbatches(args.consumed_train_samples, consistency_check=False, verbose=True)
-        if get_num_microbatches() != before and self.iteration:
+        if get_num_microbatches() != before:
             self.save()
         update_num_microbatches(args.consumed_train_samples, consistency_check=True, verbose=True)
 
@@ -211,9 +212,8 @@ class Loop:
 
     def evaluate_if_due(self) -> bool:
         """Evaluate each --eval-interval, from --start-eval-at-iter on."""
-        has_begun = self.iteration >= (self.args.start_eval_at_iter or 0)
-        wanted = has_begun and is_due(self.args.eval_interval, self.iteration)
-        if not (self.batches.valid and wanted):
+        is_wanted = self.batches.valid and is_due(self.args.eval_interval, self.iteration)
+        if not is_wanted or self.iteration < (self.args.start_eval_at_iter or 0):
             return False
         with self.interruption(), self.gathering.whole(), self.upkeep.clean():
             self.evaluate(self.batches.valid, self.iteration)
@@ -224,10 +224,10 @@ class Loop:
         return is_due(self.args.save_interval, self.iteration) and self.save()
 
     def save(self) -> bool:
-        """Save, unless this iteration is saved or there is no folder; return whether it was."""
-        if not self.args.save or self.saved_at == self.iteration:
+        """Save steps that are not saved, if there is a folder; return whether it was done."""
+        if not (self.args.save and self.iteration) or self.saved_at == self.iteration:
             return False
-        self.saved_at = self.iteration
+        self.saved_at, self.args.unsent_flops = self.iteration, self.run.reporter.compute.unsent
         with self.interruption():
             self.gathering.gather()
             self.saving.save(self.parts, self.iteration)

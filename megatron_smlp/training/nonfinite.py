@@ -33,7 +33,7 @@ def may_update(
     if rank is not None:
         what = f"non-finite loss on rank {rank}"
     elif grad_norm is not None and not math.isfinite(grad_norm):
-        what = f"gradient norm {grad_norm} under a finite loss"
+        what = f"gradient norm {float(grad_norm)} under a finite loss"  # a tensor beside Apex
     else:
         return True
     message = f"{what} at iteration {args.curr_iteration + 1}"

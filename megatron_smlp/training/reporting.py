@@ -99,7 +99,7 @@ class Reporter(Listener):
         if self.args.skip_train and logged > iteration:
             self.metrics = MetricsFile(None)  # who looks at an earlier checkpoint drops no steps
         last = self.metrics.drop_after(iteration)
-        self.compute.resume(last, tokens=self._tokens())
+        self.compute.resume(getattr(self.args, "unsent_flops", 0.0), tokens=self._tokens())
         if iteration:
             given, load = self.args.explicit_flags.get("load"), self.args.load
             began = "" if given in (None, load) else f" (--load {given} was its start)"

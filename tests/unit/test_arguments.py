@@ -243,10 +243,35 @@ class TestRefusals:
         words = f"{GMLP} --load {tmp_path} --use-checkpoint-opt_param-scheduler --lr"
         checkpoint(parse(GMLP), tmp_path)
         folder = iteration_folder(tmp_path, 3)
-        write_records(folder, model_flags(parse(GMLP)), {"flags": {"lr": 1e-3, "min_lr": 0.0}})
+        recorded = {"lr": 1e-3, "min_lr": 1e-5}
+        write_records(folder, model_flags(parse(GMLP)), {"flags": recorded})
         integrity.seal(folder)
         refusal(parse, f"{words} 2e-3", r"--lr 0\.002 beside .* give --lr 0\.001, or")
-        assert parse(f"{words} 1e-3")
+        refusal(parse, f"{words} 1e-3", r"--min-lr 0\.0 beside .* give --min-lr 1e-05, or")
+        assert parse(f"{words} 1e-3 --min-lr 1e-5")
+
+    @pytest.mark.parametrize(
+        ("words", "goes_on"),
+        [
+            ("--load {0}", True),
+            ("--load {0} --save {0}", True),
+            ("--load {0} --save {0}/other", False),
+            ("--load {0} --save {0}/other --finetune", False),
+        ],
+    )
+    def test_a_run_goes_on_with_its_own_logs(
+        self, parse: Parse, tmp_path: Path, words: str, goes_on: bool
+    ):
+        checkpoint(parse(GMLP), tmp_path)
+        folder, logs, curves = iteration_folder(tmp_path, 3), tmp_path / "log", tmp_path / "curves"
+        line = [*GMLP.split(), "--log-dir", str(logs), "--tensorboard-dir", str(curves)]
+        write_records(folder, model_flags(parse(GMLP)), {"command_line": line})
+        integrity.seal(folder)
+        args = parse(f"--use-checkpoint-args {words.format(tmp_path)}")
+        assert (args.log_dir == str(logs)) is goes_on
+        assert (args.tensorboard_dir == str(curves)) is goes_on
+        args = parse(f"--use-checkpoint-args {words.format(tmp_path)} --no-tensorboard-dir")
+        assert args.tensorboard_dir is None
 
     def test_an_iteration_of_nothing(self, parse: Parse, tmp_path: Path):
         message = "--ckpt-step 5 asks for a checkpoint, and there is no --load"

@@ -14,10 +14,11 @@ from support.in_process import MINIMAL, prepare_megatron, pretrained
 from support.launches import REPOSITORY
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_smlp import plugin_files
 from megatron_smlp.accounting.costs import ModelShape
 from megatron_smlp.checkpoints.folders import iterations
 from megatron_smlp.errors import UsageError
-from megatron_smlp.flags.check_execution import check_cuda_graphs
+from megatron_smlp.flags.check_execution import check_cuda_graphs, check_fp16, check_muon
 from megatron_smlp.flags.check_needs import NEEDS, VALUES
 from megatron_smlp.flags.megatron_flags import RENAMED, TESTED, listed, refuse_untested, usable
 from megatron_smlp.flags.model_arguments import model_arguments
@@ -343,6 +344,7 @@ def test_names_of_files_are_allowed(parse: Parse, words: str, tmp_path: Path):
         ("amlp --attention-dropout 0.1", True),
         ("gmlp --eval-micro-batch-size 1", True),
         ("gmlp --eval-tasks copa", True),
+        ("mixed --num-attention-heads 4", True),  # a plugin's order, which begins with attention
         (
             f"smlp --feature-router deterministic --num-feature-experts 2 --num-dense-layers 3 "
             f"{EXPERTS}",
@@ -351,12 +353,33 @@ def test_names_of_files_are_allowed(parse: Parse, words: str, tmp_path: Path):
     ],
 )
 def test_graphs_of_what_a_replay_would_not_do(parse: Parse, system: str, is_refused: bool):
+    plugin_files.load(str(REPOSITORY / "tests" / "support" / "mixed_plugin.py"))
     args = parse(f"--architecture {system} --eval-interval 2 --eval-iters 1")
     args.cuda_graph_impl = "local"
     args.explicit_flags = {"cuda_graph_impl": "local"}
     raises = pytest.raises(UsageError, match="--cuda-graph-impl local replays")
     with raises if is_refused else nullcontext():
         check_cuda_graphs(args)
+
+
+@pytest.mark.parametrize(("processes", "is_refused"), [(2, True), (4, False)])
+def test_muon_beside_copies_of_experts_alone(parse: Parse, processes: int, is_refused: bool):
+    args = parse(f"{MUON} --bf16 --token-router switch --num-experts 2")
+    args.tensor_model_parallel_size, args.expert_tensor_parallel_size = 2, 1
+    args.use_distributed_optimizer, args.world_size = True, processes
+    raises = pytest.raises(UsageError, match="experts alone have copies")
+    with raises if is_refused else nullcontext():
+        check_muon(args)
+
+
+@pytest.mark.parametrize(("expert", "expert_tensor"), [(1, None), (1, 2), (2, None), (1, 1)])
+def test_fp16_beside_experts_of_their_own_ranks(parse: Parse, expert: int, expert_tensor: Any):
+    args = parse("--architecture gmlp --token-router switch --num-experts 2")
+    args.fp16, args.tensor_model_parallel_size = True, 2
+    args.expert_model_parallel_size, args.expert_tensor_parallel_size = expert, expert_tensor
+    is_refused = expert > 1 or expert_tensor == 1
+    with pytest.raises(UsageError, match="Give --bf16") if is_refused else nullcontext():
+        check_fp16(args)
 
 
 SPATIAL = "--feature-router deterministic --num-feature-experts 4"

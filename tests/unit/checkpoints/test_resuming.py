@@ -5,18 +5,20 @@ import random
 import shutil
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from megatron.core import tensor_parallel
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from support import checkpoints
 from support.checkpoints import assert_ends_like, carry_on, flip_a_bit, pretrain
 from support.in_process import MINIMAL, prepare_megatron, pretrained
 from support.launches import records, steps
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_smlp.checkpoints import state
+from megatron_smlp.checkpoints import optimizer_state, state
 from megatron_smlp.checkpoints.folders import RUN, iteration_folder, iterations, tracked_iteration
 from megatron_smlp.checkpoints.run_record import read_run_record
 from megatron_smlp.errors import UsageError
@@ -131,6 +133,31 @@ def test_optimizer_state_of_another_form(tmp_path: Path, saved: str, changed: st
     assert tracked_iteration(tmp_path) == 4
 
 
+def test_optimizer_state_by_rank_takes_the_runs_own_rates(tmp_path: Path):
+    """As that of any layout does: rates and betas are flags, and the moments are state."""
+    runs = [tmp_path / kind for kind in ("any_layout", "data_parallel")]
+    for run in runs:
+        words = f"--save {run} --use-distributed-optimizer --optimizer-checkpoint {run.name}"
+        pretrain(f"{words} --exit-interval 2")
+        pretrain(f"{words} --lr 5e-4 --adam-beta2 0.9")
+    assert len(steps(runs[1])) == 6
+    assert steps(runs[1]) == steps(runs[0])
+
+
+def test_moments_are_there_before_a_first_update():
+    """Where the optimizer makes them in its first step, as Transformer Engine's does."""
+    prepare_megatron()
+    weight = torch.ones(3)
+
+    def init(optimizer: torch.optim.Optimizer, config: object) -> None:
+        optimizer.state[weight]["exp_avg"] = torch.zeros(3)
+
+    part = object.__new__(DistributedOptimizer)
+    part.optimizer, part.init_state_fn, part.config = torch.optim.SGD([weight], lr=1), init, None
+    optimizer_state._allocate_moments(SimpleNamespace(chained_optimizers=[part]))
+    assert [*part.optimizer.state[weight]] == ["exp_avg"]
+
+
 def test_random_states_of_another_device():
     """A GPU's are 16 bytes, which say nothing here."""
     prepare_megatron()
@@ -181,6 +208,19 @@ def test_evaluations_that_a_killed_run_lacks_are_made_up(run: Path, lost: int):
         for name in ("iteration", "validation_loss", "test_loss"):
             assert line.get(name) == before.get(name)
     assert "test_loss" in again[-1]
+
+
+def test_a_validation_before_the_last_save_is_made_up(tmp_path: Path):
+    """As one that --exit-duration-in-mins cut off: its line is not there."""
+    words, metrics = f"--save {tmp_path} --eval-interval 2", tmp_path / "metrics.jsonl"
+    pretrain(f"{words} --exit-interval 2")
+    lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if "validation_loss" not in line]
+    assert len(kept) == len(lines) - 1
+    metrics.write_text("".join(kept), encoding="utf-8")
+    pretrain(f"{words} --exit-interval 4")
+    found = [line["iteration"] for line in records(tmp_path) if "validation_loss" in line]
+    assert found == [2, 4]
 
 
 def test_tensorboard_has_each_step_once_after_a_resume(tmp_path: Path):

@@ -2,11 +2,14 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from support.in_process import pretrained
 from support.launches import records
+from support.routers import make_router
 
 from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
+from megatron_smlp.routers.topk import hold_biases
 
 BIASED = (
     "--architecture transformer --num-attention-heads 4 --token-router topk --num-experts 4 "
@@ -37,5 +40,22 @@ def test_training_moves_the_bias_against_the_load(tmp_path: Path):
             moved = 0.01 * (0.25 - torch.tensor(router["load_share"])).sign()
             assert moved.any()
             assert after[name].dtype == torch.float32
-            torch.testing.assert_close(after[name], before[name] + moved)
+            torch.testing.assert_close(after[name], before[name] + moved, rtol=0, atol=1e-8)
         before = after
+
+
+@pytest.mark.usefixtures("megatron")
+def test_a_step_that_is_held_back_leaves_the_bias():
+    """And a cast to bf16 leaves bias and loads in fp32."""
+    changes = {"moe_router_topk": 2, "moe_router_pre_softmax": False}
+    changes |= {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}
+    router = make_router("topk", num_experts=4, **changes).bfloat16()
+    router._maintain_float32_expert_bias()
+    assert router.local_tokens_per_expert.dtype == router.expert_bias.dtype == torch.float32
+    for skipped, left in ((False, 1), (True, 1), (False, 2)):
+        with torch.no_grad():  # the first pass of one that is recomputed
+            router(torch.randn(5, 1, 4, dtype=torch.bfloat16))
+            router(torch.randn(5, 1, 4, dtype=torch.bfloat16))
+        router.expert_bias += 1  # as Megatron does, once the gradients are summed
+        hold_biases([router], skipped=skipped)
+        assert router.expert_bias.tolist() == [left] * 4

@@ -58,7 +58,7 @@ def test_only_what_was_sent_counts(shape: ModelShape):
     above = 3 * (cost.square_flops - cost.flops) / shape.seq_length
     assert spent["consumed_square_flops"] == pytest.approx(30 * (whole + above) - 8 * choice)
     resumed = Compute(shape)
-    resumed.resume({"consumed_tokens": 30} | spent, tokens=30)
+    resumed.resume(compute.unsent, tokens=30)
     assert resumed.spent(30) == pytest.approx(spent)
 
 
@@ -78,3 +78,17 @@ def test_a_run_counts_its_own_choices(tmp_path: Path):
     for line in lines:
         flops = line["tokens_per_second"] * steps[lines.index(line)] / (2 * TOKENS) / 1e12
         assert line["tflops_per_device"] == pytest.approx(flops, rel=1e-5)
+
+
+def test_a_run_goes_on_counting_in_another_folder(tmp_path: Path):
+    """What the routers did not send before is in the checkpoint."""
+    whole, other = tmp_path / "whole", tmp_path / "other"
+    with pretrained(f"{GSHARD} --save {whole} --save-interval 2"):
+        pass
+    with pretrained(f"{GSHARD} --load {whole} --ckpt-step 2 --save {other}"):
+        pass
+    spent = [
+        [line["consumed_flops"] for line in records(run) if "loss" in line]
+        for run in (whole, other)
+    ]
+    assert spent[1] == pytest.approx(spent[0][1:])
