@@ -40,6 +40,8 @@ KEY = "plugin"
 GROUP = "megatron_smlp.plugins"
 HOSTED = "megatron_smlp.layers.hosted"
 WITHOUT_FLAGS = ("mlp", "none")
+OF_MEGATRON = ("rank", "world_size", "data_parallel_size", "iteration", "params_dtype")
+"""What Megatron sets in the namespace of the flags, whatever stands there."""
 
 
 def load_named(argv: Sequence[str]) -> list[str]:
@@ -180,7 +182,7 @@ def _enter(added: Mapping[str, Sequence[str]]) -> None:
 
     Raises:
         ValueError: a name is ours, an architecture names what is not there, or an option's name is
-            a flag's.
+            a flag's, or of what Megatron sets.
     """
     from megatron_smlp.plugins import register
 
@@ -313,7 +315,11 @@ def _enter_options(kind: Any, **belongs: tuple[str, ...]) -> None:
             raise ValueError(
                 f"{kind.__name__}.{name} would shadow the flag {flag_of(name)}: rename it."
             )
-        facts = Facts(least=it.smallest, may_change=it.may_change, **owners)
+        elif name in OF_MEGATRON:
+            raise ValueError(
+                f"{kind.__name__}.{name} has the name of what Megatron sets itself: rename it."
+            )
+        facts = Facts(least=it.smallest, may_change=it.may_change, evaluates=True, **owners)
         options.OUR_FLAGS[name] = options.MODEL_FLAGS[name] = facts
         options.DEFAULTS[name], options.PLUGIN_OPTIONS[name] = it.default, it
 

@@ -10,8 +10,9 @@ from megatron_smlp.systems import FEATURE_ROUTERS, LayerSlots
 def attention_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
     """q, k, v and output projections; scores and their product with v are causal."""
     width, qkv = shape.attention_width, shape.attention_width + 2 * shape.key_value_width
-    rotated = (width + shape.key_value_width) * shape.rotary_positions
-    kept = Cost(kept=qkv + rotated + width)  # q, k, v, rotated q and k, and the mixed values
+    changes = shape.rotary_positions or shape.normed_head_width > 0
+    changed = (width + shape.key_value_width) * changes
+    kept = Cost(kept=qkv + changed + width)  # q, k, v, normed or rotated q and k, the mixed values
     norms = Cost(replicated=2 * shape.norm_parameters * shape.normed_head_width)
     projections = norm_cost(shape) + norms + column(shape, qkv) + row(shape, width)
     return projections + pairs(shape, 2 * width) + kept

@@ -65,7 +65,9 @@ def feature_router_cost(shape: ModelShape, kind: type[FeatureRouter], *, num_exp
 
     with torch.device("meta"):
         rule = kind(
-            num_experts=num_experts, prefix_length=shape.prefix_length, values=_values(shape, kind)
+            num_experts=num_experts,
+            prefix_length=shape.prefix_length,
+            values=values_of(shape, kind),
         )
         means = torch.empty(1, shape.prefix_length, shape.num_feature_chunks)
     flops = _flops(f"{kind.__name__}.scores", lambda: rule.scores(means))
@@ -73,7 +75,8 @@ def feature_router_cost(shape: ModelShape, kind: type[FeatureRouter], *, num_exp
     return Cost(replicated=parameters, summed=parameters, flops=flops)
 
 
-def _values(shape: ModelShape, kind: type) -> dict[str, Any]:
+def values_of(shape: ModelShape, kind: type) -> dict[str, Any]:
+    """Return the values of a class's options."""
     from megatron_smlp.plugins import options_of
 
     return {name: shape.plugin_values[name] for name in options_of(kind)}
@@ -104,7 +107,7 @@ def plugin_cost(shape: ModelShape, kind: type[Mixer]) -> Cost:
     what torch counts, or what the class's `cost` says."""
     from megatron_smlp.plugins import weights_of
 
-    values = _values(shape, kind)
+    values = values_of(shape, kind)
     features = kind.features(
         hidden_size=shape.hidden_size, ffn_hidden_size=shape.ffn_hidden_size, values=values
     )

@@ -12,8 +12,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_smlp.accounting.costs import ModelShape, layer_cost, token_table
+from megatron_smlp.accounting.plugin_costs import values_of
 from megatron_smlp.accounting.ranks import FP32_BYTES, ParallelLayout, stage_slots
-from megatron_smlp.systems import LayerSlots
+from megatron_smlp.systems import CHANNELS, MIXERS, LayerSlots
 
 
 def tensor_traffic(shape: ModelShape, layout: ParallelLayout, stage: int) -> int:
@@ -85,13 +86,25 @@ def _of_layer(shape: ModelShape, layout: ParallelLayout, slots: LayerSlots) -> t
     hidden, pairs = shape.hidden_size, layer_cost(shape, slots).pairs
     # A sum over the ranks is both, and so is a gather of tokens with a scatter of sums; these also
     # gather the input again for the gradient of the weights.
-    forward, backward = 2 * pairs * hidden, (2 + layout.sequence_parallel) * pairs * hidden
+    forward: float = 2 * pairs * hidden
+    backward: float = (2 + layout.sequence_parallel) * pairs * hidden
     if slots.mixer == "masked_mixer":  # other features in place of other tokens, and back
         exchanged = 2 * hidden / layout.tensor if layout.sequence_parallel else hidden
-        return forward + exchanged, backward + exchanged
+        forward += exchanged
+        backward += exchanged
     if slots.mixer == "gating_and_attention":  # whose head every rank has, for all tokens
         backward += 2 * 3 * shape.options.tiny_attention_width
         forward += hidden * layout.sequence_parallel
+    for kind in (MIXERS[slots.mixer].plugin, CHANNELS.get(slots.channel)):
+        if kind is not None:
+            more = (len(kind.inner) - 1) * hidden  # each projection gathers the input by itself
+            forward += more * layout.sequence_parallel
+            backward += 2 * more
+            if kind.whole:
+                sizes = {"hidden_size": hidden, "ffn_hidden_size": shape.ffn_hidden_size}
+                features = kind.features(**sizes, values=values_of(shape, kind))
+                forward += sum(kind.inner.values()) * features
+                backward += features  # the gradient of what every rank has mixed
     return forward, backward
 
 

@@ -89,9 +89,12 @@ def _checks(plugins: Sequence[str], named: str, folder: Path, *, quick: bool) ->
         return
     mixing = [*register.token_mixers, *register.channel_mixers]
     if mixing and not register.architectures:
+        name = mixing[0]
+        mixer = name if register.token_mixers else "attention"
+        channel = "" if register.token_mixers else f', channel="{name}"'
         raise UsageError(
             f"{named} registers no architecture, so that nothing can be trained: add "
-            f'register.architecture("{mixing[0]}", mixer="{mixing[0]}").'
+            f'register.architecture("{name}", mixer="{mixer}"{channel}).'
         )
     for title, flags in MODELS.items():
         for name in tables[title]:

@@ -15,13 +15,14 @@ from functools import partial
 from pathlib import Path
 
 from megatron_smlp.checking.rows import Check, Row, close
+from megatron_smlp.launching.settings import ALONE
 from megatron_smlp.plugin_texts import FLAG
 
 SIZES = """
     --num-layers 4 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --seq-length 32
     --micro-batch-size 2 --global-batch-size 8 --lr 2e-3 --lr-decay-style constant --seed 3
     --mock-data --tokenizer-type NullTokenizer --vocab-size 255 --split 9,1,0
-    --eval-iters 0 --log-interval 1 --hidden-dropout 0 --attention-dropout 0
+    --eval-iters 0 --log-interval 1 --hidden-dropout 0 --attention-dropout 0 --num-workers 0
 """
 MODELS = {
     "architecture": "--architecture {name}",
@@ -86,7 +87,7 @@ class Runs:
         logs = self.folder / title.replace(" ", "_").replace(",", "")
         run = ["-m", "pretrain_smlp"]
         if count > 1:
-            run = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", *run]
+            run = ["-m", "torch.distributed.run", *ALONE, f"--nproc-per-node={count}", *run]
         said = self._command([
             *run, *self.plugins, *SIZES.split(), *self.model, *flags,
             "--log-dir", str(logs), "--platform", "cpu",

@@ -14,7 +14,7 @@ from typing import Any
 from megatron_smlp import plugin_texts
 from megatron_smlp.checkpoints.folders import MODEL, folder_at
 from megatron_smlp.checkpoints.integrity import problems_in, read_sums
-from megatron_smlp.errors import DamagedCheckpointError, UsageError, UserError
+from megatron_smlp.errors import DamagedCheckpointError, UsageError
 from megatron_smlp.options import MODEL_FLAGS, model_defaults
 
 
@@ -40,13 +40,16 @@ def read_model_flags(checkpoint: str | Path, iteration: int | None = None) -> di
 
     Args:
         iteration: the one to read; left out: the newest.
+
+    Raises:
+        UsageError: it was written with a plugin that is not named, or that has another text.
     """
     folder = folder_at(checkpoint, iteration)
     if folder is None or not _is_whole(folder):
         return {}
     try:
-        return flags_in(folder)
-    except UserError:
+        return {} if written_in(folder) is None else flags_in(folder)
+    except DamagedCheckpointError:
         return {}
 
 

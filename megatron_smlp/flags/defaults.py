@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from importlib.util import find_spec
 
 from megatron_smlp.checkpoints.folders import is_same_folder, tracked_folder
@@ -35,6 +36,8 @@ def fill_in(args: argparse.Namespace) -> None:
         args.tokenizer_type = "GPT2BPETokenizer"  # Megatron's default
     if args.data_args_path and args.split is None:
         args.split = MEGATRONS_SPLIT  # which Megatron fills in beside --data-path only
+    if sys.platform == "darwin":
+        args.num_workers = 0  # they are spawned, and Megatron's function for them cannot be sent
     choice.limit_connections(args.tensor_model_parallel_size, os.environ)
     cpu.set_flags(args)
 

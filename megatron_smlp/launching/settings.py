@@ -15,6 +15,8 @@ from megatron_smlp.errors import UsageError
 HOST, SERVER, FILE = "host", "server", "file"
 CLOSING = "--closing"
 """Tells an agent to close the rendezvous where the run is over for good."""
+ALONE = ("--standalone", "--local-addr=127.0.0.1")
+"""torchrun's flags for one machine, whose own name need not lead to it."""
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ import yaml
 from megatron_smlp.durable import write_durably
 from megatron_smlp.errors import UsageError
 from megatron_smlp.launching.parent import end_with_parent
+from megatron_smlp.launching.settings import ALONE
 from megatron_smlp.metrics_records import FILE_NAME, Record
 from megatron_smlp.platform import choice
 from megatron_smlp.plugin_files import KEY
@@ -56,7 +57,7 @@ def training_command(
     if plugins := plugin_paths(flags):
         spelt[KEY] = plugins
     write_durably(folder / FLAGS, yaml.safe_dump(spelt, sort_keys=False))
-    several = ["-c", LAUNCH, "agent", "--standalone", f"--nproc-per-node={processes}"]
+    several = ["-c", LAUNCH, "agent", *ALONE, f"--nproc-per-node={processes}"]
     return [
         sys.executable,
         *(several if processes > 1 else []),

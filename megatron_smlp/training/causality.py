@@ -2,8 +2,9 @@
 
 A model that does trains happily, and looks better than it is. Each mixer is given one small input
 twice, whose second half is another: what comes out at the first half may not change. It computes in
-fp32 with weights drawn for the question, since some of a real start are near zero. Routers that by
-their own description look ahead (BASE in training, a capacity limit) are not asked.
+fp32 with weights drawn for the question, since some of a real start are near zero; to a plugin's
+own parameters, of which it may take the logarithm, a little is added. Routers that by their own
+description look ahead (BASE in training, a capacity limit) are not asked.
 
 Letters: T tokens, B batch, D hidden.
 """
@@ -32,6 +33,8 @@ LENGTH = 16
 """Tokens for each tensor parallel rank; a sequence may be shorter than that of the training."""
 DEVIATION = 0.2
 """Of the weights that are drawn."""
+MOVED = 0.1
+"""The same of what is added to a plugin's own parameters."""
 TOLERANCE = 1e-3
 """Largest change, as a share of the outputs' scale, that is rounding."""
 
@@ -40,7 +43,7 @@ def check_causality(parts: Parts) -> None:
     """Ask every layer of this run. Collective.
 
     Raises:
-        UsageError: one reads later positions, on every rank.
+        UsageError: one reads later positions, or gives no finite numbers; on every rank.
     """
     if parts.args.tp_comm_overlap:
         return  # whose buffers are of the run's own shapes and types
@@ -63,7 +66,7 @@ def check_causality_of_layers(args: argparse.Namespace) -> None:
     """Ask one layer of each kind, built for this on the CPU: for --dry-run.
 
     Raises:
-        UsageError: one reads later positions.
+        UsageError: one reads later positions, or gives no finite numbers.
     """
     with one_process():
         config = _alone(transformer_config(args))
@@ -86,10 +89,7 @@ def _alone(config: Any) -> Any:
 
 def _refuse(leaks: list[str]) -> None:
     if leaks:
-        raise UsageError(
-            f"{leaks[0]}: a language model that sees what it predicts learns nothing. Correct the "
-            "mixer; causal ones read positions up to their own."
-        )
+        raise UsageError(leaks[0])
 
 
 def _leaks(layer: SlottedLayer, length: int, rotary: Any) -> Iterator[str]:
@@ -104,21 +104,34 @@ def _leaks(layer: SlottedLayer, length: int, rotary: Any) -> Iterator[str]:
     change = (outputs[0] - outputs[1]).abs().amax(dim=(1, 2))
     scale = float(outputs[0].abs().max())
     early = change[: max(0, half - _offset(layer, len(change)))]
-    if len(early) and not float(early.max()) <= TOLERANCE * scale:
-        mixer = layer.self_attention
-        kind = type(getattr(mixer, "mixer", mixer)).__name__  # of a plugin, its own class
+    mixer = layer.self_attention
+    kind = type(getattr(mixer, "mixer", mixer)).__name__  # of a plugin, its own class
+    named = f"layer {layer.layer_number} ({kind})"
+    if not all(output.isfinite().all() for output in outputs):
         yield (
-            f"layer {layer.layer_number} ({kind}) reads later positions: with other inputs from "
-            f"position {half} on, its output before that changes by {float(early.max()):.2g}, of "
-            f"{scale:.2g}"
+            f"{named} gives numbers that are not finite for ordinary inputs: correct the mixer, or "
+            "the first values of its parameters."
+        )
+    elif len(early) and float(early.max()) > TOLERANCE * scale:
+        yield (
+            f"{named} reads later positions: with other inputs from position {half} on, its output "
+            f"before that changes by {float(early.max()):.2g}, of {scale:.2g}: a language model "
+            "that sees what it predicts learns nothing. Correct the mixer; causal ones read "
+            "positions up to their own."
         )
 
 
 def _drawn(mixer: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
-    """Return weights in fp32 by name, alike on ranks of alike shapes; buffers as they are."""
-    drawn = {}
+    """Return weights in fp32 by name, of alike draws on ranks of alike shapes; buffers as they
+    are."""
+    drawn: dict[str, Tensor] = {}
+    is_hosted = hasattr(mixer, "mixer")
     for name, parameter in mixer.named_parameters():
-        values = DEVIATION * torch.randn(parameter.shape, generator=generator)
+        values = torch.randn(parameter.shape, generator=generator)
+        if is_hosted and name.startswith("mixer."):
+            values = parameter.detach().float().cpu() + MOVED * values
+        else:
+            values *= DEVIATION
         drawn[name] = values.to(parameter.device)
     for name, buffer in mixer.named_buffers():
         drawn[name] = buffer.float() if buffer.is_floating_point() else buffer

@@ -129,11 +129,12 @@ def _with_plugins(schedule: Any) -> Any:
 
 
 def leave_to_adam(model: list[Any]) -> None:
-    """Let Muon take the weights of Megatron's linear layers alone (decision 87): by this mark
+    """Let Muon take the matrices of Megatron's linear layers alone (decision 87): by this mark
     Megatron tells what Adam updates, at --decoupled-lr where that is given."""
     for module in (module for chunk in model for module in chunk.modules()):
-        if not type(module).__name__.endswith(("ParallelLinear", "GroupedLinear")):
-            for parameter in module.parameters(recurse=False):
+        is_linear = type(module).__name__.endswith(("ParallelLinear", "GroupedLinear"))
+        for parameter in module.parameters(recurse=False):
+            if not (is_linear and parameter.dim() == 2):  # a bias is not, nor a fused norm's weight
                 parameter.is_embedding_or_output_parameter = True
 
 

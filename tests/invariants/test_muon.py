@@ -10,7 +10,10 @@ import pytest
 import torch
 from support.checkpoints import checkpoint_tensors
 from support.cover import selected, slow_unless_in
+from support.in_process import layer_config
 from support.launches import Step, launch, steps
+
+from megatron_smlp.architectures import SlottedLayer
 
 SAVED, LAST = 2, 4
 TOLERANCE = 1e-4  # relative, as Adam's in test_layouts.py
@@ -165,3 +168,18 @@ def test_nothing_above_a_diagonal_moves(runs: Runs, system: str) -> None:
         assert matrix.triu(1).abs().max() == 0
         assert matrix.tril().abs().max() > 0
     assert matrices
+
+
+@pytest.mark.usefixtures("megatron")
+def test_what_adam_updates_is_marked_for_its_rate() -> None:
+    """--decoupled-lr: biases of linear layers too."""
+    from megatron_smlp.training.parts import leave_to_adam
+
+    layer = SlottedLayer(layer_config(architecture="gmlp"))
+    leave_to_adam([layer])
+    unmarked = {
+        name
+        for name, parameter in layer.named_parameters()
+        if not getattr(parameter, "is_embedding_or_output_parameter", False)
+    }
+    assert unmarked == {f"self_attention.linear_fc{i}.weight" for i in (1, 2)}

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from support.cover import selected, slow_unless_in
 from support.in_process import MINIMAL
-from support.launches import launch_calls, run_command
+from support.launches import REPOSITORY, launch_calls, run_command
 from support.parallel_models import measure
 
+from megatron_smlp import plugin_files
 from megatron_smlp.accounting.costs import ModelShape, model_cost
 from megatron_smlp.accounting.estimate import (
     estimate,
@@ -181,6 +182,19 @@ def test_traffic_of_the_distributed_optimizer_by_hand():
     assert footprint(shape, parallel).data_parallel_bytes == sent
 
 
+def test_tensor_traffic_of_a_plugin_by_hand():
+    """Two projections gather the tokens each, forward and backward, and scatter their gradients:
+    8 D numbers of a token with the last projection's, and 5 D in the FFN."""
+    plugin_files.load(str(REPOSITORY / "plugins" / "gated_conv.py"))
+    layout = {"world_size": 2, "tensor_model_parallel_size": 2, "sequence_parallel": True}
+    values = SIZES | layout | {"architecture": "gated_conv", "global_batch_size": 1}
+    sent = [
+        estimate(values | {"num_layers": count})["per_gpu"]["tensor_parallel_bytes"]
+        for count in (2, 3)
+    ]
+    assert sent[1] - sent[0] == (8 + 5) * 64 * 32 * 4 / 2
+
+
 def _both(*arguments: Any, **changes: Any) -> tuple[ModelShape, ParallelLayout]:
     args = _resolved(*arguments, **changes)
     return ModelShape.from_args(args), ParallelLayout.from_args(args)
@@ -205,6 +219,7 @@ ON_TWO_RANKS = {
     "modern": "--architecture transformer --position-embedding-type rope --swiglu"
     " --disable-bias-linear --group-query-attention --num-query-groups 2",
     "quick_geglu": "--architecture transformer --quick-geglu",
+    "qk": "--architecture transformer --qk-layernorm",
     "modern_experts": f"{EXPERTS} --token-router topk --swiglu --disable-bias-linear"
     f" {WHOLE_EXPERTS}",
     "mixer_sequence": "--architecture mixer --sequence-parallel",

@@ -138,6 +138,19 @@ def test_a_file_without_a_part_of_a_model_has_nothing_to_check(
         cli.main([str(path), "--quick"])
 
 
+def test_a_channel_mixer_alone_is_told_how_it_can_be_trained(
+    registry: plugins.Registry, tmp_path: Path
+):
+    path = tmp_path / "squares.py"
+    path.write_text(
+        "from megatron_smlp.plugins import ChannelMixer, register\n@register('squares')\n"
+        "class Squares(ChannelMixer):\n"
+        "    def forward(self, value):\n        return value * value\n"
+    )
+    with pytest.raises(UsageError, match='mixer="attention", channel="squares"'):
+        cli.main([str(path)])
+
+
 @pytest.mark.parametrize(
     ("right", "wrong", "said"),
     [

@@ -1,6 +1,7 @@
 """What can be wrong with a plugin is one line with the file and its line; nothing stays behind."""
 
 import hashlib
+import json
 import random
 import sys
 from collections.abc import Callable
@@ -13,7 +14,11 @@ from unit.plugins.test_checks import GOOD
 
 from megatron_smlp import options, plugin_files, plugin_texts, plugins, systems
 from megatron_smlp.checking import mixers, new, routers
+from megatron_smlp.checkpoints.folders import MODEL, iteration_folder
+from megatron_smlp.checkpoints.model_record import read_model_flags
 from megatron_smlp.errors import UsageError
+from megatron_smlp.flags.model_arguments import model_arguments
+from megatron_smlp.flags.parse import build_parser
 
 pytestmark = pytest.mark.usefixtures("registry")
 CLASS = "from megatron_smlp.plugins import *\n@register('{name}')\nclass Mine(TokenMixer):\n    "
@@ -35,6 +40,8 @@ def written(folder: Path, text: str, name: str = "mine") -> str:
         (CLASS.format(name="a b") + "pass\n", r"mine.py:2: ValueError: .*'a b' is no name"),
         (CLASS.format(name="m") + "num_layers: int = option(1, 'x')\n"
          "register.architecture('m', mixer='m')\n", "flag --num-layers"),
+        (CLASS.format(name="m") + "rank: int = option(1, 'x')\n"
+         "register.architecture('m', mixer='m')\n", "Mine.rank has the name of what Megatron sets"),
         (CLASS.format(name="m") + "taps: list = option(1, 'x')\n", "annotate it"),
         ("from megatron_smlp.plugins import register\nregister.architecture('m', mixer='n')\n",
          "'n' is no token mixer"),
@@ -169,6 +176,22 @@ def test_a_checkpoint_asks_for_its_plugin_and_for_its_text(tmp_path: Path, monke
         config.write_text(f"allow-other-plugin: {value}\n", encoding="utf-8")
         plugin_files.load_named(["--config", str(config)])
     plugin_texts.require({"mine": "0" * 64}, "runs/a")
+
+
+def test_a_run_goes_on_with_another_text_only_where_that_is_allowed(tmp_path: Path, monkeypatch):
+    plugin_files.load(written(tmp_path, GOOD))
+    folder = iteration_folder(tmp_path, 1)
+    folder.mkdir()
+    (folder / MODEL).write_text(json.dumps({"plugins": {"mine": "0" * 64}, "num_layers": 3}))
+    with pytest.raises(UsageError, match="another text"):
+        read_model_flags(tmp_path, 1)
+    monkeypatch.setattr(plugin_texts, "ALLOWED", {plugin_texts.ALLOW})
+    assert read_model_flags(tmp_path, 1)["num_layers"] == 3
+
+
+def test_an_evaluation_has_the_options_that_may_change():
+    plugin_files.load(str(REPOSITORY / "plugins" / "threshold.py"))
+    assert "--memory=0.5" in model_arguments(build_parser(), {"memory": 0.5})
 
 
 def test_an_architecture_alternates(tmp_path: Path):

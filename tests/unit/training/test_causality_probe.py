@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,27 @@ def test_a_plugin_is_called_by_its_own_name(tmp_path: Path):
             pretrained(f"--architecture ahead {more}"),
         ):
             pass
+
+
+@pytest.mark.usefixtures("registry")
+@pytest.mark.parametrize("init", ["ones", "zeros"])
+def test_a_parameter_of_which_a_plugin_takes_the_logarithm(tmp_path: Path, init: str):
+    """The one starts where that is finite, and the other does not."""
+    path = tmp_path / "decays.py"
+    path.write_text(
+        f"from megatron_smlp.plugins import TokenMixer, {init}, register\n@register('decays')\n"
+        "class Decays(TokenMixer):\n    def build(self, width, length):\n"
+        f"        self.rate = self.parameter(width, cut=0, init={init})\n"
+        "    def forward(self, value):\n        return value * (1 + self.rate().log())\n"
+        "register.architecture('decays', mixer='decays')\n"
+    )
+    plugin_files.load(str(path))
+    refused = pytest.raises(UsageError, match=r"layer 1 \(Decays\) gives numbers that are not fin")
+    with (
+        refused if init == "zeros" else nullcontext(),
+        pretrained("--architecture decays --dry-run"),
+    ):
+        pass
 
 
 def test_a_dry_run_asks_a_layer_of_each_kind(
