@@ -33,7 +33,7 @@ keep_caches_local() {
 
 # The comment at the top of the calling script.
 usage() {
-  sed -n '2,/^$/{/^#SBATCH/d;s/^# \{0,1\}//p}' "$0"
+  sed -n '2,/^$/{/^#SBATCH/d;s/^# \{0,1\}//p;}' "$0"
 }
 
 # require NAME "what it is": stop unless the environment has a value for it.

@@ -64,6 +64,18 @@ def test_a_command_is_as_printed(words: list[str], monkeypatch: pytest.MonkeyPat
         _parser_of(REPOSITORY / words[at]).parse_args(rest)
 
 
+@pytest.mark.parametrize("place", ["examples", "megatron_smlp", "docs"])
+def test_a_launch_of_one_machine_does_not_ask_for_its_name(place: str) -> None:
+    """It need not lead to it: of a laptop, or behind a VPN. The supervisor has found an address."""
+    texts = [
+        path.read_text(encoding="utf-8")
+        for path in (REPOSITORY / place).rglob("*")
+        if path.suffix in (".sh", ".py", ".md") and path.name != "supervisor.py"
+    ]
+    for line in "\n".join(texts).splitlines():
+        assert "--standalone" not in line or "--local-addr" in line or line.startswith("#")
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_a_page_says_what_its_variable_is(page: Path) -> None:
     """The tests that run it set P for all pages."""

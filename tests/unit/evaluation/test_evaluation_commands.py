@@ -46,8 +46,8 @@ def test_what_an_exported_folder_cannot(tmp_path: Path, monkeypatch: pytest.Monk
     options, _ = cli.parse(f"--hf {folder} --data-path x --seq-length {LONGEST + 1}".split())
     with pytest.raises(UsageError, match=f"--seq-length {LONGEST + 1}: --hf .* has {LONGEST} pos"):
         cli.evaluate(options, [])
-    options, _ = cli.parse(f"--hf {folder} --tasks copa --device cuda:99".split())
-    with pytest.raises(UsageError, match="--device cuda:99 cannot be used"):
+    options, _ = cli.parse(f"--hf {folder} --tasks copa --device xpu".split())
+    with pytest.raises(UsageError, match="--device xpu cannot be used"):
         cli._harness_model(options, [])
     options, _ = cli.parse(f"--hf {folder} --data-path x".split())
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -175,7 +175,7 @@ def test_lines_of_a_pipe_are_a_conversation(
         ("--hf {0} --prompt a --top-p 0", "--top-p 0.0"),
         ("--hf {0} --prompt a --temperature nan", "--temperature nan"),
         ("--hf {0} --prompt a --max-new-tokens 0", "--max-new-tokens 0"),
-        ("--hf {0} --prompt a --device cuda:99", "--device cuda:99 cannot be used"),
+        ("--hf {0} --prompt a --device xpu", "--device xpu cannot be used"),
         ("--hf {0} --prompt a --tokenizer-model {1}", "--tokenizer-model"),
         ("--hf {0} --prompt a --tokenizer-type ByteLevelTokenizer", "do not belong together"),
         ("--hf {0} --prompt a --tokenizer-type NullTokenizer --vocab-size 9", "do not belong"),

@@ -56,7 +56,7 @@ def test_more_pairs_than_files_may_be_open(pairs: list[str], tmp_path: Path):
             (tmp_path / "many" / f"{number}{suffix}").hardlink_to(pairs[0] + suffix)
     found = find_pairs([str(tmp_path / "many")], output_prefix="x")
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    num_open = len(list(Path("/proc/self/fd").iterdir()))
+    num_open = len(list(Path("/dev/fd").iterdir()))
     resource.setrlimit(resource.RLIMIT_NOFILE, (num_open + 20, before[1]))
     try:
         merge(found, output_prefix=str(tmp_path / "ours"))
