@@ -57,8 +57,27 @@ class TaskEvaluation:
             )
 
     def built(self, model: Sequence[Any]) -> None:
-        """Keep the model to score; see the protocol in training/events.py."""
+        """Keep the model to score; see the protocol in training/events.py.
+
+        Raises:
+            UsageError: a task cannot be scored, which would end the run at the first scoring.
+        """
+        from megatron_smlp.evaluation.harness import check_tasks
+
         self.model = list(model)
+        with quiet_libraries(), _own_random_numbers():
+            check_tasks(self._scored(), self.selection, limit=self.args.eval_tasks_limit)
+
+    def _scored(self) -> Any:
+        """Return the model as one of the harness."""
+        from megatron_smlp.evaluation.harness import ScorerModel
+        from megatron_smlp.evaluation.megatron_model import MegatronScorer
+
+        args = self.args
+        scorer = MegatronScorer(
+            self.model, longest=args.seq_length, batch_size=args.micro_batch_size
+        )
+        return ScorerModel(scorer, self.tokenizer, start=start_of(self.tokenizer, args))
 
     def is_due(self, iteration: int) -> bool:
         """Return whether to score now: at multiples of the interval, and after the last step."""
@@ -67,22 +86,16 @@ class TaskEvaluation:
 
     def scores(self) -> tuple[dict[str, dict[str, float | None]], list[str]]:
         """Score all tasks; return the same record and texts for the console on every rank."""
-        from megatron_smlp.evaluation.harness import ScorerModel, run_tasks
-        from megatron_smlp.evaluation.megatron_model import MegatronScorer
+        from megatron_smlp.evaluation.harness import run_tasks
 
-        args = self.args
-        scorer = MegatronScorer(
-            self.model, longest=args.seq_length, batch_size=args.micro_batch_size
-        )
+        limit = self.args.eval_tasks_limit
         with (
             quiet_libraries(),
             _own_random_numbers(),
             _no_capacity(self.model),
         ):
             self.statistics.begin(None)  # the choices of routers here are of no validation
-            start = start_of(self.tokenizer, self.args)
-            model = ScorerModel(scorer, self.tokenizer, start=start)
-            results = list(run_tasks(model, self.selection, limit=args.eval_tasks_limit))
+            results = list(run_tasks(self._scored(), self.selection, limit=limit))
             self.statistics.take(training=False)
         # The harness has results on the first rank of each node alone, and curves are written on
         # the last.

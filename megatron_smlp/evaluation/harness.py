@@ -43,8 +43,7 @@ def run_tasks(
         UsageError: an example does not fit and too_long is stop, or the requests of a task cannot
             be made of its file.
     """
-    # All are looked at before hours of work on the first.
-    checked = [_Checked.of(item, model, selection, limit) for item in selection.tasks]
+    checked = check_tasks(model, selection, limit=limit)
     if too_long == "stop":
         for name, number, misfit in itertools.chain.from_iterable(map(_Checked.named, checked)):
             raise UsageError(
@@ -63,6 +62,15 @@ def run_tasks(
             misfits_of = item.misfits.get(result.task, {})
             unfit = {number: misfit.said(too_long) for number, misfit in misfits_of.items()}
             yield dataclasses.replace(result, unfit=unfit)
+
+
+def check_tasks(model: Any, selection: Selection, *, limit: int | None) -> list[_Checked]:
+    """Look at all tasks, before hours of work on the first or in front of it.
+
+    Raises:
+        UsageError: a task is for models that generate text, or its requests cannot be made.
+    """
+    return [_Checked.of(item, model, selection, limit) for item in selection.tasks]
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import re
 import shutil
@@ -106,11 +105,11 @@ def _check_split(args: argparse.Namespace) -> None:
             f"--split {args.split} and {flag_of(per_split[0])} exclude one another: the data of "
             "each split has flags of its own. Leave --split out."
         )
-    try:
-        shares = [float(word) for word in (args.split or "1").split(",")]
-    except ValueError:
-        shares = []
-    if not 1 <= len(shares) <= 3 or not all(0 <= share < math.inf for share in shares):
+    words = (args.split or "1").split(",")
+    # Megatron looks for digits and points, and would take 1e-2 for two shares.
+    is_plain = all(re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*", word) for word in words)
+    shares = [float(word) for word in words] if is_plain else []
+    if not 1 <= len(shares) <= 3:
         raise UsageError(
             f"--split {args.split}: give the shares of training, validation and test, as 95,5,0."
         )
@@ -157,6 +156,11 @@ def _check_validation_sets(args: argparse.Namespace) -> None:
             f"micro-batches of {rows}: give --eval-micro-batch-size 1."
         )
     blends = blends_from_arguments(args)
+    if args.multiple_validation_sets and blends.whole and len(blends.whole.prefixes) > 1:
+        raise UsageError(
+            "--multiple-validation-sets evaluates each dataset of --valid-data-path alone, and "
+            "--data-path mixes them: give --train-data-path and --valid-data-path."
+        )
     valid = (blends.per_split or (None, None))[1]
     if args.multiple_validation_sets and valid and valid.weights and len(valid.prefixes) > 1:
         raise UsageError(

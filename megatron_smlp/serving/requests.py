@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 
+from megatron_smlp.data.tokenizers.spec import UnencodableTextError
 from megatron_smlp.generation.language_model import LanguageModel
 
 MOST_ANSWERS = 128
@@ -126,7 +127,10 @@ def _several(prompt: str | list[int] | list[str | list[int]]) -> list[str | list
 
 
 def _ids(prompts: list[str | list[int]], lm: LanguageModel) -> list[list[int]]:
-    rows = [lm.encode(part) if isinstance(part, str) else part for part in prompts]
+    try:
+        rows = [lm.encode(part) if isinstance(part, str) else part for part in prompts]
+    except UnencodableTextError as error:
+        raise RequestError(f"prompt cannot be encoded: {error}", name="prompt") from error
     if not rows or not all(prompts) or not all(rows):
         raise RequestError("prompt is empty: give some text to continue", name="prompt")
     for number in (number for row in rows for number in row):

@@ -69,16 +69,17 @@ def build_batches(args: argparse.Namespace, say: Callable[[str], None], *, chunk
     """
     stages = [None] if chunks == 1 else list(range(chunks))
     built = [run_datasets(args, say, vp_stage=stage) for stage in stages]
+    evaluates = (args.eval_iters or args.full_validation) and has_data(args, "valid")
+    titles = _titles(args, len(built[0].valid)) if evaluates else []
     valid = [
         _evaluation(args, title, [datasets.valid[place] for datasets in built])
-        for place, title in enumerate(_titles(args, len(built[0].valid)))
+        for place, title in enumerate(titles)
     ]
     test = _evaluation(args, "test", [datasets.test for datasets in built])
-    evaluates = args.eval_iters or args.full_validation
     is_over = args.skip_train or args.iteration >= args.train_iters
     return Batches(
         train=None if is_over else _per_chunk([_training(args, d.train) for d in built]),
-        valid=valid if evaluates and has_data(args, "valid") else [],
+        valid=valid,
         test=[test] if args.eval_iters and has_data(args, "test") else [],
     )
 

@@ -63,6 +63,8 @@ WHOLE = "--full-validation --multiple-validation-sets --train-data-path t --vali
         "--mock-data --valid-data-path x",
         "--validation-set-names x",
         f"--multiple-validation-sets {WHOLE} 0.3 a 0.7 b",
+        "--multiple-validation-sets --data-path a b --split 9,1,0",
+        *("--split 1,1e-2", "--split 0.99,5e-3,5e-3"),
         f"--validation-set-names x {WHOLE} a b",
         f"--validation-set-names x x {WHOLE} a b",
         *("--step-batch-size-schedule 0:2", "--lr-decay-style WSD"),

@@ -141,7 +141,7 @@ def _check(args: argparse.Namespace, spec: TokenizerSpec, tokenizer: Tokenizer) 
     if args.append_eod and tokenizer.eod is None:
         raise UsageError(
             f"--append-eod: this {spec.tokenizer_type} has no end-of-document token; "
-            f"set eos_token in its tokenizer_config.json, or leave out --append-eod"
+            f"set eos_token in its tokenizer_config.json: Megatron's training needs one too"
         )
     for key in args.json_keys:
         if "/" in key:

@@ -156,6 +156,8 @@ def _read_generic_folder(folder: Path) -> tuple[str, int | None] | None:
         return None
     except ValueError as error:
         raise DataError(f"--tokenizer-model {folder}: tokenizer_config.json: {error}") from None
+    if "added_tokens_decoder" not in config and (folder / "special_tokens_map.json").is_file():
+        return None  # which may replace what the configuration says
     changes_pipeline = any(config.get(name) for name in PIPELINE_KEYS)
     if config.get("tokenizer_class") not in GENERIC_CLASSES or changes_pipeline:
         return None

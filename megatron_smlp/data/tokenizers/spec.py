@@ -161,7 +161,10 @@ def named_or_moved(
     """Return the tokenizer that flags name. Files alone say where the recorded one has moved or,
     where none is recorded, are those of a HuggingFaceTokenizer, or the two of GPT2BPETokenizer."""
     if args.tokenizer_type:
-        return TokenizerSpec.from_arguments(args)
+        named = TokenizerSpec.from_arguments(args)
+        # How texts begin is the training's, wherever its tokenizer is now.
+        is_bare = recorded is not None and recorded.tokenizer_hf_no_include_special_tokens
+        return replace(named, tokenizer_hf_no_include_special_tokens=True) if is_bare else named
     files: dict[str, Any] = {name: getattr(args, name, None) for name in FILES}
     if any(files.values()):
         kind = "HuggingFaceTokenizer" if args.tokenizer_model else "GPT2BPETokenizer"

@@ -93,16 +93,16 @@ class TikToken(WithTexts):
 
 
 def _read_ranks(path: Path) -> list[bytes]:
-    """Token bytes by rank: Megatron's JSON list, or OpenAI's `.tiktoken` lines."""
+    """Token bytes by rank. Megatron's tokenizer reads them from no other kind of file."""
     try:
         text = path.read_text(encoding="utf-8")
-        if path.suffix == ".json":
-            rows: list[Any] = [(row["token_bytes"], row["rank"]) for row in json.loads(text)]
-        else:
-            rows = [line.split() for line in text.splitlines() if line]
+        rows: list[Any] = [(row["token_bytes"], row["rank"]) for row in json.loads(text)]
         pairs = sorted((int(rank), base64.b64decode(token)) for token, rank in rows)
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"--tokenizer-model {path} holds no tiktoken ranks: {error}") from None
+        raise DataError(
+            f"--tokenizer-model {path} holds no tiktoken ranks: give a list of JSON, as Megatron "
+            f"reads it ({error})"
+        ) from None
     if [rank for rank, _ in pairs] != list(range(len(pairs))):
         raise DataError(f"--tokenizer-model {path}: the ranks must run from 0 without a gap")
     return [token for _, token in pairs]

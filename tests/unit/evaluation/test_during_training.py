@@ -1,16 +1,26 @@
 """--eval-tasks: scored between the steps of a training that does not notice."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from evaluation_helpers import EXAMPLES, SYSTEMS, loaded
+from evaluation_helpers import EXAMPLES, SYSTEMS, loaded, write_task
 from support.checkpoints import checkpoint_tensors
 from support.in_process import base_for, pretrained
 from support.launches import launch, records
 
 from megatron_smlp.errors import UsageError
+from megatron_smlp.evaluation import during_training
+from megatron_smlp.evaluation.selection import select_tasks
 from megatron_smlp.training.speed import StepClock
+
+GENERATING = """
+output_type: generate_until
+doc_to_target: " every"
+generation_kwargs: {max_gen_toks: 3, until: ["absent"]}
+metric_list: [{metric: exact_match}]
+"""
 
 
 def training(system: str, tokenizer: Path, folder: Path) -> str:
@@ -132,3 +142,15 @@ def test_wrong_flags_are_said_before_the_training(flags: str, said: str, tasks: 
     words = f"--architecture gmlp {flags.format(tasks=tasks)}"
     with pytest.raises(UsageError, match=said), pretrained(words):
         pass
+
+
+def test_a_task_that_cannot_be_scored_is_said_before_the_training(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    write_task(tmp_path, "writing", [("the model", [" mixes"])], GENERATING)
+    select = partial(select_tasks, include_path=str(tmp_path))
+    monkeypatch.setattr(during_training, "select_tasks", select)
+    words = f"{training('partial', tokenizer, tmp_path / 'run')} --eval-tasks writing"
+    with pytest.raises(UsageError, match="generate text"), pretrained(words):
+        pass
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,13 +25,14 @@ from support.smlp_systems import LONGEST
 from tokenizers import decoders
 from transformers import GenerationConfig
 
+from megatron_smlp.data.tokenizers.bytes_and_numbers import Null
 from megatron_smlp.errors import UserError
 from megatron_smlp.generation.cli import build_parser
 from megatron_smlp.generation.language_model import LanguageModel, load
 from megatron_smlp.serving import cli
 from megatron_smlp.serving.admission import Admission
 from megatron_smlp.serving.app import build_app
-from megatron_smlp.serving.requests import Asked, parse
+from megatron_smlp.serving.requests import Asked, RequestError, parse
 from megatron_smlp.serving.sampling import Token
 from megatron_smlp.serving.work import Answer
 
@@ -460,3 +462,9 @@ def test_its_flags_are_heeded_and_ctrl_c_ends_it_cleanly(folder: Path):
         server.kill()
     assert server.returncode == 0
     assert said.splitlines()[1:] == [], "but that a task is cancelled"
+
+
+def test_a_prompt_without_ids_is_the_clients_fault(lm: LanguageModel):
+    numbers = replace(lm, tokenizer=Null(100, 99))
+    with pytest.raises(RequestError, match="not a list of numbers"):
+        parse(b'{"prompt": "hello"}', numbers)

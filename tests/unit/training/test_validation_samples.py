@@ -114,7 +114,7 @@ def test_a_split_that_nobody_reads_may_be_empty(
 
 
 @pytest.mark.parametrize("named", [True, False])
-@pytest.mark.parametrize("how", ["--full-validation", "--eval-iters 2"])
+@pytest.mark.parametrize("how", ["--full-validation", "--eval-iters 2", "--eval-iters 0"])
 def test_each_of_several_validation_sets_has_its_own_numbers(tmp_path: Path, named: bool, how: str):
     """Whole, or some batches of each. The first set has two ids, the second 99."""
     train, narrow, wide = (
@@ -132,6 +132,9 @@ def test_each_of_several_validation_sets_has_its_own_numbers(tmp_path: Path, nam
     with pretrained(words, base=MINIMAL.replace("--mock-data", "")):
         pass
     lines = [line for line in records(tmp_path) if "loss" not in line]
+    if how == "--eval-iters 0":
+        assert not lines
+        return
     assert [line["iteration"] for line in lines] == [6, 6]
     fields = [f"validation_{name}" for name in names]
     for line, field, other in zip(lines, fields, reversed(fields), strict=True):

@@ -6,6 +6,7 @@ import json
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -331,5 +332,10 @@ def test_two_files_alone_are_a_gpt2_tokenizer_or_where_the_recorded_one_is(recor
         kind = "GPT2BPETokenizer"
         return TokenizerSpec(tokenizer_type=kind, vocab_file=vocab, merge_file=merges)
 
+    bare = TokenizerSpec(
+        tokenizer_type="HuggingFaceTokenizer", tokenizer_hf_no_include_special_tokens=True
+    )
+    moved = Namespace(tokenizer_type="HuggingFaceTokenizer", tokenizer_model="x")
+    assert named_or_moved(moved, bare) == replace(bare, tokenizer_model="x")
     given = Namespace(tokenizer_type=None, **dict(zip(FILES, (None, "v", "m"), strict=True)))
     assert named_or_moved(given, of(recorded, recorded) if recorded else None) == of("v", "m")
