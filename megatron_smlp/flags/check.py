@@ -178,6 +178,11 @@ def validate(args: argparse.Namespace) -> None:
         # Megatron then forks a process for each save: megatron_patches/checkpoint_files.py.
         args.use_persistent_ckpt_worker = False
         set_global_variables(args)
+    if get_tokenizer().eod is None:
+        raise UsageError(
+            f"--tokenizer-model {args.tokenizer_model} has no end of document, which Megatron's "
+            "datasets ask for: set eos_token in its tokenizer_config.json."
+        )
     size, padded = get_tokenizer().vocab_size, args.padded_vocab_size
     if size > padded or padded % args.tensor_model_parallel_size:
         raise UsageError(

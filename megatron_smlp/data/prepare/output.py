@@ -72,7 +72,6 @@ class Journal:
     @classmethod
     def read(cls, path: Path) -> "Journal":
         body = json.loads(path.read_text(encoding="utf-8"))
-        body.pop("text_bytes", None)  # of an older version
         body["position"] = Position(**body["position"])
         body["counts"] = Counts(**body["counts"])
         return cls(**body)

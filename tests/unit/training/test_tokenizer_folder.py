@@ -17,6 +17,9 @@ from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
 from megatron_smlp.conversion import convert
 from megatron_smlp.data.tokenizers.factory import identity_from_arguments, read_tokenizer
 from megatron_smlp.data.tokenizers.spec import TokenizerSpec
+from megatron_smlp.errors import UsageError
+
+HUGGING_FACE = "--tokenizer-type HuggingFaceTokenizer"
 
 
 @pytest.fixture
@@ -50,6 +53,14 @@ def test_training_has_the_tokenizer_of_the_data(files: str, parse: Callable[...,
     text = "every token, mixes with  what came"
     assert get_tokenizer().tokenize(text) == written.build().encode_batch([text])[0].tolist()
     assert get_tokenizer().eod == written.eod
+
+
+def test_a_tokenizer_without_an_end_is_refused(parse: Callable[..., Any], tmp_path: Path) -> None:
+    """Megatron's dataset would end in a TypeError."""
+    ByteLevelBPETokenizer().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "TokenizersBackend"}')
+    with pytest.raises(UsageError, match=rf"--tokenizer-model {tmp_path} has no end of document"):
+        parse(f"--architecture gmlp {HUGGING_FACE} --tokenizer-model {tmp_path}")
 
 
 def test_the_tokenizer_is_read_for_the_first_save_alone(
