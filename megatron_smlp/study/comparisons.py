@@ -46,12 +46,13 @@ def _because(measured: Measured, claim: Claim) -> Iterator[str]:
 
 def comparison_lines(measured: Measured, claims: Sequence[Claim]) -> Iterator[str]:
     is_design = measured.study.design is not None
+    reasons: list[str] = []
     yield from table(
         "claim", "of", "difference or ratio", "95 % interval", "df", "p", "p (Holm)",
         "p (level)", "n", "standard error (of a ratio: of its logarithm)", "can be seen", "verdict",
     )  # fmt: skip
-    undecided: dict[str, list[str]] = {}
     for claim in claims:
+        undecided: dict[str, list[str]] = {}
         for comparison in claim.comparisons:
             difference, (system, rival) = comparison.found, _titles(measured, comparison)
             of = f"{comparison.what}: {system} {'/' if comparison.is_ratio else '-'} {rival}"
@@ -74,10 +75,11 @@ def comparison_lines(measured: Measured, claims: Sequence[Claim]) -> Iterator[st
                         unit="rounds" if comparison.what == STEP_TIME else "seeds",
                     )
                 )
-                undecided.setdefault(f"{claim.name} is undecided, {why}", []).append(of)
-    if undecided:
-        yield ""
-    yield from (f"* {why}: {'; '.join(pairs)}." for why, pairs in undecided.items())
+                undecided.setdefault(why, []).append(of)
+        for why, pairs in undecided.items():
+            which = f": {'; '.join(pairs)}" * (len(undecided) > 1)
+            reasons.append(f"* {claim.name} is undecided, {why}{which}.")
+    yield from ("", *reasons) if reasons else ()
 
 
 def other_lines(measured: Measured, others: Claim) -> Iterator[str]:

@@ -146,7 +146,7 @@ def test_a_design_is_compared_by_its_minima(known: State, tmp_path: Path):
     text = made.text()
     assert "Outside of its rates lies the fitted best of: *switch*." in text
     assert claims["C2"]["verdict"] == "undecided"
-    assert "* C2 is undecided, costs of fitted curves have no interval: " in text
+    assert "* C2 is undecided, costs of fitted curves have no interval." in text
     [look] = made.looks
     assert (look.verdict, look.spent, look.found.n) == ("confirmed", 0.05, 5)
     [panel] = Drawing(made.measured, made.plan.factors).learning_rates().axes
