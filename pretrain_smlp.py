@@ -3,8 +3,8 @@
     python pretrain_smlp.py --config configs/cpu/smlp_deterministic.yaml --data-path PREFIX ...
     torchrun --nproc-per-node 8 pretrain_smlp.py --config ... --tensor-model-parallel-size 2 ...
 
-All Megatron flags keep their meaning; `--help` lists ours, `--help-all` every one. Read on in
-megatron_smlp/training/loop.py: what happens in a training, in order.
+All Megatron flags keep their meaning; `--help` lists ours, `--help-all` all of them. To follow what
+a training run does, in order, read megatron_smlp/training/loop.py next.
 """
 
 import os
@@ -21,11 +21,11 @@ from megatron_smlp.program import readable_errors, whole_program
 from megatron_smlp.signals import StartUp
 from megatron_smlp.training.captured_output import CapturedOutput
 
-# What imports torch is imported inside: --help does without, --platform cpu hides the GPUs before.
+# Imports that need torch are local: --help works without, and --platform cpu hides the GPUs first.
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run a command line: parse -> patch -> train."""
+    """Run a command line: patch -> parse -> train."""
     argv = plugin_files.load_named(argv)
     if answered(argv):  # --help, --version
         return
@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> None:
         choice.hide_gpus()
     end_with_agent()
     with StartUp() as start_up, CapturedOutput() as output:
-        if AGENT_PID not in os.environ:  # else its launcher has
+        if AGENT_PID not in os.environ:  # otherwise the launcher has done so
             limit_connections(argv, os.environ)
         args = patched_arguments(argv)
         if args.dry_run:
@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def patched_arguments(argv: Sequence[str]) -> Any:
-    """Put what is replaced in Megatron and torch in its place, and parse the flags."""
+    """Apply the patches to Megatron and torch, then parse the flags."""
     from megatron_smlp.megatron_patches.late_compile import late_compile
 
     with late_compile():
@@ -54,7 +54,7 @@ def patched_arguments(argv: Sequence[str]) -> Any:
         from megatron_smlp.megatron_patches import table
         from megatron_smlp.platform import cpu
 
-        cpu.apply()  # which imports Megatron
+        cpu.apply()  # imports Megatron
         table.apply()
         from megatron_smlp.training import loop  # noqa: F401
 
@@ -62,7 +62,7 @@ def patched_arguments(argv: Sequence[str]) -> Any:
 
 
 def train(args: Any, **observers: Any) -> None:
-    """Check the data, then run the loop; `observers`: of `megatron_smlp.training.loop.train`."""
+    """Check the data, then run `megatron_smlp.training.loop.train`, which gets `observers`."""
     from megatron_smlp.evaluation.during_training import tasks_of
     from megatron_smlp.training import loop
     from megatron_smlp.training.data import check_data
@@ -74,7 +74,7 @@ def train(args: Any, **observers: Any) -> None:
 
 
 def run() -> None:
-    """The command `smlp-pretrain`."""
+    """Entry point of the `smlp-pretrain` command."""
     with whole_program(), readable_errors("pretrain_smlp.py"):
         main(sys.argv[1:])
 

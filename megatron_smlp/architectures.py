@@ -1,15 +1,15 @@
 """Every architecture as a list of (token mixer, channel mixer) pairs in Megatron's two layer slots.
 
-`megatron_smlp.systems` holds the tables: `layer_slots` says, by name, what fills each slot of each
-layer. Here the names become Megatron specs. A token mixer's is made by the function that its entry
-names, in layers/; the channel mixers are
+`megatron_smlp.systems` holds the tables: its `layer_slots` names what fills each slot of each
+layer. This module turns those names into Megatron specs. A token mixer's spec is made by the
+function in layers/ that its entry names; the channel mixers are
 
     mlp          Megatron's MLP
     token_moe    layers/token_moe.py (Megatron's MoELayer)
     none         nothing: the slot is the identity
     a plugin's   layers/hosted.py
 
-A Megatron-LM user takes the layers alone, without our training script:
+Megatron-LM users can take the layers alone, without our training script:
 
     pretrain_gpt.py --spec megatron_smlp.architectures gmlp ...
 """
@@ -61,14 +61,14 @@ from megatron_smlp.systems import (
 
 @dataclass
 class SMLPTransformerConfig(TransformerConfig, ModelOptions):
-    """Megatron's TransformerConfig with our model flags beside its own."""
+    """Megatron's TransformerConfig, extended by our model flags."""
 
     spatial_length: int | None = None
-    """T, tokens: the size of every spatial matrix; None takes Megatron's --seq-length. (It has a
-    name of its own because GPTModelConfig has a `seq_length` that it would hide.)"""
+    """T, tokens: the size of every spatial matrix; None: Megatron's --seq-length. (Not named
+    `seq_length`, which would hide that of GPTModelConfig.)"""
 
     hash_vocab_size: int | None = None
-    """HASH: the padded vocabulary, entries of its table."""
+    """HASH: size of the padded vocabulary, the number of entries of its table."""
 
     balanced_experts: Tensor | None = None
     """HASH: <int64>[ids of the tokenizer], the table of --hash-table balanced."""
@@ -77,11 +77,11 @@ class SMLPTransformerConfig(TransformerConfig, ModelOptions):
     """--token-dispatch."""
 
     hetereogenous_dist_checkpoint: bool = True
-    """Checkpoints name each layer by its number, since layers of one model differ."""
+    """Whether checkpoints name each layer by its number, as layers of one model differ."""
 
     def __post_init__(self) -> None:
-        # Megatron allows tensor parallel experts only without a bias, and reads that off the whole
-        # model's flag. Our experts have none (layers/token_moe.py), whatever the other layers have.
+        # Megatron allows tensor parallel experts only without biases, and checks the whole model's
+        # flag. Our experts have none (layers/token_moe.py), whatever the other layers have.
         bias: bool = self.add_bias_linear
         self.add_bias_linear: bool = bias and self.num_moe_experts is None
         super().__post_init__()
@@ -89,10 +89,10 @@ class SMLPTransformerConfig(TransformerConfig, ModelOptions):
 
 
 class SlottedLayer(TransformerLayer):
-    """One layer whose two slots come from the table, by the layer's number in the whole model.
+    """A layer whose two slots are looked up in the table by its number in the whole model.
 
     Args:
-        architecture: overrides the config's; how a bare `--spec` names what it wants.
+        architecture: overrides the config's; set by a bare `--spec`.
     """
 
     def __init__(
@@ -118,26 +118,26 @@ class SlottedLayer(TransformerLayer):
         )
         if isinstance(self.mlp, ResidualRoutedMoELayer):
             self.mlp.norm = self.pre_mlp_layernorm.__call__
-            self.recompute_pre_mlp_layernorm = False  # its output is not kept in this layer
+            self.recompute_pre_mlp_layernorm = False  # this layer does not keep its output
 
     def create_mcore_cudagraph_manager(self, config: TransformerConfig) -> None:
-        """--cuda-graph-impl local: layers that route run without a graph.
+        """Create no graph for layers that route (--cuda-graph-impl local).
 
-        It would replay their kernels, and none of the Python that hands routers token ids, padding
-        and samples, and counts their loads.
+        A graph would replay their kernels, but not the Python code that passes token ids, padding
+        and samples to routers and counts their loads.
         """
         if not self.routes:
             super().create_mcore_cudagraph_manager(config)
 
     def _forward_pre_mlp_layernorm(self, hidden_states: Tensor) -> Tensor:
-        """Megatron's norm in front of the `mlp` slot; BASE's layer is given x, and normalises."""
+        """Apply Megatron's norm before the `mlp` slot; BASE's layer gets x and normalizes it."""
         if isinstance(self.mlp, ResidualRoutedMoELayer):
             return hidden_states
         return super()._forward_pre_mlp_layernorm(hidden_states)
 
 
 def slots_of(config: TransformerConfig, *, architecture: str | None = None) -> list[LayerSlots]:
-    """Return the table's row for this config."""
+    """Return the table's slots of every layer for this config."""
     options = options_of(config)
     if architecture is not None:
         options = dataclasses.replace(options, architecture=architecture)
@@ -145,7 +145,7 @@ def slots_of(config: TransformerConfig, *, architecture: str | None = None) -> l
 
 
 def layer_submodules(config: TransformerConfig, slots: LayerSlots) -> TransformerLayerSubmodules:
-    """Return the specs of one layer: norm, mixer, residual, norm, channel mixer, residual."""
+    """Return one layer's specs: norm, mixer, residual, norm, channel mixer, residual."""
     backend = get_backend(config.transformer_impl)
     norm = norm_builder(config)
     has_channel = slots.channel != "none"
@@ -194,13 +194,13 @@ def _channel(config: TransformerConfig, slots: LayerSlots, backend: BackendSpecP
 
 
 def _no_residual(training: bool, fused: bool) -> Any:
-    """Return the residual of an empty channel slot: the identity would be added to itself
-    otherwise."""
+    """Return the residual connection of an empty channel slot, which passes the residual through:
+    adding the identity's output would double it."""
     return lambda output, residual, dropout: residual
 
 
 def _sequence_length(config: TransformerConfig) -> int:
-    """T from our config or, under a bare `--spec`, from Megatron's own arguments."""
+    """Return T from our config or, with a bare `--spec`, from Megatron's own arguments."""
     length = getattr(config, "spatial_length", None)
     if length is not None:
         return int(length)
@@ -212,15 +212,15 @@ def _sequence_length(config: TransformerConfig) -> int:
 def block_spec(
     config: SMLPTransformerConfig, *, vp_stage: int | None = None
 ) -> TransformerBlockSubmodules:
-    """Return the layers of this pipeline stage and the final norm, for GPTModel."""
+    """Return the specs of this pipeline stage's layers and of the final norm, for GPTModel."""
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(
         layer_specs=[ModuleSpec(module=SlottedLayer)] * count, layer_norm=norm_builder(config)
     )
 
 
-# For Megatron-LM's `--spec megatron_smlp.architectures NAME`, which looks the name up among this
-# module's; our flags keep their defaults there.
+# For Megatron-LM's `--spec megatron_smlp.architectures NAME`, which looks NAME up in this module;
+# our flags then keep their defaults.
 globals().update(
     {name: ModuleSpec(module=SlottedLayer, params={"architecture": name}) for name in ARCHITECTURES}
 )

@@ -1,4 +1,4 @@
-"""Flags: how they are spelt, what a misspelt name may have meant, and the parser of all tools."""
+"""Flags: their spelling, suggestions for misspelled names, and the parser of all tools."""
 
 import argparse
 import difflib
@@ -15,30 +15,30 @@ SPELLINGS = {
     "layernorm_epsilon": "--norm-epsilon",
     "fp8": "--fp8-format",
 }
-"""Flags that set something of another name."""
+"""Flags whose name differs from what they set."""
 
 
 def flag_of(name: str) -> str:
-    """`--num-layers` of `num_layers`."""
+    """Return `--num-layers` for `num_layers`."""
     return SPELLINGS.get(name) or "--" + name.replace("_", "-")
 
 
 def did_you_mean(name: str, known: Iterable[str], *, most: int = 1, cutoff: float = 0.6) -> str:
-    """Return `did you mean A or B?` with at most `most` known names; "" where none is close."""
+    """Return `did you mean A or B?` with at most `most` known names; "" if none is close."""
     close = difflib.get_close_matches(name, list(known), n=most, cutoff=cutoff)
     return f"did you mean {' or '.join(close)}?" if close else ""
 
 
 def note_ignored(flag: str, why: str) -> None:
-    """Tell of a flag of Megatron's tools that would change no result there either."""
+    """Print that a flag of Megatron's tools, which affects no result there either, is ignored."""
     print(f"note: {flag} is accepted and ignored: {why}", file=sys.stderr)
 
 
 def require_positive(options: object, *names: str) -> None:
-    """Refuse numbers under 1 that were given.
+    """Check that given numbers are at least 1.
 
     Raises:
-        UsageError: with the flag and its value.
+        UsageError: one is not; names the flag and its value.
     """
     for name in names:
         if (value := getattr(options, name)) is not None and value < 1:
@@ -46,7 +46,7 @@ def require_positive(options: object, *names: str) -> None:
 
 
 class WithDefaults(argparse.ArgumentDefaultsHelpFormatter):
-    """Names a default, unless the help does so or there is none to speak of."""
+    """Appends the default to a flag's help, unless the help names it or it is trivial."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         is_said = "default" in (action.help or "") or not action.option_strings
@@ -56,7 +56,7 @@ class WithDefaults(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """Wrong flags end like every other error of the tools: in one line, with 2."""
+    """Parser that reports wrong flags like other errors of the tools: in one line, exit code 2."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("formatter_class", WithDefaults)

@@ -1,4 +1,4 @@
-"""Every command of the project: tools/ and the console scripts of the wheel start it from here."""
+"""The project's commands, as started by tools/ and by the wheel's console scripts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_smlp.plugin_texts import ALLOW, FLAG
 from megatron_smlp.program import run_tool
 
 NAMING = {FLAG, ALLOW, "--config"}
-"""Flags by which plugins are named."""
+"""Flags that may name plugins or allow them."""
 
 
 def _run(module: str) -> NoReturn:
@@ -19,9 +19,9 @@ def _run(module: str) -> NoReturn:
 
 
 def _main(module: str) -> int | None:
-    """Load the plugins that are named, then the tool, which has them in its tables."""
+    """Load the named plugins, then the tool, which then has them in its tables."""
     if NAMING & {word.partition("=")[0] for word in sys.argv[1:]}:
-        from megatron_smlp import plugin_files  # with numpy, which --help does without
+        from megatron_smlp import plugin_files  # imports numpy, which --help does not need
 
         sys.argv[1:] = plugin_files.load_named(sys.argv[1:])
     code: int | None = importlib.import_module(f"megatron_smlp.{module}").main()
@@ -29,7 +29,7 @@ def _main(module: str) -> int | None:
 
 
 def launch() -> NoReturn:
-    """Hand --plugin on to the ranks with the rest of a training's command line."""
+    """Launch a training; --plugin is passed on to the ranks with the rest of the command line."""
     run_tool(lambda: importlib.import_module("megatron_smlp.launching.supervisor").main())
 
 

@@ -1,4 +1,4 @@
-"""Replacing a file or a folder so that a crash never leaves half of one under its name."""
+"""Replaces files and folders such that a crash never leaves a partial one under its name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO
 
 LOCK = "lock"
-"""Name of the file by which a folder is locked."""
+"""Name of the file used to lock a folder."""
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 _deleting = ThreadPoolExecutor(1)
 
@@ -23,13 +23,13 @@ _deleting = ThreadPoolExecutor(1)
 def write_durably(
     path: Path, content: str | bytes, *, before_rename: Callable[[], None] = lambda: None
 ) -> None:
-    """Write a file that is whole or not there: under another name, to the disk, then renamed.
+    """Write a file atomically: to a temporary name, flushed to disk, then renamed.
 
     Args:
-        before_rename: may raise, which leaves nothing of it either.
+        before_rename: called before the rename; if it raises, nothing is left behind either.
 
     Raises:
-        OSError: nothing of it is left, and what had the name before is untouched.
+        OSError: nothing is left behind, and a previous file of this name is untouched.
     """
     temporary = _temporary(path)
     try:
@@ -48,15 +48,15 @@ def write_durably(
 
 
 def _temporary(path: Path) -> Path:
-    """Return a name that no other writer has: process numbers are the same on several hosts."""
+    """Return a name that no other writer uses; process IDs are not unique across hosts."""
     return path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
 
 
 def link_durably(source: Path, target: Path) -> None:
-    """Give a finished file a second name, at once, in place of an older file of that name.
+    """Give a finished file a second name, atomically replacing an older file of that name.
 
-    It keeps its first name, so that this can be repeated after a crash in the middle of several;
-    where the file system knows no links it is moved.
+    It keeps its first name, so that a series of calls interrupted by a crash can be repeated; on a
+    file system without hard links it is moved.
     """
     temporary = _temporary(target)
     try:
@@ -72,13 +72,13 @@ def link_durably(source: Path, target: Path) -> None:
 
 
 def replace_folder(new: Path, target: Path) -> None:
-    """Give a finished folder its name, in place of an older folder of that name.
+    """Give a finished folder its name, replacing an older folder of that name.
 
-    At every moment one of both is there, whole. What a crash interrupts leaves the older one as
+    At every moment one of the two exists, complete. After a crash in between, the older one is
     `.NAME.replaced`.
 
     Raises:
-        OSError: the older one is still there.
+        OSError: the older one is still in place.
     """
     aside = target.with_name(f".{target.name}.replaced")
     if target.exists():
@@ -96,15 +96,15 @@ def replace_folder(new: Path, target: Path) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Bring every file and folder below `folder`, and itself, to the disk."""
+    """Flush `folder` and every file and folder below it to disk."""
     for path in [*folder.rglob("*"), folder]:
-        sync_folder(path)  # which does the same for a file
+        sync_folder(path)  # works for files too
 
 
 @contextlib.contextmanager
 def naming_errors(path: Path) -> Iterator[None]:
-    """Give an error of the system a file's name where it has none: a full disk's names no file,
-    and that of a library in Rust is a text with `(os error 28)`."""
+    """Add the file's name to system errors that lack one: the error of a full disk names no file,
+    and a Rust library's is only text with `(os error 28)`."""
     try:
         yield
     except Exception as error:
@@ -116,16 +116,16 @@ def naming_errors(path: Path) -> Iterator[None]:
 
 
 def text_of(error: OSError) -> str:
-    """Return `/run/.iter_0000010.partial-4f1c/__0_0.distcp: No space left on device`."""
+    """Return text like `/run/.iter_0000010.partial-4f1c/__0_0.distcp: No space left on device`."""
     return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
 
 
 def lock_if_possible(file: IO[bytes], operation: int) -> None:
-    """Lock a file as `fcntl.flock` does; where a file system has no locks, as Lustre without
-    `-o flock`, nobody is kept out.
+    """Lock a file with `fcntl.flock`; on a file system without locks, such as Lustre without
+    `-o flock`, warn and keep nobody out.
 
     Raises:
-        BlockingIOError: another process holds it, and LOCK_NB is asked for.
+        BlockingIOError: another process holds the lock, and LOCK_NB is set.
     """
     try:
         fcntl.flock(file, operation)
@@ -141,7 +141,7 @@ def lock_if_possible(file: IO[bytes], operation: int) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk: a rename is not there before."""
+    """Flush a folder's entries to disk: until then a rename is not durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -150,13 +150,13 @@ def sync_folder(folder: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder so that a crash never leaves a part of it under its name.
+    """Remove a folder such that a crash never leaves a part of it under its name.
 
-    It is renamed at once and deleted in the background: a large one may take minutes, and ranks may
-    wait for the caller. The interpreter does not end before that is done.
+    It is renamed at once and deleted in the background: a large one may take minutes, while ranks
+    may wait for the caller. The interpreter does not exit before the deletion is done.
 
     Raises:
-        OSError: it could not be renamed. What cannot be deleted after that stays, renamed.
+        OSError: it could not be renamed. What then cannot be deleted stays under the new name.
     """
     aside = folder.with_name(f".{folder.name.lstrip('.')}.deleted")
     shutil.rmtree(aside, ignore_errors=True)
@@ -165,20 +165,20 @@ def remove_folder(folder: Path) -> None:
 
 
 def delete_in_background(folder: Path) -> Future[None]:
-    """Delete what nobody looks for any more; what cannot be deleted stays."""
+    """Delete a folder that is no longer used; what cannot be deleted stays."""
     return _deleting.submit(shutil.rmtree, folder, ignore_errors=True)
 
 
 def lock_folder(folder: Path) -> IO[bytes]:
-    """Make a folder, and lock it by a file in it until that is closed.
+    """Create a folder and lock it by a file in it, until that file is closed.
 
     Raises:
-        BlockingIOError: another process holds it.
+        BlockingIOError: another process holds the lock.
     """
     path = folder / LOCK
     while True:
         folder.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):  # as its owner removed it just now
+        with contextlib.suppress(FileNotFoundError):  # its owner has just removed it: try again
             file = path.open("wb")
             try:
                 lock_if_possible(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -191,17 +191,17 @@ def lock_folder(folder: Path) -> IO[bytes]:
 
 
 def empty_locked(folder: Path) -> None:
-    """Remove all that lies in a locked folder, but for the lock."""
+    """Remove everything in a locked folder except the lock."""
     for path in folder.iterdir():
         if path.name != LOCK:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def remove_locked(folder: Path, lock: IO[bytes]) -> None:
-    """Remove a locked folder, and close its lock. The lock goes last: whoever takes the folder
-    then makes another one, which is left alone.
+    """Remove a locked folder and close its lock. The lock file goes last: whoever takes the folder
+    after that creates a new one, which is left alone.
 
-    What NFS keeps for a while, since an error has left it open, stays behind.
+    Files that NFS keeps for a while, because an error left them open, stay behind.
     """
     with contextlib.suppress(OSError):
         empty_locked(folder)

@@ -1,6 +1,6 @@
 """Errors for the user: one line that names the thing, its value, what is allowed, what to do.
 
-program.py prints them. Which processes print it is said by `speaker`.
+program.py prints them; `speaker` determines which processes do.
 """
 
 from __future__ import annotations
@@ -9,45 +9,45 @@ from importlib.util import find_spec
 
 
 class UserError(ValueError):
-    """Its text is shown as it is, without a traceback; the process ends with `exit_code`."""
+    """Shown to the user as it is, without a traceback; the process exits with `exit_code`."""
 
     exit_code = 1
     speaker = "RANK"
-    """The variable that is 0 in a process that speaks for the others. Here they raise it together;
-    with LOCAL_RANK one machine may be alone, with an empty name one process."""
+    """The environment variable that is 0 in processes that print the error. RANK: all ranks raise
+    it; LOCAL_RANK: perhaps those of one machine only; empty: perhaps one process only."""
 
 
 class UsageError(UserError):
     """A flag, a file or a combination of them is wrong."""
 
     exit_code = 2
-    speaker = "LOCAL_RANK"  # of one machine, as a driver or a data mount may be
+    speaker = "LOCAL_RANK"  # a driver or a data mount may be wrong on one machine only
 
 
 class UnlikeRanksError(UsageError):
-    """A rank has other flags, data or packages than the first; it may be the only one."""
+    """A rank's flags, data or packages differ from rank 0's; it may be the only such rank."""
 
     speaker = ""
 
 
 class NonFiniteLossError(UserError):
-    """A loss or the gradient norm was NaN or infinite, and the run was told to stop at one."""
+    """A loss or the gradient norm was NaN or infinite, and --nonfinite-loss is stop."""
 
     exit_code = 3
 
 
 class AccountingError(UserError):
-    """The accounting counts another model than the one that was built."""
+    """The accounting does not describe the model that was built."""
 
 
 class CheckpointError(UserError):
-    """A checkpoint cannot be loaded or saved. Any rank may be the only one that sees it."""
+    """A checkpoint cannot be loaded or saved; any rank may be the only one that notices."""
 
     speaker = ""
 
 
 class DamagedCheckpointError(CheckpointError):
-    """A file of a checkpoint is missing, or is not what was written."""
+    """A file of a checkpoint is missing or differs from what was written."""
 
 
 class SaveError(UserError):
@@ -55,37 +55,37 @@ class SaveError(UserError):
 
 
 class TakenOverError(UserError):
-    """Another run writes into the folder of this one; any rank may be the only one that sees it."""
+    """Another run has taken over this run's folder; any rank may be the only one that notices."""
 
     speaker = ""
 
 
 class NoGoodCheckpointError(UserError):
-    """No checkpoint that may be loaded is intact; all ranks have agreed on that."""
+    """None of the checkpoints that may be loaded is intact; all ranks have agreed on that."""
 
 
 class UnsafeCheckpointError(CheckpointError):
-    """A checkpoint would run code while it is loaded."""
+    """Loading a checkpoint would execute code from it."""
 
 
 class FileError(UserError):
-    """A file of the user's; any rank may be the only one that sees it."""
+    """A file of the user's cannot be used; any rank may be the only one that notices."""
 
     speaker = ""
 
 
 class DataError(UserError):
-    """Something about data or its tokenizer that the user can put right."""
+    """A problem with data or its tokenizer that the user can fix."""
 
     def __str__(self) -> str:
-        return " ".join(super().__str__().split())  # a library's reason may have several lines
+        return " ".join(super().__str__().split())  # a library's message may have several lines
 
 
 def require_package(name: str, *, purpose: str, extra: str) -> None:
-    """Check that an optional package can be imported.
+    """Check that an optional package is installed.
 
     Raises:
-        UsageError: with the way to install it.
+        UsageError: it is not; says how to install it.
     """
     if find_spec(name) is None:
         raise UsageError(f"{purpose} needs the Python package {name!r}: pip install {extra}")

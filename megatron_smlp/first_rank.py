@@ -1,7 +1,7 @@
-"""Let rank 0 do first, and then all ranks, what may take longer than a collective is allowed to.
+"""Runs on rank 0 first, then on the others, what may take longer than a collective's timeout.
 
-A collective ends after --distributed-timeout-minutes, so that no rank waits for a dead one. Here
-they wait on rank 0's store, for as long as that answers: then its process lives.
+A collective times out after --distributed-timeout-minutes, so that no rank waits for a dead one.
+Here they wait on rank 0's store instead, as long as it answers, which shows that rank 0 is alive.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from torch.distributed.distributed_c10d import _get_default_store
 from megatron_smlp.errors import DataError
 
 FIRST_NOTICE, NOTICE = 15.0, 60.0
-"""Seconds after which rank 0 says what it does, and from then on."""
+"""Seconds until rank 0 first says what it is doing, and between later notices."""
 LAST_PAUSE = 1.0
-"""Seconds between two questions to the store, which grow up to here."""
+"""Maximum seconds between two polls of the store; the pause grows up to this."""
 ROUNDS = itertools.count()
-"""A store may outlive a run; all ranks come here equally often."""
+"""Makes keys unique, as a store may outlive a run; all ranks make equally many calls."""
 
 
 @contextmanager
 def first_rank_first(rank: int, *, silence: float) -> Iterator[None]:
-    """Run the block on rank 0, then on the others, and leave it together. Collective.
+    """Run the block on rank 0, then on the others; all leave it together. Collective.
 
     Args:
-        silence: seconds without an answer of the store after which rank 0 is given up.
+        silence: seconds without an answer from the store after which rank 0 is given up.
 
     Raises (on the others):
-        DataError: what rank 0 failed of.
-        TimeoutError: its machine does not answer.
+        DataError: rank 0 failed; carries its message.
+        TimeoutError: rank 0's machine does not answer.
     """
     if not torch.distributed.is_initialized():
         yield
@@ -58,7 +58,7 @@ def first_rank_first(rank: int, *, silence: float) -> Iterator[None]:
 
 
 def _awaited(store: torch.distributed.Store, key: str, *, silence: float) -> str:
-    """Return the value of a key once it is there; a store that is frozen answers nothing, ever."""
+    """Return a key's value once it is set; poll in a thread, as a frozen store never answers."""
     answered = time.monotonic()
     failures: list[Exception] = []
 
@@ -86,7 +86,7 @@ def _awaited(store: torch.distributed.Store, key: str, *, silence: float) -> str
 
 @contextmanager
 def telling(what: str, say: Callable[[str], None]) -> Iterator[None]:
-    """Say what takes so long, where it does."""
+    """Say at intervals what is taking so long, if the block does."""
     over = threading.Event()
 
     def tell() -> None:

@@ -1,5 +1,5 @@
-"""What the rest of the program has to know of a flag, and the records of Megatron's own flags that
-say what the model is. Ours are in options.py, whose lists are derived from both.
+"""What the rest of the program needs to know about a flag, and the records of Megatron's own flags
+that define the model. Ours are in options.py, which derives its lists from both.
 """
 
 import dataclasses
@@ -10,53 +10,53 @@ from typing import Any
 from megatron_smlp.systems import LIMITED, SCORING, TOP_K, WITH_BALANCE_LOSS
 
 SAME = "under the same name"
-"""Of `Facts.hf`; records in OUR_FLAGS and MODEL_FLAGS have the name in its place."""
+"""Placeholder in `Facts.hf`; in OUR_FLAGS and MODEL_FLAGS the flag's name replaces it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """Facts of a flag that the rest of the program derives its lists from."""
+    """Facts about a flag, from which the rest of the program derives its lists."""
 
     architectures: tuple[str, ...] = ()
-    """Architectures it is for, empty: all. With another one a value is refused."""
+    """Architectures it is for; empty: all. With any other, setting it is refused."""
     token_routers: Sequence[str] = ()
-    """Rules of the token router that it is for, empty: all."""
+    """Token router rules it is for; empty: all."""
     feature_routers: Sequence[str] = ()
-    """Rules of the feature router that it is for, empty: all."""
+    """Feature router rules it is for; empty: all."""
     input_projections: tuple[str, ...] = ()
-    """Kinds of the input that it is for, empty: all."""
+    """Input projections it is for; empty: all."""
     least: float | None = None
-    """The smallest value that is allowed."""
+    """The smallest allowed value."""
     may_change: bool = False
-    """Whether a run that goes on from a checkpoint may have another value than that."""
+    """Whether a run that resumes from a checkpoint may use another value than the checkpoint's."""
     filled_in: bool = False
-    """Whether a run that is not given it has another value than Megatron's default."""
+    """Whether its default here differs from Megatron's."""
     derived: bool = False
     """Whether it follows from other flags or from the tokenizer."""
     of_one_start: bool = False
-    """Whether it is about one start of a run, so that --use-checkpoint-args leaves it out."""
+    """Whether it concerns only one start of a run, so that --use-checkpoint-args omits it."""
     evaluates: bool = False
     """Whether an evaluation reads it, although it may change."""
     hf: str | None = None
-    """Its name in the Hugging Face configuration; None: not there."""
+    """Its name in the Hugging Face configuration; None: not in there."""
     hf_default_only: bool = False
-    """Whether a model can be exported only where the flag has its default."""
+    """Whether a model can be exported only if the flag has its default value."""
     upcycling: bool = False
-    """Whether tools/convert_checkpoint.py --upcycle takes it for the sparse model."""
+    """Whether tools/convert_checkpoint.py --upcycle accepts it for the sparse model."""
 
 
 def option(default: Any, *, choices: Mapping[str, Any] | None = None, **facts: Any) -> Any:
     """Make a dataclass field with its facts.
 
     Args:
-        choices: the table whose names are allowed, beside the default; plugins may add to it.
+        choices: the table whose names are allowed besides the default; plugins may add to it.
     """
     metadata = {"facts": Facts(**facts), "choices": choices}
     return dataclasses.field(default=default, metadata=metadata)
 
 
 def named[F: Facts](records: dict[str, F]) -> dict[str, F]:
-    """Put the names of the records where they say SAME."""
+    """Replace SAME in the records by their names."""
     return {
         name: dataclasses.replace(facts, hf=name) if facts.hf is SAME else facts
         for name, facts in records.items()
@@ -65,13 +65,13 @@ def named[F: Facts](records: dict[str, F]) -> dict[str, F]:
 
 @dataclass(frozen=True, kw_only=True)
 class MegatronFlag(Facts):
-    """A flag of Megatron's that says what the model is, and so is in model.json."""
+    """A Megatron flag that defines the model, and so is recorded in model.json."""
 
     default: Any = None
-    """Megatron's own; tests/unit/test_options.py compares."""
+    """Megatron's own default; tests/unit/test_options.py compares them."""
 
 
-# Other functions of the same weights.
+# Flags that make another function of the same weights.
 _FUNCTIONS = {
     "openai_gelu": False,
     "squared_relu": False,

@@ -1,13 +1,13 @@
-"""Who holds a folder, until when, and how it is taken over: a number, a heartbeat and a fence.
+"""Leases on folders: who holds one, until when, and how it is taken over.
 
 `.lease-000007` belongs to the folder's seventh holder: each takes the next number, and the highest
-holds the folder. A number is taken by linking a finished file to a name that must be free, which
-even a shared file system lets only one process do.
+number holds the folder. A number is taken by linking a finished file to a name that must be free,
+which even a shared file system allows only one process to do.
 
-No clocks are compared, which differ between machines. A holder has ended if its process has, where
-that is on this machine, or if its heartbeat was not seen to change for its `expiry`, by the clock
-of who looks. One that was taken for dead and comes back sees the higher number: in the background
-(`lost`), and by `is_held` before anything that only one process may do.
+Clocks of different machines are not compared. A holder has ended if its process has (if on this
+machine), or if the observer, by its own clock, has not seen its heartbeat change for `expiry`. A
+holder that was declared dead and comes back sees the higher number: in the background (`lost`), and
+by calling `is_held` (the fence) before anything that only one process may do.
 """
 
 from __future__ import annotations
@@ -29,37 +29,37 @@ from megatron_smlp.durable import write_durably
 
 NAME = re.compile(r"\.lease-(\d{6,})")
 BEATS = 9
-"""Heartbeats in the time after which a holder is taken for dead."""
+"""Heartbeats per `expiry`, the time after which a silent holder is declared dead."""
 SIZE = 1024
-"""Bytes of a heartbeat's file, of which each one rewrites all."""
+"""Size of a heartbeat file in bytes; each heartbeat rewrites all of it."""
 
 
 class HeldError(Exception):
-    """The folder's holder, whom the error names, lives."""
+    """The folder's holder, named in the message, is alive."""
 
 
 @dataclass(frozen=True)
 class Holder:
-    """A process, as its heartbeat describes it."""
+    """A process, as described by its heartbeat."""
 
     token: str
     host: str
     process: int
     kernel: str
-    """Identifies the machine's boot and the process namespace; where it is the same, the process
-    can be looked up."""
+    """Identifies the machine's boot and the PID namespace; if they match, the process can be looked
+    up."""
     started: str
-    """When the process was started, in the kernel's ticks: process ids are reused."""
+    """Start time of the process in kernel ticks, since process IDs are reused."""
     expiry: float
-    """Seconds without a heartbeat after which it is taken for dead."""
+    """Seconds without a heartbeat after which it is declared dead."""
     beat: int = 0
     note: Mapping[str, Any] = field(default_factory=dict)
-    """What it says of its work."""
+    """What it reports about its work."""
     is_released: bool = False
 
     @classmethod
     def here(cls, *, expiry: float) -> Holder:
-        """Return this process as a holder, with a token of its own."""
+        """Return this process as a holder, with a fresh token."""
         return cls(
             token=secrets.token_hex(8),
             host=socket.gethostname(),
@@ -70,8 +70,8 @@ class Holder:
         )
 
     def lives(self) -> bool | None:
-        """Return whether its process runs; None where that cannot be seen from here, and for one
-        that is stopped, which may go on or not."""
+        """Return whether its process runs; None if that cannot be seen from here, or if the process
+        is stopped, which may or may not continue."""
         if self.is_released:
             return False
         if not self.kernel or self.kernel != _kernel():
@@ -97,7 +97,7 @@ def _kernel() -> str:
 
 
 def _state_and_start(process: int) -> tuple[str, str]:
-    """Return the letter of a process's state, and when it was started; empty if there is none."""
+    """Return a process's state letter and start time; empty strings if there is no such process."""
     try:
         text = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -107,7 +107,7 @@ def _state_and_start(process: int) -> tuple[str, str]:
 
 
 def read(path: Path) -> Holder | None:
-    """Return the holder in a file; None if it is missing or cannot be read now."""
+    """Return the holder in a file; None if it is missing or currently unreadable."""
     try:
         return Holder(**json.loads(path.read_bytes()))
     except (OSError, ValueError, TypeError):
@@ -119,17 +119,17 @@ class Sight:
     """What one process has seen of a heartbeat."""
 
     holder: Holder | None
-    """As of the last time that it could be read."""
+    """The content when it was last readable."""
     since: float
-    """When it was first seen like this, by time.monotonic."""
+    """When this content was first seen, by time.monotonic."""
     beats: int = 0
     """How often it was seen to change."""
 
     def has_ended(self, *, expiry: float) -> bool:
-        """Return whether the holder's process has ended, or was silent for too long.
+        """Return whether the holder's process has ended or was silent for too long.
 
         Args:
-            expiry: of one that could not be read yet.
+            expiry: assumed for a holder that could not be read yet.
         """
         expiry = self.holder.expiry if self.holder else expiry
         is_silent = time.monotonic() - self.since > expiry
@@ -137,13 +137,13 @@ class Sight:
 
 
 class Observer:
-    """Remembers since when heartbeats are as they are, by this process's own clock."""
+    """Remembers when each heartbeat last changed, by this process's own clock."""
 
     def __init__(self) -> None:
         self._sights: dict[Path, Sight] = {}
 
     def look(self, path: Path) -> Sight:
-        """Look at a heartbeat once more."""
+        """Read a heartbeat again and return what is known of it."""
         holder, now = read(path), time.monotonic()
         sight = self._sights.setdefault(path, Sight(holder, now))
         if holder and holder != sight.holder:
@@ -152,43 +152,43 @@ class Observer:
         return sight
 
     def is_held(self, folder: Path, *, expiry: float) -> bool:
-        """Return whether a holder of the folder lives, as far as was seen.
+        """Return whether the folder's holder is alive, as far as was seen.
 
         Args:
-            expiry: of one that could not be read yet.
+            expiry: assumed for a holder that could not be read yet.
         """
         path = newest(folder)
         return path is not None and not self.look(path).has_ended(expiry=expiry)
 
 
 class Heartbeat:
-    """Shows that this process lives, by rewriting a file in the background for as long as it does.
+    """Shows that this process is alive, by rewriting a file in the background as long as it is.
 
-    In place, so that a full disk does not stop it.
+    The file is rewritten in place, so that a full disk does not stop it.
 
     Args:
-        path: of a file with the holder's content.
-        interval: seconds.
+        path: an existing file with the holder's content.
+        interval: seconds between heartbeats.
     """
 
     def __init__(self, path: Path, holder: Holder, *, interval: float) -> None:
         self.path, self.holder, self.interval = path, holder, interval
         self.note: dict[str, Any] = {}
-        """Is written with the next heartbeat."""
+        """Written with the next heartbeat."""
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         while not self._ended.wait(self.interval):
-            with contextlib.suppress(OSError):  # a file system may be away for a while
+            with contextlib.suppress(OSError):  # the file system may be temporarily unavailable
                 self.beat()
 
     def beat(self, *, is_released: bool = False) -> None:
-        """Write the file once more.
+        """Write the next heartbeat.
 
         Raises:
-            OSError: it is gone, or cannot be written.
+            OSError: the file is gone or cannot be written.
         """
         self.holder = replace(
             self.holder, beat=self.holder.beat + 1, note=dict(self.note), is_released=is_released
@@ -197,20 +197,20 @@ class Heartbeat:
             file.write(self.holder.content())
 
     def end(self) -> None:
-        """Write it no more."""
+        """Stop the heartbeats."""
         self._ended.set()
         self._thread.join()
 
 
 class Lease(Heartbeat):
-    """A folder that this process holds, until it is released or another one takes it over."""
+    """A folder held by this process until it is released or another process takes it over."""
 
     def __init__(self, path: Path, holder: Holder, before: Holder | None, silent: float) -> None:
         self.folder, self.number = path.parent, _number(path)
         self.before, self.silent = before, silent
         """The last holder, and the seconds since its last heartbeat, by the file system's clock."""
         self.lost = threading.Event()
-        """Is set when this process has seen another holder."""
+        """Set once this process has seen another holder."""
         super().__init__(path, holder, interval=holder.expiry / BEATS)
 
     def __enter__(self) -> Lease:
@@ -220,7 +220,7 @@ class Lease(Heartbeat):
         self.release()
 
     def beat(self, *, is_released: bool = False) -> None:
-        """Write the file once more, unless there is another holder."""
+        """Write the next heartbeat, unless there is another holder."""
         if self.is_held():
             super().beat(is_released=is_released)
 
@@ -244,19 +244,19 @@ class Lease(Heartbeat):
         return (_number(path), read(path)) if path else (0, None)
 
     def release(self) -> None:
-        """Let the next holder have the folder at once; `note` stays in it."""
+        """Let the next holder take the folder at once; `note` stays in the file."""
         self.end()
         with contextlib.suppress(OSError):
             self.beat(is_released=True)
 
 
 def take(folder: Path, *, expiry: float, observer: Observer) -> Lease | None:
-    """Take a folder; None: another process holds it, as far as was seen.
+    """Take a folder; return None if another process holds it, as far as was seen.
 
     Args:
-        folder: exists.
+        folder: an existing folder.
         expiry: seconds without a heartbeat after which others may take it over.
-        observer: of a process that tries again, the same one.
+        observer: the same one each time that a process tries again.
 
     Raises:
         OSError: no lease can be written there.
@@ -269,7 +269,7 @@ def take(folder: Path, *, expiry: float, observer: Observer) -> Lease | None:
     before = read(last) if last else None
     if not _create(path, holder):
         return None
-    if newest(folder) != path:  # others were faster by more than one, and have removed this number
+    if newest(folder) != path:  # others were ahead by more than one and have removed this number
         path.unlink(missing_ok=True)
         return None
     silent = _seconds_between(last, path) if last else 0.0
@@ -285,11 +285,11 @@ def acquire(
     """Take a folder, as `take` does, as soon as its holder has ended.
 
     Args:
-        say: is told of a holder that has to be watched, once.
-        patience: seconds in which a holder that lives may end.
+        say: called once if the holder must be watched to tell whether it is alive.
+        patience: seconds that a live holder is given to end.
 
     Raises:
-        HeldError: it lives.
+        HeldError: the holder is alive.
         OSError: no lease can be written there.
     """
     observer, gives_up = Observer(), time.monotonic() + patience
@@ -310,8 +310,8 @@ def acquire(
 
 
 def holder_of(folder: Path) -> Holder | None:
-    """Return who seems to hold a folder, at one look, for who only shows it: a holder on another
-    machine is judged by its file's time and this machine's clock."""
+    """Return who seems to hold a folder, at one look, for display only: a holder on another machine
+    is judged by its file's modification time and this machine's clock."""
     path = newest(folder) if folder.is_dir() else None
     holder = read(path) if path else None
     if path is None or holder is None:
@@ -336,15 +336,15 @@ def _number(path: Path) -> int:
 
 
 def _create(path: Path, holder: Holder) -> bool:
-    """Return whether nobody else had the name."""
+    """Create a lease; return whether this process got the name."""
     own = path.with_name(f".lease.{holder.token}")
     write_durably(own, holder.content())
     try:
         path.hardlink_to(own)
     except FileExistsError:
-        made = read(path)  # by this process, where NFS has lost the answer to a first try
+        made = read(path)  # ours, if NFS lost the reply to a first attempt
         return made is not None and made.token == holder.token
-    except OSError:  # a file system without links
+    except OSError:  # a file system without hard links
         try:
             with path.open("xb") as file:
                 file.write(holder.content())

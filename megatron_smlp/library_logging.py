@@ -1,4 +1,4 @@
-"""Silence libraries that log too much for a tool whose output is read."""
+"""Silences libraries that log too much for a tool whose output people read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LIBRARIES = (
 
 
 def silence_libraries() -> None:
-    """Silence them: that there is no CUDA, Apex or Transformer Engine is no news here."""
+    """Silence the libraries: missing CUDA, Apex or Transformer Engine is no news here."""
     warnings.simplefilter("ignore")
     for name in LIBRARIES:
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -28,7 +28,7 @@ def silence_libraries() -> None:
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Silence the libraries for a while, and their progress bars for good."""
+    """Silence the libraries inside the block, and their progress bars for good."""
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()

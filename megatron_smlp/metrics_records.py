@@ -1,7 +1,7 @@
-"""metrics.jsonl: what a run logged, an object a line (docs/metrics.md), written and read.
+"""Writes and reads metrics.jsonl, a run's log with one object per line (docs/metrics.md).
 
-A run that was stopped and went on, or was copied behind another part of it, has iterations twice:
-the later line is of the model that trained on, and replaces the earlier ones from its iteration on.
+If a run was resumed, or one part's log was appended to another's, some iterations occur twice: the
+later line is of the model that trained on, and replaces the earlier ones from its iteration on.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Record = dict[str, Any]
 
 
 class MetricsFile:
-    """Written by one rank of a run; a missing folder means that nothing is kept."""
+    """The file as one rank of a run writes it; without a folder, nothing is kept."""
 
     def __init__(self, folder: str | None) -> None:
         self.path = Path(folder) / FILE_NAME if folder else None
@@ -31,10 +31,10 @@ class MetricsFile:
             self.lost = UnwritableLog(self.path)
 
     def drop_after(self, iteration: int) -> Record:
-        """Forget what a run wrote after the checkpoint that this run goes on from.
+        """Drop what was written after the checkpoint from which this run resumes.
 
         Returns:
-            the last record of a step that stays; empty where there is none.
+            the last remaining record of a step; empty if there is none.
         """
         before = self._text()
         kept = [line for line in before.splitlines() if _iteration_of(line) <= iteration]
@@ -42,29 +42,29 @@ class MetricsFile:
         if self.path and after != before:
             with self.lost.tolerated():
                 write_durably(self.path, after)
-        records = map(json.loads, reversed(kept))  # those of restarts have no wall time
+        records = map(json.loads, reversed(kept))  # records of restarts have no wall time
         return next((record for record in records if "wall_seconds" in record), {})
 
     def newest(self) -> tuple[int, float | None]:
-        """Return the last iteration that was logged, 0 for none, and the seconds since, by the
-        clock of the file system; None where there is no file."""
+        """Return the last logged iteration (0 if none) and the seconds since the last write, by the
+        file system's clock; None if there is no file."""
         if self.path is None or not self.path.exists():
             return 0, None
         numbers = [n for n in map(_iteration_of, self._text().splitlines()) if math.isfinite(n)]
         written = self.path.stat().st_mtime
         silent: float | None = None
         with self.lost.tolerated():
-            self.path.touch()  # for the file system's own clock
+            self.path.touch()  # to read the file system's own clock
             silent = self.path.stat().st_mtime - written
         return int(max(numbers, default=0)), silent
 
     def holds(self, name: str, *, iteration: int) -> bool:
-        """Return whether a record of this iteration has this value."""
+        """Return whether a record of this iteration has this field."""
         records = map(json.loads, self._text().splitlines())
         return any(record["iteration"] == iteration and name in record for record in records)
 
     def write(self, record: Record) -> None:
-        """Append a record, whole or not at all; on a full disk it is lost, and the run lives on."""
+        """Append a record, all or nothing; on a full disk it is lost, and the run continues."""
         if self.path is None:
             return
         data = (json.dumps(finite(record)) + "\n").encode()
@@ -87,11 +87,11 @@ def _iteration_of(line: str) -> float:
     try:
         return float(json.loads(line)["iteration"])
     except (ValueError, KeyError, TypeError):
-        return math.inf  # half a line, from a run that was killed while it wrote
+        return math.inf  # a partial line, from a run that was killed while writing
 
 
 def finite(value: Any) -> Any:
-    """Return what JSON can hold, which has no NaN: a number that is not finite as text."""
+    """Return a value that JSON can hold: non-finite numbers become text, as JSON has no NaN."""
     if isinstance(value, dict):
         return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -100,10 +100,10 @@ def finite(value: Any) -> Any:
 
 
 def read_records(file: Path) -> list[Record]:
-    """Read all records of a file, without those that a later line replaces.
+    """Read all records of a file except those that a later line replaces.
 
     Raises:
-        UsageError: no such file, or a line that is not a record.
+        UsageError: there is no such file, or a line is not a record.
     """
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
@@ -120,7 +120,7 @@ def read_records(file: Path) -> list[Record]:
 
 
 def _parse(line: str, *, where: str, is_last: bool) -> Record:
-    """Return a line's record; empty if blank, or half a line at the end of a running run."""
+    """Return a line's record; empty if it is blank, or the partial last line of a running run."""
     if not line.strip():
         return {}
     try:
@@ -135,7 +135,7 @@ def _parse(line: str, *, where: str, is_last: bool) -> Record:
 
 
 def _without_overlap(records: Sequence[Record]) -> list[Record]:
-    """Let each record drop earlier ones of later iterations, and a step those of its own."""
+    """Let each record drop earlier ones of later iterations, and a step also those of its own."""
     kept: list[Record] = []
     for record in records:
         reached = record["iteration"] - ("loss" in record)  # a validation follows the step

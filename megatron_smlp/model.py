@@ -1,4 +1,4 @@
-"""Arguments -> Megatron's GPTModel with the layers of our table."""
+"""Builds Megatron's GPTModel, with the layers of our table, from arguments."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ tanh_gelu = partial(functional.gelu, approximate="tanh")
 
 
 def activation(flags: Mapping[str, Any]) -> Callable[[Tensor], Tensor]:
-    """Return the activation that Megatron's flags name; the default is exact GELU.
+    """Return the activation that Megatron's flags select; the default is exact GELU.
 
-    Megatron 0.19 parses --openai-gelu and does not read it.
+    Megatron 0.19 parses --openai-gelu but ignores it.
     """
     if flags["swiglu"]:
         return functional.silu
@@ -40,7 +40,7 @@ def activation(flags: Mapping[str, Any]) -> Callable[[Tensor], Tensor]:
 
 
 def transformer_config(args: argparse.Namespace) -> SMLPTransformerConfig:
-    """Megatron's own translation of arguments, into our config class."""
+    """Translate arguments as Megatron does, but into our config class."""
     config = core_transformer_config_from_args(args, config_class=SMLPTransformerConfig)
     config.spatial_length = args.seq_length
     for name in PLUGIN_OPTIONS:
@@ -55,7 +55,7 @@ def model_config(args: argparse.Namespace) -> Any:
     """Return the GPTModelConfig that Megatron builds the model from."""
     config = transformer_config(args)
     model = gpt_config_from_args(args, config=config)
-    model.rope_scaling_factor = args.rope_scaling_factor  # Megatron 0.19 passes on whether alone
+    model.rope_scaling_factor = args.rope_scaling_factor  # Megatron 0.19 drops the factor
     model.transformer_layer_spec = _layers
     model.pre_wrap_hooks += [_with_token_ids, _with_input_projection, _on_device]
     return model
@@ -68,7 +68,7 @@ def _with_token_ids(stages: list[Any]) -> list[Any]:
 
 
 def _with_input_projection(stages: list[Any]) -> list[Any]:
-    """Put --input-projection minhash, with its table, where the embedding was built."""
+    """Replace the embedding by the projection of --input-projection minhash, and fill its table."""
     args = get_args()
     for stage in stages:
         if projection := replace_embedding(stage):
@@ -83,7 +83,7 @@ def _with_input_projection(stages: list[Any]) -> list[Any]:
 
 
 def _on_device(stages: list[Any]) -> list[Any]:
-    """Megatron leaves a model whose weights are drawn on the CPU there, on a GPU too."""
+    """Move a model to its device if its weights were drawn on the CPU, where Megatron leaves it."""
     for stage in stages:
         if stage.config.use_cpu_initialization:
             stage.cuda()
@@ -91,8 +91,8 @@ def _on_device(stages: list[Any]) -> list[Any]:
 
 
 def _layers(model: Any, vp_stage: int | None = None) -> Any:
-    """Build the layers, the first part of a model that every rank builds; a balanced table is
-    collective."""
+    """Return the layers, the first part of a model that every rank builds; computing the balanced
+    table is collective."""
     config = model.transformer
     if config.hash_table and config.balanced_experts is None:
         config.balanced_experts = experts_of_training_data(get_args())

@@ -1,8 +1,8 @@
-"""Partial prediction by positions: where its prefix ends, and which targets its loss is over.
+"""Positions in partial prediction: where the prefix ends, and which targets its loss covers.
 
-A sample's first P tokens choose the experts of its chunks (routers/prefix.py), so the targets that
-are predicted from there on are those that train the model: Yu et al., arXiv 2203.06850, section 3.
-Their loss is reported apart, for any system with --suffix-from.
+A sample's first P tokens choose the experts of its chunks (routers/prefix.py), so the model trains
+on the targets predicted from there on: Yu et al., arXiv 2203.06850, section 3. Their loss is also
+reported separately; for any system with --suffix-from.
 
 Letters: T sequence length, P prefix length.
 """
@@ -19,20 +19,20 @@ from megatron_smlp.systems import BY_PREFIX
 def prefix_length(options: Any, *, seq_length: int) -> int:
     """P = floor(fraction x T), the tokens from which partial prediction routes; 0 without it.
 
-    The fraction is the decimal number that was written: in binary, 0.29 of 100 would be 28.
+    The fraction is taken as the decimal number given: in binary, 0.29 of 100 would be 28.
 
     Args:
-        options: ModelOptions, or a namespace with its names.
+        options: ModelOptions, or a namespace with its attributes.
     """
     is_partial = options.feature_router in BY_PREFIX
     return int(Fraction(str(options.prefix_fraction)) * seq_length) if is_partial else 0
 
 
 def trained_from(options: Any) -> int:
-    """First position whose target is trained on: P, or 0 with --partial-loss all.
+    """Return the first position whose target is trained on: P, or 0 with --partial-loss all.
 
     Args:
-        options: a namespace with the names of ModelOptions, and seq_length.
+        options: a namespace with the attributes of ModelOptions, and seq_length.
     """
     if options.partial_loss == "all":
         return 0
@@ -40,13 +40,13 @@ def trained_from(options: Any) -> int:
 
 
 def suffix_start(options: Any) -> int:
-    """P of --suffix-from, or partial prediction's; 0 where no suffix is reported.
+    """Return the P of --suffix-from, else partial prediction's; 0 if no suffix is reported.
 
     Args:
-        options: a namespace with the names of ModelOptions and RunOptions, and seq_length.
+        options: a namespace with the attributes of ModelOptions and RunOptions, and seq_length.
 
     Raises:
-        UsageError: it is not a position of a sample that has something on both sides.
+        UsageError: --suffix-from is not a position strictly inside a sample.
     """
     given, seq_length = options.suffix_from, options.seq_length
     if given is None:

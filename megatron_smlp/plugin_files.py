@@ -1,11 +1,11 @@
-"""Loads the plugins that a person names, and enters what they register into the tables.
+"""Loads the plugins that the user names, and enters what they register into the tables.
 
     --plugin FILE.py      a file
     --plugin NAME         a module, or an entry point of the group megatron_smlp.plugins
-    plugin: FILE.py       in a --config file, from its folder; or a list
+    plugin: FILE.py       in a --config file, relative to its folder; or a list
 
-Nothing else runs a plugin: no folder, no checkpoint, no exported model. No torch before there is a
-plugin.
+Nothing else runs a plugin: no folder, no checkpoint, no exported model. torch is not imported until
+there is a plugin.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ GROUP = "megatron_smlp.plugins"
 HOSTED = "megatron_smlp.layers.hosted"
 WITHOUT_FLAGS = ("mlp", "none")
 OF_MEGATRON = ("rank", "world_size", "data_parallel_size", "iteration", "params_dtype")
-"""What Megatron sets in the namespace of the flags, whatever stands there."""
+"""Names that Megatron sets in the namespace of the flags, overwriting what is there."""
 
 
 def load_named(argv: Sequence[str]) -> list[str]:
-    """Load what --plugin names, note --allow-other-plugin, and return the other arguments.
+    """Load what --plugin names, record --allow-other-plugin, and return the remaining arguments.
 
     Raises:
         UsageError: see `load`; or the flag has no value.
@@ -63,7 +63,7 @@ def load_named(argv: Sequence[str]) -> list[str]:
 
 
 def named_in(settings: Mapping[str, Setting]) -> list[str]:
-    """Return what the key `plugin` of --config files names, from the folder of each file."""
+    """Return what `plugin` names in --config files; paths are relative to the file's folder."""
     setting = settings.get(KEY)
     if setting is None:
         return []
@@ -76,10 +76,10 @@ def named_in(settings: Mapping[str, Setting]) -> list[str]:
 
 
 def load(name: str) -> PluginFile:
-    """Run a plugin's file, once in a process, and enter what it registers.
+    """Run a plugin's file, once per process, and enter what it registers.
 
     Raises:
-        UsageError: it is not there, does not import, or registers what cannot be.
+        UsageError: it is missing, fails to import, or registers something invalid.
     """
     path = _path(name)
     known = LOADED.get(path.stem)
@@ -124,7 +124,7 @@ def load(name: str) -> PluginFile:
 
 
 def snapshot() -> Callable[[], None]:
-    """Return a function that puts everything back that a plugin adds to, as it is now."""
+    """Return a function that restores everything a plugin adds to, as it is now."""
     from megatron_smlp.plugins import register
 
     tables: list[dict[str, Any]] = [
@@ -151,7 +151,7 @@ def snapshot() -> Callable[[], None]:
 
 
 def _path(name: str) -> Path:
-    """Return the file that a name stands for."""
+    """Return the file that a name refers to."""
     path = Path(name)
     if path.suffix == ".py" or path.is_file():
         if not path.is_file():
@@ -169,7 +169,7 @@ def _path(name: str) -> Path:
 
 
 def _lines_in(path: Path, error: BaseException) -> Iterator[int]:
-    """Yield the lines of the file at which an error came, the innermost first."""
+    """Yield the lines of the file at which an error arose, innermost first."""
     if isinstance(error, SyntaxError) and error.filename == str(path) and error.lineno:
         yield error.lineno
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
@@ -178,11 +178,11 @@ def _lines_in(path: Path, error: BaseException) -> Iterator[int]:
 
 
 def _enter(added: Mapping[str, Sequence[str]]) -> None:
-    """Enter names that were registered into the tables of systems.py and options.py.
+    """Enter registered names into the tables of systems.py and options.py.
 
     Raises:
-        ValueError: a name is ours, an architecture names what is not there, or an option's name is
-            a flag's, or of what Megatron sets.
+        ValueError: a name is taken, an architecture names something unknown, or an option has the
+            name of a flag or of something that Megatron sets.
     """
     from megatron_smlp.plugins import register
 
@@ -214,7 +214,7 @@ def _enter(added: Mapping[str, Sequence[str]]) -> None:
 
 def _enter_package_flags(name: str) -> None:
     """Let an architecture take the flags of the package's own architectures whose mixers are all
-    among its own: --spatial-heads, where it has spatial gating."""
+    among its own, such as --spatial-heads if it has spatial gating."""
     own = {systems.ARCHITECTURES[name].mixer, *systems.ARCHITECTURES[name].others}
     like = {
         other
@@ -278,7 +278,7 @@ def _architecture(name: str, architecture: Any) -> systems.ArchitectureEntry:
 
 
 def _pairs_of(architecture: Any) -> list[tuple[str, str]]:
-    """Return the different pairs of mixers in the layers of a model of 64."""
+    """Return the distinct pairs of mixers in the layers of a model with 64 layers."""
     pairs: dict[tuple[str, str], None] = {}
     for number in range(64):
         try:
@@ -287,12 +287,12 @@ def _pairs_of(architecture: Any) -> list[tuple[str, str]]:
             raise ValueError(
                 f"layers({number}, 64): it is asked of a model of 64 layers; answer for every "
                 "number (ORDER[number % len(ORDER)])."
-            ).with_traceback(error.__traceback__) from error  # which has the plugin's line
+            ).with_traceback(error.__traceback__) from error  # keeps the plugin's line number
     return list(pairs)
 
 
 def _kinds_of(architecture: Any) -> list[Any]:
-    """Return the plugins' classes in its layers."""
+    """Return the plugin classes used in an architecture's layers."""
     pairs = _pairs_of(architecture)
     kinds = [
         *(systems.MIXERS[mixer].plugin for mixer, _ in pairs),
@@ -302,8 +302,8 @@ def _kinds_of(architecture: Any) -> list[Any]:
 
 
 def _enter_options(kind: Any, **belongs: tuple[str, ...]) -> None:
-    """Enter a class's options for the architecture or router that has it; two architectures with
-    one mixer share its options."""
+    """Enter a class's options for the architecture or router that uses it; architectures with the
+    same mixer share its options."""
     from megatron_smlp.plugins import options_of
 
     declared = options_of(kind)
@@ -325,8 +325,8 @@ def _enter_options(kind: Any, **belongs: tuple[str, ...]) -> None:
 
 
 def described(flags: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return what a Hugging Face configuration says of plugins, for a model's flags; None: nothing
-    of the model is a plugin's."""
+    """Return the plugin entry of a Hugging Face configuration for a model's flags; None: no part of
+    the model is a plugin's."""
     if not LOADED:
         return None
     from megatron_smlp.plugins import register

@@ -1,4 +1,4 @@
-"""The texts of the plugins of this process: what is recorded with a model that is made of them."""
+"""The source texts of this process's plugins, and what is recorded of them with a model."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from megatron_smlp.errors import UsageError
 
 FLAG, ALLOW = "--plugin", "--allow-other-plugin"
 ALLOWED: set[str] = set()
-"""Holds ALLOW where this process was given it."""
+"""Contains ALLOW if this process was given it."""
 EXPORTED = ("configuration_smlp", "modeling_plugin", "modeling_smlp", "plugins")
-"""Names of the files of an exported folder, where a plugin's stands beside them."""
+"""Module names of an exported folder's own files, which a plugin's file is put next to."""
 
 
 @dataclass(frozen=True)
 class PluginFile:
-    """A file that was loaded."""
+    """A plugin file that was loaded."""
 
     name: str
-    """Its module's name."""
+    """Its module name."""
     path: Path
     text: str
     parts: frozenset[str] = frozenset()
-    """Names of the model's parts that it registers; listeners and updates are none."""
+    """Names of the model parts that it registers; listeners and updates are not among them."""
 
     @property
     def sha256(self) -> str:
@@ -36,7 +36,7 @@ class PluginFile:
         """Return its text for an exported folder.
 
         Raises:
-            UsageError: it imports what the folder does not have.
+            UsageError: it imports something that the folder does not contain.
         """
         text = exported(self.text)
         if other := re.search(r"^\s*(?:from|import) megatron_smlp\b.*", text, flags=re.M):
@@ -48,11 +48,11 @@ class PluginFile:
 
 
 LOADED: dict[str, PluginFile] = {}
-"""The plugins of this process, by their modules' names, in the order in which they were named."""
+"""The plugins of this process by module name, in the order in which they were named."""
 
 
 def recorded() -> dict[str, str]:
-    """Return the SHA-256 of the text of each plugin that a model may be made of, for model.json."""
+    """Return the SHA-256 of each plugin text that a model may be made of, for model.json."""
     return {name: plugin.sha256 for name, plugin in LOADED.items() if plugin.parts}
 
 
@@ -65,7 +65,7 @@ def require(there: Mapping[str, str], where: str) -> None:
     """Check that the plugins that a model was made with were named.
 
     Raises:
-        UsageError: one was not, or has another text and --allow-other-plugin was not given.
+        UsageError: one was not, or its text differs and --allow-other-plugin was not given.
     """
     for name, digest in there.items():
         if name not in LOADED:
@@ -82,8 +82,8 @@ def require(there: Mapping[str, str], where: str) -> None:
 
 
 def exported(text: str) -> str:
-    """Return a text for a folder that needs torch and transformers alone: imports of this package
-    become imports of the files beside it."""
+    """Return a text for a folder that needs only torch and transformers: imports of this package
+    become imports of the files next to it."""
     names = "|".join(EXPORTED)
     return re.sub(
         rf"^from megatron_smlp(?:\.hf)?\.({names}) import", r"from .\1 import", text, flags=re.M

@@ -1,4 +1,4 @@
-"""Parameters of a plugin (plugins.Weight) as Megatron has them: drawn, sharded, summed."""
+"""Turns plugin parameters (plugins.Weight) into Megatron's: drawn, sharded, gradients summed."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from megatron_smlp.plugins import weights_of
 
 
 def own_weights(module: nn.Module, *, dtype: torch.dtype, group: Any, whole: bool = False) -> None:
-    """Draw the parameters of a plugin's module, and make them Megatron's.
+    """Initialize the parameters of a plugin's module, and make them Megatron's.
 
     Args:
         group: the tensor parallel group.
-        whole: whether each rank computes the same; else of what is not cut, each computes its part.
+        whole: whether all ranks compute the same; if not, gradients of uncut weights are partial.
     """
     parts, part = (1, 0) if whole else (group.size(), group.rank())
     device = torch.cuda.current_device() if torch.cuda.is_available() else None
@@ -29,5 +29,5 @@ def own_weights(module: nn.Module, *, dtype: torch.dtype, group: Any, whole: boo
                 weight.weight, is_parallel=True, dim=weight.cut, stride=1
             )
         elif parts > 1:
-            # Each rank computes something of its own with the same values: the gradient is a sum.
+            # Each rank uses the same values for a different part: the gradient is a sum over ranks.
             weight.read = partial(tensor_parallel.copy_to_tensor_model_parallel_region, group=group)

@@ -1,12 +1,12 @@
-"""What a file of your own may hold: token mixers, channel mixers, routers, architectures.
+"""What a plugin file may define: token mixers, channel mixers, routers, architectures.
 
     pretrain_smlp.py --plugin gated_conv.py --architecture gated_conv ...
 
-The file needs this module and torch alone. A class says what it computes between two projections;
-flags, tensor parallelism, checkpoints, costs, metrics, export and generation follow from it, and
+The file needs only this module and torch. A class defines what it computes between two projections;
+flags, tensor parallelism, checkpoints, costs, metrics, export and generation follow from that, and
 `smlp-check FILE` shows that they do. docs/own-mixer.md is the tutorial.
 
-An exported model holds a copy of this file beside the plugin's, and runs the same classes.
+An exported model contains a copy of this file next to the plugin's, and runs the same classes.
 
 Letters: B batch, T sequence length, D hidden, F features of a mixer, N tokens, E experts, k choices
 of a token, C chunks of features, P prefix length.
@@ -44,11 +44,11 @@ __all__ = [
 ]
 
 Init = Callable[[Tensor], Any]
-"""Draws the first values of a parameter in place: <fp32>, on the CPU."""
+"""Draws the initial values of a parameter in place: <fp32>, on the CPU."""
 
 
 State = dict[str, Tensor] | None
-"""What a token mixer keeps between two calls of a generation; see TokenMixer."""
+"""What a token mixer keeps between two calls during generation; see TokenMixer."""
 
 
 def zeros(values: Tensor) -> None:
@@ -62,12 +62,12 @@ def ones(values: Tensor) -> None:
 
 
 def normal(std: float) -> Init:
-    """Start at normal values around 0 with this standard deviation."""
+    """Start at normal values with mean 0 and this standard deviation."""
     return lambda values: values.normal_(std=std)
 
 
 small = normal(0.02)
-"""Small normal values, as --init-method-std draws them by default."""
+"""Small normal values, with the default standard deviation of --init-method-std."""
 
 
 def uniform(bound: float) -> Init:
@@ -79,16 +79,16 @@ def uniform(bound: float) -> Init:
 class Option:
     """A flag of a plugin: `taps: int = option(4, "tokens that a position reads", smallest=1)`.
 
-    Its name, with hyphens, is the flag; its annotation says the type: int, float, bool, str, or a
+    Its name, with hyphens, is the flag; its annotation is the type: int, float, bool, str, or a
     Literal of strings.
     """
 
     default: Any
     help: str
-    """What it means, with its unit."""
+    """Its meaning, with the unit."""
     smallest: float | None = None
     may_change: bool = False
-    """Whether a run that goes on from a checkpoint may have another value."""
+    """Whether a run that resumes from a checkpoint may use another value."""
     kind: type = str
     choices: tuple[str, ...] | None = None
 
@@ -96,7 +96,7 @@ class Option:
 def option(
     default: Any, help: str, *, smallest: float | None = None, may_change: bool = False
 ) -> Any:
-    """Declare a flag, as the value of an annotated name in a class; see Option."""
+    """Declare a flag, as the default of an annotated class attribute; see Option."""
     return Option(default=default, help=help, smallest=smallest, may_change=may_change)
 
 
@@ -104,7 +104,7 @@ def options_of(kind: type) -> dict[str, Option]:
     """Return the options that a class and its bases declare, by name.
 
     Raises:
-        TypeError: one has an annotation of no flag.
+        TypeError: one has an annotation that no flag can have.
     """
     declared: dict[str, Option] = {}
     for base in reversed(kind.__mro__):
@@ -124,12 +124,12 @@ def options_of(kind: type) -> dict[str, Option]:
 
 
 def values_in(kind: type, source: Any) -> dict[str, Any]:
-    """Return the values of a class's options, which are attributes of a namespace or config."""
+    """Return the values of a class's options, read from the attributes of a namespace or config."""
     return {name: getattr(source, name) for name in options_of(kind)}
 
 
 def _set_options(module: Any, values: Mapping[str, Any], **sizes: int) -> None:
-    """Put the values of its options, or their defaults, in the place of the records."""
+    """Set a module's option attributes to their values or defaults, in place of the records."""
     module.made_of = {**sizes, "values": values}
     for name, it in options_of(type(module)).items():
         setattr(module, name, values.get(name, it.default))
@@ -137,8 +137,8 @@ def _set_options(module: Any, values: Mapping[str, Any], **sizes: int) -> None:
 
 @torch.no_grad()
 def compute_tables(model: nn.Module) -> None:
-    """Compute the buffers of plugins' classes that are not saved (persistent=False): a model that
-    was built without values, as from_pretrained builds it, has none in them."""
+    """Compute plugin buffers that are not saved (persistent=False), which are empty in a model that
+    was built without values, as by from_pretrained."""
     for own in model.modules():
         if isinstance(own, Mixer | TokenRouter | FeatureRouter) and _tables_of(own):
             made = _tables_of(type(own)(**own.made_of))
@@ -158,10 +158,10 @@ def _tables_of(module: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
 
 
 class Weight(nn.Module):
-    """A parameter of a plugin, read by a call.
+    """A plugin's parameter, read by calling it.
 
-    The host hooks the call: gathers are waited for there, and a parameter that all ranks of a
-    tensor parallel group hold whole has its gradient summed over them.
+    The host hooks into the call: it waits for all-gathers there, and sums the gradient of a
+    parameter that is replicated in a tensor parallel group over the group's ranks.
     """
 
     def __init__(self, *shape: int, cut: int | None, init: Init) -> None:
@@ -172,7 +172,7 @@ class Weight(nn.Module):
 
     @torch.no_grad()
     def draw(self, *, parts: int = 1, part: int = 0) -> None:
-        """Draw the first values: all ranks draw the whole, and each keeps its part."""
+        """Draw the initial values: every rank draws the whole parameter and keeps its part."""
         shape = list(self.weight.shape)
         if self.cut is not None:
             shape[self.cut] *= parts
@@ -186,15 +186,15 @@ class Weight(nn.Module):
 
 
 def weights_of(module: nn.Module) -> list[Weight]:
-    """Return the parameters of a plugin's module."""
+    """Return all parameters of a plugin's module."""
     return [part for part in module.modules() if isinstance(part, Weight)]
 
 
 class _WithWeights(nn.Module):
-    """What holds parameters of a plugin."""
+    """Base class of what holds a plugin's parameters."""
 
     def draw(self) -> Self:
-        """Draw the first values of all parameters, where no host does."""
+        """Draw the initial values of all parameters, if there is no host to do it."""
         for weight in weights_of(self):
             weight.draw()
         return self
@@ -209,29 +209,29 @@ class _WithWeights(nn.Module):
 
 
 def masked_product(weight: Tensor, values: Tensor) -> Tensor:
-    """Mixer.causal_product, where no host has a faster one."""
+    """Mixer.causal_product, unless a host has a faster one."""
     return weight.tril() @ values
 
 
 class Mixer(_WithWeights):
-    """What token mixers and channel mixers share: they stand between two projections of the host.
+    """Base class of token mixers and channel mixers, which sit between two projections of the host.
 
     Args:
-        width: features of this rank, F / TP, or F where the mixer is `whole`.
+        width: features of this rank: F / TP, or F if the mixer is `whole`.
         length: T, tokens.
-        values: of its options.
+        values: values of its options.
     """
 
     inner: ClassVar[Mapping[str, int]] = {"value": 1}
-    """The projections of the layer's normed input: name -> outputs per feature. `forward` is given
-    them in this order; the projection from F features back to D is the host's."""
+    """The projections of the layer's normed input: name -> outputs per feature. `forward` gets them
+    in this order; the host also projects from F features back to D."""
     whole: ClassVar[bool] = False
     """Whether it needs all F features of a token at once, as a norm over them does. The host then
     gathers them over the tensor parallel group, and all ranks compute the same."""
     causal_product: Callable[[Tensor, Tensor], Tensor] = staticmethod(masked_product)
     """(weight <float>[T', T'], values <float>[B, T', N]) -> the lower triangle of weight times
-    values, <float>[B, T', N]. Megatron's host computes the triangle alone, and FLOPs are counted
-    so."""
+    values, <float>[B, T', N]. Megatron's host computes only the triangle, and FLOPs are counted
+    accordingly."""
 
     def __init__(self, *, width: int, length: int, values: Mapping[str, Any]) -> None:
         super().__init__()
@@ -245,20 +245,20 @@ class Mixer(_WithWeights):
         return hidden_size
 
     def build(self, width: int, length: int) -> None:
-        """Make the parameters, by `self.parameter`."""
+        """Create the parameters with `self.parameter`."""
 
     def parameter(self, *shape: int, cut: int | None, init: Init) -> Weight:
-        """Make a parameter, which `forward` reads by a call.
+        """Create a parameter, which `forward` reads by calling it.
 
         Args:
-            shape: on this rank.
-            cut: the axis that is split as the features are; None: every rank has all of it.
-            init: draws its first values, as zeros, ones, normal(std) or uniform(bound).
+            shape: its shape on this rank.
+            cut: the axis that is sharded like the features; None: every rank holds all of it.
+            init: draws its initial values: zeros, ones, normal(std), uniform(bound) or the like.
         """
         return Weight(*shape, cut=cut, init=init)
 
     def forward(self, *inner: Tensor) -> Tensor:
-        """Each of `inner`: <float>[B, T', width], or [B, T', width, outputs] where it has several a
+        """Each of `inner`: <float>[B, T', width], or [B, T', width, outputs] if it has several per
         feature -> <float>[B, T', width]; T' <= T."""
         raise NotImplementedError
 
@@ -266,19 +266,19 @@ class Mixer(_WithWeights):
     def cost(
         cls, *, features: int, length: int, values: Mapping[str, Any]
     ) -> tuple[int, int] | None:
-        """Return forward FLOPs of one sequence between the projections: those that are needed, and
-        those with full squares in place of triangles. None: torch counts the products, and both are
-        that number."""
+        """Return the forward FLOPs of one sequence between the projections: those needed, and those
+        with full squares in place of triangles. None: torch counts the products, and both numbers
+        are that count."""
         return None
 
 
 def projections_of(kind: type[Mixer]) -> dict[str, int]:
-    """Return what a host calls each of `inner`, and its outputs per feature."""
+    """Return the host's name for each of `inner`, and its outputs per feature."""
     return {f"inner_{name}": outputs for name, outputs in kind.inner.items()}
 
 
 def mix(mixer: Mixer, projected: Sequence[Tensor], **state: dict[str, Tensor]) -> Tensor:
-    """Run a mixer on what a host's projections give, <float>[B, T', outputs * width] each."""
+    """Run a mixer on the host's projected inputs, <float>[B, T', outputs * width] each."""
     counts = mixer.inner.values()
     parts = (
         part if outputs == 1 else part.unflatten(-1, (-1, outputs))
@@ -292,36 +292,36 @@ class TokenMixer(Mixer):
     """Mixes tokens, causally: output t reads inputs 0..t.
 
     Generation mixes all tokens so far again at each step, unless `forward(*inner, state=None)`
-    takes a state. In generation that is a dict of tensors whose axis 0 is B, empty before the first
-    token: `forward` is given the tokens behind those that it knows, and leaves what the next call
-    needs. In training it is None.
+    takes a state. During generation that is a dict of tensors whose axis 0 is B, empty before the
+    first token: `forward` gets only the tokens after those it has seen, and stores in the dict what
+    the next call needs. In training it is None.
     """
 
     learned_positions: ClassVar[bool] = True
-    """Whether the model's input has learned positions; else they are the mixer's affair."""
+    """Whether the model's input has learned positions; if not, positions are up to the mixer."""
 
 
 def keeps_state(kind: type[Mixer]) -> bool:
-    """Whether its `forward` takes a state."""
+    """Return whether a mixer's `forward` takes a state."""
     return "state" in inspect.signature(kind.forward).parameters
 
 
 class ChannelMixer(Mixer):
-    """Works on each token by itself, in the place of the FFN."""
+    """Works on each token by itself, in place of the FFN."""
 
 
 class TokenRouter(nn.Module):
-    """A rule by which N tokens choose among E experts of FFNs.
+    """A rule by which N tokens choose among E FFN experts.
 
-    The scores are h W in fp32, W: <float>[E, D] the host's, unless `scores` says otherwise.
-    `choose` is called without gradient for the whole micro-batch, `weigh` with it.
+    The scores are h W in fp32, with the host's W: <float>[E, D], unless `scores` is overridden.
+    `choose` is called without gradients for the whole micro-batch, `weigh` with them.
     """
 
     experts_per_token: ClassVar[int] = 1
-    """k, experts that a token visits, by which FLOPs are counted and tokens are sent. With
-    `may_skip` their number on average, at most."""
+    """k, the number of experts that a token visits, for counting FLOPs and sending tokens. With
+    `may_skip`, an upper bound on their average number."""
     may_skip: ClassVar[bool] = False
-    """Whether `choose` says which of the choices are visited, so that tokens have fewer or more."""
+    """Whether `choose` also says which choices are visited, so that tokens have fewer or more."""
 
     def __init__(self, *, num_experts: int, values: Mapping[str, Any]) -> None:
         super().__init__()
@@ -331,20 +331,20 @@ class TokenRouter(nn.Module):
     def scores(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """hidden: <float>[..., D], weight: <float>[E, D] -> scores <fp32>[..., E], with gradient.
 
-        Default: their products.
+        Default: their dot products.
         """
         return functional.linear(hidden.float(), weight.float())
 
     def choose(self, scores: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """scores: <fp32>[N, E] -> experts <int64>[N, k], distinct in a row; or these and which of
-        them are visited, <bool>[N, k]. In evaluation no row may depend on another.
+        """scores: <fp32>[N, E] -> experts <int64>[N, k], distinct within a row; or these and which
+        of them are visited, <bool>[N, k]. In evaluation no row may depend on another.
 
         Default: the k highest scores.
         """
         return scores.topk(self.experts_per_token, dim=-1).indices
 
     def choices(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what `choose` says, with the choices that are visited where it says none: all."""
+        """Return `choose`'s experts and which are visited: all, unless `choose` says so itself."""
         chosen = self.choose(scores)
         if isinstance(chosen, tuple):
             return chosen
@@ -353,28 +353,28 @@ class TokenRouter(nn.Module):
     def weigh(self, scores: Tensor, chosen: Tensor) -> Tensor:
         """scores: <fp32>[n, E]; chosen: <int64>[n, k] -> weights <fp32>[n, k], with gradient.
 
-        Default: the softmax over all experts, of the chosen ones.
+        Default: the chosen experts' entries of the softmax over all experts.
         """
         return scores.softmax(dim=-1).gather(1, chosen)
 
     def loss(self, scores: Tensor, chosen: Tensor) -> Tensor | None:
-        """scores: <fp32>[N, E], chosen: <int64>[N, k] -> a loss that is added with
+        """scores: <fp32>[N, E], chosen: <int64>[N, k] -> a loss that is added with weight
         --moe-aux-loss-coeff, or None."""
         return None
 
     def update(self, loads: Tensor) -> None:
-        """After a step that was not skipped: change buffers.
+        """Update buffers after a step that was not skipped.
 
-        Buffers are fp32, saved with the model and exported unless they are registered as not
-        persistent. What `choose` added to them in a step is averaged over data parallel ranks
-        before.
+        Buffers are fp32, and are saved with the model and exported unless they are registered as
+        not persistent. What `choose` added to them during the step is averaged over data parallel
+        ranks before this call.
 
         Args:
             loads: <fp32>[E], tokens of all ranks that visited each expert in the step.
         """
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> TokenRouter:
-        """Keep buffers in fp32 where a model is cast, buffers and all, to half precision."""
+        """Keep buffers in fp32 when a model is cast, buffers included, to half precision."""
         kept = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, buffer in kept.items():
@@ -385,10 +385,10 @@ class TokenRouter(nn.Module):
 
 
 class FeatureRouter(_WithWeights):
-    """A rule by which the C chunks of a sample's features choose among E spatial experts (smlp), by
-    its first P tokens: tokens before P are routed as chunk i to expert i mod E.
+    """A rule by which the C chunks of a sample's features choose among E spatial experts (smlp),
+    based on its first P tokens; in those tokens themselves, chunk i goes to expert i mod E.
 
-    Each chunk is routed by itself: a tensor parallel rank sees C' of them.
+    Chunks are routed independently: a tensor parallel rank sees C' of them.
     """
 
     def __init__(self, *, num_experts: int, prefix_length: int, values: Mapping[str, Any]) -> None:
@@ -398,15 +398,15 @@ class FeatureRouter(_WithWeights):
         self.build(prefix_length, num_experts)
 
     def build(self, prefix_length: int, num_experts: int) -> None:
-        """Make the parameters, by `self.parameter`."""
+        """Create the parameters with `self.parameter`."""
 
     def parameter(self, *shape: int, init: Init) -> Weight:
-        """Make a parameter, which `scores` reads by a call; every rank has all of it."""
+        """Create a parameter, which `scores` reads by calling it; every rank holds all of it."""
         return Weight(*shape, cut=None, init=init)
 
     def scores(self, means: Tensor) -> Tensor:
         """means: <fp32>[B, P, C'], of each chunk over its features before their norm -> scores
-        <fp32>[B, C', E], with gradient. The balance loss (--feature-aux-loss-coeff) is of their
+        <fp32>[B, C', E], with gradient. The balance loss (--feature-aux-loss-coeff) uses their
         softmax."""
         raise NotImplementedError
 
@@ -415,9 +415,9 @@ class FeatureRouter(_WithWeights):
         return scores.argmax(dim=-1)
 
     def weigh(self, scores: Tensor, experts: Tensor) -> Tensor:
-        """Return what the experts' mixed values are multiplied by, <fp32>[B, C'], with gradient.
+        """Return the factors of the experts' mixed values, <fp32>[B, C'], with gradient.
 
-        Default: E times the softmax of the chosen one, 1 where all scores are equal.
+        Default: E times the softmax of the chosen expert, which is 1 if all scores are equal.
         """
         chosen = scores.softmax(dim=-1).gather(-1, experts[..., None])[..., 0]
         return self.num_experts * chosen
@@ -425,17 +425,17 @@ class FeatureRouter(_WithWeights):
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """The fillings of a model's layers."""
+    """What fills the slots of a model's layers."""
 
     layers: Callable[[int, int], tuple[str, str]]
-    """(number from 0, number of layers) -> (token mixer, channel mixer), names of registered ones
-    or of ours (megatron_smlp/systems.py), the channel mixer also `mlp` or `none`. In MoE layers
-    token experts stand in its place, whatever it is."""
+    """(layer number from 0, number of layers) -> names of (token mixer, channel mixer), registered
+    ones or ours (megatron_smlp/systems.py); the channel mixer may also be `mlp` or `none`. In MoE
+    layers, token experts replace the channel mixer."""
 
 
 @dataclass
 class Registry:
-    """All that the plugins of this process have registered, by name."""
+    """Everything that this process's plugins registered, by name."""
 
     token_mixers: dict[str, type[TokenMixer]] = field(default_factory=dict)
     channel_mixers: dict[str, type[ChannelMixer]] = field(default_factory=dict)
@@ -447,7 +447,7 @@ class Registry:
     schedules: list[Callable[[float], float]] = field(default_factory=list)
 
     def tables(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Return each table with what its entries are called."""
+        """Yield each table, preceded by what its entries are called."""
         yield "token mixer", self.token_mixers
         yield "channel mixer", self.channel_mixers
         yield "token router", self.token_routers
@@ -458,7 +458,7 @@ class Registry:
         """Register a class: `@register("name")`.
 
         Raises:
-            TypeError: it is none of the bases'.
+            TypeError: it is derived from none of the base classes.
             ValueError: the name is taken.
         """
 
@@ -489,7 +489,7 @@ class Registry:
         channel: str = "mlp",
         layers: Callable[[int, int], tuple[str, str]] | None = None,
     ) -> None:
-        """Register an architecture: one mixer and channel in all layers, or `layers` by number.
+        """Register an architecture: the same mixers in all layers, or by layer number (`layers`).
 
         Raises:
             ValueError: the name is taken, or neither or both of `mixer` and `layers` are given.
@@ -502,23 +502,23 @@ class Registry:
         self._add(self.architectures, name, Architecture(layers=layers or (lambda _, __: pair)))
 
     def listener[Kind: type](self, kind: Kind) -> Kind:
-        """Register a class that looks on: `@register.listener` on a training.events.Listener. Each
-        training makes one, behind those of the program. No model is exported with its file."""
+        """Register an observer class: `@register.listener` on a training.events.Listener. Each
+        training makes one, called after the program's own. Models are exported without its file."""
         self.listeners.append(kind)
         return kind
 
     def update[Function: Callable[..., None]](self, function: Function) -> Function:
-        """Register a function that changes buffers once a step, behind the optimizer's update:
-        `f(models, skipped=bool)`, on every rank; see training.events.Update. In bf16 and fp16 a
-        weight has to be changed in `parameter.main_param` too, from which the next step makes it.
+        """Register a function that changes buffers once per step, after the optimizer's update:
+        `f(models, skipped=bool)`, on every rank; see training.events.Update. In bf16 and fp16,
+        change a weight in `parameter.main_param` too, from which the next step recomputes it.
         """
         self.updates.append(function)
         return function
 
     def schedule[Function: Callable[[float], float]](self, function: Function) -> Function:
-        """Register a factor of the learning rate: `f(done)`, with done from 0 in the first step to
-        1 at --lr-decay-iters. It multiplies what --lr-decay-style and the warm-up say: with
-        `constant` it is the schedule."""
+        """Register a factor of the learning rate: `f(done)`, where done goes from 0 in the first
+        step to 1 at --lr-decay-iters. It multiplies the rate set by --lr-decay-style and warm-up:
+        with `constant` it is the whole schedule."""
         self.schedules.append(function)
         return function
 

@@ -1,4 +1,4 @@
-"""End a program well: errors as one line, exit codes, no worker left behind."""
+"""Ends a program cleanly: errors as one line, exit codes, no worker left behind."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from megatron_smlp.unwritable_log import to_stderr
 
 
 def _is_zero(variable: str) -> bool:
-    """Return whether torchrun has set it to 0, or not at all: before there is a process group."""
+    """Return whether the variable that torchrun sets is 0 or unset; needs no process group."""
     return int(os.environ.get(variable, "0")) == 0
 
 
 def _end_workers() -> None:
-    """End data loader workers: they ignore SIGTERM, and exiting would wait for them for ever."""
+    """Kill data loader workers: they ignore SIGTERM, and exiting would wait for them forever."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report their deaths
     for child in multiprocessing.active_children():
         child.kill()
@@ -35,9 +35,9 @@ def _end_workers() -> None:
 
 @contextlib.contextmanager
 def readable_errors(program: str) -> Iterator[None]:
-    """Turn a UserError into one line on stderr, of its `speaker`, and its exit code.
+    """Turn a UserError into one line on stderr, printed by its `speaker`, and its exit code.
 
-    So it is with Ctrl-C where nothing else is made of it; the code is the one shells expect.
+    Ctrl-C, unless handled otherwise, is treated likewise, with the exit code that shells expect.
     """
     try:
         with noting_interruptions():
@@ -65,24 +65,24 @@ def readable_errors(program: str) -> Iterator[None]:
 
 
 def _never_collect(error: BaseException) -> None:
-    """Keep what an interruption left half done, which its frames hold, until the process is gone.
+    """Leak what an interruption left half done, which its frames hold, until the process is gone.
 
-    A writer of torch's whose file is closed before its time complains when it is collected at the
-    end, in the middle of an exit function, and may abort the process. A reference that nobody gives
-    back keeps it, and no more than it: gc.freeze() would keep all, of which nanobind complains.
+    A torch writer whose file was closed early complains when it is collected at shutdown, in the
+    middle of an exit function, and may abort the process. A leaked reference keeps just this error
+    alive; gc.freeze() would keep everything, and nanobind complains about that.
     """
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(error))
 
 
 @contextlib.contextmanager
 def whole_program() -> Iterator[None]:
-    """Wrap a program's outermost block: behind it, call the exit functions and end the process.
+    """Wrap a program's outermost block: after it, call the exit functions and end the process.
 
-    The interpreter would go on to take itself apart, with threads of native code still there. In
-    two of some hundred runs on a busy machine (torch 2.15, Python 3.13) that aborted the process,
-    and a run that had ended well had failed.
+    Otherwise the interpreter would be torn down while native threads still run. In two of some
+    hundred runs on a busy machine (torch 2.15, Python 3.13) that aborted the process, turning a
+    successful run into a failed one.
 
-    Ctrl-C, which would interrupt an exit function, has nothing left to stop.
+    Ctrl-C is ignored from then on: it would interrupt an exit function, and has nothing to stop.
     """
     try:
         yield
@@ -99,15 +99,15 @@ def whole_program() -> Iterator[None]:
 
 def _leave(code: int) -> NoReturn:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading._shutdown()  # type: ignore[attr-defined]  # executors end what they have begun
+    threading._shutdown()  # type: ignore[attr-defined]  # executors finish what they began
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # nobody reads it, or it is closed
+        with contextlib.suppress(OSError, ValueError):  # no reader, or closed already
             stream.flush()
     os._exit(code)
 
 
-# What the system says without a file's name, and no fault of the program.
+# Errors that the system reports without a file name, and that are no fault of the program.
 NAMELESS_ERRORS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO),
     *(errno.EMFILE, errno.ENFILE),
@@ -115,10 +115,10 @@ NAMELESS_ERRORS = (
 
 
 def run_tool(main: Callable[[], int | None]) -> NoReturn:
-    """Run a tool's `main` and exit with what it returns; None is 0.
+    """Run a tool's `main` and exit with the code it returns; None means 0.
 
-    Errors of the user's, files that cannot be read or written, and Ctrl-C end it as
-    `readable_errors` says. A broken pipe (`tool | head`) is not an error.
+    User errors, files that cannot be read or written, and Ctrl-C end it as described in
+    `readable_errors`. A broken pipe (`tool | head`) is not an error.
     """
     with readable_errors(Path(sys.argv[0]).name):
         try:

@@ -1,4 +1,4 @@
-"""Progress of a command on stderr: a bar on a terminal, otherwise what is new every ten seconds."""
+"""Progress of a command on stderr: a bar on a terminal, otherwise news every ten seconds."""
 
 import sys
 import time
@@ -11,7 +11,7 @@ LINE_SECONDS = 10.0
 
 
 class Progress:
-    """Use as a context manager. Without a total, no share and no time left are shown."""
+    """Use as a context manager. Without a total, percentage and remaining time are not shown."""
 
     def __init__(self, total: int | None) -> None:
         self.total = total
@@ -30,7 +30,7 @@ class Progress:
             self.bar.stop()
 
     def show(self, done: int, text: str) -> None:
-        """Show that `done` of the total is done; `text` says it in words."""
+        """Show that `done` of the total are done; `text` says so in words."""
         if self.bar is not None:
             self.bar.update(self.bar.task_ids[0], completed=done, description=text)
         elif time.monotonic() - self.shown_at >= LINE_SECONDS:

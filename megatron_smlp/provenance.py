@@ -1,5 +1,4 @@
-"""The software of a run: its sources, the commit of this repository, where it is one, and package
-versions."""
+"""The software of a run: its sources, the commit if this is a repository, and package versions."""
 
 from __future__ import annotations
 
@@ -16,24 +15,24 @@ from megatron_smlp import plugin_texts
 PACKAGES = ("megatron-core", "torch", "numpy", "transformers", "tokenizers", "safetensors")
 HASH_DIGITS = 12
 NOT_OF_A_STEP = {"commands.py", "conversion", "generation", "plotting", "serving", "study"}
-"""Parts of the package that read, compare or serve what was trained."""
+"""Parts of the package that do not affect a step: they read, compare or serve what was trained."""
 
 
 @cache
 def software() -> dict[str, Any]:
-    """`commit` (None for an installed package), `sources`, `python` and `packages` with their
-    versions."""
+    """Return `commit` (None for an installed package), `sources`, and the versions of `python` and
+    `packages`."""
     return made_by() | {"python": platform.python_version(), "packages": versions()}
 
 
 def made_by() -> dict[str, str | None]:
-    """Return the commit, and a hash of the sources, that what this process trains is made by."""
+    """Return the commit, and a hash of the sources, of the code that this process trains with."""
     return {"commit": _commit(), "sources": sources()}
 
 
 def sources() -> str:
-    """Return a hash of the texts that decide what a step computes: pretrain_smlp.py, the
-    package but for some parts, and the plugins of this process."""
+    """Return a hash of the texts that determine what a step computes: pretrain_smlp.py, the package
+    except NOT_OF_A_STEP, and the plugins of this process."""
     package = Path(__file__).parent
     files = [package.with_name("pretrain_smlp.py"), *sorted(package.rglob("*.py"))]
     digest = hashlib.sha256()
@@ -47,13 +46,13 @@ def sources() -> str:
 
 
 def versions() -> dict[str, str | None]:
-    """Return those of this package and of the packages that it stands on."""
+    """Return the versions of this package and of the packages it builds on."""
     return {name: version_of(name) for name in ("megatron-smlp", *PACKAGES)}
 
 
 def version_of(package: str) -> str | None:
-    """Return the version that the installation records; some packages would ask git in the current
-    folder."""
+    """Return the version recorded at installation; some packages' own version would come from git
+    in the current folder."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -61,7 +60,7 @@ def version_of(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Twelve digits, and `-dirty` where files differ from it."""
+    """Return twelve digits of the commit, plus `-dirty` if files differ from it."""
     root = Path(__file__).parents[1]
     if not (root / ".git").exists():
         return None

@@ -1,12 +1,12 @@
-"""Every signal that a program of ours handles.
+"""All signal handling of our programs.
 
-    any program     Ctrl-C ends it, by program.py, in one line
-    a training      SIGTERM, Ctrl-C, a terminal that closes, Slurm's warning: it finishes the step,
-                    saves, and ends with 0; a second Ctrl-C ends it as any other program
+    any program     Ctrl-C ends it with one line (program.py)
+    a training      SIGTERM, Ctrl-C, a closing terminal, Slurm's warning: it finishes the step,
+                    saves, and exits with 0; a second Ctrl-C ends it like any other program
     before the      there is nothing to save: SIGTERM ends it at once, with 0
     first step
 
-launching/supervisor.py hands a launcher's signals on to these.
+launching/supervisor.py forwards a launcher's signals to these handlers.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from types import FrameType
 from typing import Any, NoReturn
 
 WARNINGS = (signal.SIGHUP, signal.SIGUSR1)
-"""A terminal that closes, and what `sbatch --signal=B:USR1@600` sends before a job's end."""
+"""Sent by a closing terminal, and by `sbatch --signal=B:USR1@600` before a job's end."""
 FINISHING = "finishing this step or evaluation, then saving what is not saved yet"
 
 _interrupted = threading.Event()
 
 
 def interrupt(number: int, frame: FrameType | None) -> NoReturn:
-    """Handle SIGINT as Python does, and note for `is_interruption` that it came."""
+    """Handle SIGINT as Python does, and record it for `is_interruption`."""
     _interrupted.set()
     raise KeyboardInterrupt
 
 
 def is_interruption(error: BaseException | None) -> bool:
-    """Return whether an error only follows from an interruption.
+    """Return whether an error is only a consequence of an interruption.
 
-    Native code that is interrupted in a call back to Python (torch, at work on its archives) may
-    let the interruption go and complain of what it left behind, such as a closed file.
+    Native code interrupted in a callback into Python (such as torch writing its archives) may drop
+    the interruption and raise about what it left behind, such as a closed file.
     """
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__context__
@@ -45,7 +45,7 @@ def is_interruption(error: BaseException | None) -> bool:
 
 @contextlib.contextmanager
 def noting_interruptions() -> Iterator[None]:
-    """Let `is_interruption` know of a Ctrl-C inside, where Python's own handler is in force."""
+    """Record a Ctrl-C in the block for `is_interruption`, if Python's own handler is installed."""
     main = threading.current_thread() is threading.main_thread()
     if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
@@ -60,9 +60,9 @@ def noting_interruptions() -> Iterator[None]:
 
 @contextlib.contextmanager
 def held(*numbers: signal.Signals) -> Iterator[None]:
-    """Keep signals until the end of the block; a process that is started in it never sees one, from
-    its first instruction on. Ctrl-C reaches every process at a terminal, and a launcher's SIGTERM
-    all of a rank: the rank decides."""
+    """Block signals until the end of the block; a process started in it never sees them, from its
+    first instruction on. Ctrl-C reaches every process of a terminal, and a launcher's SIGTERM all
+    processes of a rank: this leaves the decision to the rank."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
         yield
@@ -72,7 +72,7 @@ def held(*numbers: signal.Signals) -> Iterator[None]:
 
 @contextlib.contextmanager
 def graceful_signals(*, announces: bool) -> Iterator[None]:
-    """During a training, pass the others to the handler that Megatron has for SIGTERM.
+    """Route SIGINT and WARNINGS to Megatron's SIGTERM handler during a training.
 
     Args:
         announces: whether this process tells the user what happens next.
@@ -83,7 +83,7 @@ def graceful_signals(*, announces: bool) -> Iterator[None]:
 
     def handle(number: int, frame: FrameType | None) -> None:
         if os.getpid() != process:
-            return  # a data loader's worker, which reads on until it is ended
+            return  # a data loader's worker, which keeps reading until it is killed
         message = f"{signal.Signals(number).name}: {FINISHING}\n"
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, interrupt)
@@ -95,7 +95,7 @@ def graceful_signals(*, announces: bool) -> Iterator[None]:
     if callable(graceful):
         signal.signal(signal.SIGINT, handle)
         for number in WARNINGS:
-            if before[number] == signal.SIG_DFL:  # under nohup, SIGHUP is ignored: so it stays
+            if before[number] == signal.SIG_DFL:  # under nohup SIGHUP is ignored; keep that
                 signal.signal(number, handle)
     try:
         yield
@@ -105,17 +105,17 @@ def graceful_signals(*, announces: bool) -> Iterator[None]:
 
 
 class StartUp(contextlib.AbstractContextManager["StartUp"]):
-    """Before a training's first step, SIGTERM ends the process with 0.
+    """Ends the process with 0 on SIGTERM until a training's first step.
 
-    Until ranks train in lockstep they wait for each other in native code, for minutes where one is
-    gone, and no Python handler runs meanwhile. A thread is told of the signal by the interpreter's
-    own handler, through a pipe.
+    Until then ranks wait for each other in native code, for minutes if one is gone, during which no
+    Python handler runs. So a thread learns of the signal through a pipe to which the interpreter's
+    C-level handler writes.
     """
 
     def __init__(self) -> None:
         self.is_over = threading.Event()
         self.before_ending: Callable[[], None] = lambda: None
-        """Is called first: others may want to know that this run has ended well."""
+        """Called before exiting, so that others learn that this run ended well."""
         self.pipe: int | None = None
 
     def __enter__(self) -> StartUp:
@@ -137,11 +137,11 @@ class StartUp(contextlib.AbstractContextManager["StartUp"]):
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def over(self) -> None:
-        """All ranks are ready: from now on a signal finishes a step first."""
+        """End the start-up, as all ranks are ready: from now on a signal finishes a step first."""
         self.is_over.set()
 
     def _watch(self, pipe: int) -> None:
-        # A forked worker writes into the same pipe, and is told when this process is.
+        # A forked worker writes into the same pipe, and is signaled when this process is.
         while numbers := os.read(pipe, 64):
             if signal.SIGTERM in numbers and not self.is_over.is_set():
                 self.before_ending()
@@ -152,11 +152,11 @@ class StartUp(contextlib.AbstractContextManager["StartUp"]):
 
 
 def _left_to_the_thread(number: int, frame: FrameType | None) -> None:
-    """Do nothing: unless Python has a handler, it writes nothing to the pipe."""
+    """Do nothing: Python writes to the pipe only for signals that have a Python handler."""
 
 
 def _say(message: str) -> None:
-    """Write past `print`, which may be what was interrupted and cannot be re-entered; whoever reads
-    may be gone, as a terminal is that was closed."""
+    """Write to stderr without `print`, which is not reentrant and may be what was interrupted; the
+    reader may be gone, like a closed terminal."""
     with contextlib.suppress(OSError):
         os.write(2, message.encode())

@@ -1,7 +1,7 @@
 """The tables of what a model can be made of: token routers, token mixers, architectures.
 
-A router, mixer or architecture registers itself here, in one entry; flags, layers, accounting and
-messages look it up. No torch: what is heavy is named by `module:name` and imported when built.
+Each router, mixer or architecture has one entry here; flags, layers, accounting and messages look
+it up. This module does not import torch: `module:name` strings defer heavy imports until use.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 
 def load(reference: str) -> Any:
-    """Import what `module:name` names."""
+    """Import and return the object that `module:name` names."""
     module, _, name = reference.partition(":")
     return getattr(importlib.import_module(module), name)
 
@@ -23,23 +23,23 @@ class TokenRouterRule:
     """A rule by which tokens choose among FFN experts."""
 
     module: str
-    """Its class, as `module:name`; megatron_smlp/routers/ has one file a rule."""
+    """Its class, as `module:name`; megatron_smlp/routers/ has one file per rule."""
     experts_per_token: int = 1
     takes_topk: bool = False
-    """Whether --moe-router-topk says how many experts a token visits; `experts_per_token` is what
-    is left out."""
+    """Whether --moe-router-topk sets how many experts a token visits; `experts_per_token` is then
+    the default."""
     has_balance_loss: bool = False
     has_capacity: bool = False
-    """Whether an expert may be full: --moe-train-capacity-factor."""
+    """Whether experts have a capacity limit: --moe-train-capacity-factor."""
     has_weights: bool = True
-    """Whether it scores tokens by a matrix of its own; else no load means a collapse."""
+    """Whether it scores tokens with a weight matrix; if not, no load counts as a collapse."""
     reads_ids: bool = False
     """Whether it needs the token ids, which every pipeline stage then reads."""
     plugin: Any = None
-    """The class of a plugin (megatron_smlp/plugins.py), which the router hosts."""
+    """The plugin class (megatron_smlp/plugins.py) that the router hosts, if any."""
     upcycling_scale: Callable[[int], float] | None = None
-    """One over the sum of a token's weights while all scores are equal, by the number of experts:
-    how much larger the copies of a dense FFN have to be. None: it cannot be upcycled to."""
+    """Number of experts -> 1 / the sum of a token's weights when all scores are equal, the factor
+    by which copies of a dense FFN must be scaled up. None: a model cannot be upcycled to it."""
 
 
 TOKEN_ROUTERS: dict[str, TokenRouterRule] = {
@@ -84,9 +84,9 @@ class FeatureRouterRule:
     """A rule by which chunks of the hidden dimension choose among spatial experts."""
 
     module: str | None = None
-    """The class of the router, `module:name`; None: chunk i goes to expert i, without one."""
+    """The router's class, as `module:name`; None: no router, chunk i goes to expert i."""
     plugin: Any = None
-    """The class of a plugin (megatron_smlp/plugins.py), which the router hosts."""
+    """The plugin class (megatron_smlp/plugins.py) that the router hosts, if any."""
 
 
 FEATURE_ROUTERS: dict[str, FeatureRouterRule] = {
@@ -94,54 +94,54 @@ FEATURE_ROUTERS: dict[str, FeatureRouterRule] = {
     "partial": FeatureRouterRule(module="megatron_smlp.routers.prefix:PrefixRouter"),
 }
 BY_PREFIX = [name for name, rule in FEATURE_ROUTERS.items() if rule.module]
-"""Those that route a sample by its first tokens."""
+"""Feature routers that route a sample by its first tokens."""
 
 
 def feature_router_class(name: str) -> Any:
-    """Import the router of a rule; None: there is none."""
+    """Import and return a rule's router class; None if it has none."""
     rule = FEATURE_ROUTERS.get(name, FeatureRouterRule())
     router: Any = load(rule.module) if rule.module else None
     return router(rule.plugin) if rule.plugin else router
 
 
 def experts_of_a_token(name: str, topk: int) -> int:
-    """Return k of a rule; topk: --moe-router-topk, for a rule that takes it or without one."""
+    """Return a rule's k; `topk`, --moe-router-topk, is that of rules that take it or of no rule."""
     rule = TOKEN_ROUTERS.get(name)
     return topk if rule is None or rule.takes_topk else rule.experts_per_token
 
 
 def weighs_all_experts(name: str, topk: int) -> bool:
-    """Return Megatron's --moe-router-pre-softmax: whether the softmax comes before the choice.
+    """Return Megatron's --moe-router-pre-softmax: whether the softmax precedes the choice.
 
-    Megatron insists on it where a token visits one expert; our own rules do not read it.
+    Megatron requires it if a token visits one expert; our own rules ignore it.
     """
     return name not in TOP_K or topk == 1
 
 
 def token_router_class(name: str) -> Any:
-    """Import the router of a rule."""
+    """Import and return a rule's router class."""
     rule = TOKEN_ROUTERS[name]
     return load(rule.module)(rule.plugin) if rule.plugin else load(rule.module)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MixerEntry:
-    """A filling of the token mixer's slot of a layer."""
+    """A token mixer that can fill a layer's first slot."""
 
     spec: str
-    """The function that makes Megatron's spec of it, as `module:name`."""
+    """The function that makes its Megatron spec, as `module:name`."""
     cost: str
     """The function that counts its parameters and FLOPs, as `module:name`."""
     title: str
-    """Its name in the layer table; {heads} and the names of flags stand for their values."""
+    """Its name in the layer table; {heads} and flag names in braces stand for their values."""
     heads: str = "spatial_heads"
-    """The flag that says how many heads, or spatial experts, a layer has."""
+    """The flag that sets how many heads, or spatial experts, a layer has."""
     attends: bool = False
-    """Whether it has queries and keys of heads: --num-attention-heads."""
+    """Whether it has attention heads with queries and keys: --num-attention-heads."""
     rotates: bool = False
-    """Whether it has queries and keys that --position-embedding-type rope turns."""
+    """Whether it has queries and keys that --position-embedding-type rope rotates."""
     drops_attention: bool = False
-    """Whether --attention-dropout drops something of it."""
+    """Whether --attention-dropout applies to it."""
     learned_positions: bool = False
     """Whether the input has learned positions by default; other mixers have rows by position."""
     spatial: bool = False
@@ -149,17 +149,17 @@ class MixerEntry:
     routes: bool = False
     """Whether a router sends its chunks to experts."""
     recomputes: bool = False
-    """Whether --recompute-granularity selective recomputes something of it."""
+    """Whether --recompute-granularity selective recomputes part of it."""
     for_plugins: bool = True
-    """Whether a plugin's architecture may have it; else it is of amlp or smlp alone."""
+    """Whether a plugin's architecture may use it; if not, only amlp or smlp does."""
     check: str | None = None
-    """The function that raises ValueError for flags of which it cannot be built, `module:name`."""
+    """The function that raises ValueError for flags it cannot be built with, as `module:name`."""
     plugin: Any = None
-    """The class of a plugin (megatron_smlp/plugins.py), which spec, cost and check are given."""
+    """The plugin class (megatron_smlp/plugins.py), if any, passed to spec, cost and check."""
 
 
 CHANNELS: dict[str, Any] = {}
-"""Classes of plugins' channel mixers, by name."""
+"""Channel mixer classes of plugins, by name."""
 COSTS = "megatron_smlp.accounting.mixers"
 GATING_CHECK = "megatron_smlp.layers.spatial_gating:check_flags"
 MIXERS: dict[str, MixerEntry] = {
@@ -222,11 +222,11 @@ class ArchitectureEntry:
     channel: str = "none"
     """The channel mixer of layers without token experts: mlp, none or a plugin's."""
     sparse_mixer: str | None = None
-    """smlp: the token mixer of the sparse layers, where --feature-router is given."""
+    """smlp: the token mixer of the sparse layers if --feature-router is given."""
     layers: Callable[[int, int], tuple[str, str]] | None = None
-    """A plugin's: (number from 0, of how many) -> mixer and channel of that layer."""
+    """Plugins only: (layer number from 0, number of layers) -> mixer and channel of that layer."""
     others: tuple[str, ...] = ()
-    """Mixers of its layers beside `mixer`."""
+    """Mixers of its layers other than `mixer`."""
 
     @property
     def mixers(self) -> list[MixerEntry]:
@@ -242,7 +242,7 @@ class ArchitectureEntry:
 
     @property
     def positions(self) -> Literal["learned_absolute", "none"]:
-        """--position-embedding-type where it is not given, and what can be exported."""
+        """The default of --position-embedding-type, and the value that can be exported."""
         learned = any(mixer.learned_positions for mixer in self.mixers)
         return "learned_absolute" if learned else "none"
 
@@ -255,7 +255,7 @@ ARCHITECTURES: dict[str, ArchitectureEntry] = {
     "mixer": ArchitectureEntry(mixer="masked_mixer", channel="mlp"),
 }
 SPECS = [["megatron_smlp.architectures", name] for name in ARCHITECTURES]
-"""What --spec may be, in the order of the architectures."""
+"""The allowed values of --spec, in the order of the architectures."""
 POSITIONS = ("learned_absolute", "rope", "none")
 """--position-embedding-type of models that attend."""
 SPATIAL = tuple(name for name, kind in ARCHITECTURES.items() if MIXERS[kind.mixer].spatial)
@@ -263,7 +263,7 @@ SPATIAL = tuple(name for name, kind in ARCHITECTURES.items() if MIXERS[kind.mixe
 
 @dataclass(frozen=True)
 class LayerSlots:
-    """The fillings of the two slots of one layer."""
+    """What fills the two slots of one layer."""
 
     mixer: str
     """One of MIXERS."""
@@ -279,7 +279,7 @@ class LayerSlots:
 
 
 def is_moe_layer(index: int, moe_layer_freq: int | list[int]) -> bool:
-    """Megatron's rule: every freq-th layer from the first, or a pattern of zeros and ones."""
+    """Apply Megatron's rule: every freq-th layer from the first, or a pattern of zeros and ones."""
     if isinstance(moe_layer_freq, list):
         return bool(moe_layer_freq[index])
     return index % moe_layer_freq == 0
@@ -298,8 +298,8 @@ def layer_slots(options: Any, sizes: Any, *, num_experts: int | None) -> list[La
     | mixer | masked mixer | mlp; token MoE in MoE layers |
 
     Args:
-        options: ModelOptions, or anything with its names.
-        sizes: Megatron's namespace or config, whose name of `num_experts` differs.
+        options: ModelOptions, or anything with its attributes.
+        sizes: Megatron's namespace or config, which differ in their name for `num_experts`.
     """
     kind = ARCHITECTURES[options.architecture]
     slots = []

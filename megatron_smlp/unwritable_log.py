@@ -1,4 +1,4 @@
-"""A log that cannot be written, as on a full disk: its lines are lost, and the run lives on."""
+"""Tolerates a log that cannot be written, as on a full disk: lines are lost, the run continues."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def to_stderr(line: str) -> None:
-    """Print it there; nothing, as an exit code, depends on whether anybody reads it."""
+    """Print a line to stderr; a missing reader must not affect anything, such as the exit code."""
     with contextlib.suppress(OSError):
         print(line, file=sys.stderr, flush=True)
 
 
 class UnwritableLog:
-    """Says once, on standard error, that lines of `path` are lost."""
+    """Warns once, on standard error, that lines of `path` are lost."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = path
@@ -30,14 +30,14 @@ class UnwritableLog:
 
     @contextlib.contextmanager
     def tolerated(self) -> Iterator[None]:
-        """Let no OSError out."""
+        """Suppress OSError in the block, with one warning."""
         try:
             yield
         except OSError as error:
             if not self.is_said:
                 self.is_said = True
                 remedy = " Make room there." if error.errno in FULL else ""
-                with contextlib.suppress(OSError):  # as where both are one pipe
+                with contextlib.suppress(OSError):  # e.g. both are the same pipe
                     print(
                         f"WARNING: {self.path} cannot be written ({error.strerror}): its lines are "
                         f"LOST as long as that is so; the run goes on.{remedy}",
@@ -47,10 +47,10 @@ class UnwritableLog:
 
 
 class TolerantStream(io.TextIOBase):
-    """A stream, as of a pipe whose reader may go, that a run does not depend on.
+    """A stream whose failure a run survives, such as a pipe whose reader may go away.
 
     Args:
-        name: what it is called where its lines are lost.
+        name: its name in the warning that lines are lost.
     """
 
     def __init__(self, stream: TextIO, name: str) -> None:
@@ -78,7 +78,7 @@ class TolerantStream(io.TextIOBase):
 
 
 def drop_unwritten(stream: TextIO) -> None:
-    """Let what could not be written go: it is still in a buffer, and would fail once more."""
+    """Discard unwritten text: it is still in a buffer, and flushing it at exit would fail again."""
     try:
         stream.flush()
     except OSError:

@@ -1,1 +1,1 @@
-"""What is replaced in Megatron and torch; table.py lists it with the reasons."""
+"""Patches to Megatron and torch; table.py lists them with their reasons."""

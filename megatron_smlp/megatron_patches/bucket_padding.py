@@ -1,10 +1,10 @@
-"""Save each moment from where it is in a distributed optimizer's gathered buckets.
+"""Fixes the offsets at which a distributed optimizer saves the moments of its gathered buckets.
 
-A distributed optimizer gathers its buckets without the padding between them, and then looks for
-each parameter where it lies with the padding: moments behind the first bucket are saved shifted. A
-stage with a tied embedding has two buckets, and so has every overlap of communication. Here they
-are gathered with the padding, which is right in Megatron 0.19 and, where it looks past it itself,
-in 0.20.
+The distributed optimizer gathers its buckets without the padding between them, but then looks up
+each parameter at its offset with padding: moments after the first bucket are saved shifted. A stage
+with a tied embedding has two buckets, as does any overlap of communication. This patch gathers the
+buckets with their padding, which is correct in Megatron 0.19 and also in 0.20, where Megatron skips
+the padding itself.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def apply() -> None:
 
 
 def _gathered_with_padding(original: Any) -> Any:
-    """Let each bucket call its padding its own, so that parameters lie where the buffer says."""
+    """Count each bucket's padding as content, so that the buffer's offsets hold."""
 
     @functools.wraps(original)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:

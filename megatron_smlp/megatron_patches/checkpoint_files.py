@@ -1,10 +1,10 @@
-"""Megatron's writing of a checkpoint's files: errors keep their text, and reach all ranks.
+"""Patches how Megatron writes a checkpoint's files: errors keep their text and reach all ranks.
 
-With `--async-save` a process is forked for one save, by Megatron's own writer (decision 21): it
-sees the moment of the fork, without a copy of what does not change; from a GPU the tensors are
-copied to the host before.
+With `--async-save`, Megatron's own writer forks one process per save (decision 21), which sees
+memory as of the fork without copying what does not change; tensors on a GPU are copied to the host
+first.
 
-The functions, and why each is replaced: table.py.
+table.py lists the functions and why each is replaced.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from megatron_smlp.megatron_patches.wrapping import wrapped_in
 
 
 def installed(note: Callable[[OSError], None]) -> contextlib.AbstractContextManager[None]:
-    """Replace the functions for the time of one run, and put the originals back.
+    """Replace the functions for the duration of one run, then restore the originals.
 
     Args:
-        note: is told of an error of this rank at which Megatron would leave the others waiting.
+        note: called with an error on this rank that would leave the others waiting in Megatron.
     """
     return wrapped_in(
         (FileSystemWriterAsync, "write_preloaded_data", _naming_the_file),
         (FileSystemWriterAsync, "finish", _noting(note)),
         (serialization, "save_config", _noting(note)),
-        # A writer in this process, or in a fork of it, needs no process to hold its results.
+        # A writer in this process or a fork of it needs no extra process to hold its results.
         (filesystem_async, "get_write_results_queue", lambda _: ForkedQueue),
     )
 
 
 class ForkedQueue:
-    """One object from a forked process to its parent, of any size, in memory without a name."""
+    """Passes one object of any size from a forked process to its parent, in anonymous memory."""
 
     def __init__(self) -> None:
         self.file: IO[bytes] = (
@@ -58,7 +58,7 @@ class ForkedQueue:
         self.file.flush()
 
     def get_nowait(self) -> Any:
-        """Return what was put, or an error where nothing was."""
+        """Return what was put, or an exception object if nothing was."""
         self.file.seek(0)
         try:
             return pickle.load(self.file)
@@ -70,7 +70,7 @@ def _naming_the_file(write: Callable[..., Any]) -> Any:
     @functools.wraps(write)
     def wrapped(transforms: Any, **kwargs: Any) -> Any:
         output = write([_Transforms()], **kwargs)
-        is_last = kwargs["results_queue"] is None  # the others' errors go through a queue of theirs
+        is_last = kwargs["results_queue"] is None  # the others report errors through their queue
         if is_last and isinstance(output[1], Exception):
             reason = getattr(output[1], "strerror", None) or output[1]
             _let_go(output[1])
@@ -81,8 +81,8 @@ def _naming_the_file(write: Callable[..., Any]) -> Any:
 
 
 def _let_go(error: BaseException | None) -> None:
-    """Free what was being written now: the collector of circles would free the writer after its
-    file, and Python would report that."""
+    """Free what was being written right away: the cyclic garbage collector would free the writer
+    after its file, and Python would report that."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__context__
@@ -94,7 +94,7 @@ class _Transforms(_StorageWriterTransforms):
 
 
 class _Stream(io.RawIOBase):
-    """A file for one item; torch writes to it once more when it lets go of a broken archive."""
+    """A file for one item; tolerates torch's extra write when it releases a broken archive."""
 
     def __init__(self, file: Any) -> None:
         self.file = file

@@ -1,9 +1,9 @@
-"""Uses the index builder that Megatron's wheel carries compiled, on every device.
+"""Uses the compiled index builder that ships in Megatron's wheel, on every device.
 
 `initialize_megatron` calls `compile_helpers` on the first rank, which runs `make` in Megatron's
-own folder. The wheel has the compiled module there, and no Makefile: `make` fails, the first rank
-exits, and the others wait for it in a barrier. A source installation that has not been built yet
-still compiles.
+own folder. The wheel contains the compiled module but no Makefile: `make` fails, the first rank
+exits, and the others hang in a barrier. A source installation that has not been built yet still
+compiles.
 """
 
 from importlib.util import find_spec
@@ -14,7 +14,7 @@ COMPILED = "megatron.core.datasets.helpers_cpp"
 
 
 def apply() -> None:
-    """Replace Megatron's function where there is nothing to compile."""
+    """Replace Megatron's function if there is nothing to compile."""
     if find_spec(COMPILED) is not None:
         utils.compile_helpers = _nothing
 

@@ -2,11 +2,11 @@
 
     loss = log(sum over v of exp(logits[v])) - logits[target]          in fp32
 
-Megatron's is written for a vocabulary that is split over ranks, operation by operation: with one
-rank on a CPU it reads and writes the fp32 logits a dozen times. Here some rows at a time are in
-fp32, which a core's cache holds; the loss has the same bits as torch's of all rows. A split
-vocabulary, label smoothing and GPUs (for which Megatron has `--cross-entropy-loss-fusion`) keep
-Megatron's.
+Megatron's version is written for a vocabulary split over ranks, one operation at a time: with one
+rank on a CPU it reads and writes the fp32 logits a dozen times. This one converts a few rows at a
+time to fp32, which fit a core's cache; the loss is bitwise equal to torch's over all rows. A split
+vocabulary, label smoothing and GPUs (for which Megatron has `--cross-entropy-loss-fusion`) still
+use Megatron's.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from torch.nn import functional
 from megatron_smlp.ops.rows import in_rows
 
 ELEMENTS = 2**18
-"""Logits that are in fp32 at a time: 1 MiB."""
+"""Number of logits in fp32 at a time: 1 MiB."""
 
 
 def apply() -> None:
-    """Put it in place of Megatron's, where the model looks for that. Once per process."""
+    """Replace Megatron's function where the model looks it up, once per process."""
     megatrons = tensor_parallel.vocab_parallel_cross_entropy
     if not hasattr(megatrons, "__wrapped__"):
         tensor_parallel.vocab_parallel_cross_entropy = _whole_on_cpu(megatrons)
@@ -42,7 +42,7 @@ def _whole_on_cpu(megatrons: Callable[..., Tensor]) -> Callable[..., Tensor]:
         label_smoothing: float = 0.0,
         tp_group: Any = None,
     ) -> Tensor:
-        """logits: <float>[T, B, V]; target: <int64>[T, B] -> <float32>[T, B]."""
+        """logits: <float>[T, B, V]; target: <int64>[T, B] -> losses <float32>[T, B]."""
         group = tp_group or parallel_state.get_tensor_model_parallel_group()
         if label_smoothing or group.size() > 1 or vocab_parallel_logits.device.type != "cpu":
             return megatrons(vocab_parallel_logits, target, label_smoothing, tp_group)

@@ -1,6 +1,6 @@
-"""Replace torchrun's agent by ours, and judge by the own clock which machines are gone.
+"""Replaces torchrun's agent with ours, and judges by the local clock which machines are gone.
 
-In force in the process of an agent alone (launching/agent.py), never in a rank.
+Active only in the process of an agent (launching/agent.py), never in a rank.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ type Synced = Callable[[Any, Any], None]
 
 
 def installed(make_agent: Callable[..., Any], synced: Synced) -> AbstractContextManager[None]:
-    """Replace both for the time of one launch, and put the originals back.
+    """Replace both for the duration of one launch, then restore the originals.
 
     Args:
-        make_agent: is called as LocalElasticAgent is.
-        synced: is told the rendezvous' state and settings each time that they were read, by
-            whichever thread did.
+        make_agent: called in place of LocalElasticAgent, with the same arguments.
+        synced: called with the rendezvous state and settings each time they were read, in the
+            thread that read them.
     """
     holder = dynamic_rendezvous._BackendRendezvousStateHolder
     return wrapped_in(
@@ -35,10 +35,10 @@ def installed(make_agent: Callable[..., Any], synced: Synced) -> AbstractContext
 
 
 def _by_own_clock(sanitize: Callable[[Any], None], synced: Synced) -> Callable[[Any], None]:
-    """Date each node's heartbeat by when it was seen to change here.
+    """Date each node's heartbeat by when this node saw it change.
 
-    torch compares what the other nodes' clocks said with this one's: a difference of 15 seconds is
-    enough to take every other node for dead.
+    torch compares timestamps of the other nodes' clocks with this node's: a skew of 15 seconds is
+    enough to declare every other node dead.
     """
     seen: dict[Any, tuple[datetime, float]] = {}
 

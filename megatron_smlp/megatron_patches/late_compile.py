@@ -1,8 +1,8 @@
-"""`torch.compile` that waits for the first call, for the time in which Megatron is imported.
+"""Defers `torch.compile` to a function's first call, while Megatron is being imported.
 
 Megatron decorates its fused functions with `torch.compile` where they are defined. The decorator
-alone imports TorchDynamo and Inductor, a third of the time that Megatron takes to import, and most
-runs call none of these functions (on a CPU the fusions are off; a router's expert bias is left).
+alone imports TorchDynamo and Inductor, a third of Megatron's import time, yet most runs call none
+of these functions (on a CPU the fusions are off, and only a router's expert bias remains).
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from megatron_smlp.megatron_patches.wrapping import wrapped_in
 
 @contextlib.contextmanager
 def late_compile() -> Iterator[None]:
-    """Functions decorated inside are compiled by their first call, by the real `torch.compile`.
+    """Defer functions decorated in this block to the real `torch.compile` at their first call.
 
-    What is not a plain function (a module, a class), and calls inside an outer compiled region, go
-    the usual way.
+    Anything but a plain function (a module, a class) is compiled at once as usual; a call inside an
+    outer compiled region is traced with that region.
     """
     compile_now: Callable[..., Any] = torch.compile
 

@@ -1,8 +1,8 @@
-"""Read checkpoints without running what is in them, on every device.
+"""Loads checkpoints without executing code from them, on every device.
 
-torch and Megatron unpickle anything: the functions that do are replaced (table.py). `.metadata`
-may hold plain data (checkpoints/safe_unpickling.py), objects what torch's `weights_only` allows.
-What cannot be read is named.
+torch and Megatron unpickle anything; the functions that do so are replaced (table.py). `.metadata`
+may hold plain data only (checkpoints/safe_unpickling.py), objects only what torch's `weights_only`
+allows. Errors name the file that cannot be read.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def apply() -> None:
 
 
 def _read_metadata(self: Any, *args: Any, **kwargs: Any) -> Metadata:
-    """Do as torch's own, but for the unpickler."""
+    """Do what torch's method does, with a safe unpickler."""
     path = Path(self._get_metadata_path(kwargs.get("rank")))
     with readable(path), self.fs.create_stream(path, "rb") as file:
         metadata = load_metadata(file)
@@ -57,7 +57,7 @@ def _file_by_file(read: Any) -> Any:
 
 
 def _load_bytes(self: Any, read_item: Any, value: IO[bytes]) -> None:
-    """Do as torch's own, but for `weights_only`."""
+    """Do what torch's method does, with `weights_only`."""
     from torch.distributed.checkpoint._nested_dict import set_element
 
     name = read_item.dest_index.fqn

@@ -1,9 +1,8 @@
-"""THE table of what is replaced in Megatron and torch on every device, CUDA or not.
+"""The one table of everything patched in Megatron and torch on every device, with or without CUDA.
 
-What a machine without CUDA needs on top of it is platform/cpu.py; nothing else in the project
-replaces anything of theirs. `apply` is called once by whoever starts Megatron: the entry, and the
-evaluation. Rows that do not hold for the whole process are put in place, and taken back, by a
-context manager of their module.
+platform/cpu.py adds what a machine without CUDA needs; nothing else in the project patches them.
+Whatever starts Megatron (the training entry point, the evaluation) calls `apply` once. Rows that
+do not apply to the whole process are installed and reverted by a context manager in their module.
 """
 
 from __future__ import annotations
@@ -18,19 +17,19 @@ Extent = Literal["process", "run", "import", "agent"]
 
 @dataclass(frozen=True)
 class Patch:
-    """One function or method that is replaced."""
+    """One replaced function or method."""
 
     target: str
     """The name under which Megatron or torch looks it up."""
     why: str
-    """The fault of the original."""
+    """What is wrong with the original."""
     module: str
     """The module of this folder that replaces it."""
     contract: str
-    """The test that fails where the next Megatron no longer has what is replaced."""
+    """The test that fails if a later Megatron no longer has what is replaced."""
     extent: Extent
-    """For the whole process, during a run, while Megatron is imported, or in
-    a launcher's agent, which trains nothing."""
+    """Where it applies: in the whole process, during a run, while Megatron is imported, or in a
+    launcher's agent, which does not train."""
 
 
 def _rows(
@@ -137,6 +136,6 @@ PATCHES = (
 
 
 def apply() -> None:
-    """Put the rows in place that hold for the whole process; a second call does nothing."""
+    """Install the patches that apply to the whole process; a second call is a no-op."""
     for module in dict.fromkeys(patch.module for patch in PATCHES if patch.extent == "process"):
         importlib.import_module(f"megatron_smlp.megatron_patches.{module}").apply()

@@ -1,10 +1,10 @@
-"""Lists of tensors in one operator each, where Megatron loops over them.
+"""One operator per list of tensors, where Megatron loops over them.
 
-With Apex or Transformer Engine a norm, a scaling and a copy are one kernel for all tensors.
-Megatron's own replacements take each tensor by itself, and on a GPU wait for each norm. Here they
-are torch's `_foreach` operators, which on a CPU loop over the same kernels.
+With Apex or Transformer Engine, a norm, a scaling or a copy is one kernel for all tensors.
+Megatron's own fallbacks take each tensor by itself, and on a GPU wait for each norm. These versions
+use torch's `_foreach` operators, which on a CPU loop over the same kernels.
 
-| Megatron's | what it is for | of n tensors, on a GPU |
+| Megatron's | what it is for | for n tensors, on a GPU |
 |---|---|---|
 | local_multi_tensor_l2_norm | norm of the gradients, of the parameters | n + 1 waits, n norms |
 | local_multi_tensor_scale | clipping | n products, n copies, n temporaries |
@@ -23,7 +23,7 @@ from torch import Tensor
 
 
 def apply() -> None:
-    """Put the functions below in place of Megatron's, in each module that holds them."""
+    """Replace Megatron's functions with those below, in each module that holds them."""
     names = {clip_grads: "l2_norm_impl", common_utils: "multi_tensor_l2norm"}
     for module, name in names.items():
         if getattr(module, name) is local_multi_tensor_l2_norm:
@@ -39,7 +39,7 @@ def apply() -> None:
 def norm(
     chunk_size: int, no_op: Tensor, lists: Sequence[Sequence[Tensor]], per_tensor: bool
 ) -> tuple[Tensor, None]:
-    """Return the norm of all elements of lists = [tensors], <fp32>[1], on their device."""
+    """Return the L2 norm over all elements of lists = [tensors], <fp32>[1], on their device."""
     (tensors,) = lists
     norms = torch.stack(torch._foreach_norm(tensors))
     return torch.linalg.vector_norm(norms, dtype=torch.float32).view(1), None

@@ -1,23 +1,23 @@
-"""torch's Adam inside Megatron, where Apex and Transformer Engine are not installed.
+"""torch's Adam inside Megatron, for when Apex and Transformer Engine are not installed.
 
-It runs as torch's fused kernel, one pass over each parameter with its gradient and moments, which
-Megatron does not ask for: its own loop takes seven passes and seven temporaries.
+This makes it run as torch's fused kernel, one pass over each parameter with its gradient and
+moments. Megatron does not request that: its loop takes seven passes and seven temporaries.
 
-And it lets Megatron's distributed optimizer resume.
-Apex's and Transformer Engine's Adam keep the step count in the parameter groups; torch's keeps it
-beside each parameter, as a tensor, and allocates it at the first step only. Five things go wrong:
+It also lets Megatron's distributed optimizer resume. Apex's and Transformer Engine's Adam keep the
+step count in the parameter groups; torch's keeps it in each parameter's state, as a tensor that the
+first step allocates. Without the patches, five things go wrong:
 
-* Megatron asks the optimizer for its state, with the step count, before it loads a checkpoint into
-  it. A new optimizer has none, and `assert len(steps) == 1` ends the resume. Here the state is
-  allocated before it is asked for, as the first step would do it: zeros, at step 0.
-* A rank may hold no part of any parameter, where there are few experts and many data parallel
-  ranks: it has no step count at all, and meets the same assertion. Here it says 0.
-* Megatron loads one and the same step tensor for every parameter. Adam adds one to it in place, for
-  each parameter, so that the count runs away after a resume. Here each parameter gets its own.
-* Where the step count is a tensor, Megatron looks for it among a parameter's loaded moments, but
-  the format for any layout has none there. Here it is told to skip it.
+* Megatron reads the optimizer's state, with the step count, before it loads a checkpoint into it. A
+  new optimizer has none, and `assert len(steps) == 1` ends the resume. Here the state is allocated
+  beforehand, as the first step would do: zeros, at step 0.
+* With few experts and many data parallel ranks, a rank may hold no part of any parameter: it has no
+  step count at all and fails the same assertion. Here it reports 0.
+* Megatron loads the same step tensor for every parameter. Adam increments it in place once per
+  parameter, so that the count runs away after a resume. Here each parameter gets its own.
+* If the step count is a tensor, Megatron looks for it among a parameter's loaded moments, where the
+  format for any layout has none. Here Megatron skips it.
 * In fp32 the optimizer's parameters are views of the model's; loading copies into them in place,
-  which autograd refuses. Here it does not watch.
+  which autograd refuses. Here loading runs under `torch.no_grad`.
 """
 
 from __future__ import annotations
@@ -71,15 +71,15 @@ def apply() -> None:
 
 
 def fuse_steps(optimizer: Any) -> None:
-    """Let Megatron's optimizer, or each one of a chain, run torch's Adam as the fused kernel."""
+    """Make Megatron's optimizer, or each one of a chain, run torch's Adam as the fused kernel."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if isinstance(inner := part.optimizer, torch.optim.Adam):
             inner.register_step_pre_hook(_choose_fused)
 
 
 def _choose_fused(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    # At each step: loading a checkpoint brings back the flags of the run that saved it, and leaves
-    # the step counts on the CPU, where CUDA's fused kernel does not read them.
+    # At each step, since loading a checkpoint restores the flags of the run that saved it, and
+    # leaves the step counts on the CPU, where CUDA's fused kernel cannot read them.
     for group in optimizer.param_groups:
         group["fused"], group["foreach"] = True, False
         for parameter in group["params"]:
@@ -89,7 +89,7 @@ def _choose_fused(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 
 
 def _empty_state(optimizer: Any) -> dict[str, Any]:
-    """Return what Megatron's own `state_dict` would, for groups that are all empty."""
+    """Return what Megatron's own `state_dict` should, for groups that are all empty."""
     inner = optimizer.optimizer.state_dict()
     groups = [
         {name: value for name, value in group.items() if name != "params"} | {"step": 0}

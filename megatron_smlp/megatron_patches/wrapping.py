@@ -1,4 +1,4 @@
-"""Put wrappers around functions for a time."""
+"""Wraps functions temporarily."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def wrapped_in(*wrappers: tuple[Any, str, Callable[[Any], Any]]) -> Iterator[None]:
-    """Wrap attributes, each an (owner, name, wrapper), and put the originals back."""
+    """Wrap attributes, each an (owner, name, wrapper), and restore the originals at the end."""
     originals = [(owner, name, vars(owner)[name]) for owner, name, _ in wrappers]
     for owner, name, wrap in wrappers:
         setattr(owner, name, wrap(getattr(owner, name)))

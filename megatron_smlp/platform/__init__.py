@@ -1,1 +1,1 @@
-"""The device of a process, and what a machine without a GPU needs of torch and Megatron."""
+"""The device of a process, and what torch and Megatron need on a machine without a GPU."""

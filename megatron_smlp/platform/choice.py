@@ -1,10 +1,10 @@
-"""The device that a process computes on: CUDA where torch finds it, else or by choice the CPU; and
-what a process says to CUDA through its environment.
+"""Chooses the device of a process: CUDA if torch finds it, else or on request the CPU; and sets the
+environment variables that CUDA reads.
 
-Without a GPU that works, everything here runs on the CPU platform (platform/cpu.py). That is for
-machines that have none: a job whose driver is too old for torch's CUDA build would otherwise train
-on the CPU, over gloo, and look healthy. This module imports torch only where it is asked: the
-choice must be made before anything starts CUDA.
+Without a working GPU, everything here runs on the CPU platform (platform/cpu.py). That is meant for
+machines that have none: with a driver too old for torch's CUDA build, a job would otherwise train
+on the CPU, over gloo, and look healthy. This module imports torch only inside functions that need
+it: the choice must be made before anything initializes CUDA.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from megatron_smlp.errors import UsageError
 VISIBLE, CONNECTIONS = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_MAX_CONNECTIONS"
 DRIVER = Path("/proc/driver/nvidia/gpus")
 BLACKWELL = 10
-"""Compute capability."""
+"""Major version of its compute capability."""
 
 
 def hide_gpus() -> None:
-    """Do without GPUs in this process, for --platform cpu."""
+    """Hide all GPUs from this process, for --platform cpu."""
     os.environ[VISIBLE] = ""
 
 
 def check(platform: str = "auto") -> None:
-    """Refuse a CPU that nobody chose, on a machine with an NVIDIA device.
+    """Refuse to fall back to the CPU silently on a machine with an NVIDIA device.
 
     Raises:
-        UsageError: with torch's reason and the remedy.
+        UsageError: torch cannot use the device; names torch's reason and the remedy.
     """
     import torch
 
@@ -48,21 +48,21 @@ def check(platform: str = "auto") -> None:
 
 
 def limit_connections(size: int, environment: MutableMapping[str, str]) -> None:
-    """Give CUDA one queue, so that communication starts in the order in which it is asked for.
+    """Limit CUDA to one connection, so that communication starts in the order it is launched.
 
-    Megatron insists on it for tensor parallelism before Blackwell. CUDA reads the variable as it
-    starts: this is for launchers, and a program before it imports torch. A size that only a
-    checkpoint names comes later, and Megatron would stop without it.
+    Megatron requires this for tensor parallelism before Blackwell. CUDA reads the variable when it
+    initializes, so a launcher must call this, or a program before it imports torch. A size that
+    only a checkpoint names comes too late, and Megatron stops without the variable.
 
     Args:
-        size: tensor parallel.
+        size: tensor parallel size.
     """
     if size > 1 and not environment.get(CONNECTIONS) and _capability() < BLACKWELL:
         environment[CONNECTIONS] = "1"
 
 
 def _capability() -> float:
-    """Return the first GPU's, without starting CUDA; 0 where there is none."""
+    """Return the first GPU's compute capability without initializing CUDA; 0 if there is none."""
     if shutil.which("nvidia-smi") is None:
         return 0
     query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
@@ -74,12 +74,12 @@ def _capability() -> float:
 
 
 def has_nvidia_device() -> bool:
-    """Return whether the kernel's driver knows a GPU, whatever torch makes of it."""
+    """Return whether the kernel driver knows a GPU, usable by torch or not."""
     return DRIVER.is_dir() and any(DRIVER.iterdir())
 
 
 def _reason() -> str:
-    """torch's own words, one sentence."""
+    """Return torch's own error message, cut to one sentence."""
     import torch
 
     try:

@@ -1,10 +1,10 @@
 """Runs `megatron.training` on a machine without CUDA, over gloo.
 
-NVIDIA supports no CPU path, but nothing in the training loop needs a GPU beyond the names that it
-calls. This module replaces those names, each with its reason, and nothing else in the project does.
-`apply()` changes nothing where CUDA is available, unless it is told to: a conversion runs on the
-CPU everywhere. `torch.cuda.is_available` itself is never faked, because torch.compile and
-Megatron's own fallbacks ask it and must get the true answer.
+NVIDIA supports no CPU path, but the training loop needs a GPU only for the names that it calls.
+This module, and nothing else in the project, replaces those names, giving a reason for each.
+`apply()` is a no-op where CUDA is available, unless told otherwise: a conversion always runs on the
+CPU. `torch.cuda.is_available` itself is never faked, because torch.compile and Megatron's own
+fallbacks query it and must get the true answer.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from megatron_smlp.errors import UsageError
 
 CPU = torch.device("cpu")
 
-# Flag values that a CPU needs, as argparse destinations. The fusions are CUDA extensions; weights
-# are drawn on the CPU anyway; NCCL does not exist here.
+# Flag values required on a CPU, by argparse destination. The fusions are CUDA extensions, weights
+# are drawn on the CPU anyway, and there is no NCCL.
 FLAGS: dict[str, Any] = {
     "distributed_backend": "gloo",
     "transformer_impl": "local",
@@ -36,7 +36,7 @@ FLAGS: dict[str, Any] = {
     "bias_swiglu_fusion": False,
     "bias_dropout_fusion": False,
     "apply_rope_fusion": False,
-    "cross_entropy_loss_fusion": False,  # megatron_patches/cross_entropy.py has fewer passes
+    "cross_entropy_loss_fusion": False,  # megatron_patches/cross_entropy.py takes fewer passes
     "no_persist_layer_norm": True,
 }
 
@@ -44,12 +44,12 @@ GPU_FLAGS = (
     *("fp16", "tp_comm_overlap", "fp8"),
     *("log_memory_to_tensorboard", "log_device_memory_used", "record_memory_history"),
 )
-"""Flags that ask for what only a GPU has."""
+"""Flags that request what only a GPU has."""
 
 FACTORIES = ("empty", "empty_like", "ones", "tensor", "zeros")
-"""Those that Megatron calls with `device="cuda"`, or with pinned memory."""
+"""The factories that Megatron calls with `device="cuda"` or with pinned memory."""
 
-# The optimizer sorts parameters by these strings.
+# The optimizer groups parameters by these strings.
 CPU_TYPES = {
     "torch.FloatTensor": "torch.cuda.FloatTensor",
     "torch.HalfTensor": "torch.cuda.HalfTensor",
@@ -58,7 +58,7 @@ CPU_TYPES = {
 
 
 def needed() -> bool:
-    """Return whether there is no CUDA device, so that `apply` has work to do."""
+    """Return whether there is no CUDA device, so that `apply` must replace the names."""
     return not torch.cuda.is_available()
 
 
@@ -71,7 +71,7 @@ def apply(*, everywhere: bool = False) -> None:
     """Replace every name below, once per process.
 
     Args:
-        everywhere: also where CUDA is available, which is left alone otherwise.
+        everywhere: replace them even where CUDA is available.
     """
     if active() or not (everywhere or needed()):
         return
@@ -85,16 +85,16 @@ def apply(*, everywhere: bool = False) -> None:
 
 
 def set_flags(args: argparse.Namespace) -> None:
-    """Set the flags that a CPU needs, where there is no GPU."""
+    """Set the flags that a CPU requires, if there is no GPU."""
     if needed():
         vars(args).update(FLAGS)
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Check that no flag asks for what only a GPU has.
+    """Check that no flag requests what only a GPU has.
 
     Raises:
-        UsageError: with the flag.
+        UsageError: one does; names the flag.
     """
     for flag in GPU_FLAGS:
         if needed() and getattr(args, flag, None):
@@ -105,8 +105,8 @@ def check_flags(args: argparse.Namespace) -> None:
 
 
 def _replace_device_functions() -> None:
-    """Questions about the device: there is one, and it is the CPU."""
-    properties = SimpleNamespace(  # of which TorchInductor asks for more than Megatron
+    """Replace queries about the device: there is one, the CPU."""
+    properties = SimpleNamespace(  # TorchInductor reads more of these than Megatron
         name="cpu", major=0, minor=0, total_memory=0, multi_processor_count=1, warp_size=1
     )
     answers: dict[str, Any] = {
@@ -123,7 +123,7 @@ def _replace_device_functions() -> None:
 
 
 class CPUStream(torch.cpu.Stream):
-    """`torch.cuda.Stream` on a device with one queue: order holds without waiting."""
+    """Stand-in for `torch.cuda.Stream` on a device with one queue: order holds without waiting."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
@@ -132,7 +132,7 @@ class CPUStream(torch.cpu.Stream):
 
 
 def _replace_streams() -> None:
-    """Streams and events do nothing: an operation on the CPU is finished when it returns."""
+    """Make streams and events no-ops: a CPU operation is finished when it returns."""
     stream = CPUStream()
     torch.cuda.Event = torch.cpu.Event
     torch.cuda.Stream = CPUStream
@@ -142,7 +142,7 @@ def _replace_streams() -> None:
 
 
 def _replace_random_state() -> None:
-    """Make the "device" generator torch's default one, which dropout on the CPU draws from."""
+    """Make torch's default generator, which dropout on the CPU draws from, the "device" one."""
     generator = torch.default_generator
 
     def get_rng_state(device: Any = None) -> torch.Tensor:
@@ -150,7 +150,7 @@ def _replace_random_state() -> None:
 
     torch.cuda.default_generators = (generator,)
     torch.cuda.manual_seed = generator.manual_seed
-    for module in (torch.cuda, torch.cuda.random):  # Megatron calls either name
+    for module in (torch.cuda, torch.cuda.random):  # Megatron calls both names
         module.get_rng_state = get_rng_state
         module.set_rng_state = _set_rng_state
 
@@ -160,10 +160,10 @@ def _set_rng_state(state: torch.Tensor, device: Any = None, graph_safe: bool = F
 
 
 def _replace_tensor_placement() -> None:
-    """`device="cuda"`, `.cuda()` and `.to("cuda")` mean the CPU.
+    """Make `device="cuda"`, `.cuda()` and `.to("cuda")` mean the CPU.
 
-    `with torch.device(...)` acts on the factories that torch lists when it first needs the list:
-    it is made before they are replaced, or such a context would have no effect afterwards.
+    `with torch.device(...)` affects the factories in a list that torch builds on first use. Build
+    it before replacing them, or such a context would have no effect afterwards.
     """
     _device_constructors()
     for name in FACTORIES:
@@ -179,7 +179,7 @@ def _replace_tensor_placement() -> None:
 
 
 def _replace_tensor_types() -> None:
-    """`Tensor.type()` without an argument names the CUDA type that the optimizer compares with."""
+    """Make `Tensor.type()` without an argument return the CUDA type that the optimizer expects."""
     plain = torch.Tensor.type
 
     @functools.wraps(plain)
@@ -197,19 +197,19 @@ def _replace_in_megatron() -> None:
     from megatron.core.tensor_parallel import random as tensor_parallel_random
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
-    # Without CUDA this call is queued until CUDA starts, which is never: the random states of the
-    # tensor parallel regions would not be switched, nor loaded.
+    # Without CUDA this call is queued until CUDA initializes, which is never: the random states of
+    # the tensor parallel regions would be neither switched nor loaded.
     tensor_parallel_random._set_cuda_rng_state = _set_rng_state
-    # Split sizes that are on the CPU already must still become numpy, or gloo refuses them.
+    # Split sizes already on the CPU must still be converted to numpy, or gloo rejects them.
     for module in (moe_utils, token_dispatcher):
         module.maybe_move_tensor_to_cpu = _move_to_cpu
-    # Tensor parallel ranks that send their experts unlike numbers of tokens: NCCL takes parts of
-    # unlike sizes, gloo refuses them.
+    # Tensor parallel ranks may send their experts different numbers of tokens: NCCL accepts parts
+    # of different sizes, gloo rejects them.
     mappings._gather_along_first_dim = _gathering_parts(mappings._gather_along_first_dim)
     mappings._reduce_scatter_along_first_dim = _reducing_parts(
         mappings._reduce_scatter_along_first_dim
     )
-    # Nor does it gather what data parallel ranks update by whole layers.
+    # Nor can gloo all-gather what data parallel ranks update by whole layers.
     LayerWiseDistributedOptimizer.allgather_params = LayerWiseDistributedOptimizer.broadcast_params
 
 
@@ -256,7 +256,7 @@ def _is_cuda(device: Any) -> bool:
 
 
 def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a factory, or `to`: what is to be on a CUDA device is on the CPU, and not pinned."""
+    """Wrap a factory, or `to`: CUDA devices become the CPU, and memory is never pinned."""
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:

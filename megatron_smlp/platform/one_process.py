@@ -1,4 +1,4 @@
-"""Megatron's model parallel groups in a process of its own: every group has this one rank."""
+"""Megatron's model parallel groups in a single process: every group consists of this one rank."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from megatron_smlp.platform import cpu
 
 @contextlib.contextmanager
 def one_process() -> Iterator[None]:
-    """gloo over a store in memory; groups that are there already are used as they are.
+    """Set up gloo over an in-memory store; groups that exist already are used as they are.
 
-    All of it is on the CPU, in a process that has CUDA too: a model here is built without memory
-    and computes with weights as they are read from the disk.
+    Everything is on the CPU, even in a process that has CUDA: a model here is built without memory
+    and computes with weights as they are read from disk.
     """
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed

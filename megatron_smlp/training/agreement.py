@@ -1,12 +1,11 @@
-"""Tell all ranks what they must know about a step, in one message that nobody waits for.
+"""Agree across ranks on what all must know about a step, in one all-reduce that nobody waits for.
 
-    rank of a loss that is not finite  -> the update is held back     (--nonfinite-loss)
-    a signal has come to some rank     -> the step is finished, saved, and the run ends
-    the time is over on some rank      -> the same                    (--exit-duration-in-mins)
+    some rank's loss is not finite     -> the update is skipped       (--nonfinite-loss)
+    some rank received a signal        -> the step is finished, saved, and the run ends
+    some rank is out of time           -> the same                    (--exit-duration-in-mins)
 
-The message goes out when a step's gradients are there, and travels beside their norm. Before the
-update the host reads the norm, for which it waits until the device has come that far: by then the
-answer is on the host too.
+The all-reduce is launched once a step's gradients are ready, along with that of their norm. Before
+the update the host must wait for the norm anyway; by then this result has reached the host too.
 """
 
 from __future__ import annotations
@@ -24,20 +23,21 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Agreed:
-    """What the ranks agreed on; it is the same on all of them."""
+    """What the ranks agreed on; the same on all of them."""
 
     nonfinite_rank: int | None
-    """The last one with such a loss."""
+    """The highest rank with a non-finite loss."""
     is_signalled: bool
     is_over: bool
-    """The time that the run may take."""
+    """Whether the time that the run may take is up."""
 
 
 class StepAgreement:
-    """One message for each step.
+    """Exchanges one message per step.
 
     Args:
-        pop_nonfinite: <bool>[] on the device, or None, whether a loss of this rank was not finite.
+        pop_nonfinite: returns whether a loss of this rank was non-finite, <bool>[] on the device,
+            or None.
         began: `time.time()` from which --exit-duration-in-mins counts.
     """
 
@@ -53,7 +53,7 @@ class StepAgreement:
         self._copied: Any = None
 
     def send(self) -> None:
-        """Tell the others. Collective; the host does not wait."""
+        """Send this rank's state. Collective; the host does not wait."""
         numbers = torch.zeros(3, dtype=torch.int64, device=torch.cuda.current_device())
         nonfinite = self.pop_nonfinite()
         if nonfinite is not None:
@@ -68,7 +68,7 @@ class StepAgreement:
             self._copied.record()
 
     def read(self) -> Agreed:
-        """Return the answer to the last message, waiting for it if necessary."""
+        """Return the result of the last `send`, waiting for it if necessary."""
         assert self._numbers is not None, "nothing was sent"
         if self._copied is not None:
             self._copied.synchronize()

@@ -1,7 +1,7 @@
 """Iterators over micro-batches, from Megatron's samplers and loaders.
 
-Training reads on from the sample behind the last checkpoint. Every evaluation begins anew, so that
-all of a run read the same samples.
+Training continues at the first sample after the last checkpoint. Every evaluation starts over, so
+that all evaluations of a run read the same samples.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megatron_smlp.signals import held
 from megatron_smlp.training.data import run_datasets
 
 type PerChunk[T] = T | list[T]
-"""One, or with interleaved pipeline stages one for each chunk of the model, as in schedules."""
+"""One, or with interleaved pipeline stages one per model chunk, as Megatron's schedules expect."""
 
 
 @dataclass(frozen=True)
@@ -33,27 +33,27 @@ class EvaluationSet:
     loaders: list[Any]
     """torch's DataLoader of each chunk; None on a rank that reads nothing."""
     iterations: int
-    """Batches of an evaluation."""
+    """Batches per evaluation."""
     micro_batches: int | None = None
-    """Of a rank in a batch; None: as many as --eval-global-batch-size has."""
+    """Micro-batches of a rank per batch; None: as many as --eval-global-batch-size implies."""
 
     def batches(self) -> PerChunk[Iterator[Any]]:
-        """Return its micro-batches from the first one on."""
+        """Return an iterator over its micro-batches, starting at the first."""
         batches = _endless if self.micro_batches is None else _whole
         return _per_chunk([batches(loader) for loader in self.loaders])
 
 
 @dataclass(frozen=True)
 class Batches:
-    """What a run reads."""
+    """All that a run reads."""
 
     train: Any
-    """An iterator for each chunk, as above; None where nothing is left to train."""
+    """An iterator, `PerChunk`; None if nothing is left to train."""
     valid: list[EvaluationSet]
     test: list[EvaluationSet]
 
     def skip(self, count: int) -> None:
-        """Pass over micro-batches of the training."""
+        """Skip micro-batches of the training data."""
         for batches in self.train if isinstance(self.train, list) else [self.train]:
             if batches is not None:
                 for _ in range(count):
@@ -65,7 +65,7 @@ def build_batches(args: argparse.Namespace, say: Callable[[str], None], *, chunk
 
     Args:
         say: prints a line for the user on rank 0.
-        chunks: of the model on this rank.
+        chunks: number of model chunks on this rank.
     """
     stages = [None] if chunks == 1 else list(range(chunks))
     built = [run_datasets(args, say, vp_stage=stage) for stage in stages]
@@ -103,19 +103,19 @@ def _evaluation(args: argparse.Namespace, title: str, datasets: list[Any]) -> Ev
     if not args.full_validation or title == "test":
         return EvaluationSet(title, loaders, int(args.eval_iters or 0))
     own = max((len(loader) for loader in loaders if loader is not None), default=0)
-    # As few as a pipeline takes.
+    # As few as an interleaved pipeline accepts.
     micro_batches = args.pipeline_model_parallel_size if len(loaders) > 1 else 1
     return EvaluationSet(title, loaders, -(-max(gathered(own)) // micro_batches), micro_batches)
 
 
 def _endless(loader: Any) -> Iterator[Any]:
-    """Begin anew at the end."""
+    """Iterate over a loader, starting over at the end."""
     while loader is not None:
         yield from _begun(loader)
 
 
 def _whole(loader: Any) -> Iterator[Any]:
-    """Behind the samples of this rank, of which others have more: one that counts nothing."""
+    """Iterate once, then pad with fully masked batches: other ranks may have more samples."""
     if loader is None:
         return
     yield from _begun(loader)
@@ -126,10 +126,10 @@ def _whole(loader: Any) -> Iterator[Any]:
 
 
 def _begun(loader: Any) -> Iterator[Any]:
-    """Iterate over a loader, which draws a seed as it begins: from a CPU's generator of dropout.
+    """Iterate over a loader, and restore the CPU generator (dropout's), from which it draws a seed.
 
-    Its workers read on behind SIGTERM. torch would end one, and with it the run, that Megatron has
-    not reached yet.
+    Its workers start with SIGTERM blocked. The signal would end a worker in which Megatron's
+    `worker_init_fn` has not run yet, and torch would end the run with it.
     """
     with torch.random.fork_rng(devices=[]), held(signal.SIGTERM):
         return iter(loader)

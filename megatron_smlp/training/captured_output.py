@@ -1,8 +1,8 @@
-"""Keeps what Megatron and torch print out of the user's sight, but not out of reach.
+"""Keeps what Megatron and torch print off the terminal, and in a log file instead.
 
-From the first import on, standard output, warnings and library logging go into memory, and then, as
-soon as the log folder is known, into `megatron.log` there. What is for the user is written to the
-terminal by training/reporting.py; errors go to standard error as always.
+From the first import on, standard output, warnings and library logging are buffered in memory; once
+the log folder is known, they go to `megatron.log` there. training/reporting.py writes to the
+terminal what is meant for the user; errors go to standard error as always.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_smlp.unwritable_log import UnwritableLog, drop_unwritten
 
 
 class FolderError(UsageError):
-    """A folder that a run writes to; any rank may be the only one that sees it."""
+    """A folder that a run writes to cannot be used; any rank may be the only one that notices."""
 
     speaker = ""
 
@@ -38,7 +38,7 @@ class CapturedOutput(contextlib.AbstractContextManager["CapturedOutput"]):
         self.stack.enter_context(warnings.catch_warnings())
         warnings.showwarning = self._show_warning
         logging.basicConfig(stream=self, level=logging.INFO)
-        # It has a handler of its own, and says on every machine without CUDA that there is none.
+        # It has its own handler, and reports missing CUDA on every machine without it.
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         return self
 
@@ -49,10 +49,10 @@ class CapturedOutput(contextlib.AbstractContextManager["CapturedOutput"]):
             drop_unwritten(self.file)
 
     def open(self, folder: str | None, *, rank: int) -> None:
-        """Go on in `folder`/megatron.log, megatron.rank3.log on rank 3; no folder keeps nothing.
+        """Continue in `folder`/megatron.log (on rank 3, megatron.rank3.log); None: discard all.
 
         Raises:
-            FolderError: the folder cannot be made or written to.
+            FolderError: the folder cannot be created or written to.
         """
         if folder is None:
             self.file = Path("/dev/null").open("w", encoding="utf-8")  # noqa: SIM115
@@ -71,7 +71,7 @@ class CapturedOutput(contextlib.AbstractContextManager["CapturedOutput"]):
         self.write(earlier)
 
     def write(self, text: str) -> int:
-        """Write to the log; on a full disk lines are lost, and the run goes on."""
+        """Write to the log; if that fails, as on a full disk, drop the text: the run goes on."""
         with self.lost.tolerated():
             self.file.write(text)
         return len(text)
@@ -88,5 +88,5 @@ class CapturedOutput(contextlib.AbstractContextManager["CapturedOutput"]):
 
 
 def terminal() -> TextIO:
-    """Return the real standard output, whatever is redirected."""
+    """Return the real standard output, even while it is redirected."""
     return sys.__stdout__ or sys.stderr

@@ -1,10 +1,10 @@
-"""Does a token mixer read later positions? Asked of every layer before the first step of a new run.
+"""Checks before the first step of a new run that no layer's token mixer reads later positions.
 
-A model that does trains happily, and looks better than it is. Each mixer is given one small input
-twice, whose second half is another: what comes out at the first half may not change. It computes in
-fp32 with weights drawn for the question, since some of a real start are near zero; to a plugin's
-own parameters, of which it may take the logarithm, a little is added. Routers that by their own
-description look ahead (BASE in training, a capacity limit) are not asked.
+A model that does trains without complaint and looks better than it is. Each mixer runs on two small
+inputs that differ in their second half only: its output over the first half must not change. It
+runs in fp32 with weights drawn for this check, since some initial weights are near zero; a plugin's
+own parameters keep their values plus a small perturbation, as it may take their logarithm. Routers
+that look ahead by design (BASE in training, a capacity limit) are not checked.
 
 Letters: T tokens, B batch, D hidden.
 """
@@ -30,24 +30,24 @@ from megatron_smlp.platform.one_process import one_process
 from megatron_smlp.training.parts import Parts
 
 LENGTH = 16
-"""Tokens for each tensor parallel rank; a sequence may be shorter than that of the training."""
+"""Tokens per tensor parallel rank; mixers accept sequences shorter than --seq-length."""
 DEVIATION = 0.2
-"""Of the weights that are drawn."""
+"""Standard deviation of the weights that are drawn."""
 MOVED = 0.1
-"""The same of what is added to a plugin's own parameters."""
+"""Standard deviation of the perturbation of a plugin's own parameters."""
 TOLERANCE = 1e-3
-"""Largest change, as a share of the outputs' scale, that is rounding."""
+"""Largest change, as a share of the outputs' scale, that counts as rounding."""
 
 
 def check_causality(parts: Parts) -> None:
-    """Ask every layer of this run. Collective.
+    """Check every layer of this run. Collective.
 
     Raises:
-        UsageError: one reads later positions, or gives no finite numbers; on every rank.
+        UsageError: one reads later positions or outputs non-finite numbers; on every rank.
     """
     if parts.args.tp_comm_overlap:
-        return  # whose buffers are of the run's own shapes and types
-    # Transformer Engine's attention takes no fp32.
+        return  # its buffers fit only the run's own shapes and dtypes
+    # Transformer Engine's attention does not support fp32.
     has_engine = parts.args.transformer_impl != "local"
     layers = [
         (layer, getattr(chunk, "rotary_pos_emb", None))
@@ -57,16 +57,16 @@ def check_causality(parts: Parts) -> None:
     ]
     ranks = parts.args.tensor_model_parallel_size
     length = min(parts.args.seq_length, LENGTH * ranks)
-    with unsaid():  # in fp32 the kernels do not run
+    with unsaid():  # the kernels do not run in fp32
         leaks = [leak for layer, rotary in layers for leak in _leaks(layer, length, rotary)]
     _refuse([leak for rank in gathered(leaks) for leak in rank])
 
 
 def check_causality_of_layers(args: argparse.Namespace) -> None:
-    """Ask one layer of each kind, built for this on the CPU: for --dry-run.
+    """Check one layer of each kind, built on the CPU for this: for --dry-run.
 
     Raises:
-        UsageError: one reads later positions, or gives no finite numbers.
+        UsageError: one reads later positions or outputs non-finite numbers.
     """
     with one_process():
         config = _alone(transformer_config(args))
@@ -78,7 +78,7 @@ def check_causality_of_layers(args: argparse.Namespace) -> None:
 
 
 def _alone(config: Any) -> Any:
-    """Return the same configuration for a single process."""
+    """Return a copy of the configuration for a single process."""
     alone = copy.copy(config)
     for part in ("tensor_model", "pipeline_model", "expert_model", "expert_tensor"):
         setattr(alone, f"{part}_parallel_size", 1)
@@ -93,9 +93,9 @@ def _refuse(leaks: list[str]) -> None:
 
 
 def _leaks(layer: SlottedLayer, length: int, rotary: Any) -> Iterator[str]:
-    """Yield what is wrong with a layer's mixer, if anything is."""
+    """Yield a message for what is wrong with a layer's mixer, if anything."""
     half = length // 2
-    # The run's own generators are those of its dropout and its data.
+    # Do not advance the run's generators, which its dropout and data draw from.
     generator = torch.Generator().manual_seed(layer.layer_number)
     first, other = torch.randn(2, length, 1, layer.config.hidden_size, generator=generator)
     other[:half] = first[:half]
@@ -105,7 +105,7 @@ def _leaks(layer: SlottedLayer, length: int, rotary: Any) -> Iterator[str]:
     scale = float(outputs[0].abs().max())
     early = change[: max(0, half - _offset(layer, len(change)))]
     mixer = layer.self_attention
-    kind = type(getattr(mixer, "mixer", mixer)).__name__  # of a plugin, its own class
+    kind = type(getattr(mixer, "mixer", mixer)).__name__  # for a plugin, its own class
     named = f"layer {layer.layer_number} ({kind})"
     if not all(output.isfinite().all() for output in outputs):
         yield (
@@ -122,8 +122,8 @@ def _leaks(layer: SlottedLayer, length: int, rotary: Any) -> Iterator[str]:
 
 
 def _drawn(mixer: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
-    """Return weights in fp32 by name, of alike draws on ranks of alike shapes; buffers as they
-    are."""
+    """Return fp32 weights by name, and the buffers with their own values; ranks with equal shapes
+    draw equal weights."""
     drawn: dict[str, Tensor] = {}
     is_hosted = hasattr(mixer, "mixer")
     for name, parameter in mixer.named_parameters():
@@ -139,7 +139,7 @@ def _drawn(mixer: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
 
 
 def _mixed(layer: SlottedLayer, drawn: dict[str, Tensor], x: Tensor, rotary: Any) -> Tensor:
-    """x: <fp32>[T, B, D], the same on all ranks -> the mixer's output at this rank's positions."""
+    """Run the mixer. x: <fp32>[T, B, D], alike on all ranks -> output at this rank's positions."""
     mixer = layer.self_attention
     rank, ranks = _place(layer)
     own = x.chunk(ranks)[rank].to(next(iter(drawn.values())).device)
@@ -158,12 +158,12 @@ def _mixed(layer: SlottedLayer, drawn: dict[str, Tensor], x: Tensor, rotary: Any
 
 
 def _place(layer: SlottedLayer) -> tuple[int, int]:
-    """Return this rank and the number of ranks over which sequence parallelism cuts positions."""
+    """Return this rank, and the number of ranks that sequence parallelism splits positions over."""
     if not layer.config.sequence_parallel:
         return 0, 1
     return layer.pg_collection.tp.rank(), layer.pg_collection.tp.size()
 
 
 def _offset(layer: SlottedLayer, count: int) -> int:
-    """Return the position of this rank's first output of `count`."""
+    """Return the position of this rank's first output; each rank has `count`."""
     return _place(layer)[0] * count

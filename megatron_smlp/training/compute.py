@@ -1,8 +1,8 @@
-"""The FLOPs that a training has spent, counted by the choices that its routers did send.
+"""The FLOPs that a training has spent, counted by the choices that its routers actually sent.
 
     spent = tokens x (3 forward of the configuration) - 3 forward of every choice that was not sent
 
-What is not sent: second experts that GShard does not draw, and choices over a capacity.
+Not sent are second experts that GShard does not draw, and choices over an expert's capacity.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_smlp.routers.statistics import RouterKey, RouterLoad
 
 
 class Compute:
-    """See the top of the file; `square` and needed FLOPs as in accounting/costs.py."""
+    """See the module docstring; `square` and needed FLOPs as in accounting/costs.py."""
 
     def __init__(self, shape: ModelShape) -> None:
         self.square, self.needed = training_flops_per_token(model_cost(shape), shape)
@@ -28,18 +28,18 @@ class Compute:
         self.per_choice = 3 * choice_flops(shape)
         self.tokens = 0
         self.unsent = 0.0
-        """FLOPs a token that were not spent, mean over the first `tokens` of the run; a checkpoint
-        carries it."""
+        """FLOPs per token that were not spent, mean over the first `tokens` tokens of the run;
+        saved with a checkpoint."""
 
     def resume(self, unsent: float, *, tokens: int) -> None:
-        """Go on at `tokens` of a run, of whose FLOPs a token `unsent` were not spent."""
+        """Resume a run after `tokens` tokens; `unsent` is its mean of FLOPs per token not spent."""
         self.unsent, self.tokens = unsent, tokens
 
     def add(self, loads: Mapping[RouterKey, RouterLoad], *, tokens: int) -> float:
-        """Take in what the routers did up to `tokens` of the run.
+        """Account for the router loads since the last call, up to `tokens` tokens of the run.
 
         Returns:
-            needed FLOPs of one token since the last call.
+            needed FLOPs per token since the last call.
         """
         new = tokens - self.tokens
         token_loads = [load for key, load in loads.items() if key.kind == "token"]
@@ -52,7 +52,7 @@ class Compute:
         return self.needed - unsent
 
     def spent(self, tokens: int) -> dict[str, float]:
-        """FLOPs of the run up to `tokens`, for metrics.jsonl."""
+        """Return the FLOPs of the run's first `tokens` tokens, for metrics.jsonl."""
         return {
             "consumed_flops": tokens * (self.needed - self.unsent),
             "consumed_square_flops": tokens * (self.square - self.unsent),

@@ -1,6 +1,6 @@
-"""The terminal of a run: a start that fits a screen, then lines, above a progress bar if it is one.
+"""A run's console output: a start that fits a screen, then lines, above a bar on a terminal.
 
-Rank 0 alone has one. What Megatron itself prints is kept by training/captured_output.py.
+Only rank 0 prints. Megatron's own output goes to a log (training/captured_output.py).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from megatron_smlp.unwritable_log import TolerantStream
 
 
 class RunConsole:
-    """Silent on all ranks but the first."""
+    """Console of a run; silent on all ranks but the first."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
@@ -37,7 +37,7 @@ class RunConsole:
 
     @contextlib.contextmanager
     def progress(self) -> Iterator[None]:
-        """Show a progress bar if this is a terminal."""
+        """Show a progress bar if standard output is a terminal."""
         if not (self.first_rank and self.console.is_terminal):
             yield
             return
@@ -47,7 +47,7 @@ class RunConsole:
             TextColumn("{task.fields[note]}"),
             TimeRemainingColumn(),
             console=self.console,
-            redirect_stdout=False,  # what Megatron prints is kept in its log, not shown here
+            redirect_stdout=False,  # Megatron's output goes to its log, not here
             redirect_stderr=False,
         )
         bar.add_task("train", total=self.args.train_iters or 1, note="starting")
@@ -55,14 +55,14 @@ class RunConsole:
             yield
 
     def advance(self, iteration: int, *, note: str) -> None:
-        """Move the bar, where there is one."""
+        """Advance the bar, if there is one."""
         if self.bar is not None:
-            # With --train-samples Megatron only now knows how many iterations that makes.
+            # With --train-samples, Megatron knows the number of iterations only by now.
             total = self.args.train_iters
             self.bar.update(self.bar.task_ids[0], completed=iteration, total=total, note=note)
 
     def say(self, text: str) -> None:
-        """One line."""
+        """Print one line."""
         if self.first_rank:
             self.console.print(text, markup=False)
 
@@ -85,20 +85,20 @@ class RunConsole:
 
 
 def dry_run(args: argparse.Namespace) -> None:
-    """Print what the run would be, on rank 0 alone; Megatron may refuse what it is made of."""
+    """Print what the run would be, on rank 0 only; Megatron may reject its configuration."""
     configuration(args)
-    if not args.hash_table:  # which reads the data
+    if not args.hash_table:  # a balanced one reads the data
         check_causality_of_layers(args)
     if args.rank == 0:
         console = Console(file=terminal(), highlight=False, soft_wrap=True)
         with console.capture() as page:
             print_dry_run(args, console)
-        with contextlib.suppress(BrokenPipeError):  # as of `head`
+        with contextlib.suppress(BrokenPipeError):  # e.g. piped into `head`
             print(page.get(), end="", file=terminal(), flush=True)
 
 
 def data_text(args: argparse.Namespace) -> str:
-    """Return the data flags as they were given; those of each split with its name."""
+    """Return the data flags as given; flags of a single split are preceded by its name."""
     if args.data_path:
         return " ".join(map(str, args.data_path))
     given = {split: getattr(args, flag) for split, flag in zip(SPLITS, SPLIT_FLAGS, strict=True)}

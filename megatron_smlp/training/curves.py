@@ -1,7 +1,7 @@
 """The writers of TensorBoard and W&B, which Megatron opens on the last rank.
 
-A folder without room costs the run its curves, and not its life: TensorBoard's writer raises what
-went wrong in its thread at whoever logs next.
+A full disk costs the run its curves, not its life: TensorBoard's writer raises an error of its
+background thread in the next call that logs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megatron_smlp.unwritable_log import UnwritableLog
 
 
 class TolerantWriter:
-    """Another writer, whose methods raise no OSError."""
+    """Wraps a writer so that its methods raise no OSError."""
 
     def __init__(self, writer: Any, folder: str) -> None:
         self.writer = writer
@@ -29,7 +29,7 @@ class TolerantWriter:
 
 
 class Writers:
-    """Both of them; every rank may call, and only the one that has them writes."""
+    """Both writers; every rank may call, but only the rank that has them writes."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         writer = get_tensorboard_writer()
@@ -40,7 +40,7 @@ class Writers:
         return self.tensorboard is not None or self.wandb is not None
 
     def add(self, name: str, value: Any, iteration: int, *, samples: int | None = None) -> None:
-        """Add a number, and, with the samples so far, the same number over these."""
+        """Add a number at `iteration` and, if given, at `samples`, the samples so far."""
         if self.tensorboard:
             self.tensorboard.add_scalar(name, value, iteration)
             if samples is not None:
@@ -53,19 +53,19 @@ class Writers:
             self.add(name, value, iteration)
 
     def write_flags(self, args: argparse.Namespace) -> None:
-        """Write the run's arguments as texts."""
+        """Write the run's arguments to TensorBoard as text."""
         if self.tensorboard:
             for name, value in vars(args).items():
                 self.tensorboard.add_text(name, str(value), global_step=args.iteration)
 
     def forget_after(self, iteration: int) -> None:
-        """Tell TensorBoard that the run goes on from there: it drops what it read of later ones."""
+        """Tell TensorBoard that the run resumes at `iteration`, so that it drops later points."""
         if self.tensorboard is None:
             return
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
         start = SessionLog(status=SessionLog.START)
-        # What torch's writer does with a `purge_step`, which Megatron cannot know when it makes it.
+        # What torch's writer does for `purge_step`, which Megatron does not know yet at creation.
         self.tensorboard.file_writer.add_event(Event(step=iteration + 1, session_log=start))
 
     def flush(self) -> None:
@@ -79,6 +79,6 @@ class Writers:
 
 
 def run_curves(numbers: Mapping[str, Any]) -> dict[str, float]:
-    """Return what Megatron's own curves lack, of a line of metrics.jsonl."""
+    """Return the values of a line of metrics.jsonl that Megatron's own curves lack."""
     names = ("tokens_per_second", "tflops_per_device", "mfu", "consumed_tokens")
     return {f"run/{name}": numbers[name] for name in names if numbers[name] is not None}

@@ -1,4 +1,4 @@
-"""Megatron's GPT datasets from our arguments, after the data was checked against them."""
+"""Builds Megatron's GPT datasets from our arguments, after checking the data against them."""
 
 from __future__ import annotations
 
@@ -29,12 +29,11 @@ from megatron_smlp.errors import DataError, UsageError
 from megatron_smlp.systems import BY_PREFIX, READING_IDS
 
 EVALUATION_SEED = 1234
-"""Seed of the order of validation and test samples, so that runs with other seeds and systems are
-compared on the same ones."""
+"""Fixed seed of validation and test order: runs of all seeds and systems read the same samples."""
 
 
 def check_data(args: argparse.Namespace) -> None:
-    """Look at every dataset before anything is built, and keep what is in each: checkpoints say it.
+    """Verify every dataset before anything is built, and record its content for checkpoints.
 
     Raises:
         UsageError: no data, missing or damaged files, or data of another vocabulary.
@@ -58,21 +57,21 @@ def check_data(args: argparse.Namespace) -> None:
 
 @dataclass(frozen=True)
 class Datasets:
-    """What a run reads; None where it reads nothing, or on a rank that reads no samples."""
+    """The datasets of a run; None where it reads nothing, and on ranks that read no samples."""
 
     train: Any
     valid: list[Any]
-    """One, or with --multiple-validation-sets one for each prefix."""
+    """One, or with --multiple-validation-sets one per prefix."""
     test: Any
 
 
 def run_datasets(
     args: argparse.Namespace, say: Callable[[str], None], *, vp_stage: int | None = None
 ) -> Datasets:
-    """Build the datasets; call on every rank, for each virtual pipeline stage.
+    """Build the datasets; call on every rank, once per virtual pipeline stage.
 
     Args:
-        say: prints a line for the user on rank 0: what the run will read of each dataset.
+        say: prints a line for the user on rank 0: how much of each dataset the run will read.
 
     Raises:
         UsageError: the datasets do not suffice, or a split is empty.
@@ -95,18 +94,18 @@ def run_datasets(
 
 
 def _training_samples(args: argparse.Namespace) -> int:
-    """Return how many the run takes from its first step to its last."""
+    """Return the number of training samples from the run's first step to its last."""
     if args.train_samples:
         return _scheduled(args)[1] if args.step_batch_size_schedule else args.train_samples
-    # A branch ends before, and reads in the order of the run that it leaves.
+    # A branch ends earlier, but must read in the order of the run that it leaves.
     end = args.explicit_flags["train_iters"] if args.branch_from else args.train_iters
-    # Samples that were read in larger batches before: without these it would run out of them.
+    # Earlier, larger batches may have consumed more; without them the data would run out.
     rest = (end - args.iteration) * args.global_batch_size
     return max(end * args.global_batch_size, args.consumed_train_samples + rest)
 
 
 def steps_left(args: argparse.Namespace) -> int:
-    """Return the steps from here to --train-samples."""
+    """Return the number of steps left until --train-samples."""
     if args.step_batch_size_schedule:
         return _scheduled(args)[0]
     return max(0, int(args.train_samples - args.consumed_train_samples)) // args.global_batch_size
@@ -114,7 +113,7 @@ def steps_left(args: argparse.Namespace) -> int:
 
 def _scheduled(args: argparse.Namespace) -> tuple[int, int]:
     """Return the steps that --step-batch-size-schedule takes from here to --train-samples, and the
-    samples at their end: the last batch may read beyond."""
+    samples read by then: the last batch may read past that number."""
     steps, read = 0, args.consumed_train_samples
     while read < args.train_samples:
         update_num_microbatches(read, consistency_check=False)
@@ -125,11 +124,11 @@ def _scheduled(args: argparse.Namespace) -> tuple[int, int]:
 
 
 def _first(dataset: Any, count: int, split: Split) -> Any:
-    """Return what every evaluation of a run reads."""
+    """Return the first `count` samples of a dataset, which every evaluation of a run reads."""
     if dataset is None:
         return None
     first: Any = Subset(dataset, range(count))
-    first.split = split  # which Megatron reads for the size of a batch
+    first.split = split  # Megatron derives the batch size from it
     return first
 
 
@@ -142,7 +141,7 @@ def _build(
     splits: Sequence[int],
     seed: int,
 ) -> list[Any]:
-    """Only these of train (0), validation (1) and test (2); None in the places of the others."""
+    """Build `splits` only, of train (0), validation (1) and test (2); None for the others."""
     config = dataset_config(args)
     config.random_seed = seed
     for name in ("split_matrix", "blend_per_split"):
@@ -166,9 +165,10 @@ def _build(
 
 
 def needs_every_batch(args: argparse.Namespace) -> bool:
-    """Return whether every pipeline stage reads the batches: HASH routes by token ids, attention
-    within documents finds their ends, and in a full validation, ranks with fewer samples read empty
-    ones (batches._whole), which no router may count.
+    """Return whether every pipeline stage reads the batches.
+
+    HASH routes by token ids, attention within documents needs their ends, and routers must not
+    count the empty samples (batches._whole) that some ranks read in a full validation.
     """
     has_routers = args.token_router != "none" or args.feature_router in BY_PREFIX
     return bool(
@@ -179,7 +179,7 @@ def needs_every_batch(args: argparse.Namespace) -> bool:
 
 
 def needs_batch(args: argparse.Namespace, vp_stage: int | None) -> bool:
-    """Return whether this pipeline stage gets batches: the ends of the pipeline, or all of it."""
+    """Return whether this pipeline stage gets batches: the first and the last, others if needed."""
     return needs_every_batch(args) or bool(is_first_or_last_pipeline_stage(vp_stage))
 
 
@@ -189,7 +189,7 @@ def _reads_data(args: argparse.Namespace, vp_stage: int | None) -> bool:
 
 
 def dataset_config(args: argparse.Namespace) -> GPTDatasetConfig:
-    """Megatron's dataset flags -> its dataset config."""
+    """Translate Megatron's dataset flags into its dataset config."""
     return GPTDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,

@@ -1,4 +1,4 @@
-"""Evaluate the model on each dataset of a run, by Megatron's `evaluate`: forward passes in
+"""Evaluates the model on each dataset of a run with Megatron's `evaluate`: forward passes in
 evaluation mode, sums over all ranks."""
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ class Evaluator:
     """Evaluates between steps. Every call is collective.
 
     Args:
-        forward: the loss of a micro-batch, and what the routers did in it.
-        listener: is told of each dataset.
+        forward: computes the loss of a micro-batch, and collects router statistics.
+        listener: notified of each dataset's evaluation.
     """
 
     def __init__(self, parts: Parts, *, forward: ForwardStep, listener: Listener) -> None:
         self.parts, self.forward, self.listener = parts, forward, listener
         self.seen: set[tuple[str, int]] = set()
-        """Title and iteration of what was evaluated: at the end nothing is evaluated again."""
+        """Title and iteration of past evaluations, so that the end of the run repeats none."""
 
     def __call__(self, sets: Sequence[EvaluationSet], iteration: int) -> bool:
-        """Evaluate what has not been evaluated at this iteration; False: the run's time is over."""
+        """Evaluate the sets not yet evaluated at this iteration; False if the run's time is up."""
         for dataset in sets:
             if (dataset.title, iteration) in self.seen:
                 continue
@@ -65,7 +65,7 @@ class Evaluator:
 
     @contextmanager
     def _batch_of(self, dataset: EvaluationSet) -> Iterator[None]:
-        """Let Megatron read batches of the dataset's own size."""
+        """Make Megatron read batches of the dataset's own size inside the block."""
         args = self.parts.args
         size = args.eval_global_batch_size
         if dataset.micro_batches:

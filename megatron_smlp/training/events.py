@@ -1,8 +1,8 @@
-"""What others do in a training: listeners look, updates change state.
+"""Hooks into a training: listeners observe, updates change state.
 
-A `Listener` is told what has happened, and changes nothing that a step reads. An `Update` changes
-state at one place, inside a step, behind the optimizer's (training/step.py). Both are called on
-every rank, in lockstep.
+A `Listener` is told what happened and changes nothing that a step reads. An `Update` changes state
+at one fixed place: inside a step, after the optimizer's update (training/step.py). Both are called
+on every rank, in lockstep.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
-if TYPE_CHECKING:  # a listener may be defined before Megatron is patched, and so imported
+if TYPE_CHECKING:  # a listener may be defined before Megatron is patched: no import of it here
     from megatron_smlp.training.parts import Parts
 
 type Scores = dict[str, dict[str, float | None]]
@@ -21,64 +21,64 @@ type Scores = dict[str, dict[str, float | None]]
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a step did."""
+    """The outcome of one step."""
 
     iteration: int
-    """Its number, from 1 on."""
+    """Number of the step, counted from 1."""
     losses: Mapping[str, Tensor]
-    """<float>[], means over the tokens of the global batch; on the last pipeline stage alone."""
+    """<float>[], means over the tokens of the global batch; on the last pipeline stage only."""
     learning_rate: float | None
-    """That it was made with; None on a rank without parameters."""
+    """The rate of this step's update; None on a rank without parameters."""
     grad_norm: float | None
-    """Before clipping; None where fp16 has overflowed."""
+    """Before clipping; None after an fp16 overflow."""
     num_zeros: float | None
-    """Zeros in the gradient, where --log-num-zeros-in-grad asks for them."""
+    """Zeros in the gradient, with --log-num-zeros-in-grad."""
     skipped: bool
-    """Whether the update was held back."""
+    """Whether the update was skipped."""
     loss_scale: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What an evaluation of one dataset found."""
+    """The result of evaluating one dataset."""
 
     iteration: int
     title: str
     """`validation`, `test`, or `validation NAME` with --multiple-validation-sets."""
     losses: Mapping[str, Tensor]
-    """<float>[] by name. On the last pipeline stage alone."""
+    """<float>[] by name; on the last pipeline stage only."""
     loads: Mapping[Any, Any]
-    """What the routers did in it, by layer and kind."""
+    """The routers' loads during the evaluation, by layer and kind."""
     seconds: float
 
 
 class Listener:
-    """Is told of a training; has the methods that it needs."""
+    """Base class of whatever observes a training; override the methods you need."""
 
     def built(self, parts: Parts) -> None:
-        """Model, optimizer and schedule are there, and the checkpoint is loaded."""
+        """Observe the parts: model, optimizer and schedule are built, the checkpoint is loaded."""
 
     def ready(self) -> None:
-        """All ranks have their data, and the first step comes next."""
+        """Prepare for the first step, which comes next: all ranks have their data."""
 
     def stepped(self, outcome: Outcome) -> None:
-        """Hear of a step whose samples are counted."""
+        """Observe a finished step; its samples are already counted."""
 
     def evaluated(self, evaluation: Evaluation) -> None:
-        """Hear of the evaluation of one dataset."""
+        """Observe the evaluation of one dataset."""
 
     def scored(self, scores: Scores, texts: list[str], *, iteration: int, seconds: float) -> None:
-        """Hear of zero-shot tasks: numbers by task, and a text for each."""
+        """Observe the scores of zero-shot tasks: numbers by task, and a text for each task."""
 
     def held_up(self, *, seconds: float) -> None:
-        """Something beside steps took time: an evaluation, tasks, the part of a save that waits."""
+        """Observe time spent outside steps: evaluation, tasks, the blocking part of a save."""
 
     def stopping(self, iteration: int) -> None:
-        """Hear that the run ends before its last step, saved where there is a folder for it."""
+        """Observe that the run ends before its last step, saved if there is a folder for it."""
 
 
 class Listeners(Listener):
-    """Several, told in their order."""
+    """Several listeners, called in order."""
 
     def __init__(self, members: Sequence[Listener]) -> None:
         for event in ("built", "ready", "stepped", "evaluated", "scored", "held_up", "stopping"):
@@ -94,14 +94,14 @@ def _each(methods: Sequence[Callable[..., None]]) -> Callable[..., None]:
 
 
 class Tasks(Protocol):
-    """Zero-shot tasks that are scored during training. Every method is collective."""
+    """Zero-shot tasks scored during training. Every method is collective."""
 
     def built(self, model: Sequence[Any]) -> None: ...
 
     def is_due(self, iteration: int) -> bool: ...
 
     def scores(self) -> tuple[Scores, list[str]]:
-        """Score them all, with parameters that are whole.
+        """Score all tasks, with parameters fully gathered.
 
         Returns:
             numbers by task for metrics.jsonl, and a text for each task.
@@ -109,7 +109,7 @@ class Tasks(Protocol):
 
 
 class Update(Protocol):
-    """Changes state of the model once a step: prices of BASE, a rule of a plugin's."""
+    """Changes model state once per step, such as BASE's prices or a plugin's own rule."""
 
     def __call__(self, models: Sequence[Any], /, *, skipped: bool) -> None:
         """models: this rank's chunks; skipped: the weights were not updated. Collective."""

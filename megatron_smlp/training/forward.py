@@ -3,8 +3,8 @@
     loss = sum over tokens of mask * -log p(label) / number of tokens        of one micro-batch
 
 Megatron averages over micro-batches, or, with --calculate-per-token-loss, over all their tokens.
-Which positions count with partial prediction, and whose loss is reported beside, is said in
-partial_prediction.py.
+partial_prediction.py defines which positions count with partial prediction, and which losses are
+reported in addition.
 
 Letters: B micro-batch, T sequence length.
 """
@@ -33,7 +33,7 @@ from megatron_smlp.training.slow_hosts import OwnPart
 
 SUFFIX_LOSS = "suffix loss"
 WHOLE_LOSS = "whole loss"
-"""Name of the loss over all targets, if "lm loss", which is trained on, is over some of them."""
+"""Name of the loss over all targets, reported when "lm loss" (trained on) covers only some."""
 BATCH_KEYS = ("tokens", "position_ids", "labels", "loss_mask")
 
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
@@ -42,8 +42,8 @@ LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
 class ForwardStep:
     """Megatron's `forward_step_func`.
 
-    Remembers whether a loss was not finite, and the seconds spent on getting batches, until asked.
-    Holds the statistics of the routers, which it tells what is padding.
+    Records, until popped, whether a loss was not finite and the seconds spent on getting batches.
+    Holds the routers' statistics, and tells them what is padding.
     """
 
     def __init__(self) -> None:
@@ -59,8 +59,8 @@ class ForwardStep:
         """Run one micro-batch through this stage of the model.
 
         Returns:
-            on the last stage the loss of each token, <float>[B, T]; else the stage's output. And
-            the function that Megatron calls on it.
+            on the last stage the loss of each token, <float>[B, T], else the stage's output; and
+            the loss function that Megatron calls on it.
         """
         args, timers = get_args(), get_timers()
         with self.own_part.timed(getattr(args, "curr_iteration", 0)):
@@ -68,12 +68,12 @@ class ForwardStep:
             start = time.perf_counter()
             vp_stage = get_attr_wrapped_model(model, "vp_stage")
             batch = next_batch(data_iterator, vp_stage)
-            if torch.is_grad_enabled():  # validation does not count, and draws nothing
+            if torch.is_grad_enabled():  # validation is not timed, and its routers draw nothing
                 self.data_seconds += time.perf_counter() - start
                 self._attach_keys(model, vp_stage)
             timers("batch-generator").stop()
             # In a full validation, ranks with fewer samples read empty ones (batches._whole),
-            # which no router may count.
+            # which routers must not count.
             real = real_tokens(batch["loss_mask"]) if args.full_validation else None
             self.statistics.begin(real)
             if args.feature_router in BY_PREFIX:
@@ -85,7 +85,7 @@ class ForwardStep:
         return output, partial(self._loss, batch["loss_mask"])
 
     def _attach_keys(self, model: Any, vp_stage: int | None) -> None:
-        """Give a router that draws the keys of this micro-batch's samples."""
+        """Give routers that draw random numbers the keys of this micro-batch's samples."""
         args = get_args()
         if args.token_router == "none" or not token_router_class(args.token_router).draws:
             return
@@ -100,13 +100,13 @@ class ForwardStep:
     def _loss(
         self, loss_mask: Tensor, token_losses: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """token_losses, loss_mask: <float>[B, T] -> summed loss, number of tokens, report."""
+        """Sum the loss. token_losses, loss_mask: <float>[B, T] -> sum, number of tokens, report."""
         args = get_args()
         trains = token_losses.requires_grad
         start = trained_from(args) if trains else 0
         loss, num_tokens = _masked_sum(token_losses, loss_mask, start=start)
         if trains:
-            # On the device: the host would wait for it at each micro-batch.
+            # Stays on the device: reading it here would make the host wait at each micro-batch.
             bad = ~torch.isfinite(loss.detach())
             self.nonfinite = bad if self.nonfinite is None else self.nonfinite | bad
         reports = {"lm loss": _report(loss, num_tokens)}
@@ -118,25 +118,25 @@ class ForwardStep:
         return loss, num_tokens, reports
 
     def pop_nonfinite(self) -> Tensor | None:
-        """<bool>[], whether a loss was not finite since the last call; None: there was none."""
+        """Return whether a loss since the last call was not finite, <bool>[]; None: no loss."""
         nonfinite, self.nonfinite = self.nonfinite, None
         return nonfinite
 
     def pop_data_seconds(self) -> float:
-        """Wall time spent on batches of training steps since the last call, on this rank."""
+        """Return this rank's seconds spent on getting training batches since the last call."""
         seconds, self.data_seconds = self.data_seconds, 0.0
         return seconds
 
 
 class _PlaceInRun:
-    """Counts, as the sampler does, the samples that the micro-batch under way has of the run."""
+    """Numbers the samples of the current micro-batch within the run, as the sampler does."""
 
     def __init__(self) -> None:
         self._started: dict[int | None, tuple[int, int]] = {}
-        """For each stage on this rank, the samples before the step and the micro-batches so far."""
+        """Per stage on this rank: samples before this step, and micro-batches of it so far."""
 
     def first_sample(self, args: Any, vp_stage: int | None) -> int:
-        """Return the number of the first one; call it once in each forward pass of a stage."""
+        """Return the number of its first sample; call once per forward pass of a stage."""
         before: int = args.consumed_train_samples
         step, number = self._started.get(vp_stage, (before, 0))
         number = number if step == before else 0
@@ -146,23 +146,23 @@ class _PlaceInRun:
 
 
 def other_documents(tokens: Tensor, eod: int) -> Tensor:
-    """<int64>[B, T] -> <bool>[B, 1, T, T]: True, as Megatron has it, where position t may not read
-    s: it comes later, or is of a document that an end separates from t's."""
+    """<int64>[B, T] -> <bool>[B, 1, T, T]: True (Megatron's convention) where position t may not
+    read position s, because s is later or in another document."""
     ends = (tokens == eod).long()
     document = ends.cumsum(1) - ends
     return ~(document[:, :, None] == document[:, None, :]).tril()[:, None]
 
 
 def real_tokens(loss_mask: Tensor | None) -> Tensor | None:
-    """<float>[B, T] -> <bool>[B, T], False from where no later target of the sample counts.
+    """<float>[B, T] -> <bool>[B, T], True up to the sample's last position whose target counts.
 
-    That is its padding. Positions that are masked before the end of the sample are tokens.
+    What follows is padding. Masked positions before it are real tokens.
     """
     return None if loss_mask is None else loss_mask.flip(1).cumsum(1).flip(1) > 0
 
 
 def _masked_sum(losses: Tensor, mask: Tensor, *, start: int = 0) -> tuple[Tensor, Tensor]:
-    """<float>[B, T] -> the sum in fp32 from position `start` on, and the number of tokens in it."""
+    """<float>[B, T] -> the masked sum in fp32 from position `start` on, and its token count."""
     kept = mask[:, start:]
     return torch.sum(losses[:, start:].float() * kept), kept.sum().int()
 
@@ -175,8 +175,8 @@ def _report(loss: Tensor, num_tokens: Tensor) -> Tensor:
 def next_batch(
     data_iterator: Iterator[dict[str, Tensor]], vp_stage: int | None
 ) -> dict[str, Tensor | None]:
-    """Return the next micro-batch, broadcast over the TP group; None for what this stage does not
-    need.
+    """Return the next micro-batch, broadcast over the TP group; entries that this stage does not
+    need are None.
 
     Returns:
         tokens, position_ids, labels: <int64>[B, T]; loss_mask: <float32>[B, T].
@@ -201,7 +201,7 @@ def next_batch(
             args.micro_batch_size if torch.is_grad_enabled() else args.eval_micro_batch_size
         ),
         seq_length=args.seq_length,
-        # Then Megatron broadcasts all of it on all stages.
+        # If true, Megatron broadcasts the whole batch on every stage.
         mtp_on_this_rank=needs_every_batch(args),
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(),

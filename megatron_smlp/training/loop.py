@@ -1,12 +1,12 @@
-"""A training, from its first line to its last save: what happens, in order.
+"""The training loop: everything a run does, in order, from its first line to its last save.
 
     build      Megatron's model, optimizer, schedule                parts.py
-    resume     the newest whole checkpoint                          checkpoints/
+    resume     the newest intact checkpoint                         checkpoints/
     steps      batch size, forward, backward, update                step.py
-               then, where it is due: report, score tasks, evaluate, save, stop
+               then, when due: report, score tasks, evaluate, save, stop
     finish     the last save, the last evaluation
 
-Every rank runs this in lockstep. Who only looks is a listener (events.py; in which order: run.py).
+Every rank runs this in lockstep. Observers are listeners (events.py), called in run.py's order.
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ def train(
     """Run a training.
 
     Args:
-        forward: the loss of a micro-batch.
-        tasks: to score between steps.
-        listeners: are told after our own.
-        start_up: is over when the first step begins.
+        forward: computes the loss of a micro-batch.
+        tasks: zero-shot tasks to score between steps.
+        listeners: notified after our own.
+        start_up: ended when the first step begins.
     """
     start_up = start_up or StartUp()
     run = Run(args, forward=forward, listeners=listeners)
@@ -83,9 +83,9 @@ def train(
             loop = Loop(run, parts, batches, tasks, evaluate, iteration=iteration)
         if iteration == 0:
             check_causality(parts)
-            forward.statistics.take(training=False)  # what routers did in it is no evaluation's
+            forward.statistics.take(training=False)  # discard the router statistics of the check
             check_saving(parts)
-        gathered(None)  # all ranks have their data too
+        gathered(None)  # wait until all ranks have their data
         start_up.over()
         run.listeners.ready()
         if loop:
@@ -99,19 +99,19 @@ def train(
 
 
 def resume(run: Run, parts: Parts) -> int:
-    """Take the folder, load the newest whole checkpoint, and return its iteration. Collective."""
+    """Claim the folder, load the newest intact checkpoint, and return its iteration. Collective."""
     args = run.args
     run.saving.take_folder()
     folder = choose_checkpoint(args, run.reporter.say)
     args.iteration = read(parts, folder) if folder else 0
     if args.iteration and args.train_samples:
-        # Steps before may have had another batch than those that are left.
+        # Earlier steps may have used another batch size than the remaining ones.
         args.train_iters = args.iteration + steps_left(args)
     return int(args.iteration)
 
 
 class Loop:
-    """The steps of a run, and what is done between them. Every call is collective."""
+    """The steps of a run and the work between them. Every call is collective."""
 
     def __init__(
         self,
@@ -127,7 +127,7 @@ class Loop:
         self.saving, self.listeners = run.saving, run.listeners
         self.tasks, self.evaluate, self.stopped = tasks, evaluate, False
         self.iteration = iteration
-        """Steps that are done."""
+        """Number of steps done."""
         self.saved_at = iteration if is_same_folder(self.args.load, self.args.save) else None
         titles = [dataset.title for dataset in (*batches.valid, *batches.test)]
         logged = from_first_rank(run.reporter.evaluated_at(iteration, titles))
@@ -146,14 +146,14 @@ class Loop:
         self.upkeep = Upkeep(parts, self.gathering)
 
     def train(self) -> None:
-        """Make steps until the last one, or until something ends the run before it; save it."""
+        """Run steps until the last one, or until something stops the run early; then save."""
         if self.iteration >= self.args.train_iters:
             name = "train_samples" if self.args.train_samples else "train_iters"
             end = f"{flag_of(name)} {getattr(self.args, name)}"
             self.run.reporter.say(f"nothing is left to train: {end} is reached")
         self.upkeep.begin()
         if 0 < self.iteration == self.saved_at < self.args.train_iters:
-            self.evaluate_if_due()  # unless it is logged: no time may have been left for it
+            self.evaluate_if_due()  # skipped if logged; the last run may have had no time for it
         while self.iteration < self.args.train_iters and not self.stopped:
             self.saving.finish()
             self.set_batch_size()
@@ -172,7 +172,7 @@ class Loop:
         self.saving.finish(blocking=True)
 
     def set_batch_size(self) -> None:
-        """Take the batch of this step from its schedule; before it changes, save."""
+        """Set this step's batch size from the schedule; save before it changes."""
         args, before = self.args, get_num_microbatches()
         update_num_microbatches(args.consumed_train_samples, consistency_check=False, verbose=True)
         if get_num_microbatches() != before:
@@ -180,7 +180,7 @@ class Loop:
         update_num_microbatches(args.consumed_train_samples, consistency_check=True, verbose=True)
 
     def make_step(self) -> None:
-        """Forward, backward, update; then count, and tell."""
+        """Run one step (forward, backward, update), count it, and notify the listeners."""
         self.args.curr_iteration = self.iteration
         outcome = self.step(self.batches.train, self.iteration + 1)
         if not outcome.skipped:
@@ -190,7 +190,7 @@ class Loop:
         self.listeners.stepped(outcome)
 
     def skip_data(self) -> None:
-        """Pass over the data of a step (--iterations-to-skip)."""
+        """Skip the data of one step (--iterations-to-skip)."""
         self.batches.skip(get_num_microbatches())
         self.args.skipped_train_samples += get_current_running_global_batch_size()
         self.count()
@@ -200,7 +200,7 @@ class Loop:
         self.args.consumed_train_samples += get_current_running_global_batch_size()
 
     def score_if_due(self) -> bool:
-        """Score zero-shot tasks (--eval-tasks)."""
+        """Score the zero-shot tasks (--eval-tasks) if due; return whether they were."""
         if self.tasks is None or not self.tasks.is_due(self.iteration):
             return False
         start = time.perf_counter()
@@ -211,7 +211,7 @@ class Loop:
         return True
 
     def evaluate_if_due(self) -> bool:
-        """Evaluate each --eval-interval, from --start-eval-at-iter on."""
+        """Evaluate every --eval-interval steps, from --start-eval-at-iter on."""
         is_wanted = self.batches.valid and is_due(self.args.eval_interval, self.iteration)
         if not is_wanted or self.iteration < (self.args.start_eval_at_iter or 0):
             return False
@@ -220,11 +220,11 @@ class Loop:
         return True
 
     def save_if_due(self) -> bool:
-        """Save each --save-interval."""
+        """Save every --save-interval steps."""
         return is_due(self.args.save_interval, self.iteration) and self.save()
 
     def save(self) -> bool:
-        """Save steps that are not saved, if there is a folder; return whether it was done."""
+        """Save if there are unsaved steps and a folder for them; return whether it did."""
         if not (self.args.save and self.iteration) or self.saved_at == self.iteration:
             return False
         self.saved_at, self.args.unsent_flops = self.iteration, self.run.reporter.compute.unsent
@@ -234,7 +234,7 @@ class Loop:
         return True
 
     def stop_if_due(self) -> None:
-        """Stop, with a save, after a signal, at the end of the run's time, or of its interval."""
+        """Save and stop after a signal, at the run's time limit, or at --exit-interval."""
         agreed = self.agreement.read()
         goes_on = self.iteration < self.args.train_iters
         is_at_interval = goes_on and is_due(self.args.exit_interval, self.iteration)
@@ -244,7 +244,7 @@ class Loop:
 
     @contextmanager
     def interruption(self) -> Iterator[None]:
-        """Tell listeners how long something beside the steps took."""
+        """Tell the listeners how long work outside the steps took."""
         start = time.perf_counter()
         yield
         self.listeners.held_up(seconds=time.perf_counter() - start)

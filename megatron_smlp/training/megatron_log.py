@@ -1,7 +1,7 @@
 """Megatron's own curves in TensorBoard and W&B, and its line in megatron.log.
 
-Names and values are those that `megatron.training` writes, so that curves of its runs and of ours
-are read by the same tools; our own curves are beside them (curves.py).
+Names and values are those that `megatron.training` writes, so that the same tools read curves of
+its runs and of ours; our own curves are added by curves.py.
 """
 
 from __future__ import annotations
@@ -44,22 +44,22 @@ TIMERS = (
     "backward-send-forward-recv backward-send-backward-recv "
     "forward-backward-send-forward-backward-recv",
 )
-"""Of --timing-log-level 1, and of 2 beside them."""
+"""Timers of --timing-log-level 1, and those that level 2 adds."""
 ALONE = ("skipped-train-samples", "mem-")
-"""Beginnings of curves that are drawn against steps alone; the others against samples too."""
+"""Prefixes of curves drawn against steps only; the others are drawn against samples too."""
 
 
 class MegatronLog(Listener):
-    """See the top of the file. W&B's and TensorBoard's writers are on the last rank alone."""
+    """See the module docstring. W&B's and TensorBoard's writers exist on the last rank only."""
 
     def __init__(self, args: argparse.Namespace, writers: Writers) -> None:
         self.args, self.writers = args, writers
         self.sums: dict[str, Tensor] = {}
-        """Of the losses since the last line."""
+        """Sums of the losses since the last line."""
         self.made = self.skipped = self.nan = 0
-        """Steps since the last line, by what became of them."""
+        """Steps since the last line, by outcome."""
         self.memory_reports = 2
-        """Still to come: optimizer state is there after the first update."""
+        """Reports still due: the first update allocates the optimizer state."""
         self.timers = " ".join(TIMERS[: args.timing_log_level]).split()
         self.clock = StepClock()
 
@@ -96,7 +96,7 @@ class MegatronLog(Listener):
 
     def _curves(self, outcome: Outcome, params_norm: float | None) -> Iterator[tuple[str, Any]]:
         args = self.args
-        # Megatron's curve has the rate that its schedule has moved on to, of the next step.
+        # Megatron's curve shows the rate of the next step, to which its schedule has moved on.
         rate = get_canonical_lr_for_logging(self.parts.optimizer.param_groups)
         if rate is not None:
             yield "learning-rate", rate
@@ -120,7 +120,7 @@ class MegatronLog(Listener):
             yield "mem-allocated-count", memory["allocation.all.current"]
 
     def _experts(self, iteration: int) -> str:
-        """Write what Megatron's own router tracks, and begin its next sums. Collective."""
+        """Write the metrics that Megatron's own router tracks, and reset their sums. Collective."""
         args = self.args
         if args.num_experts is None:
             return ""
@@ -198,7 +198,7 @@ class MegatronLog(Listener):
         texts = [f" {title} loss at iteration {evaluation.iteration}"]
         for name, loss in evaluation.losses.items():
             value = float(loss)
-            perplexity = math.exp(min(20, value))  # as Megatron cuts it
+            perplexity = math.exp(min(20, value))  # clamped as in Megatron
             texts.append(f"{name} value: {value:.6E} | {name} PPL: {perplexity:.6E}")
             self._write(f"{name} {title}", value, evaluation.iteration)
             if self.args.log_validation_ppl_to_tensorboard:

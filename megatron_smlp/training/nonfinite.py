@@ -1,10 +1,10 @@
-"""Hold an update back where a loss or the gradients' norm is not finite: --nonfinite-loss.
+"""Skips an update, or stops, if a loss or the gradient norm is not finite (--nonfinite-loss).
 
-forward.py     sees the loss of this rank, without waiting for it
+forward.py     checks this rank's loss, without waiting for it
 agreement.py   tells all ranks
-step.py        asks here, before the optimizer's update, and knows the norm
+step.py        calls `may_update` with the norm, before the optimizer's update
 
-A backward pass may overflow under a loss that is finite, and the update would break every weight.
+A backward pass may overflow although the loss is finite, and the update would ruin every weight.
 The norm is the same on all ranks, and the host reads it anyway.
 """
 
@@ -27,13 +27,13 @@ def may_update(
     """Return whether the step's losses and gradients were finite, the same on all ranks.
 
     Raises:
-        NonFiniteLossError: on every rank, where --nonfinite-loss is stop.
+        NonFiniteLossError: they were not, and --nonfinite-loss is stop; on every rank.
     """
     rank = agreement.read().nonfinite_rank
     if rank is not None:
         what = f"non-finite loss on rank {rank}"
     elif grad_norm is not None and not math.isfinite(grad_norm):
-        what = f"gradient norm {float(grad_norm)} under a finite loss"  # a tensor beside Apex
+        what = f"gradient norm {float(grad_norm)} under a finite loss"  # a tensor with Apex
     else:
         return True
     message = f"{what} at iteration {args.curr_iteration + 1}"

@@ -1,7 +1,7 @@
 """Parameters that the distributed optimizer gathers during the forward pass (Megatron's hooks).
 
-With --overlap-param-gather a parameter is whole only where a hook of a forward pass has waited for
-it. What reads parameters otherwise (evaluation, a save, a comparison of replicas) needs them all.
+With --overlap-param-gather a parameter is complete only after a forward pre-hook has waited for it.
+Whatever else reads parameters (evaluation, a save, a comparison of replicas) needs all complete.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from megatron_smlp.training.parts import Parts
 
 
 class ParameterGathering:
-    """Switches the hooks of a run. Every call is collective; without overlap all do nothing.
+    """Switches the hooks of a run. Every call is collective; without overlap all are no-ops.
 
-    They stay off until the first update: an error in what was loaded or drawn would otherwise
-    spread to all ranks by the first gathering.
+    The hooks stay off until the first update: otherwise the first gather would spread an error in
+    loaded or initial weights to all ranks.
     """
 
     def __init__(self, parts: Parts) -> None:
@@ -36,7 +36,7 @@ class ParameterGathering:
             parts.config.param_sync_func = None
 
     def begin(self) -> None:
-        """Switch them on: after the first update, and where they were off for a while."""
+        """Switch the hooks on: after the first update, and after they were off for a while."""
         if self.overlaps and not self.is_on:
             enable_forward_pre_hook(self.parts.model)
             self.parts.config.param_sync_func = self.waits
@@ -44,7 +44,7 @@ class ParameterGathering:
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:
-        """Hold all parameters whole within a `with` block."""
+        """Keep all parameters complete within a `with` block."""
         if not self.is_on:
             yield
             return
@@ -53,7 +53,7 @@ class ParameterGathering:
         self.begin()
 
     def gather(self) -> None:
-        """Make them whole for a save, and free what the gathering holds beside them."""
+        """Gather all parameters for a save, and free the buffers of the overlapped gather."""
         if self.overlaps:
             force_param_sync(self.parts.model, optimizer=self.parts.optimizer)
         for chunk in self.parts.model:
@@ -61,7 +61,7 @@ class ParameterGathering:
                 chunk.free_overlap_buffers()
 
     def end(self) -> None:
-        """Make them whole for good."""
+        """Gather all parameters and switch the hooks off."""
         if self.is_on:
             disable_forward_pre_hook(self.parts.model, optimizer=self.parts.optimizer)
             self.is_on = False

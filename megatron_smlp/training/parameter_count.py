@@ -1,7 +1,7 @@
-"""Is the model that was built the one that the accounting counts? Asked at every start.
+"""Checks at every start that the model has as many parameters as the accounting counts.
 
-Sizes, FLOPs and MFU are arithmetic (accounting/costs.py): a mixer whose cost is wrong there would
-make all of them wrong in silence.
+Sizes, FLOPs and MFU are computed, not measured (accounting/costs.py): a mixer whose cost is wrong
+there would make all of them silently wrong.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from megatron_smlp.errors import AccountingError
 def check_parameters(
     args: argparse.Namespace, model: Sequence[Any], say: Callable[[str], None]
 ) -> None:
-    """Compare the parameters that were built with those that were counted. Collective.
+    """Compare the number of parameters built with the number counted. Collective.
 
     Args:
         model: this rank's chunks.
         say: prints a line for the user on rank 0.
 
     Raises:
-        AccountingError: they differ, on every rank, with --strict-accounting.
+        AccountingError: they differ, and --strict-accounting is given; on every rank.
     """
     built, counted = built_parameters(model), model_cost(ModelShape.from_args(args)).parameters
     if built == counted:
@@ -42,7 +42,7 @@ def check_parameters(
 
 
 def built_parameters(model: Sequence[Any]) -> int:
-    """Return the parameters of the whole model, each of them once. Collective.
+    """Return the number of parameters of the whole model, each counted once. Collective.
 
     model: this rank's chunks.
     """
@@ -54,7 +54,7 @@ def built_parameters(model: Sequence[Any]) -> int:
     own = 0.0
     for parameter in (p for chunk in model for p in chunk.parameters()):
         if getattr(parameter, "shared_embedding", False) and not first_stage:
-            continue  # the copy of a tied embedding
+            continue  # another stage's copy of a tied embedding
         is_expert = not getattr(parameter, "allreduce", True)
         copies = expert_replicas if is_expert else replicas
         if not getattr(parameter, "tensor_model_parallel", False):

@@ -1,4 +1,4 @@
-"""The parts that a training is made of, each of them Megatron's: model, optimizer, schedule."""
+"""Builds the parts of a training, all of them Megatron's: model, optimizer, schedule."""
 
 from __future__ import annotations
 
@@ -37,24 +37,24 @@ from megatron_smlp.training.same_everywhere import run_store
 
 @dataclass
 class Parts:
-    """What the steps of a run read and write."""
+    """The objects that the steps of a run read and write."""
 
     args: argparse.Namespace
     model: list[Any]
-    """This rank's chunks, one for each virtual pipeline stage, in Megatron's DDP."""
+    """This rank's model chunks, one per virtual pipeline stage, wrapped in Megatron's DDP."""
     optimizer: Any
     """None with --skip-train, as is the schedule."""
     schedule: Any
-    """Of learning rate and weight decay."""
+    """Schedule of learning rate and weight decay."""
     config: Any
-    """The model's, from which Megatron's schedules take what they call."""
+    """The model's config, which holds the functions that Megatron's schedules call."""
     groups: ProcessGroupCollection
     began: float
-    """`time.time()` at which the first rank began to build, for --exit-duration-in-mins."""
+    """`time.time()` when the first rank began to build, for --exit-duration-in-mins."""
 
 
 def configuration(args: argparse.Namespace) -> Any:
-    """Return Megatron's configuration of the run, which refuses some flags as it is made."""
+    """Return Megatron's configuration of the run; constructing it rejects some flags."""
     with megatrons_refusals():
         return pretrain_cfg_container_from_args(args, model_config(args))
 
@@ -66,7 +66,7 @@ def build(args: argparse.Namespace) -> Parts:
     if not cpu.needed():
         set_jit_fusion_options(tp_size=args.tensor_model_parallel_size)
     began = min(gathered(time.time()))
-    set_startup_timestamps(program_start=began)  # from where its `evaluate` counts too
+    set_startup_timestamps(program_start=began)  # Megatron's `evaluate` counts from here too
     groups = ProcessGroupCollection.use_mpu_process_groups()
     start_memory_history_recording(settings.profiling)
     model = _model(settings, groups, trains=not args.skip_train)
@@ -115,7 +115,7 @@ def _optimizer(args: argparse.Namespace, model: list[Any]) -> tuple[Any, Any]:
 
 
 def _with_plugins(schedule: Any) -> Any:
-    """Multiply the learning rate by the factors that plugins have registered."""
+    """Multiply the learning rate by the factors that plugins registered."""
     plain = schedule.get_lr
 
     def rate(group: dict[str, Any]) -> float:
@@ -129,20 +129,20 @@ def _with_plugins(schedule: Any) -> Any:
 
 
 def leave_to_adam(model: list[Any]) -> None:
-    """Let Muon take the matrices of Megatron's linear layers alone (decision 87): by this mark
-    Megatron tells what Adam updates, at --decoupled-lr where that is given."""
+    """Restrict Muon to the matrices of Megatron's linear layers (decision 87): Megatron gives Adam
+    the parameters marked here, with --decoupled-lr if that is given."""
     for module in (module for chunk in model for module in chunk.modules()):
         is_linear = type(module).__name__.endswith(("ParallelLinear", "GroupedLinear"))
         for parameter in module.parameters(recurse=False):
-            if not (is_linear and parameter.dim() == 2):  # a bias is not, nor a fused norm's weight
+            if not (is_linear and parameter.dim() == 2):  # also biases, fused norms' weights
                 parameter.is_embedding_or_output_parameter = True
 
 
 def _connect(parts: Parts) -> None:
-    """Tell Megatron's schedules what to call around a forward and backward pass.
+    """Set the functions that Megatron's schedules call around a forward and backward pass.
 
-    With overlapped communication DDP sends gradients during the backward pass of the last
-    micro-batch, and gathers parameters during the next forward pass.
+    With overlapped communication, DDP reduces gradients during the backward pass of the last
+    micro-batch and all-gathers parameters during the next forward pass.
     """
     args, model, config = parts.args, parts.model, parts.config
     config.timers = get_timers()
@@ -159,13 +159,13 @@ def _connect(parts: Parts) -> None:
 
 
 def _per_chunk(model: list[Any], method: Callable[[Any], Any]) -> Any:
-    """Return one for a single chunk, and a list for several, as Megatron's schedules take them."""
+    """Return a function for a single chunk, a list for several, as Megatron's schedules expect."""
     methods = [method(chunk) for chunk in model]
     return methods[0] if len(methods) == 1 else methods
 
 
 def release(parts: Parts) -> None:
-    """Give back what communication libraries hold, which abort at exit otherwise. Collective."""
+    """Release what communication libraries hold; otherwise they abort at exit. Collective."""
     torch.distributed.barrier()
     for chunk in parts.model:
         if isinstance(chunk, DistributedDataParallel):

@@ -1,4 +1,4 @@
-"""--profile: mark or record the steps from --profile-step-start to --profile-step-end."""
+"""--profile: marks or records the steps from --profile-step-start to --profile-step-end."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Profiler(Listener):
     def stepped(self, outcome: Outcome) -> None:
         if not self.is_on:
             return
-        # With --train-samples nothing compares its last step with the run's.
+        # With --train-samples, no check ensures that profiling ends before the run does.
         if outcome.iteration in (self.args.profile_step_end, self.args.train_iters):
             self._end()
         else:
@@ -46,7 +46,7 @@ class Profiler(Listener):
             self._end()
 
     def _begin(self, done: int) -> None:
-        """Before the step behind `done` steps."""
+        """Prepare for the step after `done` steps."""
         if self.recorder:
             self.recorder.step()
         if done != self.args.profile_step_start:
@@ -70,7 +70,7 @@ class Profiler(Listener):
 
     def _recorder(self) -> Any:
         args = self.args
-        start = max(args.profile_step_start - args.iteration, 0)  # it counts from here
+        start = max(args.profile_step_start - args.iteration, 0)  # torch counts from here
         schedule = torch.profiler.schedule(
             wait=max(start - 1, 0),
             warmup=min(start, 1),

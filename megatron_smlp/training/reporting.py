@@ -1,7 +1,7 @@
-"""The reports of a run: a line a log interval on the console, the same numbers in metrics.jsonl.
+"""Reports a run: one console line per log interval, and the same numbers in metrics.jsonl.
 
-Rank 0 reports; under pipeline parallelism the loss lives on the last stage and is sent to it. The
-terminal is training/console.py, what the routers did is put into words by router_report.py.
+Rank 0 reports; under pipeline parallelism the loss lives on the last stage and is sent to it.
+training/console.py writes to the terminal, router_report.py formats the routers' numbers.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class Reporter(Listener):
     """Prints and records the run.
 
     Args:
-        forward: knows how long it waited for data, and what the routers did.
-        writers: of TensorBoard and W&B.
+        forward: provides the time spent waiting for data, and the router statistics.
+        writers: those of TensorBoard and W&B.
     """
 
     def __init__(self, args: argparse.Namespace, *, forward: ForwardStep, writers: Writers) -> None:
@@ -67,16 +67,16 @@ class Reporter(Listener):
         self.peak_tflops = args.peak_tflops or device_peak_tflops()
         self.clock = StepClock()
         self.began = time.perf_counter()
-        """`perf_counter()` at which an uninterrupted run would have had its model built."""
+        """`perf_counter()` when an uninterrupted run would have had its model built."""
         self.is_under_way = False
-        """A step is made."""
+        """Whether this process has made a step."""
         self.last_saved: int | None = None
         self.tokens_since = 0
-        """Tokens of the steps since the last line: a schedule may change the batch."""
+        """Tokens of the steps since the last line, summed: a schedule may change the batch size."""
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
-        """Report a run, from its start screen to its last line; a terminal has a progress bar."""
+        """Report a run from start screen to last line, with a progress bar on a terminal."""
         self.screen.introduce()
         with self.slow_paths.listening(), self.screen.progress():
             yield
@@ -97,7 +97,7 @@ class Reporter(Listener):
                 are_alone=self.args.expert_model_parallel_size == 1,
             )
         if self.args.skip_train and logged > iteration:
-            self.metrics = MetricsFile(None)  # who looks at an earlier checkpoint drops no steps
+            self.metrics = MetricsFile(None)  # evaluating an earlier checkpoint drops no records
         last = self.metrics.drop_after(iteration)
         self.compute.resume(getattr(self.args, "unsent_flops", 0.0), tokens=self._tokens())
         if iteration:
@@ -112,7 +112,7 @@ class Reporter(Listener):
         self.clock.restart()
 
     def evaluated_at(self, iteration: int, titles: list[str]) -> list[str]:
-        """Return those of the evaluations that metrics.jsonl has; on rank 0, and none elsewhere."""
+        """Return the titles whose evaluation is in metrics.jsonl; on rank 0, none elsewhere."""
         return [
             title
             for title in titles
@@ -129,7 +129,7 @@ class Reporter(Listener):
             self._log_step(outcome)
 
     def _tell_what_came_before(self) -> None:
-        """After the first step: what a restart has cost, and what runs without its kernels."""
+        """Report, after the first step, what a restart cost and what runs without its kernels."""
         self.is_under_way = True
         if self.restart:
             self.metrics.write(self.restart.record())
@@ -154,7 +154,7 @@ class Reporter(Listener):
         progress, speed = self._progress(), self._speed(iteration, flops_per_token)
         self.writers.add_all(run_curves(progress | speed), iteration)
         slow = self._tell_slow_hosts(step=speed["seconds_per_iteration"] or 0.0)
-        if self.args.rank > 0:  # which may know no learning rate
+        if self.args.rank > 0:  # other ranks may have no learning rate
             return
         loss = numbers.pop("lm loss")
         record = {
@@ -189,20 +189,20 @@ class Reporter(Listener):
         self.say(" | ".join([f"iteration {iteration} tasks", *texts, f"{seconds:.1f} s"]))
 
     def _tell_loads(self, loads: Loads, *, iteration: int, title: str = "") -> None:
-        """Write the loads to TensorBoard, and warn if a router collapses.
+        """Write the loads to TensorBoard and W&B, and warn if a router collapses.
 
-        title: of an evaluation; empty in training.
+        title: title of the evaluation; empty in training.
         """
         self.writers.add_all(router_curves(loads, title=title), iteration)
         for line in self.collapse.warnings(loads, iteration=iteration, title=title):
             self.say(line)
 
     def _tokens(self) -> int:
-        """Return the tokens of training since the run began."""
+        """Return the number of tokens trained on since the run began."""
         return self.args.consumed_train_samples * self.args.seq_length
 
     def _progress(self) -> dict[str, float]:
-        """Return the progress of the run, in all that a curve may be drawn against."""
+        """Return the progress of the run in every quantity that may serve as a curve's x axis."""
         return {
             "consumed_samples": self.args.consumed_train_samples,
             "consumed_tokens": self._tokens(),
@@ -211,9 +211,9 @@ class Reporter(Listener):
         }
 
     def _speed(self, iteration: int, flops_per_token: float) -> dict[str, float | None]:
-        """Return the speed since the last line (speed.py), and begin the next one's.
+        """Return the speed since the last line (speed.py), and restart its measurement.
 
-        flops_per_token: needed ones, forward and backward, summed over the devices.
+        flops_per_token: needed FLOPs, forward and backward, summed over the devices.
         """
         steps, tokens, self.tokens_since = max(1, self.clock.steps), self.tokens_since, 0
         seconds = self.clock.pop_seconds_per_step()
@@ -263,11 +263,11 @@ class Reporter(Listener):
     # SaveObserver of checkpoints/saving.py
 
     def found(self, before: PreviousRun) -> None:
-        """Take note of what the last run in this folder left."""
+        """Note what the last run in this folder left behind."""
         self.before = before
 
     def saved(self, *, iteration: int, seconds: float) -> None:
-        """Take note of a checkpoint that is complete."""
+        """Note and announce a completed checkpoint."""
         self.last_saved = iteration
         self.say(f"iteration {iteration} saved to {self.args.save} | {seconds:.1f} s")
 
@@ -290,7 +290,7 @@ def _unless_empty(name: str, loads: Loads) -> dict[str, Any]:
 
 def _loss_fields(title: str, losses: dict[str, float]) -> dict[str, float]:
     """`lm loss` -> validation_loss, `prices suffix loss` -> validation_prices_suffix_loss; with
-    perplexities. Of several validation sets: validation_books_loss."""
+    perplexities. With several validation sets: validation_books_loss."""
     fields: dict[str, float] = {}
     for name, loss in losses.items():
         parts = [word for word in name.split() if word not in ("lm", "loss")]
@@ -300,7 +300,7 @@ def _loss_fields(title: str, losses: dict[str, float]) -> dict[str, float]:
 
 
 def _numbers(losses: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """Return the last pipeline stage's numbers, on every rank; keys have one order everywhere."""
+    """Return the last pipeline stage's numbers on every rank, with keys in the same order."""
     numbers = {name: float(value) for name, value in losses.items()}
     if mpu.get_pipeline_model_parallel_world_size() == 1:
         return numbers
@@ -308,5 +308,5 @@ def _numbers(losses: Mapping[str, torch.Tensor]) -> dict[str, float]:
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), loss in nats a token."""
+    """Return exp(loss); loss in nats per token."""
     return math.inf if loss >= PERPLEXITY_LIMIT else math.exp(loss)

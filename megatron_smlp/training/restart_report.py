@@ -1,4 +1,4 @@
-"""Report what a failure cost once a run is under way again: cause, lost steps, seconds."""
+"""Reports, once a run is under way again, what a failure cost: cause, lost steps, seconds."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ BY_HAND = "ended without a word, and started again by hand"
 
 @dataclass(frozen=True)
 class Restart:
-    """On the first rank."""
+    """What a restart cost; only the first rank has one."""
 
     cause: str
     iteration: int
     """Iteration of the checkpoint that the run resumes from."""
     lost: int
-    """Steps that had been trained beyond it."""
+    """Steps that had been trained past that checkpoint."""
     down: float
     """Seconds without a run, up to `since`."""
     since: float
-    """Time at which `down` was taken, on the clock of time.monotonic."""
+    """Time at which `down` was measured, by time.monotonic."""
 
     def seconds_down(self) -> float:
-        """Return them up to now: to be asked when the first step is done."""
+        """Return the seconds without a run up to now; call it when the first step is done."""
         return self.down + time.monotonic() - self.since
 
     def record(self) -> dict[str, Any]:
@@ -48,20 +48,20 @@ class Restart:
 def restart(
     before: PreviousRun | None, *, iteration: int, logged: int, silent: float | None
 ) -> Restart | None:
-    """Find out what has happened; None where the last run ended well.
+    """Determine what a restart cost; None if the last run ended well.
 
     Collective.
 
     Args:
-        before: what the last run left in its lease; on rank 0 alone.
-        iteration: at which this one begins.
+        before: what the last run left in its lease; on rank 0 only.
+        iteration: where this run begins.
         logged: the last iteration in metrics.jsonl.
-        silent: seconds since metrics.jsonl was written; None without one.
+        silent: seconds since metrics.jsonl was last written; None if there is none.
     """
     causes = [cause for cause in gathered(noted_cause()) if cause is not None]
     if before is None or not (before.failed or causes):
         return None
-    # By the age of what each machine has seen: their clocks may differ.
+    # The failure noticed first: by age, since the machines' clocks may differ.
     cause, _ = max(causes, key=lambda cause: cause[1], default=(BY_HAND, 0.0))
     return Restart(
         cause=cause,

@@ -1,4 +1,4 @@
-"""The routers' numbers for a reader: on the console, in metrics.jsonl, TensorBoard and W&B."""
+"""Formats the routers' numbers for the console, metrics.jsonl, TensorBoard and W&B."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DIGITS = 6
 
 
 def router_records(loads: Loads) -> list[dict[str, Any]]:
-    """Return `routers` of a line of metrics.jsonl: an object per router, first layer first."""
+    """Return `routers` of a line of metrics.jsonl: one object per router, in layer order."""
     return [
         {
             "layer": key.layer,
@@ -32,7 +32,7 @@ def router_records(loads: Loads) -> list[dict[str, Any]]:
 
 
 def scalars(load: RouterLoad) -> Iterator[tuple[str, float]]:
-    """Return those numbers that the router has."""
+    """Yield the name and value of each number that the router has."""
     for name in SCALARS:
         value = getattr(load, name)
         if value is not None:
@@ -40,9 +40,9 @@ def scalars(load: RouterLoad) -> Iterator[tuple[str, float]]:
 
 
 def router_texts(loads: Loads) -> list[str]:
-    """Return a text for each kind of router: the extremes over its layers, and all that it dropped.
+    """Return a text per kind of router: the extremes over its layers, and the total drop rate.
 
-    `experts 0.8-1.3x, entropy 0.98, dropped 2.1%`: load as a multiple of an even share.
+    `experts 0.8-1.3x, entropy 0.98, dropped 2.1%`: loads are multiples of an even share.
     """
     texts = []
     for kind, noun in NOUNS.items():
@@ -62,7 +62,7 @@ def router_texts(loads: Loads) -> list[str]:
 def router_curves(loads: Loads, *, title: str) -> dict[str, float]:
     """Return scalars for TensorBoard and W&B: `router/layer 2 token/entropy`.
 
-    title: of an evaluation, which the names then begin with; empty in training.
+    title: title of the evaluation, which prefixes the names; empty in training.
     """
     prefix = f"{title} " if title else ""
     return {

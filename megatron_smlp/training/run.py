@@ -1,4 +1,4 @@
-"""What is there from the first line of a run to its last: its folder, its screen, its listeners."""
+"""What lives as long as a run, from its first line to its last: folder, screen, listeners."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from megatron_smlp.training.reporting import Reporter
 
 
 class Run:
-    """See the top of the file."""
+    """See the module docstring."""
 
     def __init__(
         self, args: argparse.Namespace, *, forward: ForwardStep, listeners: Sequence[Listener]
@@ -32,7 +32,7 @@ class Run:
         self.args, self.forward = args, forward
         self.writers = Writers(args)
         self.reporter = Reporter(args, forward=forward, writers=self.writers)
-        # A writer holds this rank's GPU, which a restart needs, and nobody would commit its work.
+        # A surviving writer would hold this rank's GPU, for a save that nobody would commit.
         end = partial(end_with_parent, signal.SIGKILL, parent=os.getpid())
         self.saving = Saving(args, self.reporter, before_writing=end)
         own = (self.reporter, MegatronLog(args, self.writers), Profiler(args))
@@ -41,7 +41,7 @@ class Run:
 
     @contextmanager
     def session(self) -> Iterator[None]:
-        """Hold signals, the folder and the screen for the time of a run."""
+        """Hold the signal handlers, the folder and the screen for the duration of a run."""
         if cpu.needed():
             allocator.keep_freed_memory()
         with ExitStack() as stack:

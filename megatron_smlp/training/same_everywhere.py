@@ -1,8 +1,8 @@
-"""Refuse ranks whose flags, data or packages are not those of rank 0, before the first collective.
+"""Refuses ranks whose flags, data or packages differ from rank 0's, before the first collective.
 
-Each machine has its own command line, configuration file and installation, and may have a copy of
-the data. Where they differ, ranks wait for collectives that others never enter, or, as with another
-learning rate, train replicas that drift apart in silence.
+Each machine has its own command line, configuration file and installation, and possibly its own
+copy of the data. If these differ, ranks hang in collectives that others never enter or, say with
+another learning rate, train replicas that silently drift apart.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ from megatron_smlp.errors import UnlikeRanksError
 from megatron_smlp.provenance import versions
 
 OWN = frozenset({"rank", "local_rank", "command_line"})
-"""What each rank has of its own, or what only says where flags come from. Machines have paths of
-their own: of the same data, on their own disks."""
+"""Arguments that differ by rank, or only say where flags come from. Paths are not compared either:
+each machine may keep the same data on its own disk."""
 PLAIN = (bool, int, float, str, list, tuple, type(None))
 """Types whose text is the same in every process."""
 RUNS: Counter[int] = Counter()
-"""How often each rank of this process has come here: a store may outlive a run."""
+"""Number of calls by each rank of this process, for unique keys: a store may outlive a run."""
 
 
 def run_store(args: argparse.Namespace) -> Any:
-    """Return the store in which the ranks meet, in the place of the one that torch would open.
+    """Return the ranks' rendezvous store, in place of the one that torch would open.
 
     Raises:
         UnlikeRanksError: this rank's flags, data or packages are not those of rank 0.
     """
     if "MASTER_ADDR" not in os.environ:
-        return HashStore()  # a process that no launcher gave an address
+        return HashStore()  # started without a launcher
     timeout = timedelta(minutes=args.distributed_timeout_minutes)
     where = f"env://?rank={args.rank}&world_size={args.world_size}"
     store, *_ = next(torch.distributed.rendezvous(where, timeout=timeout))
     store.set_timeout(timeout)
     RUNS[args.rank] += 1
-    # Not the number of restarts: an agent that saw no failure has another one.
+    # Not the restart count: it differs on an agent that saw no failure.
     check_same(
         store, f"what rank 0 runs with/{RUNS[args.rank]}", rank=args.rank, what=what_counts(args)
     )
@@ -52,24 +52,24 @@ def run_store(args: argparse.Namespace) -> Any:
 
 
 def what_counts(args: argparse.Namespace) -> dict[str, str]:
-    """Return by name what must be the same on all ranks: flags but paths, what is in each dataset,
-    versions of packages."""
+    """Return by name what must be the same on all ranks: flags other than paths, the content of
+    each dataset, package versions."""
     flags = {
         flag_of(name): str(value)
         for name, value in vars(args).items()
         if name not in OWN and isinstance(value, PLAIN) and os.sep not in str(value)
     }
-    contents = args.data_contents.values()  # of check_data
+    contents = args.data_contents.values()  # filled in by check_data
     data = {f"the content of dataset {n}": digest[:12] for n, digest in enumerate(contents, 1)}
     data["the number of datasets"] = str(len(contents))
     return flags | data | {name: str(version) for name, version in versions().items()}
 
 
 def check_same(store: Store, key: str, *, rank: int, what: Mapping[str, str]) -> None:
-    """Compare with rank 0, which alone waits for nobody.
+    """Compare with rank 0, which only publishes its values and waits for nobody.
 
     Args:
-        key: of this run alone, under which rank 0 says what it runs with.
+        key: the key, unique to this run, under which rank 0 publishes them.
 
     Raises:
         UnlikeRanksError: something differs.
@@ -87,5 +87,5 @@ def check_same(store: Store, key: str, *, rank: int, what: Mapping[str, str]) ->
 
 def _differences(here: Mapping[str, str], there: Mapping[str, str]) -> Iterator[str]:
     for name, value in here.items():
-        if value != there.get(name, value):  # a path may be in one of them alone
+        if value != there.get(name, value):  # absent there where its value is a path
             yield f"{name} is {value} here, and {there[name]} there"

@@ -1,16 +1,16 @@
-"""Name the machine that the others wait for.
+"""Finds the machine that the others wait for.
 
-Every rank's step takes as long as the slowest rank's, so the time of a step alone cannot tell which
-one that is. In every log line these are compared:
+Every rank's step takes as long as the slowest rank's, so step times alone cannot tell which rank
+that is. At every log line two measures are compared:
 
-    own part   seconds of this rank's forward passes in a step, with their batches; among the ranks
-               of a pipeline stage, whose layers are alike. Passes alone, because between them each
-               stage waits for the others, and an innocent one may wait longest
-    sending    seconds that 64 KiB of one machine take to the next one
+    own part   seconds of this rank's forward passes in a step, including getting their batches;
+               compared within a pipeline stage, whose ranks have the same layers. Passes only,
+               because between them a stage waits for the others, and a fast one may wait longest
+    sending    seconds that 64 KiB take from one machine to the next
 
-A machine is named when one of them is over 1.5 times the median, by more than 3 % of a step, about
-a tenth of its forward passes, and 20 ms, in three log lines in a row. Ranks that exchange tokens in
-the middle of a pass are equally slow: of expert parallel ones any may be meant.
+A machine is reported when one measure is over 1.5 times the median, and more than 20 ms and 3 % of
+a step (about a tenth of its forward passes) above it, in three log lines in a row. Ranks that
+exchange tokens within a pass are equally slow: any of an expert parallel group may be the cause.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from megatron_smlp.collectives import gathered
 
 RATIO = 1.5
 SHARE = 0.03
-"""Least excess over the median, as a share of a step: less is noise, and costs little."""
+"""Minimum excess over the median, as a share of a step: less is noise, and costs little."""
 LEAST = 0.02
-"""Least excess in seconds: operating systems take as much now and then."""
+"""Minimum excess in seconds: the operating system takes as much now and then."""
 LINES = 3
 PROBE_BYTES = 1 << 16
 
 
 class OwnPart:
-    """Times this rank's own part of each step; on a GPU by its events, on a CPU by the clock."""
+    """Times this rank's own part of each step: by CUDA events on a GPU, by the clock on a CPU."""
 
     def __init__(self) -> None:
         self.on_gpu = torch.cuda.is_available()
@@ -54,7 +54,7 @@ class OwnPart:
 
     @contextlib.contextmanager
     def timed(self, step: int) -> Iterator[None]:
-        """Add a forward pass to a step, unless it is an evaluation's."""
+        """Time a forward pass as part of `step`, unless it belongs to an evaluation."""
         if not torch.is_grad_enabled():
             yield
             return
@@ -64,12 +64,12 @@ class OwnPart:
         self.parts.append((began, self._now()))
 
     def forget(self) -> None:
-        """Drop what nobody asks for."""
+        """Drop all measurements."""
         self.parts.clear()
         self.steps.clear()
 
     def pop_seconds(self) -> float:
-        """Mean seconds of a step since the last call. Waits for the GPU."""
+        """Return the mean seconds per step since the last call. Waits for the GPU."""
         parts, steps = list(self.parts), len(self.steps)
         self.forget()
         if self.on_gpu and parts:
@@ -98,10 +98,10 @@ class SlowHosts:
     """Compares all ranks. Every method is collective.
 
     Args:
-        timeout: of a message between machines. torch would wait half an hour, whatever the other
-            groups wait.
+        timeout: timeout of a message between machines; torch's default is half an hour, whatever
+            the other groups have.
         stage: pipeline stage of this rank.
-        are_alone: whether each rank's pass is its own, without experts of others in it.
+        are_alone: whether each rank's pass is its own, without experts of other ranks in it.
     """
 
     def __init__(self, timeout: timedelta, *, stage: int = 0, are_alone: bool = True) -> None:
@@ -119,12 +119,12 @@ class SlowHosts:
         """Return the ranks that the others wait for, the same on every rank.
 
         Args:
-            own_part: seconds of this rank.
-            step: seconds of a step, on rank 0.
+            own_part: seconds that this rank's own part of a step took.
+            step: seconds per step; rank 0's value is used.
         """
         ranks = gathered((own_part, self._receive_seconds(), step))
         parts, receiving, (step, *_) = zip(*ranks, strict=True)
-        # What a leader waits for is sent by the one before it.
+        # Each leader receives from the one before it, so its wait measures that one's sending.
         sending = {
             leader: receiving[self.leaders[(at + 1) % len(self.leaders)]]
             for at, leader in enumerate(self.leaders)
@@ -136,14 +136,14 @@ class SlowHosts:
         return [rank for rank in slowest if rank]
 
     def _slowest_stage(self, parts: Sequence[float]) -> dict[int, float]:
-        """Return rank -> seconds of the stage with the largest ratio to its own median."""
+        """Return rank -> seconds for the stage whose slowest rank is furthest over its median."""
         stages: dict[int, dict[int, float]] = {}
         for rank, (stage, seconds) in enumerate(zip(self.stages, parts, strict=True)):
             stages.setdefault(stage, {})[rank] = seconds
         return max(stages.values(), key=_ratio)
 
     def _receive_seconds(self) -> float:
-        """Return the seconds from when all are ready to the arrival of the neighbour's message."""
+        """Return the seconds until the neighbor's message arrives, from when all are ready."""
         rank = torch.distributed.get_rank()
         if self.links is None or rank not in self.leaders:
             return 0.0
@@ -165,7 +165,7 @@ def _ratio(seconds: dict[int, float]) -> float:
 
 
 class _Streak:
-    """One measure over the log lines."""
+    """Tracks one measure over successive log lines."""
 
     def __init__(self, what: str) -> None:
         self.what = what

@@ -1,7 +1,7 @@
-"""Say on the console what runs in a slower way than it could, which is otherwise only in the log.
+"""Repeats on the console warnings about slow paths, which are otherwise in the log only.
 
-This package's operators and layers warn in the log, once, of what runs without its kernels. The
-first rank's log is not enough: of a pipeline it may have no layer of that kind.
+This package's operators and layers warn in the log, once, about what runs without its kernels. The
+first rank's log is not enough: in a pipeline that rank may have no layer of that kind.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from megatron_smlp.collectives import gathered
 
 
 class SlowPaths(logging.Handler):
-    """Keeps the warnings of this package on this rank."""
+    """Collects this package's warnings on this rank."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)

@@ -1,4 +1,4 @@
-"""The speed of a run: wall time of its steps, tokens/s, FLOP/s, and MFU, their share of the peak.
+"""The speed of a run: wall time of its steps, tokens/s, FLOP/s, and MFU, the share of the peak.
 
 TFLOP/s of a device = tokens/s x needed FLOPs per token (accounting/costs.py) / devices / 10^12
 MFU = TFLOP/s of a device / its dense peak
@@ -11,7 +11,7 @@ import time
 
 import torch
 
-# Dense bf16 peaks of one device in TFLOP/s, from the vendor's data sheets (no sparsity).
+# Dense bf16 peak of one device in TFLOP/s (no sparsity), from the vendor's data sheets.
 DENSE_PEAK_TFLOPS = {
     "GB300": 2500.0,
     "GB200": 2500.0,
@@ -41,7 +41,7 @@ DENSE_PEAK_TFLOPS = {
 
 
 class StepClock:
-    """Wall time of training steps alone: what was spent on validating and saving is left out."""
+    """Measures the wall time of training steps, excluding time reported to `exclude`."""
 
     def __init__(self) -> None:
         self.restart()
@@ -58,7 +58,7 @@ class StepClock:
         self.excluded += seconds
 
     def pop_seconds_per_step(self) -> float:
-        """Seconds a step since the last call."""
+        """Return the seconds per step since the last call, and restart the clock."""
         seconds = time.perf_counter() - self.start - self.excluded
         steps = max(1, self.steps)
         self.restart()
@@ -66,7 +66,7 @@ class StepClock:
 
 
 def duration(seconds: float) -> str:
-    """1h02m, 3m20s, 12s."""
+    """Format seconds as 1h02m, 3m20s or 12s."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
@@ -75,11 +75,11 @@ def duration(seconds: float) -> str:
 
 
 def device_peak_tflops() -> float | None:
-    """Dense bf16 peak of this device in TFLOP/s, or None where it is not known."""
+    """Return the dense bf16 peak of this device in TFLOP/s, or None if unknown."""
     if not torch.cuda.is_available():
         return None
     device = torch.cuda.get_device_name()
-    if " MIG " in device:  # a slice of it
+    if " MIG " in device:  # a slice of a GPU
         return None
     peaks = (peak for key, peak in DENSE_PEAK_TFLOPS.items() if re.search(rf"\b{key}\b", device))
     return next(peaks, None)

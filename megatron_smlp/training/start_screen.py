@@ -25,7 +25,7 @@ from megatron_smlp.systems import MIXERS, TOP_K, LayerSlots
 
 PRECISIONS = ("bf16", "fp16")
 WIDTH = 40
-"""Columns up to which the places of values are aligned."""
+"""Column up to which the comments that say where values come from are aligned."""
 
 
 def print_dry_run(args: argparse.Namespace, console: Console) -> None:
@@ -41,7 +41,7 @@ def print_dry_run(args: argparse.Namespace, console: Console) -> None:
 
 
 def _configuration(args: argparse.Namespace) -> Iterator[str]:
-    """Yield the flags that were given as lines of YAML, with where each value comes from."""
+    """Yield the given flags as lines of YAML, each with a comment on where its value comes from."""
     names = sorted(name for name in args.places if name != "config")
     lines = [f"{name}: {_in_yaml(getattr(args, name))}" for name in names]
     width = min(max(map(len, lines), default=0), WIDTH)
@@ -55,8 +55,8 @@ def _in_yaml(value: Any) -> str:
 
 
 def layer_table(args: argparse.Namespace, shape: ModelShape) -> Table:
-    """Return a row for each run of equal layers: both slots, then of one of them the parameters and
-    the forward GFLOPs a sequence, with full squares and with lower triangles.
+    """Return a table with a row per run of equal layers: both slots, then per layer its parameters
+    and forward GFLOPs per sequence, with full squares and with lower triangles.
 
     A narrow terminal wraps words, never numbers.
     """
@@ -77,7 +77,7 @@ def layer_table(args: argparse.Namespace, shape: ModelShape) -> Table:
 
 
 def describe(args: argparse.Namespace, slots: LayerSlots) -> tuple[str, str]:
-    """Return texts of both slots."""
+    """Return a text for each of the two slots."""
     router = args.token_router
     if router == "hash":
         router += f", {'random' if args.hash_table is None else 'balanced'} table"
@@ -99,7 +99,7 @@ def describe(args: argparse.Namespace, slots: LayerSlots) -> tuple[str, str]:
 
 
 def summary(args: argparse.Namespace, shape: ModelShape) -> Iterator[str]:
-    """Return the start screen: model, size, layout, batch, precision."""
+    """Yield the lines of the start screen: model, size, layout, batch, precision."""
     cost = model_cost(shape)
     paper, needed = forward_tflops_per_1024_tokens(cost, shape)
     groups = itertools.groupby(describe(args, slots) for slots in shape.slots)
@@ -137,7 +137,7 @@ def _hashes(args: argparse.Namespace, shape: ModelShape) -> str:
 
 
 def _what_is_missing(args: argparse.Namespace, shape: ModelShape) -> str | None:
-    """Return a note where an sMLP is less than its name says."""
+    """Return a note if an sMLP lacks what its name promises."""
     if args.architecture != "smlp":
         return None
     has_features = any(slots.mixer == "feature_moe" for slots in shape.slots)
@@ -160,7 +160,7 @@ def _steps(args: argparse.Namespace) -> str:
 
 
 def layout(args: argparse.Namespace) -> str:
-    """`4 processes: TP 2, PP 2, EP 1, DP 1`."""
+    """Return the layout as `4 processes: TP 2, PP 2, EP 1, DP 1`."""
     texts = [
         f"TP {args.tensor_model_parallel_size}" + (" + SP" if args.sequence_parallel else ""),
         f"PP {args.pipeline_model_parallel_size}",

@@ -1,13 +1,13 @@
 """One step: forward and backward over the global batch, and the update.
 
     for each micro-batch    loss, gradients                    Megatron's pipeline schedule
-    finalise                sums over ranks, expert bias       Megatron's, within the schedule
-    agree                   is a loss not finite, was there a signal, is the time over
-    update                  clip, Adam, held back where a number is not finite
-    schedule                the next learning rate, unless the update was held back
-    updates                 other state of the model: prices of BASE
+    finalize                sums over ranks, expert bias       Megatron's, within the schedule
+    agree                   is a loss non-finite, did a signal arrive, is the time up
+    update                  clip, Adam; skipped if a number is not finite
+    schedule                the next learning rate, unless the update was skipped
+    updates                 other state of the model, such as BASE's prices
 
-The host waits for the device once: for the norm of the gradients (decision 76).
+The host waits for the device once per step: for the gradient norm (decision 76).
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ Forward = Callable[..., Any]
 
 
 class Step:
-    """Makes the steps of a run. Every call is collective.
+    """Runs the steps of a training. Every call is collective.
 
     Args:
-        forward: the loss of one micro-batch (training/forward.py).
-        agree: is called when the gradients are there, and sends what all ranks must know.
-        may_update: is given the norm of the gradients, once a step; False holds the update back.
-        updates: of other state, in order.
+        forward: computes the loss of one micro-batch (training/forward.py).
+        agree: called when the gradients are ready; sends what all ranks must know.
+        may_update: called once per step with the gradient norm; False skips the update.
+        updates: updates of other model state, in order.
     """
 
     def __init__(
@@ -63,11 +63,11 @@ class Step:
         self.are_alike = _are_alike(parts.optimizer)
 
     def __call__(self, data: Any, iteration: int) -> Outcome:
-        """Make one.
+        """Run one step.
 
         Args:
-            data: an iterator over micro-batches, or one for each chunk.
-            iteration: from 1 on.
+            data: an iterator over micro-batches, or one per model chunk.
+            iteration: its number, counted from 1.
         """
         args, optimizer = self.parts.args, self.parts.optimizer
         reports = self._gradients(data)
@@ -95,7 +95,7 @@ class Step:
         )
 
     def _gradients(self, data: Any) -> list[dict[str, Tensor]]:
-        """Forward and backward over all micro-batches; return the reports of each."""
+        """Run forward and backward over all micro-batches; return the report of each."""
         args, model = self.parts.args, self.parts.model
         for chunk in model:
             chunk.zero_grad_buffer()
@@ -115,8 +115,8 @@ class Step:
     def _of_all_stages(
         self, updated: bool, norm: float | None, zeros: float | None
     ) -> tuple[bool, float | None, float | None]:
-        """Return what holds for all ranks of this model parallel group."""
-        if self.are_alike:  # and each knows the others' by its own
+        """Return the outcome that holds for the whole model parallel group."""
+        if self.are_alike:  # every rank already has it
             return updated, _rounded(norm), zeros
         group = self.parts.groups.mp
         updated = logical_and_across_model_parallel_group(updated, group=group)
@@ -126,7 +126,7 @@ class Step:
         return updated, norm, zeros
 
     def _means(self, reports: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Return means over the global batch, of sums and counts <float>[2] of micro-batches."""
+        """Return means over the global batch from each micro-batch's sum and count, <float>[2]."""
         if not (reports and mpu.is_pipeline_last_stage(ignore_virtual=True)):
             return {}
         group = self.parts.groups.dp_cp
@@ -139,10 +139,10 @@ class Step:
 
 
 class GuardedUpdate:
-    """Megatron's `optimizer.step`, with a look at the norm before it changes a weight.
+    """Megatron's `optimizer.step`, with a check of the gradient norm before any weight changes.
 
-    Its `step` computes the norm, clips by it, and calls `step_with_ready_grads`: there the guard is
-    asked. Both are replaced on this optimizer alone, when it is built.
+    Megatron's `step` computes the norm, clips by it, and calls `step_with_ready_grads`. Wrappers
+    that note the norm and ask `may_update` are installed on this optimizer instance only.
     """
 
     def __init__(
@@ -157,13 +157,13 @@ class GuardedUpdate:
         self.allowed: bool | None = None
         update = optimizer.step_with_ready_grads
         optimizer.step_with_ready_grads = lambda: self.may_update() and update()
-        for name in ("get_grad_norm", "clip_grad_norm"):  # of several together, or of one alone
+        for name in ("get_grad_norm", "clip_grad_norm"):  # of a chained optimizer, of a single one
             setattr(optimizer, name, self._noting(getattr(optimizer, name)))
 
     def __call__(self) -> tuple[bool, float | None, float | None]:
-        """Return whether the weights were updated, the norm, and the zeros that were counted.
+        """Return whether the weights were updated, the gradient norm, and the number of zeros.
 
-        Where fp16 overflowed, Megatron leaves the update out before it knows a norm.
+        On an fp16 overflow, Megatron skips the update before it computes a norm.
         """
         self.norm = self.allowed = None
         self.agree()
@@ -171,7 +171,7 @@ class GuardedUpdate:
         return (updated, norm, zeros) if self.may_update() else (False, None, None)
 
     def may_update(self) -> bool:
-        """Ask once a step."""
+        """Ask the guard, once per step."""
         if self.allowed is None:
             self.allowed = self.ask(self.norm)
         return self.allowed
@@ -185,7 +185,7 @@ class GuardedUpdate:
 
 
 def scales_losses(optimizer: Any) -> bool:
-    """Return whether it scales losses, and so finds overflows: fp16."""
+    """Return whether the optimizer scales losses, and so detects overflows (fp16)."""
     chained = getattr(optimizer, "chained_optimizers", [optimizer])
     return any(getattr(part, "grad_scaler", None) is not None for part in chained)
 
@@ -193,8 +193,8 @@ def scales_losses(optimizer: Any) -> bool:
 def _are_alike(optimizer: Any) -> bool:
     """Return whether all ranks of this model parallel group do the same updates. Collective.
 
-    They read the same gradient norm, and hold an update back for the same loss. A rank without
-    parameters has no norm; found overflows of fp16, and a threshold of the norm, are of each rank.
+    In general they see the same norm and skip an update for the same loss. But a rank without
+    parameters has no norm, and fp16 overflows and a norm threshold are judged per rank.
     """
     group = mpu.get_model_parallel_group()
     if group.size() == 1:
@@ -212,5 +212,5 @@ def _are_alike(optimizer: Any) -> bool:
 
 
 def _rounded(norm: float | None) -> float | None:
-    """Round to fp32, as on its way over ranks."""
+    """Round to fp32, as the reduction over ranks does."""
     return None if norm is None else torch.tensor(float(norm), dtype=torch.float32).item()

@@ -1,4 +1,4 @@
-"""What Megatron's loop does beside its steps: garbage, replicas, the device's queue, time-outs."""
+"""Megatron's chores between steps: garbage collection, replica checks, device syncs, timeouts."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from megatron_smlp.training.parts import Parts
 
 
 class Upkeep:
-    """See the top of the file. Every call is collective."""
+    """See the module docstring. Every call is collective."""
 
     def __init__(self, parts: Parts, gathering: ParameterGathering) -> None:
         self.args, self.model, self.gathering = parts.args, parts.model, gathering
         self.is_first = True
 
     def begin(self) -> None:
-        """Before the first step."""
+        """Prepare for the first step."""
         for chunk in self.model:
             chunk.train()
-        if self.args.manual_gc:  # at the same steps on all ranks, which then wait once
+        if self.args.manual_gc:  # all ranks collect at the same steps, and so wait only once
             gc.disable()
             gc.collect()
         if self.args.check_weight_hash_across_dp_replicas_interval is not None:
             self._compare_replicas(self.args.iteration)
 
     def after_step(self, iteration: int) -> None:
-        """After each step, and what came behind it."""
+        """Run what is due after a step and its evaluations."""
         args = self.args
         if self.is_first and args.distributed_timeout_seconds_after_init is not None:
             update_pg_timeout(timedelta(seconds=args.distributed_timeout_seconds_after_init))
@@ -65,5 +65,5 @@ class Upkeep:
 
 
 def is_due(interval: int | None, iteration: int) -> bool:
-    """Return whether an iteration is a multiple of an interval; 0 and None: never."""
+    """Return whether the iteration is a multiple of the interval; never for 0 and None."""
     return bool(interval) and iteration % int(interval or 1) == 0
