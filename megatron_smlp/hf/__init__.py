@@ -1,7 +1,7 @@
 """The models of the paper for transformers; both files are exported with the weights.
 
-Where this package is imported, transformers' Auto classes take the classes here, and run no code of
-a folder.
+Once this package is imported, transformers' Auto classes use the classes here, and run no code from
+a model's folder.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM

@@ -1,7 +1,7 @@
 """Configuration of the sparse all-MLP language models and their baselines, for transformers.
 
-Names are Megatron's where Megatron has the word. `num_hidden_layers` and `seq_length` are accepted
-as other names of `num_layers` and `max_position_embeddings`.
+Names are Megatron's where Megatron has one. `num_hidden_layers` and `seq_length` are accepted as
+aliases of `num_layers` and `max_position_embeddings`.
 """
 
 import math
@@ -35,13 +35,13 @@ _GATING = ("gmlp", "amlp", "smlp")
 _TOEPLITZ = (*_GATING, "mixer")
 _FEED_FORWARD = ("transformer", "mixer")
 """Architectures by what they have: attention and learned positions, spatial gating, matrices that
-may be Toeplitz, an FFN beside the mixer."""
+may be Toeplitz, an FFN next to the mixer."""
 
 _MIXER_OF = {"transformer": "attention", "gmlp": "spatial_gating", "mixer": "masked_mixer"}
-"""By architecture, what a plugin's architecture may have in its layers."""
+"""By architecture, its mixer's name in the layers of a plugin's architecture."""
 
 _TOP_K = ("token_router", ("topk",))
-# A field that is for some values of another one.
+# A field that applies only to some values of another one.
 _IS_FOR = {
     "toeplitz": ("architecture", _TOEPLITZ),
     "mixer_expansion": ("architecture", ("mixer",)),
@@ -72,12 +72,12 @@ _LARGEST = {
 
 @strict
 class SMLPConfig(PreTrainedConfig):
-    """Configuration of a model; every size in elements.
+    """Configuration of a model; all sizes are in elements.
 
     Args:
         architecture: transformer, gmlp, amlp (gmlp and one small attention head), smlp, mixer
             (masked mixer), or a plugin's.
-        plugin: hashes of the files whose mixers and routers it has, their options, and layers.
+        plugin: hashes of the files whose mixers and routers it uses, their options, and layers.
         token_router: how tokens choose FFN experts: none, switch, gshard, base, hash or topk.
         feature_router: smlp only: how chunks of features choose spatial experts.
         ffn_hidden_size: Z; the FFN's width, or twice the gate width F of a spatial gating block.
@@ -89,7 +89,7 @@ class SMLPConfig(PreTrainedConfig):
             bias; without learned positions an input may then be longer than T, and every token sees
             the last T.
         mixer_expansion: mixer: whether there are two matrices with a GELU between them.
-        input_projection: what makes vectors of tokens: a table (embedding), or counted hashes of
+        input_projection: what maps tokens to vectors: a table (embedding), or counted hashes of
             their strings (minhash), with an output layer that is never tied.
         hash_count, filter_size: minhash: values of a token's fingerprint, and the counters into
             which they fall.
@@ -97,55 +97,55 @@ class SMLPConfig(PreTrainedConfig):
         num_feature_experts: spatial experts of a sparse block.
         num_feature_chunks: chunks of its features; default: one per expert.
         prefix_fraction: partial prediction routes from the first floor(prefix_fraction * T) tokens.
-        partial_loss: partial prediction trains on targets behind that prefix (suffix), or on all.
+        partial_loss: partial prediction trains on targets after that prefix (suffix), or on all.
         feature_aux_loss_coeff: weight of the balance loss over spatial experts.
-        unpadded_vocab_size: ids of the tokenizer; rows from there on are padding.
+        unpadded_vocab_size: number of the tokenizer's ids; rows from there on are padding.
         num_experts, moe_ffn_hidden_size: FFN experts of a token MoE and their width (default:
             ffn_hidden_size); experts have no bias.
         moe_layer_freq: every n-th layer from the first has a token MoE, or one 0/1 per layer
             (all but smlp, in which every sparse layer has one).
         moe_train_capacity_factor, moe_eval_capacity_factor: switch and gshard: slots of an expert,
             as a multiple of an even share; None drops nothing.
-        moe_drop_policy: who loses a slot of a full expert: later positions, or smaller router
+        moe_drop_policy: which choices a full expert drops: later positions, or smaller router
             probabilities.
         moe_aux_loss_coeff: weight of the balance loss of switch, gshard and topk.
-        moe_z_loss_coeff: weight of the mean of (log sum_e exp h w_e)^2 over the tokens, of every
+        moe_z_loss_coeff: weight of the mean of (log sum_e exp h w_e)^2 over the tokens, for every
             router but hash; None: there is no such loss.
-        base_routing_input: base: whether the residual stream or its norm is scored and weighted by.
+        base_routing_input: base: whether scores and weights are of the residual stream or its norm.
         base_gate: base: an expert's weight is the sigmoid of its score, or (price) of its lead over
             the mean of the experts at their prices, by which evaluation then chooses too.
         base_eval: base: in evaluation a token goes to the expert of its highest score (greedy), or
             of its highest score minus the expert's price (prices).
         gshard_second_expert: gshard: in training the second expert is used with probability
             2 g2 / (g1 + g2) (paper), always (all), or with 2 g2 (raw).
-        hash_seed: seed of the random hash table with which a new model starts.
+        hash_seed: seed of the random hash table of a new model.
         tiny_attention_width: width of amlp's attention head.
         add_bias_linear: whether projections (not experts, not routers) have a bias.
         hidden_act: gelu (exact) or gelu_new (tanh approximation).
-        swiglu: FFNs and experts are SwiGLU instead: silu(a) b of two projections.
-        normalization: LayerNorm or RMSNorm, of all norms but that of a gate, which is LayerNorm.
+        swiglu: whether FFNs and experts are SwiGLU: silu(a) b of two projections.
+        normalization: LayerNorm or RMSNorm, for all norms but a gate's, which is LayerNorm.
         qk_layernorm: transformer: whether the queries and keys of each head have a norm of that
-            kind, before they are turned.
+            kind, before they are rotated.
         position_embedding_type: transformer: learned_absolute (the default), rope or none; amlp:
-            none (the default) or rope, of its attention head; the others of ours have none.
-        rotary_base: rope: the wavelengths' base.
-        num_query_groups: transformer: heads of keys and values, each for as many queries; default:
-            one per head.
-        moe_router_topk: topk: experts of a token.
-        moe_router_num_groups, moe_router_group_topk: topk: experts are chosen among those of so
-            many of the groups, of the largest sums of their best scores; None: among all.
+            none (the default) or rope, for its attention head; our others have none.
+        rotary_base: rope: base of the wavelengths.
+        num_query_groups: transformer: heads of keys and values, each shared by equally many query
+            heads; default: one per head.
+        moe_router_topk: topk: experts per token.
+        moe_router_num_groups, moe_router_group_topk: topk: experts are chosen from this many
+            of the groups, those with the largest sums of best scores; None: from all.
         moe_router_score_function: topk: softmax over the experts, or sigmoid of each.
         moe_router_enable_expert_bias: topk: whether a bias per expert, moved by its load and not by
-            gradients, is added to the scores for the choice alone (sigmoid only).
-        moe_router_bias_update_rate: topk: how far a step of Megatron's moves that bias; here it
-            stays as it is.
-        moe_router_topk_scaling_factor: topk: what the weights, whose sum is 1, are multiplied by.
-        moe_shared_expert_intermediate_size: topk: width of an FFN beside the experts that every
-            token visits; None: there is none.
+            gradients, is added to the scores only for the choice (sigmoid only).
+        moe_router_bias_update_rate: topk: how far a training step in Megatron moves that bias;
+            here it stays as it is.
+        moe_router_topk_scaling_factor: topk: factor of the weights, whose sum is 1.
+        moe_shared_expert_intermediate_size: topk: width of a shared FFN, which every token
+            visits besides its experts; None: there is none.
 
     Raises:
-        StrictDataclassError: a value of another type than its field's.
-        ValueError: a value that is not possible, with what is allowed.
+        StrictDataclassError: a value has the wrong type for its field.
+        ValueError: a value is not possible; the message says what is allowed.
     """
 
     model_type = "smlp"
@@ -289,13 +289,12 @@ class SMLPConfig(PreTrainedConfig):
 
     @property
     def turning_base(self) -> int | None:
-        """Return the base of the positions that turn queries and keys; None: they are not."""
+        """Return the base of RoPE; None: queries and keys are not rotated."""
         return self.rotary_base if self.position_embedding_type == "rope" else None
 
     @property
     def reads_any_length(self) -> bool:
-        """Whether an input may be longer than T, which learned positions and plugins' mixers end
-        at."""
+        """Whether an input may exceed T tokens, where learned positions and plugins' mixers end."""
         is_ours = all(mixer in _MIXER_OF.values() for mixer, _ in self._plugged)
         return self.toeplitz and is_ours and self.position_embedding_type != "learned_absolute"
 

@@ -1,11 +1,11 @@
 """Models with mixers and routers of plugins (plugins.py), for transformers.
 
-A plugin's class stands between plain linears, and is the one that was trained:
+A plugin's own class, the one that was trained, stands between plain linear layers:
 
     out = mixer(x W_1, x W_2, ...) W                  x = LN(input);  W_i: D x m_i F,  W: F x D
 
-Generation keeps what the projections gave, and mixes all tokens again at each step; or the state
-of a class that has one.
+Generation caches the projections' outputs, and mixes all tokens again at each step; or it caches
+the state of a class that has one.
 In an exported folder the last lines import the plugins' files, which register themselves.
 """
 
@@ -55,7 +55,7 @@ class SMLPHostedMixer(nn.Module):
     """See the top of the file.
 
     Args:
-        state: the cache's layer, of a token mixer; a channel mixer keeps nothing.
+        state: index of a token mixer's layer in the cache; a channel mixer, None, keeps nothing.
     """
 
     def __init__(self, config: SMLPConfig, kind: type[Mixer], state: int | None) -> None:
@@ -88,11 +88,11 @@ class SMLPHostedMixer(nn.Module):
 
     def _continued(self, inner: list[Tensor], layout: Layout, kept: SMLPCacheLayer) -> Tensor:
         """inner: [B, T, m F] of the new tokens -> <float>[B, T, F]."""
-        # Before a sample's first token its state is that of padding alone, and is not read.
+        # Before a sample's first token its state comes from padding alone, and is not read.
         fresh = layout.positions[:, 0] == 0
         if layout.valid is None and (layout.start is not None or not fresh.any()):
             return mix(self.mixer, inner, state=kept.state)
-        # A state may not see padding: each sample goes on by its own tokens.
+        # A state must not see padding: each sample continues with its own tokens.
         valid = torch.ones_like(layout.positions) if layout.valid is None else layout.valid
         length = valid.shape[1]
         rows, states = [], []
@@ -173,7 +173,7 @@ HOSTED.update(
 
 
 class _WithPlugins(SMLPPreTrainedModel):
-    """Gives plugins' parameters their first values, and their buffers what they hold."""
+    """Initializes plugins' parameters, and computes their buffers that are not saved."""
 
     auto_map = {  # noqa: RUF012 - read by its base
         "AutoModel": "modeling_plugin.SMLPPluginModel",

@@ -18,8 +18,8 @@ experts (2401.06066), the bias that balances without a loss (2408.15664); of an 
 table, pNLP-Mixer (2202.04350). It is written from the equations, for reading: the triangle is
 masked and multiplied densely, experts are a loop.
 
-Positions are absolute and start at 0. Inside, every batch is padded on the right; tokens that come
-padded on the left, as transformers' `generate` wants them, are moved there and back.
+Positions are absolute and start at 0. Internally, every batch is padded on the right; tokens that
+come padded on the left, as transformers' `generate` requires, are moved there and back.
 
 Names here, under `model.layers.<i>.`, and in the Megatron model, under `decoder.layers.<i>.`; a
 weight is [out, in] in both:
@@ -39,10 +39,10 @@ weight is [out, in] in both:
     channel.shared_experts.{up,down}_proj    mlp.shared_experts.linear_fc{1,2}
     channel.experts.{up,down}_proj[e]        mlp.experts.local_experts.<e>.linear_fc{1,2}.weight
 
-and `model.embed_tokens`, of which minhash has `.fingerprints`, `.norm` and `.proj`, is
-`embedding.word_embeddings`, `model.embed_positions`
-`embedding.position_embeddings`, `model.final_norm` `decoder.final_layernorm`. Without a twin in
-Megatron's own layers: `mixer.tiny_attention.{q,k,v,out}_proj`, `mixer.prefix_router` <float>[P, E],
+and `model.embed_tokens` (with minhash: its `.fingerprints`, `.norm` and `.proj`) is
+`embedding.word_embeddings`, `model.embed_positions` `embedding.position_embeddings`,
+`model.final_norm` `decoder.final_layernorm`. Without a counterpart in Megatron's own
+layers: `mixer.tiny_attention.{q,k,v,out}_proj`, `mixer.prefix_router` <float>[P, E],
 `channel.router.table` <int64>[V].
 
 Letters: B batch, T tokens of this call, L tokens so far (with the cache), D hidden, V vocabulary,
@@ -78,7 +78,7 @@ AUTO_MAP = {
     "AutoModel": "modeling_smlp.SMLPModel",
     "AutoModelForCausalLM": "modeling_smlp.SMLPForCausalLM",
 }
-"""The classes of this file for transformers' own, in the config.json of a folder with its code."""
+"""Maps transformers' Auto classes to this file's, in the config.json of a folder with its code."""
 
 
 # ------------------------------------------------------------------------------------------------
@@ -93,7 +93,7 @@ class Layout:
     positions: Tensor
     """<int64>[B, T], absolute."""
     start: int | None
-    """The position of the first token where all samples share it, else None."""
+    """The position of the first token if all samples share it, else None."""
     valid: Tensor | None
     """<bool>[B, T], false on padding; None: no padding."""
     input_ids: Tensor | None
@@ -105,11 +105,11 @@ class Layout:
 
     @property
     def is_one_step(self) -> bool:
-        """One token each, at the same position: it sees all there is, so nothing needs a mask."""
+        """Whether each sample has one token, all at one position: it sees all and needs no mask."""
         return self.start is not None and self.end - self.start == 1
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Layout":
-        """Return the same on a device: accelerate asks, where layers are on several."""
+        """Return the layout on a device; accelerate calls this if layers are on several."""
         names = ("positions", "valid", "input_ids")
         tensors = {name: getattr(self, name) for name in names}
         moved = {
@@ -123,11 +123,11 @@ class Move:
     """Moves the columns of a padded batch to the left, in front of the padding, and back."""
 
     order: Tensor
-    """<int64>[B, K]: which column comes to each place; K: tokens of the longest sample, as what is
-    behind them is nobody's and takes no position."""
+    """<int64>[B, K]: which column goes to each place; K: tokens of the longest sample, since what
+    comes after them is only padding and takes no position."""
     back: Tensor
     """<int64>[B, T]: at which place each column's state is. Padding gets the state of the last
-    token before it, so that the last column predicts the next token, whatever the side."""
+    token before it, so that the last column predicts the next token, whichever the side."""
 
     @classmethod
     def to_the_right(cls, mask: Tensor) -> "Move":
@@ -139,11 +139,11 @@ class Move:
 
 class SMLPCacheLayer(DynamicLayer):
     """States of one mixer by absolute position, in a buffer that doubles when it is full, up to
-    `longest`, behind which there are no positions.
+    `longest`, after which there are no positions.
 
-    Attention keeps keys and values, spatial gating its normalised gate inputs as `keys`. What is a
-    sum over all tokens so far is in `state`: partial prediction's routing scores <float>[B, C, E],
-    a plugin's own.
+    Attention keeps keys and values, spatial gating its normalized gate inputs as `keys`. Sums over
+    all tokens so far are in `state`: partial prediction's routing scores <float>[B, C, E], or a
+    plugin's own.
     """
 
     is_croppable = False
@@ -184,7 +184,7 @@ class SMLPCacheLayer(DynamicLayer):
         return self.length
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Raise ValueError: no token is forgotten, of which drafts are made."""
+        """Raise ValueError: the states cannot forget tokens, as decoding with drafts would need."""
         raise ValueError("the states of this model forget no token: make a cache anew")
 
     def reset(self) -> None:
@@ -205,7 +205,7 @@ class SMLPCacheLayer(DynamicLayer):
 
 
 class SMLPCache(Cache):
-    """The states of all mixers (of some two a layer), the ids of tokens that minhash reads again,
+    """The states of all mixers (some have two per layer), the ids of tokens that minhash rereads,
     and how many tokens each sample has."""
 
     def __init__(self, config: SMLPConfig) -> None:
@@ -218,12 +218,12 @@ class SMLPCache(Cache):
         """<int64>[B], tokens of each sample; None: `num_columns` each."""
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns of `input_ids` seen so far, padding included: what `generate` counts in."""
+        """Return the columns of `input_ids` so far, with padding: the unit of `generate`."""
         return self.num_columns
 
     @property
     def is_full(self) -> bool:
-        """Whether a sample has come to position T, behind which the model has no weights."""
+        """Whether a sample has reached position T, from which on the model has no weights."""
         end = self.num_columns if self.lengths is None else int(self.lengths.max())
         return end >= self.longest
 
@@ -250,7 +250,7 @@ class SMLPCache(Cache):
 
 
 def so_far(states: Tensor, index: int, layout: Layout, cache: SMLPCache | None) -> Tensor:
-    """[B, h, T, f] -> those of all positions so far, [B, h, L, f]; index: of the cache's layer."""
+    """[B, h, T, f] -> those of all positions so far, [B, h, L, f]; index: the cache's layer."""
     if cache is None:
         return states
     return cache.layers[index].write(states, states[..., :0], layout)[0]
@@ -261,29 +261,29 @@ def so_far(states: Tensor, index: int, layout: Layout, cache: SMLPCache | None) 
 # ------------------------------------------------------------------------------------------------
 
 SHORT_ROW = 1024
-"""Matrices with rows up to so many numbers gain by `linear`'s way with one row."""
+"""Matrices with rows of up to this many numbers gain from `linear`'s path for one row."""
 
 
 def starting_smaller(layer: Any, by: float) -> nn.Linear:
-    """Return a projection whose first values `_init_weights` draws so much smaller.
+    """Return the projection, marked for `_init_weights` to draw it smaller by this factor.
 
-    All projections are plain `nn.Linear`: what quantises a model replaces that very class.
+    All projections are plain `nn.Linear`: what quantizes a model replaces exactly that class.
     """
     layer.std_divisor = by
     return layer
 
 
 def to_residual(config: SMLPConfig, in_features: int, *, bias: bool) -> nn.Linear:
-    """Return a projection that leads back to the residual."""
+    """Return a projection whose output is added to the residual."""
     layer = nn.Linear(in_features, config.hidden_size, bias=bias)
     return starting_smaller(layer, math.sqrt(2 * config.num_layers))
 
 
 def project(layer: nn.Module, hidden: Tensor) -> Tensor:
-    """layer(hidden), faster at a generation step on a CPU; see `_one_row`.
+    """Return layer(hidden), faster at a generation step on a CPU; see `_one_row`.
 
-    What quantises, adapts, offloads or watches a projection has replaced it or its call, or holds a
-    hook: then it is called.
+    What quantizes, adapts, offloads or watches a projection replaces it or its call, or registers a
+    hook: then the layer is called.
     """
     if type(layer) is nn.Linear and _is_step(hidden, layer.weight):
         is_watched = layer._forward_pre_hooks or layer._forward_hooks or "forward" in vars(layer)
@@ -293,17 +293,17 @@ def project(layer: nn.Module, hidden: Tensor) -> Tensor:
 
 
 def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear, faster for one row on a CPU."""
+    """Compute F.linear, faster for one row on a CPU."""
     if _is_step(hidden, weight):
         return _one_row(hidden, weight, bias)
     return F.linear(hidden, weight, bias)
 
 
 def _one_row(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear of one row, multiplied as two equal ones, of which one is kept.
+    """Compute F.linear of one row as a product with two equal rows, of which one is kept.
 
-    The time is that of reading the weight, and BLAS's product with a single vector reads it in one
-    thread and slowly where rows are short; its product of matrices does neither (MKL on an AMD
+    Reading the weight takes all the time. BLAS's product with a single vector reads it in one
+    thread, and slowly if rows are short; its product of matrices does neither (MKL on an AMD
     EPYC, in = 512: 1.8 times as fast with one thread, 3.3 times with two).
     """
     product = torch.mm(weight, hidden.reshape(1, -1).repeat(2, 1).T)[:, 0]
@@ -312,7 +312,7 @@ def _one_row(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _is_step(hidden: Tensor, weight: Tensor) -> bool:
-    """Whether `hidden` is a single short row on a CPU, and `weight` a tensor of no special kind."""
+    """Return whether `hidden` is a single short row on a CPU and `weight` a plain tensor."""
     is_plain = hidden.device.type == "cpu" and hidden.dtype == torch.float32
     is_plain = is_plain and type(weight) in (Tensor, nn.Parameter)
     return is_plain and hidden.numel() == weight.shape[1] <= SHORT_ROW
@@ -324,10 +324,10 @@ def _is_step(hidden: Tensor, weight: Tensor) -> bool:
 
 
 class SMLPMinHashInput(nn.Module):
-    """LN([C of token t-w | ... | C of token t]) W', in the place of an embedding.
+    """LN([C of token t-w | ... | C of token t]) W', in place of an embedding.
 
     C[j] is how many of a token's n values are j: `fingerprints` <int32>[V, n], n MinHash values of
-    the token's string modulo m, which training made of its tokenizer and a folder of weights has.
+    the token's string modulo m, computed in training from the tokenizer, saved with the weights.
     """
 
     def __init__(self, config: SMLPConfig) -> None:
@@ -338,7 +338,7 @@ class SMLPMinHashInput(nn.Module):
         self.register_buffer("fingerprints", table)
         self.norm = nn.LayerNorm(num_features, eps=config.layer_norm_epsilon)
         proj = nn.Linear(num_features, config.hidden_size, bias=False)
-        self.proj = starting_smaller(proj, math.sqrt(num_features))  # its features are normalised
+        self.proj = starting_smaller(proj, math.sqrt(num_features))  # its features are normalized
 
     def forward(self, ids: Tensor, layout: Layout, cache: SMLPCache | None) -> Tensor:
         """ids: <int64>[B, T] of this call -> <float>[B, T, D]."""
@@ -347,7 +347,7 @@ class SMLPMinHashInput(nn.Module):
         places = layout.positions[:, :, None] + offsets
         seen = ids.gather(1, places.clamp(min=0).flatten(1)).view_as(places)
         values = self.fingerprints[seen].long()
-        dtype = self.norm.weight.dtype  # a quantised projection's is another
+        dtype = self.norm.weight.dtype  # a quantized projection's differs
         ones = (places >= 0)[..., None].to(dtype).expand(values.shape)
         counters = ones.new_zeros(*places.shape, self.filter_size).scatter_add(3, values, ones)
         return project(self.proj, self.norm(counters.flatten(2)))
@@ -362,12 +362,12 @@ class SMLPAttention(nn.Module):
     """Causal self-attention: softmax(q k' / sqrt(d) + mask) v, over heads of width d = width / h.
 
     Args:
-        num_groups: heads of keys and values, each for h / num_groups heads of queries in a row;
+        num_groups: heads of keys and values, each for h / num_groups consecutive heads of queries;
             default: h.
-        rotary_base: of the positions that turn queries and keys; None: they are not turned.
+        rotary_base: base of RoPE; None: queries and keys are not rotated.
         width: of all heads together.
         out_features: what the output projection maps to.
-        leads_back: whether that leads back to the residual.
+        leads_back: whether its output is added to the residual.
         normed: whether queries and keys have a norm over d.
     """
 
@@ -439,7 +439,7 @@ def _visible(layout: Layout, length: int) -> Tensor:
 
 
 def rotated(states: Tensor, layout: Layout, base: int) -> Tensor:
-    """RoPE: at position t, features i and i + d/2 of a head are turned by t base^(-2i/d).
+    """RoPE: at position t, features i and i + d/2 of a head are rotated by t base^(-2i/d).
 
     states: <float>[B, h, T, d] -> the same shape and dtype.
     """
@@ -488,9 +488,9 @@ class SMLPSpatialProjection(nn.Module):
     def forward(
         self, values: Tensor, layout: Layout, mix: Callable[..., Tensor] | None = None
     ) -> Tensor:
-        """Chunk i through expert i, or as `mix` does, a function of both arguments.
+        """Mix chunk i by expert i, or as `mix` does, a function of both other arguments.
 
-        M and b are read in this call only: where weights are offloaded, they are there for it.
+        M and b are read only during this call, for which offloaded weights are loaded.
         values: <float>[B, E, L, f], all positions so far. Returns <float>[B, E, T, f].
         """
         if mix is not None:
@@ -505,10 +505,10 @@ class SMLPSpatialProjection(nn.Module):
     def routed(
         self, values: Tensor, experts: Tensor, layout: Layout, factor: Tensor | None
     ) -> Tensor:
-        """Any expert for each sample, chunk and row: for the few rows of a generation step.
+        """Mix with any expert per sample, chunk and row: for the few rows of a generation step.
 
-        values: <float>[B, C, L, f]; experts: <int64>, broadcastable to [B, C, T]; factor: what the
-        products are multiplied by, but not the bias, likewise <float>.
+        values: <float>[B, C, L, f]; experts: <int64>, broadcastable to [B, C, T]; factor: <float>,
+        broadcastable likewise, multiplies the products but not the bias.
         Returns <float>[B, C, T, f].
         """
         positions, length = layout.positions[:, None], values.shape[2]
@@ -622,7 +622,7 @@ class SMLPPartialPrediction(SMLPSpatialGating):
         row t >= P:  g_i = s_i M_e(i) LN(u2_i) + b_e(i)
         row t <  P:  the same with e(i) = i mod E and s_i = 1, since these rows must not see all P
 
-    The mean is over u2 before its LayerNorm: the mean of a chunk that has been normalised by itself
+    The mean is over u2 before its LayerNorm: the mean of a chunk that has been normalized by itself
     is the same for every input, and would route nothing. A sample shorter than P never routes.
     Balance loss over the (sample, chunk) choices: E sum_e f_e P_e, as Switch's.
     """
@@ -670,7 +670,7 @@ class SMLPPartialPrediction(SMLPSpatialGating):
             return self._scored(found)
 
     def _of_prefix(self, means: Tensor, places: Tensor, counts: Tensor) -> Tensor:
-        """Return what is summed over the calls of a prefix, and kept: the scores.
+        """Return what is summed over the calls of a prefix, and cached: the scores.
 
         means: <fp32>[B, C, T]; places: <int64>[B, T], under P; counts: <bool>[B, T], which count.
         """
@@ -678,7 +678,7 @@ class SMLPPartialPrediction(SMLPSpatialGating):
         return torch.einsum("bct,bte->bce", means, weights * counts[..., None])
 
     def _scored(self, kept: Tensor) -> Tensor:
-        """Return the scores, <fp32>[B, C, E], of what is kept."""
+        """Return the scores, <fp32>[B, C, E], from what is cached."""
         return kept
 
     def _chosen(self, scores: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
@@ -692,7 +692,7 @@ class SMLPPartialPrediction(SMLPSpatialGating):
     def _mix_from_zero(
         self, values: Tensor, layout: Layout, *, chosen: Tensor, scale: Tensor
     ) -> Tensor:
-        """Whole sequences: every chunk through the experts of its two parts.
+        """Mix whole sequences: every chunk by the experts of its two parts.
 
         values: <float>[B, C, T, f]; chosen: <int64>[B, C]; scale: <float>[B, C].
         """
@@ -722,7 +722,7 @@ class SMLPPartialPrediction(SMLPSpatialGating):
     def _balance_loss(self, probabilities: Tensor, chosen: Tensor, layout: Layout) -> Tensor | None:
         if not self.training:
             return None
-        # Only samples that have tokens behind the prefix made a choice that counts.
+        # Only samples that have tokens after the prefix made a choice that counts.
         routed = layout.positions >= self.prefix
         if layout.valid is not None:
             routed = routed & layout.valid
@@ -734,7 +734,7 @@ class SMLPPartialPrediction(SMLPSpatialGating):
 
 
 class SMLPMaskedMixer(nn.Module):
-    """Each head's tokens by position: M_k x_k + c_k, k = 1..h, x_k its D/h features.
+    """Mixes each head's tokens by position: M_k x_k + c_k, k = 1..h, x_k its D/h features.
 
     With mixer_expansion M2_k GELU(M_k x_k + c_k) + c2_k. Source: masked mixers (2409.01482).
     """
@@ -805,8 +805,8 @@ class SMLPFeedForward(nn.Module):
 class SMLPExperts(nn.Module):
     """Sums over the chosen experts of w_e f_e(h),  f_e(h) = GELU(h A_e) B_e.
 
-    Experts have no biases: the router's weight would scale them too. They are called once a layer,
-    so that weights that are offloaded come once.
+    Experts have no biases: the router's weight would scale them too. They are called once per
+    layer, so that offloaded weights are loaded once.
     """
 
     def __init__(self, config: SMLPConfig) -> None:
@@ -830,7 +830,7 @@ class SMLPExperts(nn.Module):
             rows, choice = (experts == expert).nonzero(as_tuple=True)
             weighted = self._expert(tokens[rows], expert)
             weighted = weighted * weights[rows, choice, None].to(weighted.dtype)
-            output.index_add_(0, rows, weighted.to(output.dtype))  # autocast's are others
+            output.index_add_(0, rows, weighted.to(output.dtype))  # autocast's dtype differs
         return output
 
     def _one_token(self, token: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
@@ -853,13 +853,13 @@ class Routing:
     """The k choices of each of n tokens; choice 0 is the first."""
 
     experts: Tensor
-    """<int64>[n, k]; -1: no expert, the token passes by the residual."""
+    """<int64>[n, k]; -1: no expert, the token takes only the residual."""
     weights: Tensor
     """<float>[n, k]."""
     loss: Tensor | None = None
     """The balance loss, with its coefficient; training only."""
     scores: Tensor | None = None
-    """<fp32>[n, E], of which the z loss is; None: the router has none."""
+    """<fp32>[n, E], for the z loss; None: the router has none."""
 
 
 class SMLPTokenMoE(nn.Module):
@@ -885,7 +885,7 @@ class SMLPTokenMoE(nn.Module):
     def forward(
         self, hidden: Tensor, layout: Layout, residual: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """hidden, residual (of which it is the norm): <float>[B, T, D] -> <float>[B, T, D], and the
+        """hidden (the norm of residual), residual: <float>[B, T, D] -> <float>[B, T, D], and the
         router's loss if it has one."""
         output, loss = self._routed(hidden, layout, residual)
         if self.shared_experts is not None:
@@ -911,7 +911,7 @@ class SMLPTokenMoE(nn.Module):
         return output.unflatten(0, (hidden.shape[1], -1)).transpose(0, 1), loss
 
     def _z_loss(self, scores: Tensor | None) -> Tensor | None:
-        """z mean_t (log sum_e exp s_te)^2, which keeps scores s small: <fp32>[n, E]."""
+        """Return z mean_t (log sum_e exp s_te)^2, which keeps scores s small: <fp32>[n, E]."""
         if scores is None or not (self.z_loss_coeff and self.training and len(scores)):
             return None
         return self.z_loss_coeff * scores.logsumexp(dim=-1).square().mean()
@@ -980,7 +980,7 @@ class SMLPGShardRouter(SMLPSwitchRouter):
 
     In training the second is used with probability min(1, 2 g2 / (g1+g2)), in evaluation always;
     gshard_second_expert has other rules. `draw` (<fp32>[n] -> <fp32>[n] in [0, 1)) may be replaced.
-    Capacity 2 c ceil(N / E). The loss is Switch's, over first choices.
+    Capacity ceil(2 c ceil(N / E)). The loss is Switch's, over first choices.
     """
 
     def __init__(self, config: SMLPConfig) -> None:
@@ -1003,7 +1003,7 @@ class SMLPGShardRouter(SMLPSwitchRouter):
 
 
 class _WithBuffersInFp32(nn.Module):
-    """Keeps its buffers in fp32 when the model is cast, as scores are, on whatever device."""
+    """Keeps its buffers in fp32, like scores, when the model is cast, on any device."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> "_WithBuffersInFp32":
         kept = dict(self._buffers)
@@ -1019,13 +1019,13 @@ class SMLPBaseRouter(_WithBuffersInFp32):
     x is the residual, with base_routing_input=norm its norm.
 
     In training every expert gets floor or ceil of n/E tokens, by `assign`; in evaluation the expert
-    is argmax x . w_e, or with base_eval=prices argmax x . w_e - p_e, p the mean prices of the
+    is argmax x . w_e, or with base_eval=prices argmax x . w_e - p_e, p the mean prices of
     training. `assign` (<float>[n, E] -> <int64>[n] and prices <float>[E]) is simple and balanced
-    but only nearly optimal; any solver of the linear assignment problem may be put in its place.
+    but only nearly optimal; any solver of the linear assignment problem may replace it.
 
     With base_gate=price evaluation is by p too, and the weight is the sigmoid of x . w_e - p_e less
-    its mean over the experts. In training p are the prices of the batch, and the gradient leaves
-    out what would add the same to all scores of an expert.
+    its mean over the experts. In training p are the prices of the batch, and the gradient omits
+    the part that would add the same to all scores of an expert.
     """
 
     prices: Tensor
@@ -1053,7 +1053,7 @@ class SMLPBaseRouter(_WithBuffersInFp32):
         return Routing(experts, gates.gather(1, experts).sigmoid(), scores=scores)
 
     def _choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """<fp32>[n, E] -> <int64>[n], and by which prices: <fp32>[E]."""
+        """<fp32>[n, E] -> <int64>[n], and the prices used: <fp32>[E]."""
         if self.training:
             return self.assign(scores)
         prices = self.prices if self.by_price else scores.new_zeros(self.num_experts)
@@ -1072,7 +1072,7 @@ class SMLPHashRouter(nn.Module):
         self.register_buffer("table", torch.empty(config.vocab_size, dtype=torch.int64))
 
     def resize(self, vocab_size: int) -> None:
-        """Leave the ids that stay with their experts; new ones draw theirs."""
+        """Keep the experts of ids that stay; new ids draw theirs."""
         old = self.table
         self.table = old.new_empty(vocab_size)
         self.table.copy_(self.random_table())
@@ -1102,7 +1102,7 @@ class SMLPTopKRouter(_WithBuffersInFp32):
     one expert has w_e = s_e.
 
     With moe_router_num_groups G they are chosen among the experts of moe_router_group_topk = g of G
-    groups in a row: those with the largest sum of the k / g best (of h W, with a softmax).
+    groups of consecutive experts: those with the largest sum of k / g best (of h W, with softmax).
     With moe_router_enable_expert_bias the k are those of the largest s + b; b is not part of w, and
     training moves it by the experts' load (Megatron does; here it is kept as it is).
     Loss a E sum_e f_e P_e: f_e the share of the choices by s alone, P_e the mean of s / sum_e s.
@@ -1171,8 +1171,8 @@ def _balance(probabilities: Tensor, chosen: Tensor) -> Tensor:
 
 
 def priced_greedy(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """`balanced_greedy` at prices that nearly balance by themselves: each rises by the log of its
-    expert's load, as tokens prefer experts at a temperature that falls.
+    """Run `balanced_greedy` at prices that nearly balance by themselves: each rises by the log of
+    its expert's load, as tokens prefer experts at a falling temperature.
 
     scores: <fp32>[n, E]. Returns experts <int64>[n] and prices <fp32>[E].
     """
@@ -1189,10 +1189,10 @@ def priced_greedy(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def balanced_greedy(scores: Tensor) -> Tensor:
-    """Every token applies to its best expert with room, which takes those that lead by most.
+    """Let every token apply to its best expert with room, which takes the largest leads.
 
     scores: <fp32>[n, E]. Returns <int64>[n]: each expert floor or ceil of n/E times. It ends, since
-    whoever is turned away met an expert that is full from then on.
+    only experts that are full from then on turn tokens away.
     """
     num_tokens, num_experts = scores.shape
     share, remainder = divmod(num_tokens, num_experts)
@@ -1341,10 +1341,10 @@ class SMLPPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Draw normal weights; what leads back to the residual is smaller by sqrt(2 layers).
+        """Draw normal weights; projections to the residual are smaller by sqrt(2 layers).
 
-        transformers calls it for modules that have parameters or buffers of their own, and for no
-        others. Of norms it knows those that torch and itself have, by their names.
+        transformers calls it only for modules that have parameters or buffers of their own, and
+        itself initializes the norms that it knows by name: torch's and its own.
         """
         super()._init_weights(module)
         std = self.config.initializer_range
@@ -1375,7 +1375,7 @@ class SMLPPreTrainedModel(PreTrainedModel):
             init.normal_(module.prefix_router, std=std)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """See transformers. The code goes along, under the names of both models."""
+        """See transformers. The code is saved as well, under the names of both models."""
         self.config.auto_map = dict(self.auto_map)
         super().save_pretrained(*args, **kwargs)
 
@@ -1385,8 +1385,8 @@ class SMLPPreTrainedModel(PreTrainedModel):
         pad_to_multiple_of: int | None = None,
         mean_resizing: bool = True,
     ) -> nn.Module:
-        """See transformers. HASH routes the new vocabulary, and all of it is generated but what
-        pads it: rows from `new_num_tokens` on that were padding before, or that are new."""
+        """See transformers. HASH routes the new vocabulary, and all of it is generated except its
+        padding: rows from `new_num_tokens` on that were padding before, or that are new."""
         config, before = self.config, self.config.vocab_size
         if config.input_projection == "minhash":
             raise ValueError(
@@ -1407,7 +1407,7 @@ class SMLPPreTrainedModel(PreTrainedModel):
         return embeddings
 
     def _suppress_padding(self) -> None:
-        """Let `generate` draw no padding of the vocabulary."""
+        """Keep `generate` from drawing the vocabulary's padding."""
         size = self.config.vocab_size
         rows = list(range(self.config.unpadded_vocab_size or size, size))
         self.generation_config.suppress_tokens = rows or None
@@ -1493,7 +1493,7 @@ class SMLPModel(SMLPPreTrainedModel):
         move: "Move | None",
         cache: SMLPCache | None,
     ) -> Tensor:
-        """<float>[B, T, D] of this call's tokens, which are padded on the right by now."""
+        """Return <float>[B, T, D] of this call's tokens, by now padded on the right."""
         if inputs_embeds is None:
             if self.reads_strings:
                 return self.embed_tokens(layout.input_ids, layout, cache)
@@ -1532,7 +1532,7 @@ class SMLPModel(SMLPPreTrainedModel):
         cache: SMLPCache | None,
         position_ids: Tensor | None = None,
     ) -> tuple[Layout, "Move | None"]:
-        """Return the positions of this call's tokens, and their way to right padding and back.
+        """Return the positions of this call's tokens, and their move to right padding and back.
 
         given: [B, T] or [B, T, D]; attention_mask: [B, T of all calls], 0 on padding.
         """
@@ -1582,7 +1582,7 @@ class SMLPModel(SMLPPreTrainedModel):
 
 
 def _check_positions(position_ids: Tensor | None, before: Tensor, mask: Tensor | None) -> None:
-    """Refuse positions that are not those of the tokens, as of documents packed into a row.
+    """Refuse positions other than the tokens' own, such as of documents packed into a row.
 
     position_ids: <int64>[B or 1, T]; before: <int64>[B, 1], tokens so far; mask: <bool>[B, T].
     """
@@ -1598,10 +1598,10 @@ def _check_positions(position_ids: Tensor | None, before: Tensor, mask: Tensor |
 
 
 class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
-    """The language model: logits are states times the token embedding."""
+    """The language model: logits are states times lm_head, by default the token embedding."""
 
     accepts_loss_kwargs = False
-    """Trainer would hand in the number of all labels; of some, partial prediction trains none."""
+    """Trainer would pass the number of all labels; partial prediction does not train on all."""
     _tied_weights_keys = {  # noqa: RUF012 - transformers reads it as a class attribute
         "lm_head.weight": "model.embed_tokens.weight"
     }
@@ -1629,7 +1629,7 @@ class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
         position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
-        """One forward pass over a batch, or over its new tokens where a cache is given.
+        """Run a forward pass over a batch, or over only its new tokens if a cache is given.
 
         Args:
             input_ids: <int64>[B, T].
@@ -1637,17 +1637,17 @@ class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
                 side. Positions count real tokens only.
             inputs_embeds: <float>[B, T, D] instead of input_ids.
             cache: what an earlier call returned.
-            use_cache: whether to fill a cache; default: where one is given. `generate` follows
+            use_cache: whether to fill a cache; default: if one is given. `generate` follows
                 generation_config.use_cache. Capacity limits drop nothing while one is filled, since
                 a token by itself would not be dropped either.
-            labels: <int64>[B, T], shifted inside; -100 counts for nothing.
-            logits_to_keep: compute the logits of the last so many positions only (0: all).
-            position_ids: <int64>[B or 1, T], which may be none but 0, 1, 2, ... of the tokens.
+            labels: <int64>[B, T], shifted inside; -100 is ignored.
+            logits_to_keep: compute the logits of only this many last positions (0: all).
+            position_ids: <int64>[B or 1, T], which must be the tokens' 0, 1, 2, ...
 
         Returns:
             loss (with labels; in training with the routers' losses), aux_loss (the routers' losses,
             training only), logits <fp32>[B, T, V], cache, hidden_states. Attention weights and
-            router logits are not returned; who asks for them is warned.
+            router logits are not returned; asking for them logs a warning.
 
         Raises:
             ValueError: a sequence longer than T (unless the model reads any length), a cache of
@@ -1662,7 +1662,7 @@ class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
         )
         rows = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = project(self.lm_head, outputs.last_hidden_state[:, rows])
-        # As Megatron's: what is made of them, log-probabilities at first, must not round to 8 bits.
+        # As Megatron's: what they are used for, log-probabilities first, must not round to 8 bits.
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         aux_loss = outputs.aux_loss
         loss = None
@@ -1679,11 +1679,11 @@ class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
         )
 
     def _targets(self, labels: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Leave out each sample's first token, which none is before: padding on the left predicts
-        nothing. Partial prediction trains its routed rows only, t >= P, unless told otherwise.
+        """Mask each sample's first token, which no token precedes: padding on the left predicts
+        nothing. Partial prediction trains only its routed rows, t >= P, unless told otherwise.
 
         Label t is predicted by row t - 1: the first that counts is label P + 1. A sample without
-        labels there, as one that ends before P, has no routed row and keeps those that it has.
+        labels there, such as one that ends before P, has no routed row and keeps all its labels.
         """
         mask = torch.ones_like(labels) if attention_mask is None else attention_mask
         positions = (mask.long().cumsum(dim=1) - 1)[:, -labels.shape[1] :]
@@ -1704,8 +1704,8 @@ class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """See transformers. Where weights are sharded (FSDP, ZeRO-3), a rank that has generated all
-        steps on until the others have too: from position T on by a token without the cache."""
+        """See transformers. If weights are sharded (FSDP, ZeRO-3), a rank that has finished keeps
+        stepping until the others have too: from position T on with one token and no cache."""
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(
             *(input_ids, next_sequence_length, cache, attention_mask, inputs_embeds), **kwargs
         )
@@ -1714,27 +1714,27 @@ class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
         return inputs
 
     def _prepare_position_ids_for_generation(self, *args: Any, **kwargs: Any) -> None:
-        """Give `generate` none: the mask and the cache say where tokens stand."""
+        """Give `generate` none: the mask and the cache determine the positions."""
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        """Give `generate`, which calls this, our own kind of cache, whatever it would choose."""
+        """Give `generate`, which calls this, our own kind of cache, whichever it would choose."""
         self._end_at_longest(generation_config, model_kwargs)
         if kind := generation_config.cache_implementation:
             logger.warning_once(f"cache_implementation={kind} is ignored: SMLPCache is taken")
         cache = model_kwargs.get("cache")
         if isinstance(cache, SMLPCache):
-            # On some devices transformers steps once too often, but not with a cache of the user's.
+            # On some devices transformers takes one step too many, but not with a user's own cache.
             cache._is_user_defined = True
         elif cache is None and generation_config.use_cache is not False:
             model_kwargs["cache"] = SMLPCache(self.config)
 
     def _prepare_generated_length(self, generation_config: Any, **kwargs: Any) -> Any:
-        """Note how many of the tokens that `generate` counts are the prompt's: none of embeddings,
-        and of a prompt that goes on with a cache perhaps those alone that are new.
+        """Note how many of the tokens that `generate` counts are the prompt's: none for embeddings,
+        and perhaps only the new ones for a prompt that continues with a cache.
 
-        A length by default is not cut at T here: to some models it is no limit, and of others
+        A default length is not cut at T here: for some models T is no limit, and for the others
         `_end_at_longest` knows which columns are padding.
         """
         default = generation_config.max_length
@@ -1767,10 +1767,10 @@ class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
             generation_config.max_length = longest - uncounted
 
 
-# `save_pretrained` lays this file and its configuration's beside the weights.
+# `save_pretrained` puts this file and its configuration's next to the weights.
 SMLPModel.register_for_auto_class("AutoModel")
 SMLPForCausalLM.register_for_auto_class("AutoModelForCausalLM")
-# By the name here Trainer knows, for label smoothing, that targets are the next tokens.
+# From the name here Trainer knows, for label smoothing, that targets are the next tokens.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(SMLPConfig.model_type, SMLPForCausalLM.__name__)
 
 __all__ = ["SMLPCache", "SMLPConfig", "SMLPForCausalLM", "SMLPModel", "SMLPPreTrainedModel"]

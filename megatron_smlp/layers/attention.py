@@ -2,7 +2,7 @@
 
     y = softmax(q k^T / sqrt(d) + causal mask) v                (Vaswani et al., arXiv 1706.03762)
 
-Megatron's own local core builds the T x T scores; ops/causal_attention.py has what is faster.
+Megatron's own local core materializes all T x T scores; ops/causal_attention.py is faster.
 Letters: T tokens, B batch, n heads on this rank, d head width, g key/value groups on this rank.
 """
 
@@ -26,7 +26,7 @@ from megatron_smlp.ops.causal_attention import attend
 
 
 def attention_spec(config: TransformerConfig, backend: BackendSpecProvider, **_: Any) -> ModuleSpec:
-    """Return the spec of Megatron's SelfAttention; without Transformer Engine with our core."""
+    """Return Megatron's SelfAttention spec; without Transformer Engine, it uses our core."""
     local = config.transformer_impl == "local"
     norm = norm_builder(config) if config.qk_layernorm else None
     return ModuleSpec(
@@ -43,10 +43,10 @@ def attention_spec(config: TransformerConfig, backend: BackendSpecProvider, **_:
 
 
 class CausalCoreAttention(DotProductAttention):
-    """Megatron's DotProductAttention with `attend` inside; same arguments.
+    """Megatron's DotProductAttention, computed by `attend`; takes the same arguments.
 
     Raises:
-        ValueError: a setting that this cannot do (window, sink softmax, packed sequences).
+        ValueError: a setting is not supported (window, sink softmax, packed sequences).
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -57,8 +57,8 @@ class CausalCoreAttention(DotProductAttention):
                 "which is not in use (--transformer-impl local). Leave them out."
             )
         if self.config.apply_query_key_layer_scaling:
-            # Megatron divides queries by the layer's number, for fp16's range, and multiplies the
-            # scores by it again in its own softmax.
+            # To stay in fp16's range, Megatron divides queries by the layer number, and multiplies
+            # the scores by it again in its own softmax.
             self.softmax_scale *= max(1, self.layer_number)
 
     def forward(
@@ -73,8 +73,8 @@ class CausalCoreAttention(DotProductAttention):
     ) -> Tensor:
         """query: <float>[T, B, n, d]; key, value: <float>[T, B, g, d] -> <float>[T, B, n d].
 
-        The mask is causal; with --reset-attention-mask it is <bool>[B, 1, T, T], True where a
-        position is not read.
+        The mask is causal; under --reset-attention-mask it is <bool>[B, 1, T, T], True where a
+        position is masked out.
         """
         mask_type = attn_mask_type or self.attn_mask_type
         if packed_seq_params is not None or attention_bias is not None:
@@ -83,7 +83,7 @@ class CausalCoreAttention(DotProductAttention):
             raise ValueError(f"Only the causal mask is supported here, not {mask_type}.")
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         dropout = self.attention_dropout.p if self.training else 0.0
-        # Each rank has other heads. Under sequence parallelism the whole layer draws so.
+        # Ranks hold different heads and draw apart; with sequence parallelism the whole layer does.
         forks = dropout and self.config.tensor_model_parallel_size > 1
         apart = forks and not self.config.sequence_parallel
         with get_cuda_rng_tracker().fork() if apart else contextlib.nullcontext():

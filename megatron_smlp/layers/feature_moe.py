@@ -1,4 +1,4 @@
-"""Feature MoE (sMoE): chunks of the hidden dimension, not tokens, are routed to spatial experts.
+"""Feature MoE (sMoE): routes chunks of the hidden dimension, not tokens, to spatial experts.
 
     g_i = s_i * (M_e(i) LN(u2_i)) + b_e(i)           i = 1..C chunks of F/C features, E experts
 
@@ -6,16 +6,16 @@ Deterministic (Yu et al., arXiv 2203.06850, section 3, where C = E):
 
     e(i) = i mod E        s_i = 1
 
-No token is looked at, and spatial gating whose heads are the experts does it without a router.
-Partial: those of routers/prefix.py, for the rows t >= P of a sample; rows t < P, and a whole
-sequence of fewer than P tokens, are routed deterministically.
+The choice ignores the tokens: spatial gating whose heads are the experts does it without a router.
+Partial: routers/prefix.py gives e(i) and s_i for the rows t >= P of a sample; rows t < P, and thus
+all of a sequence shorter than P tokens, are routed deterministically.
 
-Parameters grow by E T T a layer, FLOPs do not grow with E. Tensor parallelism shards the chunks;
-any of them may choose any expert, so every rank holds all M and b, and their gradients are summed
+Parameters grow by E T T per layer, FLOPs do not grow with E. Tensor parallelism shards the chunks;
+any chunk may choose any expert, so every rank holds all M and b, and their gradients are summed
 over the ranks.
 
-Letters: T tokens of this call, B batch, C' chunks of this rank, f = F/C features of one, E experts,
-P prefix length, R = B C'.
+Letters: T tokens of this call, B batch, C' chunks of this rank, f = F/C features of a chunk,
+E experts, P prefix length, R = B C'.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ from megatron_smlp.routers.prefix import Choice, PrefixRouter
 def feature_moe_spec(
     *args: Any, options: Any, heads: int, feature_router: Any, **kwargs: Any
 ) -> ModuleSpec:
-    """Return the spec of a layer of `heads` spatial experts, by the rule of --feature-router.
+    """Return the spec of a layer with `heads` spatial experts, routed as --feature-router says.
 
     Args:
-        feature_router: its router's class; None: chunk i goes to expert i.
+        feature_router: the layer's router class; None: chunk i goes to expert i.
     """
     if feature_router is None:
         return gating_spec(*args, module=DeterministicFeatureMoE, heads=heads, **kwargs)
@@ -60,7 +60,7 @@ def feature_moe_spec(
 
 
 class DeterministicFeatureMoE(SpatialGating):
-    """Chunk i goes to expert i: spatial gating whose heads are the experts, and the same code."""
+    """Chunk i goes to expert i: plain spatial gating, with the experts as its heads."""
 
 
 class PartialFeatureMoE(SpatialGating):
@@ -70,14 +70,14 @@ class PartialFeatureMoE(SpatialGating):
         num_heads: C; tp must divide it.
         num_experts: E.
         prefix_length: P, tokens.
-        router: PrefixRouter, or what has its face.
+        router: PrefixRouter, or a class with the same interface.
         loss_coeff: weight of the balance loss.
 
     Raises:
         ValueError: C does not divide F, or tp does not divide C.
     """
 
-    splits_one = False  # its ranks would each route by their part of the features
+    splits_one = False  # each rank would route by its own part of the features
 
     def __init__(
         self,
@@ -109,7 +109,7 @@ class PartialFeatureMoE(SpatialGating):
         return self.num_experts
 
     def gate(self, u: Tensor, attended: Tensor | None = None) -> Tensor:
-        """See the base class; nothing is attended here."""
+        """See the base class; there is no attention to add here."""
         if not self.gates_by_kernels(u):
             return super().gate(u, attended)
         u1, u2 = u.chunk(2, dim=-1)
@@ -121,7 +121,7 @@ class PartialFeatureMoE(SpatialGating):
         return gated_mix(u1, values, weight, bias, routing=self._routing(means))
 
     def _routing(self, means: Tensor) -> Routing:
-        """means: <fp32>[T, B, C'] of the chunks."""
+        """Route by the means of the chunks, <fp32>[T, B, C']."""
         tokens, batch, _ = means.shape
         experts = self._deterministic(means.device).expand(batch, -1)
         choice = Choice(experts, torch.ones(experts.shape, device=means.device))
@@ -139,7 +139,7 @@ class PartialFeatureMoE(SpatialGating):
         return chunks % self.num_experts
 
     def gated(self, u1: Tensor, u2: Tensor, attended: Tensor | None) -> Tensor:
-        """See the base class; nothing is attended here."""
+        """See the base class; there is no attention to add here."""
         return u1 * self.mix(u2)
 
     def mix(self, u2: Tensor) -> Tensor:
@@ -151,14 +151,14 @@ class PartialFeatureMoE(SpatialGating):
         bias = bias[:, :tokens]
         mixed = self._prefix_rows(chunks[: self.prefix_length], weight, bias)
         if tokens > self.prefix_length:
-            # Averaged after its LayerNorm, a chunk would have the same mean for every input.
+            # After its LayerNorm, a chunk's mean would be the same for every input.
             means = u2.unflatten(-1, (self.local_heads, -1)).mean(dim=-1, dtype=torch.float32)
             choice = self.router(means)
             mixed = torch.cat([mixed, self._routed_rows(chunks, weight, bias, choice)])
         return mixed.flatten(2)
 
     def _prefix_rows(self, chunks: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """chunks: <float>[p, B, C', f], p = min(P, T); weight: all; bias: [E, T] or [E, 1].
+        """chunks: <float>[p, B, C', f], p = min(P, T); weight: every M; bias: [E, T] or [E, 1].
 
         Returns:
             g of the rows t < P, <float>[p, B, C', f].
@@ -167,14 +167,14 @@ class PartialFeatureMoE(SpatialGating):
         experts = self._deterministic(weight.device)
         weight = self.spatial.first(weight, rows)[experts]
         bias = bias[:, :rows][experts]
-        columns = chunks.permute(2, 0, 1, 3).flatten(2)  # [C', p, B f]: one GEMM a chunk
+        columns = chunks.permute(2, 0, 1, 3).flatten(2)  # [C', p, B f]: one GEMM per chunk
         mixed = self.spatial.mix(weight, columns) + bias[..., None]
         return mixed.unflatten(-1, (batch, -1)).permute(1, 2, 0, 3)
 
     def _routed_rows(self, chunks: Tensor, weight: Tensor, bias: Tensor, choice: Choice) -> Tensor:
         """chunks: <float>[T, B, C', f] -> g of the rows t >= P, <float>[T - P, B, C', f].
 
-        The R pairs of sample and chunk are sorted by expert, so that each expert is one product.
+        The R pairs of sample and chunk are sorted by expert, so that each expert takes one product.
         """
         experts, order = choice.experts.flatten().sort(stable=True)
         place = order.argsort()
@@ -185,16 +185,16 @@ class PartialFeatureMoE(SpatialGating):
         rows = len(chunks) - first
         mix = self.spatial.rows_from(weight, first, len(chunks))
         mixed = _mix_groups(pairs, counts, mix) * scale[:, None]
-        # The last biases: a Toeplitz matrix has one for all rows.
+        # The last rows' biases; of a Toeplitz matrix, the slice keeps its one bias for all rows.
         mixed = mixed + bias[:, -rows:][experts].T[..., None]
         answer = permuted(mixed, place, order, dim=1)
         return answer.view(len(mixed), *chunks.shape[1:])
 
 
 def _mix_groups(pairs: Tensor, counts: list[int], mix: Callable[..., Tensor]) -> Tensor:
-    """Mix some rows of the pairs, each group of neighbouring pairs by its own expert.
+    """Mix some rows of the pairs, each group of adjacent pairs by its own expert.
 
-    pairs: <float>[T, R, f]; counts: pairs of each expert; mix: see SpatialProjection.rows_from.
+    pairs: <float>[T, R, f]; counts: pairs per expert; mix: see SpatialProjection.rows_from.
     Returns <float>[rows, R, f].
     """
     tokens, _, width = pairs.shape

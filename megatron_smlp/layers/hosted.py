@@ -1,9 +1,9 @@
-"""A plugin's mixer (megatron_smlp/plugins.py) in one of Megatron's two slots of a layer.
+"""Hosts a plugin's mixer (megatron_smlp/plugins.py) in one of the two slots of Megatron's layer.
 
     out = mixer(x W_1, x W_2, ...) W                    x = LN(input);  W_i: D x m_i F,  W: F x D
 
-The LN in front and the residual around it are the slot's. Tensor parallelism splits the F features,
-each projection by itself, and the mixer sees its rank's; a `whole` one sees them all on each rank.
+The slot adds the LN in front and the residual. Tensor parallelism shards the F features of each
+projection separately; a mixer sees its rank's shard, a `whole` mixer all features on every rank.
 
 Letters: T sequence, B batch, D hidden, F features, tp tensor parallel size.
 """
@@ -42,7 +42,7 @@ def hosted_spec(
     sequence_length: int,
     **_: Any,
 ) -> ModuleSpec:
-    """Return the spec of a layer's mixer of this class; its options are attributes of `config`."""
+    """Return the spec of a mixer of class `kind`; its options are attributes of `config`."""
     return ModuleSpec(
         module=HostedMixer,
         params={
@@ -55,7 +55,7 @@ def hosted_spec(
 
 
 def check_flags(args: Any, kind: type[Mixer]) -> None:
-    """Check that the layout divides F.
+    """Check that the parallel layout fits F.
 
     Raises:
         ValueError: see `check_heads`.
@@ -74,7 +74,7 @@ def features_of(sizes: Any, kind: type[Mixer]) -> int:
 
 
 def causal_product(weight: Tensor, values: Tensor) -> Tensor:
-    """See plugins.Mixer: the samples' columns are those of one product."""
+    """See plugins.Mixer; the columns of all samples go through one product."""
     columns = values.transpose(0, 1)
     return causal_mix(weight[None], columns.flatten(1)[None]).view_as(columns).transpose(0, 1)
 
@@ -84,7 +84,7 @@ class HostedMixer(TokenMixer):
 
     Args:
         length: T.
-        values: of the plugin's options.
+        values: the values of the plugin's options.
     """
 
     def __init__(
@@ -120,8 +120,8 @@ class HostedMixer(TokenMixer):
         """hidden_states: <float>[T', B, D] (normed; [T'/tp, B, D] under sequence parallel).
 
         Returns:
-            The mixer's output without the bias of W, the same shape and dtype; the bias: [D] or
-            None.
+            The mixer's output without the bias of W, in the input's shape and dtype; and that
+            bias, [D] or None.
         """
         projected = [
             self._gathered(getattr(self, name)(hidden_states)[0]).transpose(0, 1)

@@ -1,22 +1,22 @@
 """The masked mixer, a causal MLP-Mixer (Tolstikhin et al., arXiv 2105.01601; Badger, arXiv
-2409.01482), in Megatron's `self_attention` slot. The LN and the residual around it are the slot's.
+2409.01482), in Megatron's `self_attention` slot, which adds the LN and the residual around it.
 
     y = tril(M_k) x_k + c_k                          x = LN(input);  per head k: f = D/h features
     y = tril(M2_k) GELU(tril(M_k) x_k + c_k) + c2_k  with --mixer-expansion, MLP-Mixer's two layers
 
-It mixes tokens alone, by position: features are mixed by the MLP in the other slot. With --toeplitz
-(Badger and Roland, arXiv 2605.06683) a matrix has one weight per distance, layers/toeplitz.py.
+It only mixes tokens, by position; the MLP in the other slot mixes features. With --toeplitz (Badger
+and Roland, arXiv 2605.06683) a matrix has one weight per distance: layers/toeplitz.py.
 
 Differences from the sources (docs/decisions/0068): the hidden layer of the token MLP has T units,
-one per position, as causality asks; heads. Init: the matrix that writes to the residual as gMLP's,
-U(-1e-3/T, 1e-3/T); with expansion M ~ U(-sqrt(3/T), sqrt(3/T)), whose last row keeps the variance;
-c = 0.
+one per position, as causality requires; and there are heads. Init: the matrix that writes to the
+residual is drawn as gMLP's, U(-1e-3/T, 1e-3/T); with expansion M ~ U(-sqrt(3/T), sqrt(3/T)), whose
+last row preserves the variance; c = 0.
 
-Tensor parallelism shards the features, never the tokens: they are exchanged for the slot's tokens
-and back. One head's M is the same on all ranks, and its gradient is summed over them.
+Tensor parallelism shards the features, never the tokens: the slot's tensor is resharded by features
+and back. The M of a single head is replicated on all ranks, and its gradient is summed over them.
 
-Letters: T sequence, B batch, D hidden, h heads, f = D/h, tp tensor parallel size; h', D' are the
-share of a rank.
+Letters: T sequence, B batch, D hidden, h heads, f = D/h, tp tensor parallel size; h', D' are
+one rank's share.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class MaskedMixer(TokenMixer):
 
     Args:
         num_heads: h. tp must divide it, or it must be 1.
-        projection: the kind of M and c.
+        projection: the class that holds M and c.
         expansion: whether there are two matrices with a GELU between them.
     """
 
@@ -124,7 +124,7 @@ class MaskedMixer(TokenMixer):
         """hidden_states: <float>[T', B, D] (normed; [T'/tp, B, D] under sequence parallel).
 
         Returns:
-            y, the same shape and dtype; and None in place of a bias.
+            y, in the input's shape and dtype; and None in place of a bias.
         """
         mixed = self.mix(self.spatial, self._to_features(hidden_states))
         if self.spatial_out is not None:
@@ -132,7 +132,7 @@ class MaskedMixer(TokenMixer):
         return self._to_tokens(mixed, hidden_states), None
 
     def mix(self, spatial: SpatialProjection, values: Tensor) -> Tensor:
-        """values: <float>[T', B, D'] -> M v + c, the same."""
+        """values: <float>[T', B, D'] -> M v + c, the same shape."""
         weight, bias = spatial()
         if self.head_is_split:
             # Each rank mixes its own features with the same M, c: dM, dc are sums over the ranks.
@@ -141,7 +141,7 @@ class MaskedMixer(TokenMixer):
         return spatial.mixed(values, weight, bias)
 
     def _to_features(self, hidden_states: Tensor) -> Tensor:
-        """Exchange the slot's tensor for all tokens of this rank's features, <float>[T', B, D']."""
+        """Reshard the slot's tensor into all tokens of this rank's features, <float>[T', B, D']."""
         if self.tp_group.size() == 1:
             return hidden_states
         if not self.config.sequence_parallel:
@@ -154,7 +154,7 @@ class MaskedMixer(TokenMixer):
         return exchanged.unflatten(0, (-1, batch)).contiguous()
 
     def _to_tokens(self, mixed: Tensor, like: Tensor) -> Tensor:
-        """Undo the exchange, back to the shape of the slot's tensor."""
+        """Undo `_to_features`, back to the shape of the slot's tensor."""
         if self.tp_group.size() == 1:
             return mixed
         if self.config.sequence_parallel:

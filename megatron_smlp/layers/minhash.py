@@ -4,22 +4,22 @@
     C[j]       = the number of i with f_i = j modulo m, a counting Bloom filter;          0 <= j < m
     e_t        = LN([C of token t-w | ... | C of token t]) W'
 
-h_i(x) is the i-th word of 32 bits, little endian, of SHAKE-128 of x in UTF-8: the same on every
-machine, and for every n. A token is its string in the tokenizer's vocabulary. In front of a
+h_i(x) is the i-th 32-bit little-endian word of SHAKE-128 of x in UTF-8: the same on every machine,
+and for every n. A token is its string in the tokenizer's vocabulary. Before the first token of a
 sequence C is 0.
 
-What is kept of a token is f_i modulo m, `fingerprints` <int32>[V, n], which follows from the
-tokenizer's strings: a buffer, saved with the model, so that a checkpoint's table wins over the
-tokenizer's and a model is whole without it. It takes 4 n V bytes: an int16 would do, but
-neither gloo nor NCCL sends that, as --ckpt-fully-parallel-load does. LN and W <float>[D, (w+1) m]
-are trained.
+Of each token only f_i modulo m is kept: `fingerprints` <int32>[V, n], computed from the tokenizer's
+strings. It is a buffer saved with the model, so that a checkpoint's table overrides the tokenizer's
+and a model is complete without one. It takes 4 n V bytes; int16 would be wide enough, but neither
+gloo nor NCCL can send it, which --ckpt-fully-parallel-load needs. LN and W <float>[D, (w+1) m] are
+trained.
 
 The source looks w tokens to both sides; a language model looks back only. The source hashes the
-trigrams of a word and, of the pieces that go on in a word, the whole alone; here every token has
-both, and its mixer's bottleneck is W, whose output is the residual stream.
+trigrams of a word, but a piece that continues a word only as a whole; here every token has both.
+The bottleneck of the source's mixer is W here, whose output is the residual stream.
 
-Tensor parallelism: every rank has all of it, as it has learned positions; only the output layer is
-split. Pipeline parallelism: it is on the first stage, as an embedding is.
+Tensor parallelism: every rank holds all of it, like learned positions; only the output layer is
+sharded. Pipeline parallelism: it is on the first stage, like an embedding.
 
 Letters: B batch, T tokens, D hidden, V padded vocabulary, n values of a fingerprint, m counters of
 the filter, w tokens of the window.
@@ -42,10 +42,10 @@ from torch.nn import functional
 
 
 def check_flags(args: Any) -> None:
-    """Check the window of the projection.
+    """Check that the projection's window is shorter than a sample.
 
     Raises:
-        ValueError: see the messages.
+        ValueError: it is not.
     """
     if args.window >= args.seq_length:
         raise ValueError(
@@ -57,14 +57,14 @@ def check_flags(args: Any) -> None:
 def fingerprints(
     tokens: Iterable[tuple[int, bytes]], *, num_ids: int, hash_count: int, filter_size: int
 ) -> Tensor:
-    """Make the table of a tokenizer.
+    """Build the table of a tokenizer.
 
     Args:
-        tokens: id and string of each token; bytes that are not UTF-8 are characters of their own.
-        num_ids: V; an id without a token, which no text has, gets the fingerprint of "".
+        tokens: id and string of each token; a byte that is not UTF-8 counts as a character.
+        num_ids: V; an id without a token, which occurs in no text, gets the fingerprint of "".
 
     Returns:
-        <int32>[V, n], numbers of counters.
+        <int32>[V, n], indices of counters.
     """
     hashed: dict[str, NDArray[np.uint32]] = {}
     table = np.empty((num_ids, hash_count), dtype=np.int32)
@@ -78,24 +78,24 @@ def fingerprints(
 
 
 def _pieces(token: str) -> Iterator[str]:
-    """Yield the whole, and its character trigrams."""
+    """Yield the whole token and its character trigrams."""
     yield token
     for start in range(len(token) - 2):
         yield token[start : start + 3]
 
 
 def _hashes(piece: str, count: int) -> NDArray[np.uint32]:
-    """<uint32>[n] of a string."""
+    """Return h_i of a string: <uint32>[n]."""
     digest = hashlib.shake_128(piece.encode("utf-8", errors="surrogateescape")).digest(4 * count)
     return np.frombuffer(digest, dtype="<u4")
 
 
 class MinHashProjection(MegatronModule):
-    """See the top of the file. Token ids in the place of Megatron's word embeddings.
+    """Replaces Megatron's word embeddings; see the top of the file.
 
     Args:
         vocab_size: V.
-        device: of its parameters.
+        device: where its parameters live.
     """
 
     def __init__(self, config: TransformerConfig, *, vocab_size: int, device: torch.device) -> None:
@@ -110,7 +110,7 @@ class MinHashProjection(MegatronModule):
         self.proj = nn.Linear(num_features, config.hidden_size, bias=False, **where)
         self.proj.weight.is_embedding_or_output_parameter = True  # for --decoupled-lr
         if config.perform_initialization:
-            # Normalised features have variance 1: embeddings start as large as those of a table.
+            # Normalized features have variance 1, so embeddings start as large as a table's.
             nn.init.normal_(self.proj.weight, std=config.init_method_std / math.sqrt(num_features))
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ class MinHashProjection(MegatronModule):
     def features(self, ids: Tensor) -> Tensor:
         """ids: <int64>[B, T] -> <float>[B, T, (w+1) m], the counters of the window's tokens."""
         values = self.fingerprints[ids].long()
-        # Of no parameter: that would read one before --overlap-param-gather has brought it.
+        # Not made from a parameter: that would read one before --overlap-param-gather delivers it.
         shape, dtype = (*ids.shape, self.filter_size), self.norm.weight.dtype
         counters = torch.zeros(shape, dtype=dtype, device=ids.device)
         counters.scatter_add_(2, values, counters.new_ones(()).expand(values.shape))
@@ -129,8 +129,7 @@ class MinHashProjection(MegatronModule):
         return torch.cat([padded[:, i : i + length] for i in range(self.window + 1)], dim=2)
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Save the table, which another layout may pad to another length: no id lies in the
-        padding."""
+        """Allow another layout to pad the table to another length: no id lies in the padding."""
         state: dict[str, Any] = super().sharded_state_dict(*args, **kwargs)
         for name, entry in state.items():
             if name.endswith(".fingerprints"):
@@ -139,10 +138,10 @@ class MinHashProjection(MegatronModule):
 
 
 def replace_embedding(model: Any) -> MinHashProjection | None:
-    """Put the projection in the place of a model's word embeddings, its table all 0.
+    """Replace a model's word embeddings with the projection, its table all zeros.
 
     Returns:
-        it, or None where the model, or this stage of it, has none.
+        The projection, or None where the model, or this stage of it, has none.
     """
     embedding = getattr(model, "embedding", None)
     if embedding is None or getattr(model.config, "input_projection", "embedding") != "minhash":
@@ -153,6 +152,6 @@ def replace_embedding(model: Any) -> MinHashProjection | None:
         device=embedding.word_embeddings.weight.device,
     )
     embedding.word_embeddings = projection
-    # Only Megatron's own reduces over ranks and scatters over the sequence in one step.
+    # Only Megatron's own can reduce over ranks and scatter over the sequence in one step.
     embedding.reduce_scatter_embeddings = False
     return projection

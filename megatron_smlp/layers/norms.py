@@ -2,10 +2,10 @@
 
     LN(x) = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias          over the last dimension
 
-Megatron's own fallback for a machine without Apex refuses sequence parallelism. Under it each rank
-holds a slice of the tokens, so each rank's gradient of weight and bias is a part of the sum; the
-attribute `sequence_parallel` on a parameter is how Megatron knows to add them up over the tensor
-parallel group. The torch norms below set it, and are otherwise torch's own.
+Megatron's own fallback for a machine without Apex refuses sequence parallelism, under which each
+rank holds a slice of the tokens, so that its gradients of weight and bias are partial sums. The
+attribute `sequence_parallel` on a parameter tells Megatron to add them up over the tensor parallel
+group. The torch norms below set it, and are otherwise torch's own.
 
 Letters: T tokens, B batch, D hidden, F gate width, h heads, f = F / h, tp tensor parallel size.
 """
@@ -40,7 +40,7 @@ class TorchNorm:
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's, some rows at a time on a CPU."""
+    """torch's RMSNorm, computed a few rows at a time on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x: <float>[..., D] -> the same shape and dtype."""
@@ -52,7 +52,7 @@ class RMSNorm(nn.RMSNorm):
 def norm_builder(config: TransformerConfig) -> Any:
     """Return a slot's norm class: Transformer Engine's, else Apex's for LayerNorm, else torch's.
 
-    Apex's is a CUDA kernel, which may be installed where tensors are on the CPU.
+    Apex's is a CUDA kernel, and may be installed even where tensors are on the CPU.
     """
     if config.transformer_impl == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm
@@ -64,7 +64,7 @@ def norm_builder(config: TransformerConfig) -> Any:
 
 
 def _is_on_cuda() -> bool:
-    """Return whether this process computes on a CUDA device; platform/cpu.py names the CPU."""
+    """Return whether this process computes on a CUDA device; platform/cpu.py makes it the CPU."""
     available = torch.cuda.is_available()
     return available and torch.device(torch.cuda.current_device()).type == "cuda"
 
@@ -106,7 +106,7 @@ class HeadLayerNorm(nn.Module):
         return torch.addcmul(self.bias, normed, self.weight)
 
     def _split(self, x: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
-        """One head over the TP group: the sums behind mean and variance go over all ranks."""
+        """Normalize one head split over the TP group: sum over all ranks for mean and variance."""
         features = x.shape[-1] * group.size()
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         wide = wide - SumOverGroup.apply(wide.sum(-1, keepdim=True), group) / features
@@ -118,14 +118,14 @@ class HeadLayerNorm(nn.Module):
 class SumOverGroup(torch.autograd.Function):
     """y = sum of x over the group, on every rank.
 
-    Each rank goes on to compute something of its own from y, so dL/dx is the sum of all ranks'
-    dL/dy as well (Megatron's mappings assume instead that the ranks go on to compute the same).
+    Each rank then computes something different from y, so dL/dx is the sum of all ranks' dL/dy
+    as well (Megatron's mappings assume instead that all ranks then compute the same).
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
         ctx.group = group
-        total = x.clone(memory_format=torch.contiguous_format)  # NCCL takes nothing else
+        total = x.clone(memory_format=torch.contiguous_format)  # NCCL requires it
         torch.distributed.all_reduce(total, group=group)
         return total
 

@@ -1,4 +1,4 @@
-"""Rows in another order, whose gradients are moved back and not added up."""
+"""Permutation of rows whose backward moves the gradients back instead of summing them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def permuted(x: Tensor, order: Tensor, inverse: Tensor, *, dim: int) -> Tensor:
 
 
 class _Permuted(Function):
-    """See `permuted`; the gradient of an index would be summed, by atomics or by a sort."""
+    """See `permuted`; the backward of plain indexing would sum, by atomics or by a sort."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor, dim: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Shared by the token mixers: their two projections, and what must fit.
+"""What the token mixers share: their two projections, and the check of their sizes.
 
 A mixer with projections reads D features of each token, works on a width of its own that tensor
 parallelism shards, and writes D features; the two linear layers are Megatron's, or Transformer
@@ -17,22 +17,22 @@ from torch import nn
 
 
 def await_parameters(module: nn.Module) -> None:
-    """Wait for parameters that are read without a call of their module.
+    """Wait for parameters that are read without calling their module.
 
-    With --overlap-param-gather they are on their way from other ranks until the hook before that
-    call has waited for them.
+    Under --overlap-param-gather they are in flight from other ranks until the module's forward
+    pre-hook has waited for them.
     """
     for hook in module._forward_pre_hooks.values():
         hook(module, ())
 
 
-# Transformer Engine's overlap of communication knows layers by name, each with a buffer for
+# Transformer Engine's communication overlap identifies layers by name, each with a buffer for
 # [T, B, D]: "fc1" gathers its input, "fc2" scatters its output.
 IN, OUT = "fc1", "fc2"
 
 
 def two_projections(backend: BackendSpecProvider) -> MLPSubmodules:
-    """Return the kinds of the two linear layers: the input's and the output's."""
+    """Return the classes of the two linear layers: the input's and the output's."""
     return MLPSubmodules(
         linear_fc1=backend.column_parallel_linear(), linear_fc2=backend.row_parallel_linear()
     )
@@ -41,11 +41,11 @@ def two_projections(backend: BackendSpecProvider) -> MLPSubmodules:
 def column_projection(
     layer: Any, config: TransformerConfig, width: int, *, tp_group: Any, **stride: int
 ) -> Any:
-    """Build D -> `width`, of which each rank has a part.
+    """Build the projection D -> `width`, sharded over the ranks.
 
     Args:
         layer: its spec or class.
-        stride: of a projection that is several side by side, each of which is sharded by itself.
+        stride: how many projections it holds side by side, each of them sharded by itself.
     """
     return build_module(
         layer,
@@ -64,7 +64,7 @@ def column_projection(
 
 
 def row_projection(layer: Any, config: TransformerConfig, width: int, *, tp_group: Any) -> Any:
-    """Build `width` -> D; the bias is returned beside the product, for the slot to add."""
+    """Build the projection `width` -> D; it returns its bias separately, for the slot to add."""
     return build_module(
         layer,
         width,
@@ -91,12 +91,12 @@ def check_heads(
     width_name: str = "",
     splits_one: bool = True,
 ) -> None:
-    """Check that heads, their common width and the parallel layout fit.
+    """Check that heads, their total width and the parallel layout fit together.
 
     Args:
         args: Megatron's namespace or config.
-        flag: the flag that gave `num_heads`; the other names are for the messages too.
-        width_name: default: `width_flag` and the width.
+        flag: the flag that set `num_heads`; like the other names, for the messages.
+        width_name: defaults to `width_flag` and the width.
         splits_one: whether a single head is split over all ranks.
 
     Raises:

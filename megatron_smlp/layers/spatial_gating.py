@@ -1,5 +1,5 @@
 """Causal spatial gating, the token mixer of gMLP (Liu et al., arXiv 2105.08050), in Megatron's
-`self_attention` slot. The LN and the residual around it are the slot's.
+`self_attention` slot, which adds the LN and the residual around it.
 
     u  = GELU(x U)                 x = LN(input);  U: D x Z,  u = [u1 | u2], each [T, F], F = Z/2
     g  = M_k LN_k(u2_k) + b_k      per head k: its chunk of f = F/h features, M_k lower triangular
@@ -10,14 +10,14 @@ Init: M ~ U(-1e-3/T, 1e-3/T), as in g-mlp-pytorch (the paper: near zero), and b 
 as a plain FFN. Rows of M are absolute positions: a shorter sequence uses M[:t, :t] and b[:t], so
 batches are padded on the right.
 
-Tensor parallelism shards the features, never the tokens: whole heads where tp divides h; a single
-head is split over the whole TP group, M is then the same on all its ranks, and its gradient and the
+Tensor parallelism shards the features, never the tokens: whole heads where tp divides h. A single
+head is split over the whole TP group; M is then replicated on its ranks, and M's gradient and the
 statistics of LN are summed over them. The result does not depend on tp.
 
-Another M, of fewer parameters, is in layers/toeplitz.py.
+layers/toeplitz.py has an M with fewer parameters.
 
 Letters: T sequence, B batch, D hidden, Z ffn_hidden_size, F = Z/2 gate width, h heads, f = F/h,
-tp tensor parallel size; h', F' are the share of a rank.
+tp tensor parallel size; h', F' are one rank's share.
 """
 
 from __future__ import annotations
@@ -63,10 +63,10 @@ def gating_spec(
     """Return the spec of a layer's spatial gating.
 
     Args:
-        module: SpatialGating or a kind of it.
+        module: SpatialGating or a subclass.
         tiny_attention: aMLP's, see SpatialGating.
-        projection: what M and b are: SpatialProjection or a kind of it.
-        params: the module's own arguments.
+        projection: the class that holds M and b: SpatialProjection or a subclass.
+        params: further arguments of the module.
     """
     return ModuleSpec(
         module=module or SpatialGating,
@@ -87,14 +87,14 @@ class SpatialProjection(nn.Module):
     Args:
         num_heads: h', heads on this rank.
         length: T, the longest sequence.
-        first_head, total_heads: which slice of all heads this rank draws, so that the initial
+        first_head, total_heads: which slice of all heads is this rank's, so that the initial
             values do not depend on the tensor parallel size.
         bound: the largest initial |M[t, s]|; default: 1e-3 / T.
         bias: the initial b.
     """
 
     is_dense = True
-    """M has a weight of its own for each pair of tokens."""
+    """Whether M has a separate weight for each pair of tokens."""
 
     def __init__(
         self,
@@ -140,31 +140,31 @@ class SpatialProjection(nn.Module):
 
     @torch.no_grad()
     def _draw(self, first_head: int, total_heads: int, bound: float) -> None:
-        # Under fp16's smallest normal number there are but a few numbers to draw.
+        # Below fp16's smallest normal number there are only a few values to draw.
         bound = max(bound, torch.finfo(self.weight.dtype).tiny)
         for head in range(total_heads):
-            # On the CPU's generator, one head at a time: never all heads' matrices in memory.
+            # From the CPU generator, one head at a time: never all heads' matrices in memory.
             matrix = torch.empty(self.weight.shape[1:]).uniform_(-bound, bound)
             if first_head <= head < first_head + len(self.weight):
                 self.weight[head - first_head].copy_(self._causal(matrix))
 
     def _causal(self, matrix: Tensor) -> Tensor:
-        """Zeros where one head's M is never read."""
+        """Zero what is never read of one head's M."""
         return matrix.tril_()
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        """M and b: [h', T, T] and [h', T].
+        """Return M and b: [h', T, T] and [h', T].
 
-        Ask for them by calling the module, as all of its users do: with --overlap-param-gather the
-        parameters are still on their way from other ranks until Megatron's hook before the call
-        has waited for them.
+        Get them by calling the module, as all of its users do: under --overlap-param-gather the
+        parameters are still in flight from other ranks until Megatron's forward pre-hook has
+        waited for them.
         """
         return self.weight, self.bias
 
     def mixed(self, values: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """values: <float>[T', B, F'] -> M v + b: the same, T' <= T; row t reads rows <= t.
 
-        weight: [h', T, T] and bias: [h', T] are this module's own, or stand for them in autograd.
+        weight: [h', T, T] and bias: [h', T] are this module's own or stand in for them in autograd.
 
         Raises:
             ValueError: T' > T.
@@ -172,7 +172,7 @@ class SpatialProjection(nn.Module):
         tokens, batch, _ = values.shape
         self.check_length(tokens)
         heads = len(weight)
-        # [T', B, h', f] -> [h', T', B f]: one GEMM a head over all samples.
+        # [T', B, h', f] -> [h', T', B f]: one GEMM per head over all samples.
         columns = values.view(tokens, batch, heads, -1).permute(2, 0, 1, 3).flatten(2)
         mixed = self.mix(self.first(weight, tokens), columns)
         mixed.add_(bias[:, :tokens, None])  # in new memory that nothing else reads
@@ -183,14 +183,14 @@ class SpatialProjection(nn.Module):
         return weight[:, :tokens, :tokens]
 
     def mix(self, weight: Tensor, columns: Tensor) -> Tensor:
-        """M v: `first` weights of some heads, <float>[h, T', N] -> <float>[h, T', N]."""
+        """Return M v, <float>[h, T', N]; weight: from `first`, of some heads; columns: as M v."""
         return causal_mix(weight, columns)
 
     def rows_from(self, weight: Tensor, first: int, tokens: int) -> Callable[..., Tensor]:
         """Return, for T' = tokens, a function (head, <float>[T', N]) -> rows of M v from `first`
         on, [.., N]."""
         rows = weight[:, first:tokens]
-        # One slice and one `unbind`: their gradients are one tensor of that size, not one a head.
+        # One slice and one `unbind`: the backward makes one tensor of that size, not one per head.
         before, triangles = rows[:, :, :first].unbind(), rows[:, :, first:tokens].unbind()
 
         def mix(head: int, columns: Tensor) -> Tensor:
@@ -200,7 +200,7 @@ class SpatialProjection(nn.Module):
         return mix
 
     def check_length(self, tokens: int) -> None:
-        """Raise ValueError where a sequence has more tokens than M has rows."""
+        """Raise ValueError if a sequence has more tokens than M has rows."""
         if tokens > self.length:
             raise ValueError(
                 f"A sequence of {tokens} tokens is longer than --seq-length {self.length}: spatial "
@@ -210,12 +210,12 @@ class SpatialProjection(nn.Module):
 
 
 class SpatialGating(TokenMixer):
-    """The gMLP block's inside, a drop-in for Megatron's SelfAttention.
+    """The inside of a gMLP block, a drop-in replacement for Megatron's SelfAttention.
 
     Args:
         num_heads: h. tp must divide it, or it must be 1.
-        projection: the kind of M and b.
-        tiny_attention: aMLP: builds what is added to g from x; called with config and tp_group.
+        projection: the class that holds M and b.
+        tiny_attention: aMLP: builds the head of x that adds to g; called with config, tp_group.
 
     Raises:
         ValueError: h does not divide F, tp does not fit h, or context parallelism is on.
@@ -295,10 +295,10 @@ class SpatialGating(TokenMixer):
         **unused: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states: <float>[T', B, D] (normed; [T'/tp, B, D] under sequence parallel);
-        rotary_pos_emb: of --position-embedding-type rope, for the small head.
+        rotary_pos_emb: under --position-embedding-type rope, for aMLP's small head.
 
         Returns:
-            y without the bias of V: the same shape and dtype; the bias: [D] or None.
+            y without the bias of V, in the input's shape and dtype; and that bias, [D] or None.
         """
         u, _ = self.linear_fc1(hidden_states)
         attended = None
@@ -324,31 +324,31 @@ class SpatialGating(TokenMixer):
             await_parameters(self.norm)
             norm = (self.norm.weight, self.norm.bias, self.norm.eps)
             return gelu_gate(u, norm, weight, bias, attended)
-        u1, u2 = u.chunk(2, dim=-1)  # the statistics of LN are sums over the ranks
+        u1, u2 = u.chunk(2, dim=-1)  # LN's statistics are sums over the ranks
         values = self.norm(self.activation(u2))
         return gated_mix(u1, values, weight, bias, attended)
 
     def gates_by_kernels(self, u: Tensor) -> bool:
-        """Return whether the gate of u, <float>[T', B, 2 F'], is one operator."""
+        """Return whether one operator computes the gate of u, <float>[T', B, 2 F']."""
         return self.spatial.is_dense and gates_by_kernels(u, self.local_heads, self.activation)
 
     def gated(self, u1: Tensor, u2: Tensor, attended: Tensor | None) -> Tensor:
-        """u1, u2, attended: <float>[T', B, F'], behind the GELU -> u1 * g, part by part."""
+        """u1, u2, attended: <float>[T', B, F'], after the GELU -> u1 * g, part by part."""
         gates = self.spatial.mixed(self.norm(u2), *self.spatial_parameters())
         return u1 * (gates if attended is None else gates + attended)
 
     def first_parameters(self, tokens: int) -> tuple[Tensor, Tensor]:
-        """M and b of a sequence of `tokens`, as autograd is to see them.
+        """Return M and b for a sequence of `tokens`, as autograd should see them.
 
         Raises:
-            ValueError: it is too long.
+            ValueError: the sequence is too long.
         """
         self.spatial.check_length(tokens)
         weight, bias = self.spatial_parameters()
         return self.spatial.first(weight, tokens), bias[:, :tokens]
 
     def spatial_parameters(self) -> tuple[Tensor, Tensor]:
-        """M and b, as autograd is to see them."""
+        """Return M and b as autograd should see them."""
         weight, bias = self.spatial()
         if self.shares_spatial:
             # Each rank mixes its own features with the same M, b: dM, db are sums over the ranks.
@@ -358,7 +358,7 @@ class SpatialGating(TokenMixer):
 
 
 def check_flags(args: Any) -> None:
-    """Check --spatial-heads, and the chunks of a feature router, of Megatron's namespace.
+    """Check --spatial-heads, and a feature router's chunks, in Megatron's namespace.
 
     Raises:
         ValueError: see `check_heads`.
@@ -371,7 +371,7 @@ def check_flags(args: Any) -> None:
 
 
 def check_gate(args: Any, flag: str, num_heads: int, *, splits_one: bool = True) -> None:
-    """Check that heads, gate width and parallel layout fit, of Megatron's namespace or config.
+    """Check that heads, gate width and layout fit, in Megatron's namespace or config.
 
     Raises:
         ValueError: see `check_heads`.

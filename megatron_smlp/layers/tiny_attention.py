@@ -1,11 +1,11 @@
-"""The small attention head of aMLP (Liu et al., arXiv 2105.08050), which is added to the gate.
+"""The small attention head of aMLP (Liu et al., arXiv 2105.08050), which adds to the gate.
 
     q, k, v = x W_qkv        one head of width w, x = LN(input), as the gate's U reads it; with
-                             --position-embedding-type rope (not in the paper) q and k are turned
+                             --position-embedding-type rope (not in the paper) q and k are rotated
     a = softmax(q k^T / sqrt(w) + causal mask) v W_o            W_o: w x F;  g := g + a
 
-One head cannot be cut over the tensor parallel ranks, and is too small to be worth it: every rank
-computes it whole, with the same W_qkv, and maps it to its own share of the F gate features.
+One head cannot be split over the tensor parallel ranks, and is too small to be worth it: every rank
+computes all of it, with the same W_qkv, and projects it to its own share of the F gate features.
 
 Letters: T sequence, B batch, D hidden, w tiny_attention_width, F gate width; F' = F / tp.
 """
@@ -32,7 +32,7 @@ from megatron_smlp.ops.causal_attention import attend
 def gating_and_attention_spec(
     config: TransformerConfig, *args: Any, options: Any, **kwargs: Any
 ) -> ModuleSpec:
-    """Return the spec of spatial gating with this head beside the gate."""
+    """Return the spec of spatial gating with this head added to the gate."""
     assert config.ffn_hidden_size is not None
     head = partial(
         TinyAttention, width=options.tiny_attention_width, out_features=config.ffn_hidden_size // 2
@@ -45,7 +45,7 @@ class TinyAttention(nn.Module):
 
     Args:
         width: w.
-        out_features: F, of all ranks together.
+        out_features: F, over all ranks.
     """
 
     def __init__(
@@ -66,15 +66,15 @@ class TinyAttention(nn.Module):
             set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=0, stride=1)
 
     def _linear(self, inputs: int, outputs: int, *, rows: slice | None = None) -> nn.Linear:
-        """Rows of a projection whose values do not depend on the tensor parallel size."""
+        """Build rows of a projection; their values do not depend on the tensor parallel size."""
         config = self.config
         device = torch.cuda.current_device() if torch.cuda.is_available() else None
         rows = rows or slice(0, outputs)
         bias, dtype = config.add_bias_linear, config.params_dtype
-        # Of all rows, whose values it draws: others of these numbers would follow fewer draws.
+        # With all rows, since it draws their values: fewer draws would change all later numbers.
         linear = nn.Linear(inputs, outputs, bias=bias, dtype=dtype, device=device)
         if config.perform_initialization:
-            # On the CPU's generator, which is the same on all ranks of the group.
+            # From the CPU generator, which is the same on all ranks of the group.
             whole = torch.empty(outputs, inputs, device="cpu")
             config.init_method(whole)
             linear.weight.data.copy_(whole)
@@ -87,19 +87,19 @@ class TinyAttention(nn.Module):
 
     def forward(self, hidden_states: Tensor, angles: Tensor | None = None) -> Tensor:
         """hidden_states: <float>[T, B, D] ([T / tp, B, D] under sequence parallel); angles:
-        Megatron's rotary_pos_emb, <fp32>[T, 1, 1, w], of the positions that turn q and k.
+        Megatron's rotary_pos_emb, <fp32>[T, 1, 1, w], by which q and k are rotated.
 
         Returns:
-            what is added to the gate of this rank, <float>[T, B, F'].
+            What is added to the gate of this rank, <float>[T, B, F'].
         """
         if self.config.sequence_parallel:
-            # All ranks go on to compute the same: each keeps its tokens' part of the gradient.
+            # All ranks then compute the same, so each keeps its own tokens' part of the gradient.
             hidden_states = tensor_parallel.gather_from_sequence_parallel_region(
                 hidden_states, tensor_parallel_output_grad=False, group=self.tp_group
             )
-        # Each rank has other gate features: the gradient of the head is the sum over the ranks. It
-        # is summed here, behind attention, whose backward on a GPU adds in no fixed order: ranks
-        # would each update their copy of the head by a little else, and drift apart.
+        # Each rank has different gate features, so the head's gradient is a sum over the ranks. Sum
+        # it here, after attention's backward, which on a GPU adds in no fixed order: otherwise the
+        # ranks would update their copies of the head slightly differently and drift apart.
         qkv = tensor_parallel.copy_to_tensor_model_parallel_region(
             self.linear_qkv(hidden_states), self.tp_group
         )
@@ -113,8 +113,8 @@ class TinyAttention(nn.Module):
         return self.linear_proj(attended.squeeze(1).transpose(0, 1))
 
     def _same_on_all_ranks(self) -> contextlib.AbstractContextManager[None]:
-        """Draw as the other ranks do, which hold the same head: under sequence parallelism Megatron
-        runs a layer on numbers of the rank's own."""
+        """Draw the same numbers on all ranks, which hold the same head: under sequence parallelism
+        Megatron runs a layer on the rank's own generator."""
         if not self.config.sequence_parallel:
             return contextlib.nullcontext()
         tracker = tensor_parallel.get_cuda_rng_tracker()
@@ -122,7 +122,7 @@ class TinyAttention(nn.Module):
 
 
 def check_flags(args: Any) -> None:
-    """Check the gate, and with rotary positions the head's width, of Megatron's namespace.
+    """Check the gate and, with rotary positions, the head's width in Megatron's namespace.
 
     Raises:
         ValueError: see the messages and `spatial_gating.check_flags`.

@@ -1,10 +1,10 @@
-"""Spatial gating whose weights depend on distances alone, in place of spatial_gating.py's M and b:
+"""Spatial gating whose weights depend only on distance, in place of spatial_gating.py's M and b:
 
     M[t, s] = m[t - s]   for 0 <= t - s < T, else 0        one vector m of T and one bias b per head
 
-It is not of the papers. A head has T + 1 parameters instead of T (T + 1), and no position of its
-own: a token reads itself and the T - 1 before it, wherever it stands, so a sequence may be longer
-than T, the length of the training. Init as there: m ~ U(-1e-3/T, 1e-3/T), b = 1.
+It is not in the papers. A head has T + 1 parameters instead of T (T + 1), and knows no absolute
+positions: a token reads itself and the T - 1 before it, wherever it is, so a sequence may be longer
+than T, the training length. Init as there: m ~ U(-1e-3/T, 1e-3/T), b = 1.
 
 Letters: T training sequence, T' tokens of this call, h heads, N columns.
 """
@@ -31,7 +31,7 @@ class ToeplitzProjection(SpatialProjection):
         return matrix
 
     def first(self, weight: Tensor, tokens: int) -> Tensor:
-        """See the base class, as for the others."""
+        """See the base class, as for the methods below."""
         return weight[:, :tokens]
 
     def mix(self, weight: Tensor, columns: Tensor) -> Tensor:
@@ -47,4 +47,4 @@ class ToeplitzProjection(SpatialProjection):
         return mix
 
     def check_length(self, tokens: int) -> None:
-        """Any length will do."""
+        """Accept any length."""

@@ -1,12 +1,12 @@
-"""Dispatch of tokens to their experts with fewer operators and waits than Megatron's.
+"""Dispatch of tokens to their experts with fewer operators and host syncs than Megatron's.
 
-Where each token has one expert and none is dropped, the tokens are a permutation: N expert numbers
-are sorted, where Megatron sorts a flag for each token and expert, nothing is added up, and weights
-stay at home, since an expert's output can be scaled there. That is `TopOneDispatcher`, under any
-expert parallel size; its one wait is for the numbers of tokens, which all-to-all needs on the host.
+Where each token has one expert and none is dropped, dispatch is a permutation: N expert numbers are
+sorted, where Megatron sorts a flag per token and expert; nothing is summed; and weights are never
+sent, since a token's own rank can scale the expert's output. That is `TopOneDispatcher`, for any
+expert parallel size; it waits for the device once, as all-to-all needs token counts on the host.
 
-`OneRankDispatcher` is for several experts a token, or dropped choices, with all experts on one
-rank: nothing is exchanged and tokens already lie in the order of the experts.
+`OneRankDispatcher` is for several experts per token, or dropped choices, with all experts on one
+rank: nothing is exchanged, and tokens are already in the order of the experts.
 
 Letters: N tokens of this rank, n tokens that reached its experts, E experts, R expert parallel
 ranks, L = E / R, D hidden.
@@ -30,13 +30,13 @@ from megatron_smlp.layers.permuting import permuted
 
 
 class TopOneDispatcher(MoETokenDispatcher):
-    """See the top of the file. Its experts are given no weights."""
+    """See the top of the file. It passes no weights to the experts."""
 
     kept: tuple[Tensor, Tensor, Tensor] | None = None
     """The order of the tokens, its inverse, and their weights."""
 
     def __init__(self, experts: Any, **kwargs: Any) -> None:
-        """experts: those of the layer, layers/token_moe.py's."""
+        """experts: the layer's `Experts`, of layers/token_moe.py."""
         super().__init__(**kwargs)
         self.num_local_experts: int = experts.num_local_experts
         self.groups_on_device = experts.groups_on_device
@@ -44,7 +44,7 @@ class TopOneDispatcher(MoETokenDispatcher):
     def dispatch_preprocess(
         self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
     ) -> tuple[Tensor, None]:
-        """hidden_states: <float>[.., D]; routing_map: <bool>[N, E], one True in a row; probs:
+        """hidden_states: <float>[.., D]; routing_map: <bool>[N, E], one True per row; probs:
         <fp32>[N, E]. Returns the tokens <float>[N, D] in the order of their experts."""
         self.count(routing_map)
         experts = routing_map.view(torch.uint8).argmax(dim=1)
@@ -57,9 +57,9 @@ class TopOneDispatcher(MoETokenDispatcher):
         return permuted(tokens, order, places, dim=0), None
 
     def count(self, routing_map: Tensor) -> None:
-        """Ask for the numbers of tokens, which come to the host while the tokens are sorted."""
+        """Count tokens per expert; the copy to the host overlaps with sorting the tokens."""
         counts = routing_map.sum(dim=0)
-        self.table: Tensor | None = counts.unsqueeze(0)  # <int64>[R, E], tokens of a rank
+        self.table: Tensor | None = counts.unsqueeze(0)  # <int64>[R, E], counts of a rank
         if self.ep_size > 1:
             table = gather_from_sequence_parallel_region(counts, group=self.ep_group)
             self.table = table.view(self.ep_size, -1)
@@ -84,7 +84,7 @@ class TopOneDispatcher(MoETokenDispatcher):
     def dispatch_postprocess(
         self, hidden_states: Tensor, probs: None
     ) -> tuple[Tensor, Tensor, None]:
-        """<float>[n, D], by expert; <int64>[L], tokens of each, on the host where it needs them."""
+        """Return <float>[n, D], by expert, and counts <int64>[L], on the host if it needs them."""
         table, self.table = self.table, None
         assert table is not None
         if self.ep_size == 1:
@@ -112,7 +112,7 @@ class TopOneDispatcher(MoETokenDispatcher):
         return output
 
     def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
-        """Return w_e times the outputs of the experts at the places of their tokens,
+        """Return w_e times the experts' outputs, back in the order of the tokens,
         <float>[.., D]."""
         assert self.kept is not None
         (order, places, weights), self.kept = self.kept, None
@@ -121,7 +121,7 @@ class TopOneDispatcher(MoETokenDispatcher):
 
 
 def _transposed(tokens: Tensor, sizes: Sequence[Sequence[int]]) -> Tensor:
-    """tokens: <float>[n, D], a matrix of groups, row by row, of these sizes -> column by column."""
+    """tokens: <float>[n, D], a row-major matrix of groups of these sizes -> column-major."""
     if len(sizes) == 1 or len(sizes[0]) == 1:
         return tokens
     columns = len(sizes[0])
@@ -130,10 +130,10 @@ def _transposed(tokens: Tensor, sizes: Sequence[Sequence[int]]) -> Tensor:
 
 
 class OneRankDispatcher(MoEAlltoAllTokenDispatcher):
-    """Megatron's, without its second sorting, and without its wait where no choice is dropped.
+    """Megatron's dispatcher without the second sort, and without its wait if no choice is dropped.
 
-    Dropped choices make the number of sent ones, the size of a tensor, unknown to the host: it
-    waits for that, as Megatron's does.
+    If choices are dropped, the host does not know how many are sent, which is the size of a tensor:
+    it waits for that number, as in Megatron's.
     """
 
     tokens_per_expert: Tensor | None
@@ -157,7 +157,7 @@ class OneRankDispatcher(MoEAlltoAllTokenDispatcher):
 
 
 def replace_dispatcher(layer: MoELayer, pg_collection: Any) -> None:
-    """Give a layer with our experts the dispatcher that is for it, instead of Megatron's."""
+    """Replace Megatron's dispatcher in a layer with our experts, where one of ours fits."""
     current, config = layer.token_dispatcher, layer.config
     if (
         type(current) is not MoEAlltoAllTokenDispatcher

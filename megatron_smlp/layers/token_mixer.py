@@ -16,7 +16,7 @@ from torch.nn import functional
 
 
 class TokenMixer(MegatronModule):
-    """A module of Megatron's `self_attention` slot."""
+    """A module for Megatron's `self_attention` slot."""
 
     has_halves = False
     """Whether linear_fc1 is two projections side by side, [A | B], each sharded by itself."""
@@ -30,7 +30,7 @@ class TokenMixer(MegatronModule):
         super().__init__(config=config)
         pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         self.layer_number, self.tp_group = layer_number, pg_collection.tp
-        # --swiglu and --quick-geglu change FFNs; what a mixer has between two products is a GELU.
+        # --swiglu and --quick-geglu are for FFNs; between two products a mixer keeps its GELU.
         is_gated = config.gated_linear_unit
         self.activation = functional.gelu if is_gated else config.activation_func
 
@@ -40,11 +40,11 @@ class TokenMixer(MegatronModule):
         sharded_offsets: tuple[Any, ...] = (),
         metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Megatron's description of which slice of each global tensor this rank holds.
+        """Describe to Megatron which slice of each global tensor this rank holds.
 
-        Of modules that are not Megatron's, a parameter is sharded where it is marked so, as it has
-        to be for the gradient norm. In the checkpoint [A | B] is one tensor,
-        A's rows first, for any tensor parallel size.
+        In modules that are not Megatron's, a parameter is sharded if it is marked so, as the
+        gradient norm requires. In the checkpoint [A | B] is one tensor, A's rows first, for any
+        tensor parallel size.
         """
         metadata = ensure_metadata_has_dp_cp_group(metadata)
         sharded: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)

@@ -3,10 +3,10 @@
     y = sum over the chosen experts e of  w_e * f_e(h)  + f(h),     f_e(h) = GELU(h A_e) B_e,
     h = LN(x),  f the shared expert (--moe-shared-expert-intermediate-size), if there is one
 
-The router decides e and w_e, from h as in the sources of Switch and GShard, or from x as in that of
-BASE (routers/base.py). It plugs into MoELayer's router slot; dispatch, expert parallelism and
-the experts themselves are Megatron's. Experts and routers have no bias, as in the equations: w_e
-would scale an expert's bias too.
+The router chooses e and w_e, from h as in the papers of Switch and GShard, or from x as in BASE's
+(routers/base.py). It plugs into MoELayer's router slot; dispatch (token_dispatch.py), expert
+parallelism and experts build on Megatron's. Experts and routers have no bias, as in the equations:
+w_e would scale an expert's bias too.
 
 Letters: n tokens that reached the experts of this rank, D hidden, Z moe_ffn_hidden_size.
 """
@@ -37,7 +37,7 @@ from megatron_smlp.layers.token_dispatch import replace_dispatcher
 _LOGGER = logging.getLogger(__name__)
 
 ROWS = 64
-"""What the rows of an expert are rounded up to on a CPU, in 16 bits."""
+"""An expert's rows are padded to a multiple of this on a CPU, in 16 bits."""
 
 
 def token_moe_builder(
@@ -46,8 +46,8 @@ def token_moe_builder(
     """Return a builder for the `mlp` slot.
 
     Args:
-        router: what fills MoELayer's router slot, called with config, pg_collection, is_mtp_layer;
-            default: Megatron's, as under a bare `--spec` in its own script.
+        router: fills MoELayer's router slot; called with config, pg_collection, is_mtp_layer.
+            Defaults to Megatron's, as under a bare `--spec` in its own script.
     """
     submodules = MoESubmodules(
         experts=partial(_experts, backend.grouped_mlp_modules(config.moe_grouped_gemm)),
@@ -62,12 +62,12 @@ def _layer(
     submodules: MoESubmodules, skips: bool, *, config: TransformerConfig, **kwargs: Any
 ) -> MoELayer:
     if config.cuda_graph_impl != "none":
-        # Layers that route are in no graph, and the dispatcher is not to wait as if they were.
+        # Layers that route are in no CUDA graph; the dispatcher must not wait as if they were.
         config = copy.copy(config)
         config.cuda_graph_impl = "none"
     if skips or _has_capacity(config):
-        # A capacity of its own is how Megatron's dispatcher learns that not every token is sent
-        # k times. Only its top-k router would drop by it.
+        # From an expert capacity, Megatron's dispatcher infers that not every token is sent k
+        # times. Only Megatron's top-k router would drop tokens by it.
         config = copy.copy(config)
         config.moe_expert_capacity_factor = float(config.num_moe_experts)
     kind = ResidualRoutedMoELayer if _routes_on_residual(config) else MoELayer
@@ -78,15 +78,15 @@ def _layer(
 
 
 def _routes_on_residual(config: TransformerConfig) -> bool:
-    """Return whether the router reads x, and not h."""
+    """Return whether the router reads x instead of h."""
     is_base = getattr(config, "token_router", "none") == "base"
     return is_base and getattr(config, "base_routing_input", "residual") == "residual"
 
 
 class ResidualRoutedMoELayer(MoELayer):
-    """The layer is called with x. Its router reads that; its experts read h, as ever.
+    """A layer that is called with x: its router reads x, its experts still read h.
 
-    The norm stays where it is in all layers, and in their checkpoints: SlottedLayer lends it.
+    The norm stays where all layers, and their checkpoints, have it: SlottedLayer lends it.
     """
 
     norm: Callable[[Tensor], Tensor]
@@ -94,35 +94,35 @@ class ResidualRoutedMoELayer(MoELayer):
     def preprocess(
         self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Hand h to the dispatcher, after the routing; hidden_states: <float>[T or T / TP, B, D]"""
+        """Pass h to the dispatcher, after routing; hidden_states: <float>[T or T / TP, B, D]"""
         return super().preprocess(self.norm(hidden_states), probs, routing_map)
 
 
 def _has_capacity(config: TransformerConfig) -> bool:
-    """Return whether the router drops what an expert has no slot for."""
+    """Return whether the router drops tokens that find no slot at their expert."""
     factors = ("moe_train_capacity_factor", "moe_eval_capacity_factor")
     return any(getattr(config, name, None) is not None for name in factors)
 
 
 class Experts(SequentialMLP):
-    """Megatron's experts with w_e on their outputs, all at once.
+    """Megatron's experts with w_e applied to all their outputs at once.
 
-    Megatron multiplies each expert's hidden layer by w_e, in fp32. Without a bias that is the same,
-    for Z / D times the elements, and it keeps both, before and after, for the backward.
+    Megatron multiplies each expert's hidden layer by w_e, in fp32. Without a bias the result is the
+    same, but it scales Z / D times as many elements, and saves both copies for the backward.
 
-    On a GPU all experts are two grouped GEMMs, which read on the device where each group ends;
-    elsewhere, and where these cannot be used, they run one after another.
+    On a GPU all experts run as two grouped GEMMs, which read on the device where each group ends;
+    elsewhere, and where these cannot be used, the experts run one after another.
     """
 
     def forward(
         self, hidden_states: Tensor, tokens_per_expert: Tensor, weights: Tensor | None
     ) -> tuple[Tensor, None]:
         """hidden_states: <float>[n, D], sorted by expert; tokens_per_expert: <int>[experts of this
-        rank], sum n, on either device; weights: <fp32>[n], w_e, or None where the dispatcher
-        scales what comes back.
+        rank], sum n, on either device; weights: <fp32>[n], w_e, or None if the dispatcher
+        scales the outputs.
 
         Returns:
-            w_e f_e(h): <float>[n, D] (a part of the sum, where experts are tensor parallel); and
+            w_e f_e(h): <float>[n, D] (a partial sum, if experts are tensor parallel); and
             None in place of a bias.
         """
         compute = self.grouped if self.groups_on_device(hidden_states) else self.one_by_one
@@ -132,11 +132,11 @@ class Experts(SequentialMLP):
         return output, None
 
     def groups_on_device(self, hidden_states: Tensor) -> bool:
-        """Return whether these tokens' products read the ends of groups on the device."""
+        """Return whether the products of these tokens read the ends of groups on the device."""
         return hidden_states.is_cuda and not self.cannot_group(hidden_states.dtype)
 
     def one_by_one(self, hidden_states: Tensor, tokens_per_expert: Tensor) -> Tensor:
-        """f_e(h): <float>[n, D]; the reference of `grouped`."""
+        """Return f_e(h): <float>[n, D]; the reference for `grouped`."""
         groups = hidden_states.split(tokens_per_expert.tolist())
         outputs = [
             expert(_padded(group))[0][: len(group)]
@@ -145,10 +145,10 @@ class Experts(SequentialMLP):
         return torch.cat(outputs)
 
     def grouped(self, hidden_states: Tensor, tokens_per_expert: Tensor) -> Tensor:
-        """f_e(h): <float>[n, D], as two grouped GEMMs.
+        """Return f_e(h): <float>[n, D], by two grouped GEMMs.
 
-        For a rank that no token reaches there may be no kernel. It does not go the other way for
-        that: the ranks of a group are to have their gradients in one order.
+        Where no token reaches a rank, there may be no kernel. It then pads instead of falling back
+        to `one_by_one`: all ranks of a group must produce their gradients in the same order.
         """
         if len(hidden_states) == 0:
             rows = functional.pad(hidden_states, (0, 0, 0, len(self.local_experts)))
@@ -159,7 +159,7 @@ class Experts(SequentialMLP):
         return self._product(self._activated(hidden), "linear_fc2", ends)
 
     def _activated(self, hidden: Tensor) -> Tensor:
-        """Return what Megatron's MLP makes of the first product: <float>[n, Z] of [n, Z], or of
+        """Activate the first product as Megatron's MLP does: <float>[n, Z] from [n, Z], or from
         [n, 2 Z] with --swiglu."""
         config = self.config
         activate: Callable[[Tensor], Tensor] = config.activation_func
@@ -175,8 +175,8 @@ class Experts(SequentialMLP):
     def _product(self, x: Tensor, name: str, ends: Tensor) -> Tensor:
         """x: <float>[n, in]; ends: <int32>[experts] -> <float>[n, out].
 
-        The backward stacks the weights again: a kept copy would be as large as all experts of this
-        rank, for each micro-batch under way.
+        The backward stacks the weights again: a saved copy would be as large as all experts of this
+        rank, for each micro-batch in flight.
         """
         layers = [getattr(expert, name) for expert in self.local_experts]
         for layer in layers:
@@ -189,7 +189,7 @@ class Experts(SequentialMLP):
         strides = stacked.stride()  # not the tensor itself: the graph keeps both functions
 
         def pack(kept: Tensor) -> Tensor | bool:
-            # Of what the product keeps, x, ends and the stack, only this has three dimensions.
+            # Of the saved x, ends and stack, only the stack has three dimensions.
             return kept.stride() == strides if kept.dim() == 3 else kept
 
         def unpack(kept: Tensor | bool) -> Tensor:
@@ -203,7 +203,7 @@ class Experts(SequentialMLP):
         return product
 
     def cannot_group(self, dtype: torch.dtype) -> str:
-        """Return why not, or an empty text; each reason is once in the log."""
+        """Return why grouped GEMMs cannot run, or an empty string; log each reason once."""
         expert = self.local_experts[0]
         weight, width = expert.linear_fc1.weight, expert.linear_fc2.weight.shape[1]
         reason = ""
@@ -224,10 +224,10 @@ class Experts(SequentialMLP):
 
 
 def _padded(group: Tensor) -> Tensor:
-    """Return the rows, and rows of zeros up to a multiple of ROWS: <float>[n or more, D].
+    """Pad the rows with zeros to a multiple of ROWS: <float>[n or more, D].
 
     In 16 bits a CPU's library (oneDNN) compiles a kernel for each new number of rows, which takes
-    several times as long as the product; it keeps the last thousand. Loads differ in every step.
+    several times as long as the product, and caches the last thousand. Loads differ at every step.
     """
     if group.is_cuda or group.dtype.itemsize != 2:
         return group
@@ -237,13 +237,13 @@ def _padded(group: Tensor) -> Tensor:
 def _has_grouped_kernels() -> bool:
     """Return whether grouped GEMMs are kernels that read the ends of groups on the device.
 
-    Elsewhere torch runs a product a group, and waits for the ends six times a layer.
+    Elsewhere torch runs one product per group, and waits for the ends six times per layer.
     """
     return not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] in (9, 10)
 
 
 def _leaves_empty_groups_undefined(x: Tensor) -> bool:
-    """Return whether the gradient of an expert without tokens may be anything, as on Blackwell
+    """Return whether the gradient of an expert without tokens is undefined, as on Blackwell
     (https://github.com/pytorch/pytorch/issues/172439)."""
     return x.is_cuda and torch.cuda.get_device_capability()[0] == 10
 
@@ -254,14 +254,14 @@ def _say_once(reason: str) -> None:
 
 
 def _experts(builder: Any, num_local_experts: int, config: TransformerConfig, **kwargs: Any) -> Any:
-    # FP8 pads each expert's tokens, weights and all, which is Megatron's own affair.
+    # FP8 pads each expert's tokens and their weights, which is left to Megatron's own experts.
     if builder.func is SequentialMLP and not (config.fp8 or config.fp4):
         builder = partial(Experts, **builder.keywords)
     others = config.num_moe_experts - num_local_experts
     if not (others and config.use_cpu_initialization and config.perform_initialization):
         return builder(num_local_experts, _without_bias(config), **kwargs)
-    # The CPU's generator is the same on all ranks: without the others' draws, each rank would have
-    # the experts of the first one.
+    # The CPU generator is the same on all ranks: without drawing the others' experts too, each rank
+    # would have the experts of the first one.
     before = kwargs["pg_collection"].ep.rank() * num_local_experts
     _draw_experts(before, config)
     experts = builder(num_local_experts, _without_bias(config), **kwargs)
@@ -270,7 +270,7 @@ def _experts(builder: Any, num_local_experts: int, config: TransformerConfig, **
 
 
 def _draw_experts(count: int, config: TransformerConfig) -> None:
-    """Draw the weights of other ranks' experts, as Megatron draws these, and forget them."""
+    """Draw the weights of other ranks' experts, as Megatron draws its own, and discard them."""
     width = config.moe_ffn_hidden_size * (2 if config.gated_linear_unit else 1)
     for _ in range(count):
         config.init_method(torch.empty(width, config.hidden_size, device="cpu"))

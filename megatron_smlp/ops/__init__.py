@@ -1,1 +1,1 @@
-"""Operators that layers are made of, each with its reference; kernels/ has the Triton ones."""
+"""Operators that layers are built from, each with its reference; kernels/ has Triton kernels."""

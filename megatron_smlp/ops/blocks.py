@@ -1,4 +1,4 @@
-"""Shared by the blocked products of token mixing: GEMMs on slices, and their place in autograd."""
+"""What the blocked products of token mixing share: GEMMs on slices, and what autograd saves."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ def multiplies_tiles() -> bool:
 
 
 def block_length(values: Tensor, *, in_tiles: int = 128) -> int:
-    """Rows below which cutting on costs more than the multiplications that it saves (measured).
+    """Return the rows below which further cuts cost more than the work they save (measured).
 
-    It does not depend on T, so that a prefix is cut like the whole. A GPU wants all of its
+    This does not depend on T, so that a prefix is cut like the whole. A GPU needs all of its
     multiprocessors busy. On a CPU, 128 was the best of 32, 64, 128 and 256 in most shapes, and
     within 15 % of the best in all of them, in fp32 and bf16.
 
     Args:
-        in_tiles: the same of bf16 on a CPU with AMX, where passes over memory are what costs.
+        in_tiles: the answer for bf16 on a CPU with AMX, where passes over memory dominate.
     """
     if values.device.type != "cpu":
         return 256
@@ -31,10 +31,10 @@ def block_length(values: Tensor, *, in_tiles: int = 128) -> int:
 
 
 def by_head(*stacks: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    """Cut stacks of heads into what one call may work on: all heads on a GPU.
+    """Split stacks of heads into what one call works on: all heads on a GPU, else one head.
 
-    On a CPU, whose cache holds the blocks of one head, each head's matrices in turn; a batched
-    product with a strided output would be copied around there, too.
+    A CPU's cache holds the blocks of one head, and a batched product with a strided output would
+    make copies there.
     """
     if stacks[0].device.type != "cpu":
         return [stacks]
@@ -61,7 +61,7 @@ def gemm_ready(matrix: Tensor) -> Tensor:
 
 
 def as_under_autocast(values: Tensor) -> Tensor:
-    """Cast as autocast, where it is on, casts the operands of a matmul."""
+    """Cast as autocast, if it is on, casts the operands of a matmul."""
     kind = values.device.type
     if torch.is_autocast_enabled(kind) and values.dtype != torch.float64:
         return values.to(torch.get_autocast_dtype(kind))
@@ -71,5 +71,5 @@ def as_under_autocast(values: Tensor) -> Tensor:
 def save_inputs(
     ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor
 ) -> None:
-    """Save the whole context of a product: the caller's own tensors, no copies."""
+    """Save all that a product's backward needs: the caller's own tensors, no copies."""
     ctx.save_for_backward(*inputs)

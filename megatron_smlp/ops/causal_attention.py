@@ -1,15 +1,15 @@
-"""Causal scaled dot-product attention, in the way that is fastest on the tensors' device.
+"""Causal scaled dot-product attention, by the fastest method for the tensors' device.
 
     y = softmax(q k' * scale + causal mask) v                   (Vaswani et al., arXiv 1706.03762)
 
-torch's SDPA is that on a GPU, in evaluation and for long sequences. Its flash kernel for CPUs works
+That is torch's SDPA on a GPU, in evaluation and for long sequences. Its flash kernel for CPUs works
 in tiles of 32 rows, and its backward pass is several times slower than the few batched products
-that short sequences need. So a CPU trains on blocks of rows, each with the columns up to its end:
+that short sequences need. So a CPU trains them in blocks of rows, each with the columns to its end:
 
     P = softmax(S)      S = q k' * scale + mask              dv = P' g
     dS = P (g v' - sum over d of g y)                        dq = dS k * scale,  dk = dS' q * scale
 
-P is kept for the backward pass, T^2 / 2 numbers a head, which is why long sequences are SDPA's.
+P is saved for the backward pass, T^2 / 2 numbers per head, so long sequences go to SDPA.
 
 Letters: B batch, n heads, g key/value groups, T tokens, d head width, N = B n.
 """
@@ -25,7 +25,7 @@ from torch.nn import functional
 from megatron_smlp.ops.blocks import block_length
 
 LONGEST = 512
-"""Tokens up to which blocks are used: what they keep grows with T^2, what they gain does not."""
+"""Tokens up to which blocks are used: their memory grows with T^2, their speedup does not."""
 
 
 def attend(
@@ -45,9 +45,9 @@ def attend(
         key, value: <float>[B, g, T, d], g a divisor of n.
         scale: of the scores; None: 1 / sqrt(d).
         dropout: probability with which a weight is dropped in training.
-        training: whether gradients will be asked for. It decides between the two ways, and not
-            autograd's state: a recomputed forward pass must round as the first one did.
-        allowed: <bool>[B, 1, T, T], in place of the causal mask: what position t may read.
+        training: whether gradients will be needed. This, not autograd's state, chooses the
+            method: a recomputed forward pass must round as the first one did.
+        allowed: <bool>[B, 1, T, T], replaces the causal mask: what position t may read.
 
     Returns:
         <float>[B, n, T, d].
@@ -72,7 +72,7 @@ def attend(
 def attention_in_blocks(
     query: Tensor, key: Tensor, value: Tensor, *, scale: float | None
 ) -> Tensor:
-    """Attend in blocks of rows. Same shapes and result."""
+    """Compute `attend` in blocks of rows. Same shapes and result."""
     shares = query.shape[1] // key.shape[1]
     if shares > 1:
         key, value = (x.repeat_interleave(shares, dim=1) for x in (key, value))
@@ -115,7 +115,7 @@ def _blocks(q: Tensor) -> list[slice]:
 
 
 def _weights(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """P of the last rows of a sequence, <float>[N, rows, columns]."""
+    """Return P of the last rows of a sequence, <float>[N, rows, columns]."""
     rows, columns = q.shape[1], k.shape[1]
     mask = q.new_full((rows, columns), float("-inf")).triu_(columns - rows + 1)
     return torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale).softmax(dim=-1)

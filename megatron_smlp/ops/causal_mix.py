@@ -4,15 +4,15 @@
 
 Letters: E heads or spatial experts, T tokens, N columns (batch x features of one head).
 
-Half of a dense [T, T] product is multiplications by zero. Here the triangle is cut once more in two
-at every level: two half-size triangles and the square below them,
+Half of a dense [T, T] product multiplies by zero. Here the triangle is split recursively, into two
+half-size triangles and the square below them,
 
     y_top = tri(M_11) v_1                      dv_top = tri(M_11)' g_1 + M_21' g_2
     y_low = tri(M_22) v_2 + M_21 v_1           dv_low = tri(M_22)' g_2        dM_21 = g_2 v_1'
 
-down to leaves small enough to be masked and multiplied densely. Squares are the shape that GEMM
-libraries like best: the same work in row panels was measured 10 % slower on CPU. No mask is kept,
-and the backward saves the caller's own weight and values, no copy of them.
+down to leaves small enough to be masked and multiplied densely. Squares suit GEMM libraries best:
+the same work in row panels was measured 10 % slower on CPU. No mask is saved for the backward, only
+the caller's own weight and values, without copies.
 
 The cuts lie at `leaf * 2**k`, whatever T is, so a prefix of a sequence is cut like the whole.
 """
@@ -35,7 +35,7 @@ from megatron_smlp.ops.blocks import (
 )
 
 IN_TILES = 512
-"""Leaves of bf16 on a CPU with AMX: a masked dense product up to T = 512."""
+"""Leaf length for bf16 on a CPU with AMX: a masked dense product up to T = 512."""
 
 
 def _leaf_length(values: Tensor) -> int:
@@ -51,7 +51,7 @@ class _Square(NamedTuple):
 
 @lru_cache(maxsize=256)
 def _squares(length: int, leaf: int) -> tuple[_Square, ...]:
-    """Return what the leaves on the diagonal leave of a triangle.
+    """Return the squares that, with the leaves on the diagonal, make up a triangle.
 
     Depth first: a square finds its operands still in the cache.
     """
@@ -71,7 +71,7 @@ def _squares(length: int, leaf: int) -> tuple[_Square, ...]:
 
 
 def _leaves(length: int, leaf: int) -> Iterator[tuple[int, slice]]:
-    """Leaves that share one batched product: how many, and their rows. The last may be shorter."""
+    """Yield the leaves that share a batched product: count and rows; the last may be shorter."""
     whole = length - length % leaf
     if whole:
         yield whole // leaf, slice(0, whole)
@@ -80,9 +80,9 @@ def _leaves(length: int, leaf: int) -> Iterator[tuple[int, slice]]:
 
 
 def _leaf_steps(values: Tensor) -> Iterator[tuple[slice, int, slice]]:
-    """Heads, leaves of a head and their rows of every product on the diagonal.
+    """Return heads, leaves per head and their rows for each product on the diagonal.
 
-    All heads share a product where their leaves lie evenly in memory.
+    All heads share a product if their leaves lie evenly in memory.
     """
     num_heads, length, _ = values.shape
     groups = list(_leaves(length, _leaf_length(values)))
@@ -98,13 +98,13 @@ def _diagonal(matrix: Tensor, count: int) -> Tensor:
 
 
 def _cut(values: Tensor, count: int) -> Tensor:
-    """[E, count L, N] -> [E count, L, N]: a view of what `_leaf_steps` names in new memory."""
+    """[E, count L, N] -> [E count, L, N]: a view, for slices of new memory as in `_leaf_steps`."""
     return values.unflatten(1, (count, -1)).flatten(0, 1)
 
 
 def _multiply_leaves(weight: Tensor, values: Tensor, *, out: Tensor, transposed: bool) -> None:
     """Set all rows of `out` to the leaves' products, M v or M' v, in as few calls as possible:
-    small products on several threads otherwise wait for one another after each."""
+    otherwise, small products on several threads synchronize after each one."""
     for heads, count, rows in _leaf_steps(values):
         diagonal = _diagonal(weight[heads, rows, rows], count)
         # Packed first: torch's `tril` is thirty times slower on a view like this.
@@ -130,10 +130,10 @@ def _mix(weight: Tensor, values: Tensor) -> Tensor:
 
 
 def _set_leaf_gradients(gradient: Tensor, values: Tensor, *, out: Tensor) -> None:
-    """Set the blocks of tril(g v') on the diagonal."""
+    """Set the diagonal blocks of tril(g v')."""
     for heads, count, rows in _leaf_steps(values):
         left, right = (_cut(each[heads, rows], count) for each in (gradient, values))
-        # A stack of one with a transposed operand takes a slow way through oneDNN.
+        # A stack of one with a transposed operand takes a slow path through oneDNN.
         product = (left[0] @ right[0].mT)[None] if len(left) == 1 else left @ right.mT
         target = _diagonal(out[heads, rows, rows], count)
         target.copy_(product.tril_().unflatten(0, target.shape[:2]))
@@ -141,7 +141,7 @@ def _set_leaf_gradients(gradient: Tensor, values: Tensor, *, out: Tensor) -> Non
 
 @torch.library.custom_op("megatron_smlp::causal_mix_gradients", mutates_args=())
 def _gradients(weight: Tensor, gradient: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in one pass: a block of the gradient is read for both while it is in the cache."""
+    """Compute both in one pass: a block of the gradient is read for both while in the cache."""
     gradient, values = gemm_ready(gradient), gemm_ready(values)
     num_heads, length, _ = values.shape
     of_values = gradient.new_empty(gradient.shape)
@@ -193,16 +193,16 @@ def _check_shapes(weight: Tensor, values: Tensor) -> None:
 def causal_mix(weight: Tensor, values: Tensor) -> Tensor:
     """Multiply the lower triangle of each matrix, diagonal included, with its sequence.
 
-    weight: <float>[E, T, T]. What lies above the diagonal is never read into a result: it may be
-        NaN, and its gradient is zero. It may be kept in a higher precision than the values; it is
-        then rounded block by block, and its gradient has its own precision.
-    values: <float>[E, T, N], any strides. Under autocast they are cast as a matmul's operands are.
+    weight: <float>[E, T, T]. Entries above the diagonal never affect a result: they may be NaN,
+        and their gradient is zero. The weight may have a higher precision than the values; it is
+        then rounded block by block, and its gradient has the weight's precision.
+    values: <float>[E, T, N], any strides. Under autocast they are cast like a matmul's operands.
     Returns <float>[E, T, N] in the precision of the values.
 
     Row t is bitwise independent of finite values at later positions. A prefix,
     `causal_mix(weight[:, :t, :t], values[:, :t])`, gives the first t rows up to the rounding of the
-    GEMM library, which may choose another kernel for the rows that remain.
-    Differentiable once, under activation recompute and `torch.compile` too.
+    GEMM library, which may choose another kernel for fewer rows.
+    Differentiable once, also under activation recompute and `torch.compile`.
     Raises ValueError where the shapes do not fit.
     """
     _check_shapes(weight, values)

@@ -1,12 +1,12 @@
-"""Balanced assignment without a word from the host, for devices that run ahead of it.
+"""Balanced assignment without host synchronization, for devices that run ahead of the host.
 
-The problem, its three steps and what they share are in host_assignment.py, which is the slow
-twin: there a step takes as many rounds as its tokens need, which the host must ask the device for.
-Here every size and every number of rounds is fixed, so that nothing is asked:
+The problem, its three steps and the shared code are in host_assignment.py, the slow twin: there a
+step takes as many rounds as its tokens need, for which the host must wait for the device. Here
+every size and every number of rounds is fixed, so that the host never waits:
 
-1. Prices: all tokens count at every temperature; none drops out where it is settled.
-2. Rounding: a few rounds of applications. Whoever still waits takes a slot that is left, by number;
-   prices that balance leave next to nobody.
+1. Prices: all tokens count at every temperature; none drops out when it is settled.
+2. Rounding: a few rounds of applications. Tokens that still wait take the slots that are left, by
+   number; at balancing prices there are hardly any.
 3. Polishing: as there, for a fixed number of rounds; a pair without gain exchanges nothing.
 
 Letters: N tokens, E experts.
@@ -24,7 +24,7 @@ _NUM_ROUNDS = 4
 
 
 def device_assignment(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """`priced_assignment` as a fixed sequence of operators.
+    """Compute `priced_assignment` as a fixed sequence of operators.
 
     scores: <float>[N, E]; values that are not finite give some balanced assignment, no error.
     Returns the experts <int64>[N] and prices <fp32>[E], as there.
@@ -72,7 +72,7 @@ def _round(gains: Tensor, prices: Tensor, temperature: float) -> Tensor:
 
 
 def _apply_once(wishes: Tensor, experts: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
-    """One round of applications of those who wait.
+    """Run one round of applications by the waiting tokens.
 
     wishes: <float>[N, E]; experts: <int64>[N], E where a token waits; room: <int64>[E].
     Returns both after the round.

@@ -6,18 +6,18 @@
     dg = dy * GELU(u1)    du1 = dy * g * GELU'(u1)    dv = tri(M)' dg    dM = tril(dg v')
     db = sum of dg    da = dg
 
-`gelu_gate` also makes v, which is LN(GELU(u2)) by head (gelu_norm.py), of u = [u1 | u2].
+`gelu_gate` also computes v = LN(GELU(u2)), by head (gelu_norm.py), from u = [u1 | u2].
 
-Routed, a head of a sample has an expert e up to token P, and another from there on, with a scale c:
+Routed, a head of a sample has one expert e up to token P and another from there on, with scale c:
 
     g[t, b, k] = c * sum over s <= t of  M[e, t, s] * v[s, b, k]  + b[e, t]      c = 1 where t < P
 
 Letters: T tokens, B samples, H heads, K = H f features, head h(k) = k // f; N = B f; E matrices.
 
 Triton kernels (kernels/gated_mix.py, kernels/gelu_norm.py; gated_mix_launches.py launches them)
-read and write [T, B, K] where it lies. What the parts need one after another, copies by head among
-them, is in causal_mix.py, layers/spatial_gating.py and layers/feature_moe.py: that is the
-reference, and what runs where the kernels cannot.
+read and write [T, B, K] as it lies in memory. The same computation in separate steps, with copies
+by head, is in causal_mix.py, layers/spatial_gating.py and layers/feature_moe.py: that is the
+reference, and the fallback where the kernels cannot run.
 """
 
 import logging
@@ -43,24 +43,24 @@ from megatron_smlp.ops.triton_ready import use_kernels
 _LOGGER = logging.getLogger(__name__)
 
 ALIGNED = 16
-"""Elements: a matrix whose rows begin at multiples of this is read in parts of 16 bytes."""
+"""Elements: a matrix whose rows start at multiples of this is read 16 bytes at a time."""
 
 
 class Routing(NamedTuple):
-    """Which matrix and scale a head of a sample has."""
+    """The matrix and scale of each head of a sample."""
 
     experts: Tensor
-    """<int32>[2, B, H], numbers of matrices: up to the prefix and behind it."""
+    """<int32>[2, B, H], indices of matrices: in the prefix and after it."""
     scales: Tensor
-    """<fp32>[B, H], behind the prefix, with gradient."""
+    """<fp32>[B, H], after the prefix, with gradient."""
     prefix: int
     """P, tokens; at most T."""
 
 
 def gates_by_kernels(u: Tensor, heads: int, activation: Callable[[Tensor], Tensor]) -> bool:
-    """Return whether the kernels can take u = [u1 | u2]; says why not, once, on a GPU.
+    """Return whether the kernels can take u = [u1 | u2]; on a GPU, log once why not.
 
-    u: <float>[T, B, 2 K]; heads: H; activation: what stands for GELU.
+    u: <float>[T, B, 2 K]; heads: H; activation: the layer's.
     """
     can = use_kernels("the causal gate", u, unsupported=_unsupported(u, heads, activation))
     if can and len(u) % ALIGNED:
@@ -100,9 +100,9 @@ def gated_mix(
     """Return y of the formula at the top.
 
     u1, values, added: <float>[T, B, K], of one dtype, any strides; sums are in fp32.
-    weight: <float>[H, T, T], what is above the diagonal is in no result and has a gradient of 0;
-        bias: <float>[H, T]. Their dtypes are free; tiles of M are rounded to the dtype of v.
-    routing: then weight is <float>[E, T, T], bias <float>[E, T], and nothing is added.
+    weight: <float>[H, T, T], entries above the diagonal affect no result and have a gradient of 0;
+        bias: <float>[H, T]. Both may have any dtype; tiles of M are rounded to the dtype of v.
+    routing: if given, weight is <float>[E, T, T], bias <float>[E, T], and `added` is None.
     Returns <float>[T, B, K], contiguous. Row t is bitwise independent of finite values at later
     positions. Differentiable once.
     Raises ValueError where the shapes do not fit.
@@ -121,7 +121,7 @@ def gelu_gate(
     bias: Tensor,
     added: Tensor | None = None,
 ) -> Tensor:
-    """Return y for u = [u1 | u2], v being LN(GELU(u2)) by head.
+    """Return y for u = [u1 | u2], with v = LN(GELU(u2)) by head.
 
     u: <float>[T, B, 2 K], any strides; norm: weight and bias of LN, <float>[K], and its eps; the
     others as for `gated_mix`. Both halves of the gradient of u are written into one tensor.
@@ -173,7 +173,7 @@ def _mixed(values: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def _mixed_by_pair(
     values: Tensor, weight: Tensor, bias: Tensor, routing: Routing, behind: int
 ) -> Tensor:
-    """g of all tokens as if the prefix never ended, or as if there was none."""
+    """Return g as if all tokens were in the prefix or, if `behind`, after it."""
     experts = routing.experts[behind].long()
     scales = routing.scales if behind else torch.ones_like(routing.scales)
     columns = values.unflatten(2, (experts.shape[1], -1))  # [T, B, H, f]

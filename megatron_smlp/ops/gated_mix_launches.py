@@ -1,4 +1,4 @@
-"""How the kernels of the causal gate are launched: grids, memory of results; tiles.py has tiles.
+"""Launches the kernels of the causal gate: grids and output memory; tiles.py has the tiles.
 
 Formulas and letters are at the top of gated_mix.py, whose autograd functions call these.
 """
@@ -13,7 +13,7 @@ from megatron_smlp.ops.triton_ready import FUSED, rows_ready, strided
 _GATE_ROWS, _GATE_COLUMNS, _GATE_WARPS = 32, 128, 4  # of a tile of dg and du1
 _SUM_COLUMNS = 1024  # of a line of dM
 LEAST_COLUMNS = 1024
-"""Of a part of dM's sums: it reads eight times what it writes."""
+"""Fewest columns of a part of dM's sums, which then reads eight times what it writes."""
 
 
 def _sizes(
@@ -39,16 +39,16 @@ def _tiles(
     sizes = _sizes(values, matrices, experts, prefix, tile)
     batch, width = values.shape[1], sizes["WIDTH"]
     blocks = -(-sizes["N"] // tile.columns)
-    if experts is not None:  # blocks of columns lie in one sample
+    if experts is not None:  # each block of columns lies in one sample
         sizes["COLUMNS"] = min(tile.columns, max(16, 1 << (width - 1).bit_length()))
         blocks = batch * -(-width // sizes["COLUMNS"])
     return (-(-len(values) // tile.rows), blocks, values.shape[2] // width), sizes
 
 
 def num_parts(tokens: int, matrices: int, columns: int, row: tiles.Tiles) -> int:
-    """Return in how many parts the sums of dM are cut: as many as fill the GPU.
+    """Return into how many parts the sums of dM are split: as many as fill the GPU.
 
-    columns: of dg and v, that a matrix has on average.
+    columns: of dg and v, per matrix, on average.
     """
     tile = row.weights
     ends = range(tile.rows, tokens + tile.rows, tile.rows)
@@ -57,7 +57,7 @@ def num_parts(tokens: int, matrices: int, columns: int, row: tiles.Tiles) -> int
 
 
 def _row_blocks(tokens: int, prefix: int, rows: int) -> int:
-    """Blocks of rows of which none lies on both sides of the prefix's end."""
+    """Count blocks of rows, of which none crosses the end of the prefix."""
     return -(-prefix // rows) + -(-(tokens - prefix) // rows)
 
 
@@ -71,7 +71,7 @@ def gate(
     scales: Tensor | None,
     prefix: int,
 ) -> tuple[Tensor, Tensor]:
-    """y, and what the backward needs: g, or the product where it is routed."""
+    """Return y and what the backward needs: g, or if routed, the product alone."""
     from megatron_smlp.ops.kernels import gated_mix as kernels
 
     out, mixed = values.new_empty(values.shape), values.new_empty(values.shape)
@@ -102,8 +102,8 @@ def gradients_of_gate(
     prefix: int,
     of_u1: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dg; its sums over features, <fp32>[H, T, B, blocks of them]; dc, which is empty where nothing
-    is routed. du1 is written into of_u1."""
+    """Return dg; its sums over features, <fp32>[H, T, B, blocks of them]; and dc, which is empty if
+    nothing is routed. Write du1 into of_u1."""
     from megatron_smlp.ops.kernels import gated_mix as kernels
 
     tokens, batch, features = mixed.shape
@@ -135,7 +135,7 @@ def gradients_of_gate(
 def gradients_of_values(
     upstream: Tensor, weight: Tensor, experts: Tensor | None, scales: Tensor | None, prefix: int
 ) -> Tensor:
-    """dv. upstream: dg, contiguous."""
+    """Return dv. upstream: dg, contiguous."""
     from megatron_smlp.ops.kernels import gated_mix as kernels
 
     of_values = upstream.new_empty(upstream.shape)
@@ -163,7 +163,7 @@ def gradients_of_weights(
     scales: Tensor | None,
     prefix: int,
 ) -> tuple[Tensor, Tensor]:
-    """dM and db. upstream: dg; shifts: its sums over features."""
+    """Return dM and db. upstream: dg; shifts: its sums over features."""
     from megatron_smlp.ops.kernels import gated_mix as kernels
 
     matrices, tokens = bias.shape
@@ -197,9 +197,9 @@ def gradients_of_weights(
 
 
 def _pairs_of_each(experts: Tensor, matrices: int) -> tuple[Tensor, Tensor]:
-    """Pairs of sample and head in the order of their experts, and where each expert's end.
+    """Return pairs of sample and head sorted by expert, and where each expert's pairs end.
 
-    experts: <int32>[2, B, H]. Returns <int32>[2, B H] and <int32>[2, E]: nobody waits for sizes.
+    experts: <int32>[2, B, H]. Returns <int32>[2, B H] and <int32>[2, E]: the host never waits.
     """
     chosen, pairs = experts.flatten(1).sort(dim=1, stable=True)
     numbers = torch.arange(matrices, dtype=chosen.dtype, device=chosen.device)

@@ -1,9 +1,9 @@
-"""GELU and LayerNorm by head in one pass over memory, and one back.
+"""GELU and LayerNorm by head in one pass over memory, and one for the backward.
 
     a = GELU(u2)    m = mean(a)    v = (a - m) / sqrt(var(a) + eps) * w + b      over a head's f
                                                                                  features
 
-Triton kernels (kernels/gelu_norm.py) for what layers/spatial_gating.py does by torch's functions,
+Triton kernels (kernels/gelu_norm.py) for what layers/spatial_gating.py does with torch's functions,
 which are the reference. Letters: T tokens, B samples, H heads, K = H f features.
 """
 
@@ -15,7 +15,7 @@ from torch.nn import functional
 from megatron_smlp.ops.triton_ready import FUSED, rows_ready, strided
 
 WIDEST = 8192
-"""Features of a head that a program can hold."""
+"""Most features of a head that a program can hold."""
 _ELEMENTS = 4096  # of a program's block, where a head has fewer
 _PROGRAMS = 256  # that share the lines of a head in the backward: two for each multiprocessor
 
@@ -23,7 +23,7 @@ _PROGRAMS = 256  # that share the lines of a head in the backward: two for each 
 def gelu_norm_reference(
     inputs: Tensor, weight: Tensor, bias: Tensor, heads: int, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Compute slowly v, <float>[T, B, K], and m, <fp32 or wider>[T, B, H]. Shapes as below."""
+    """Compute v, <float>[T, B, K], and m, <fp32 or wider>[T, B, H], slowly. Shapes as below."""
     wide = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
     active = functional.gelu(wide).unflatten(-1, (heads, -1))
     normed = functional.layer_norm(active, active.shape[-1:], eps=eps).flatten(-2)
@@ -86,7 +86,7 @@ def _block(width: int) -> dict[str, int]:
 def normed_gelu(
     inputs: Tensor, weight: Tensor, bias: Tensor, heads: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """v, m, and 1 / sqrt(var(a) + eps): <fp32>[T, B, H]."""
+    """Return v, m, and 1 / sqrt(var(a) + eps): <fp32>[T, B, H]."""
     from megatron_smlp.ops.kernels import gelu_norm as kernels
 
     tokens, batch, features = inputs.shape
@@ -116,7 +116,7 @@ def gradients_of_gelu_norm(
     scales: Tensor,
     of_inputs: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """dw and db; du2 is written into of_inputs, whose features lie side by side."""
+    """Return dw and db; write du2 into of_inputs, whose features are contiguous."""
     from megatron_smlp.ops.kernels import gelu_norm as kernels
 
     (tokens, batch, features), heads = inputs.shape, means.shape[2]

@@ -1,18 +1,18 @@
 """Balanced assignment: every token gets one expert, every expert floor or ceil of N/E tokens.
 
-    maximise  sum over i of s[i, a(i)]    subject to    floor(N/E) <= |{i: a(i) = e}| <= ceil(N/E)
+    maximize  sum over i of s[i, a(i)]    subject to    floor(N/E) <= |{i: a(i) = e}| <= ceil(N/E)
 
 This is the routing of BASE layers (Lewis et al. 2021, arXiv 2103.16716, equation 3), which solve it
-with an auction. An auction needs N to be a multiple of E and may not end on tied scores; here three
-steps follow each other, each of bounded length:
+with an auction. An auction needs N to be a multiple of E and may not terminate on tied scores; here
+three steps follow one another, each of bounded length:
 
-1. Prices. The dual has one price an expert: token i prefers the expert with the largest
+1. Prices. The dual has one price per expert: token i prefers the expert with the largest
    s[i, e] - p[e]. Smoothed by a temperature tau, preferences are q = softmax((s - p) / tau), and
    the prices that balance them follow from Newton's method with the E x E Hessian
    (diag(n) - q'q) / tau, n = sum_i q_i. tau falls, level by level, from the spread of the scores.
 2. Rounding. Tokens apply to their preferred expert among those with room; each expert takes those
-   that would lose most elsewhere. Whoever is turned away met a full expert, so at most E rounds.
-3. Polishing. Pairs of experts exchange the two tokens that gain most by it, never losing any.
+   that would lose most elsewhere. Only full experts turn tokens away, so at most E rounds.
+3. Polishing. Pairs of experts exchange the two tokens that gain most by it, never at a loss.
 
 Where N is not a multiple of E, one slot of each expert is optional. It stays empty with probability
 v = sigmoid(-p / tau), and n + v = ceil(N/E) is solved instead, so the prices also find the experts
@@ -31,14 +31,14 @@ NUM_NEWTON_STEPS = 2
 TEMPERATURE_FACTOR = 2.2
 MAX_STEP = 2.0  # of a price in one Newton step, in temperatures
 DAMPING = 1e-2  # of the Hessian, in tokens per expert
-# Above this temperature prices are rough, and some tokens can stand for all.
+# Above this temperature prices are rough, and a sample of the tokens can stand for all.
 _SAMPLING_TEMPERATURE = 0.2
 _SAMPLED_TOKENS_PER_EXPERT = 32
-# A token whose first choice leads by so many temperatures is settled: it drops out of the sums.
+# A token whose first choice leads by this many temperatures is settled: it drops out of the sums.
 _SETTLED_LEAD = 16.0
 _SMALLEST_PREFERENCE = 1e-9
 NUM_POLISHING_ROUNDS = 8
-# Of an exchange; above float32 rounding of the sum, so that the loop cannot go in circles.
+# Of an exchange; above float32 rounding of the sum, so that the loop cannot cycle.
 SMALLEST_GAIN = 1e-5
 
 
@@ -133,7 +133,7 @@ def newton_step(
         # Equal shifts of all prices change nothing; this makes the system regular along them.
         hessian += total / num_experts**2
     hessian.diagonal().add_(diagonal)
-    # Without a check, for which the host would wait: the damping makes it regular.
+    # Without a check, which would make the host wait: the damping makes it regular.
     return torch.linalg.solve_ex(hessian, excess)[0]
 
 
@@ -145,7 +145,7 @@ def first_choice(wishes: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def tie_breaker(num_tokens: int, num_experts: int, device: torch.device) -> Tensor:
-    """<float>[N, E] in [0, 1): spread evenly over the experts of each token and over the tokens."""
+    """Return <float>[N, E] in [0, 1), evenly over each token's experts and over the tokens."""
     golden, plastic = 0.6180339887, 0.7548776662
     tokens = torch.arange(num_tokens, dtype=torch.float64, device=device) * golden
     experts = torch.arange(num_experts, dtype=torch.float64, device=device) * plastic
@@ -153,7 +153,7 @@ def tie_breaker(num_tokens: int, num_experts: int, device: torch.device) -> Tens
 
 
 def slots(prices: Tensor, num_tokens: int) -> Tensor:
-    """<int64>[E], of each expert; those with the highest prices have the larger share."""
+    """Return each expert's slots, <int64>[E]; the highest prices have the larger share."""
     share, remainder = divmod(num_tokens, len(prices))
     room = torch.full((len(prices),), share, device=prices.device)
     room[prices.argsort(descending=True, stable=True)[:remainder]] += 1
@@ -179,7 +179,7 @@ def _round(gains: Tensor, prices: Tensor, temperature: float) -> Tensor:
 
 
 def _apply_once(wishes: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
-    """One round of applications.
+    """Run one round of applications.
 
     wishes: <float>[n, E]; room: <int64>[E], free slots.
     Returns the expert applied to <int64>[n] and whether it accepted <bool>[n].
@@ -206,7 +206,7 @@ def _polish(gains: Tensor, experts: Tensor) -> Tensor:
 
 
 def exchange(gains: Tensor, experts: Tensor) -> Tensor:
-    """Let disjoint pairs of experts exchange their best movers, where the sum gains by it.
+    """Let disjoint pairs of experts exchange their best movers, where that raises the sum.
 
     gains: <float>[N, E]; experts: <int64>[N]. Returns <int64>[N].
     """
@@ -217,16 +217,16 @@ def exchange(gains: Tensor, experts: Tensor) -> Tensor:
     gain, partner = (best_move + best_move.T).fill_diagonal_(-torch.inf).max(dim=1)
     own = torch.arange(num_experts, device=gains.device)
     mutual = (partner[partner] == own) & (gain > SMALLEST_GAIN)
-    # Of two, one may give an empty slot instead of a token.
+    # One of the two may give an empty slot instead of a token.
     leaves = mutual & (move[own, partner] >= free_slot[own, partner])
     mover = best_mover(change, experts, own, partner)
-    places = torch.where(leaves, mover, num_tokens)  # N: a place that nobody has
+    places = torch.where(leaves, mover, num_tokens)  # N: no token's place
     return functional.pad(experts, (0, 1)).scatter(0, places, partner)[:-1]
 
 
 def moves(change: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
-    """<float>[E, E] twice: the most that a token gains by a move from one expert to another, and 0
-    where the one can give a slot that it has left instead; -inf where neither is possible."""
+    """Return <float>[E, E] twice: the most that a token gains by a move from one expert to another;
+    and 0 where the first can give an empty slot instead. Both are -inf where that is impossible."""
     num_tokens, num_experts = change.shape
     move = torch.full((num_experts, num_experts), -torch.inf, device=change.device)
     move = move.scatter_reduce(0, experts[:, None].expand_as(change), change, "amax")
@@ -236,6 +236,6 @@ def moves(change: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def best_mover(change: Tensor, experts: Tensor, source: Tensor, target: Tensor) -> Tensor:
-    """<int64>[P]: the token of each source expert that gains most by going to its target."""
+    """Return <int64>[P]: each source expert's token that gains most by going to its target."""
     candidates = change.T[target]
     return candidates.masked_fill(experts != source[:, None], -torch.inf).argmax(dim=1)

@@ -1,9 +1,9 @@
-"""RMSNorm on a CPU, some rows at a time.
+"""RMSNorm on a CPU, a few rows at a time.
 
     y = x / sqrt(mean(x^2) + eps) * w                       (Zhang and Sennrich, arXiv 1910.07467)
 
-torch has no kernel of its own on a CPU: it passes over all of x once for each operation of the
-formula and of its derivative, in fp32. Here the same operations see rows that a core's cache holds.
+torch has no dedicated kernel on a CPU: it passes over all of x once for each operation of the
+formula and of its derivative, in fp32. Here the same operations see rows that fit a core's cache.
 The reference is `torch.nn.functional.rms_norm`.
 
 Letters: n rows, D width.
@@ -20,11 +20,11 @@ from torch.autograd.function import once_differentiable
 from megatron_smlp.ops.rows import in_rows
 
 ELEMENTS = 2**17
-"""Elements of x that are in fp32 at a time: 512 KiB."""
+"""Elements of x that are cast to fp32 at a time: 512 KiB."""
 
 
 class RowwiseRMSNorm(torch.autograd.Function):
-    """x: <float>[..., D], w: <float>[D], eps -> <float>[..., D] in x's dtype, by fp32 or wider."""
+    """x: <float>[..., D], w: <float>[D], eps -> <float>[..., D] in x's dtype, via fp32 or wider."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -1,7 +1,7 @@
 """Tiles, warps and stages of the causal gate's products, by the GPU's architecture: tiles.json.
 
-benchmarks/tune_kernels.py writes a row of it. `device` says on which GPU a row was timed, and is
-null where its numbers are the compiler's alone: registers, shared memory, nothing spilled.
+benchmarks/tune_kernels.py writes a row of it. `device` names the GPU on which the row was timed, or
+is null where its numbers are the compiler's alone: registers, shared memory, nothing spilled.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import torch
 
 TABLE = Path(__file__).with_name("tiles.json")
 DEFAULT = "default"
-"""The row of an architecture that has none: it fits wherever the kernels run."""
+"""The row for an architecture without its own: it fits wherever the kernels run."""
 
 
 class Tile(NamedTuple):
-    """Of one product's results, and how it is computed."""
+    """A tile of one product's results, and how it is computed."""
 
     rows: int
     columns: int
@@ -27,11 +27,11 @@ class Tile(NamedTuple):
     """Terms of a sum that are read at once."""
     warps: int
     stages: int
-    """Reads that are under way, this one included."""
+    """Reads in flight, including the current one."""
 
 
 class Tiles(NamedTuple):
-    """One row."""
+    """One row of the table."""
 
     gate: Tile
     """tri(M) v."""
@@ -40,18 +40,18 @@ class Tiles(NamedTuple):
     weights: Tile
     """tril(dg v')."""
     programs: int
-    """Programs of dM at most that sums are cut into parts for: what runs at once on the largest GPU
-    of the architecture. It is a number of the table, and not the device's, so that a run has the
-    same bits on all of them."""
+    """Limit of dM's programs up to which its sums are split into parts: what runs at once on the
+    largest GPU of the architecture. It comes from the table, not from the device, so that a run is
+    bitwise the same on all of them."""
 
 
 def for_wide_weights(tile: Tile) -> Tile:
-    """Of M in fp32, of which a read takes twice the room: in three stages it would need 112 KiB."""
+    """Return the tile for M in fp32, whose reads take twice the room: three stages need 112 KiB."""
     return tile._replace(stages=tile.stages - 1)
 
 
 def read(path: Path = TABLE) -> dict[str, Tiles]:
-    """Architecture, as "90" -> its row."""
+    """Map each architecture, such as "90", to its row."""
     rows = json.loads(path.read_text(encoding="utf-8"))
     return {name: _row(row) for name, row in rows.items()}
 
@@ -62,7 +62,7 @@ def _row(row: dict[str, Any]) -> Tiles:
 
 
 def for_architecture(name: str) -> Tiles:
-    """Return its row, else the default one."""
+    """Return the row of an architecture, else the default one."""
     rows = _table()
     return rows.get(name, rows[DEFAULT])
 
@@ -74,7 +74,7 @@ def _table() -> dict[str, Tiles]:
 
 @cache
 def for_device(device: torch.device) -> Tiles:
-    """Return the row of a device; an interpreter's CPU has the default one."""
+    """Return the row of a device; the CPU, for Triton's interpreter, has the default one."""
     if device.type != "cuda":
         return for_architecture(DEFAULT)
     major, minor = torch.cuda.get_device_capability(device)

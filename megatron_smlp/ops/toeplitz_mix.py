@@ -1,19 +1,19 @@
-"""The causal token mixing product where M[t, s] depends on the distance t - s alone.
+"""The causal token mixing product where M[t, s] depends only on the distance t - s.
 
     y[e, t, n] = sum over k = 0 .. min(t, K - 1) of  m[e, k] * v[e, t - k, n]
 
 Letters: E heads or spatial experts, K distances with a weight, T tokens, N columns, L block length,
 W = span of a panel: the smallest multiple of L that holds every column which L rows can reach.
 
-All blocks of L rows of such a matrix are one matrix, moved to the right: one panel [L, W] a head is
-written out of m, and every block of rows is one product with it,
+All blocks of L rows of such a matrix are one matrix, shifted right: one panel [L, W] per head is
+built from m, and every block of rows is one product with it,
 
     R[a, x] = m[W - L + a - x]        y_i  = R[:, last columns] v[.. (i + 1) L]
     C[b, x] = m[x - b]                dv_j = C[:, first columns] g[j L ..]
                                       dR  += g_i v[.. (i + 1) L]'   dm = dR summed along diagonals
 
-so that nothing of size T x T exists. An FFT needs fewer multiplications, but rounding of later
-tokens then reaches earlier ones: docs/decisions/0052 has the measurements.
+so that nothing of size T x T exists. An FFT needs fewer multiplications, but leaks the rounding of
+later tokens into earlier ones: docs/decisions/0052 has the measurements.
 """
 
 from collections.abc import Iterator
@@ -35,7 +35,7 @@ from megatron_smlp.ops.blocks import (
 
 
 class _Step(NamedTuple):
-    """One block of rows and what it reads: rows and columns of the whole, columns of the panel."""
+    """One block of rows and what it reads: rows and columns of M, columns of the panel."""
 
     rows: slice
     columns: slice
@@ -47,13 +47,13 @@ class _Step(NamedTuple):
 
 
 def _span(num_weights: int, length: int, block: int) -> int:
-    """W; not over T rounded up, since no row reads before the first token."""
+    """Return W; at most T rounded up, since no row reads before the first token."""
     blocks = min(-(-length // block), -(-(num_weights + block - 1) // block))
     return blocks * block
 
 
 def _looking_back(length: int, *, span: int, block: int) -> Iterator[_Step]:
-    """Rows and the earlier columns that they read, with R's columns."""
+    """Yield rows and the earlier columns that they read, with R's columns."""
     for start in range(0, length, block):
         stop = min(start + block, length)
         first = max(0, start + block - span)
@@ -62,19 +62,19 @@ def _looking_back(length: int, *, span: int, block: int) -> Iterator[_Step]:
 
 
 def _looking_ahead(length: int, *, span: int, block: int) -> Iterator[_Step]:
-    """Columns of M as rows of M', and the later tokens that they read, with C's columns."""
+    """Yield columns of M as rows of M', and the later tokens that they read, with C's columns."""
     for start in range(0, length, block):
         stop, last = min(start + block, length), min(start + span, length)
         yield _Step(slice(start, stop), slice(start, last), slice(0, last - start))
 
 
 def _padded(weight: Tensor, *, span: int, block: int) -> Tensor:
-    """m for the distances 1 - L .. W - 1, zero where it has none: [E, W + L - 1]."""
+    """Return m for the distances 1 - L .. W - 1, zero where it has none: [E, W + L - 1]."""
     return F.pad(weight[:, :span], (block - 1, max(0, span - weight.shape[1])))
 
 
 def _panel(line: Tensor, span: int) -> Tensor:
-    """[E, W + L - 1] -> [E, L, W], row i of it from place L - 1 - i on."""
+    """[E, W + L - 1] -> [E, L, W], whose row i starts at place L - 1 - i."""
     return line.unfold(1, span, 1).flip(1)
 
 
@@ -82,13 +82,13 @@ def _sum_of_diagonals(panel: Tensor) -> Tensor:
     """Apply the adjoint of `_panel`: [E, L, W] -> [E, W + L - 1]."""
     heads, block, span = panel.shape
     width = span + block - 1
-    # Read with rows one shorter than they were written, each row moves one place to the right.
+    # Read with rows one element shorter than written, each row shifts one place to the right.
     rows = F.pad(panel.flip(1), (0, block)).flatten(1)[:, : block * width]
     return rows.view(heads, block, width).sum(dim=1)
 
 
 def _multiply_blocks(line: Tensor, values: Tensor, steps: Iterator[_Step], *, span: int) -> Tensor:
-    """Every block of rows as one product of the panel that `line` makes, in new memory."""
+    """Compute every block of rows as one product with the panel of `line`, in new memory."""
     out = values.new_empty(values.shape)
     panel = _panel(line, span) if values.shape[1] else line
     blocks = list(steps)
@@ -162,13 +162,13 @@ def toeplitz_mix(weight: Tensor, values: Tensor) -> Tensor:
     """Multiply the lower triangular Toeplitz matrix of each vector with its sequence.
 
     weight: <float>[E, K], by distance: a token reads itself and the K - 1 before it. T may be
-        smaller or larger than K. It may be kept in a higher precision than the values; it is then
-        rounded once, and its gradient has its own precision.
-    values: <float>[E, T, N], any strides. Under autocast they are cast as a matmul's operands are.
+        smaller or larger than K. The weight may have a higher precision than the values; it is
+        then rounded once, and its gradient has the weight's precision.
+    values: <float>[E, T, N], any strides. Under autocast they are cast like a matmul's operands.
     Returns <float>[E, T, N] in the precision of the values.
 
-    Row t is bitwise independent of finite values at later positions. Differentiable once, under
-    activation recompute and `torch.compile` too.
+    Row t is bitwise independent of finite values at later positions. Differentiable once, also
+    under activation recompute and `torch.compile`.
     Raises ValueError where the shapes do not fit.
     """
     _check_shapes(weight, values)

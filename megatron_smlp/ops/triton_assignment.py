@@ -1,11 +1,11 @@
-"""Balanced assignment as a fixed sequence of Triton kernels, for devices ahead of their host.
+"""Balanced assignment as a fixed sequence of Triton kernels, for devices that run ahead.
 
 The problem, its three steps and their constants are in host_assignment.py, the reference. Here
-every number of rounds is fixed and nothing is asked of the host; the differences are
+every number of rounds is fixed and the host never waits; the differences are
 
-1. Prices: one Newton step at each temperature, of all tokens; each linear system is solved by a few
-   steps of conjugate gradients.
-2. Rounding: a few rounds of applications. Whoever still waits takes a slot that is left, by number.
+1. Prices: one Newton step per temperature, with all tokens; a few steps of conjugate gradients
+   solve each linear system.
+2. Rounding: a few rounds of applications. Tokens that still wait take the slots left, by number.
 3. Polishing: an empty slot is exchanged like a token, so that pairs need no second case.
 
 Letters: N tokens, E experts, W = E padded to a power of 2, P programs, C = ceil(N/E).
@@ -26,13 +26,13 @@ MAX_EXPERTS = 128
 _NUM_ROUNDS = 3
 _NUM_EXCHANGES = 5
 _SOLVER_STEPS = 16
-_TILE = 4096  # scores that a program looks at at once
+_TILE = 4096  # scores that a program handles at once
 _MAX_PROGRAMS = 32  # each adds up what all of them found
-_MAX_QUEUE = 8192  # tokens that an expert looks at at once
+_MAX_QUEUE = 8192  # tokens that an expert handles at once
 
 
 def unsupported(scores: Tensor) -> str:
-    """Return what the kernels cannot do about these scores, or an empty text."""
+    """Return why the kernels cannot take these scores, or an empty string."""
     num_experts = scores.shape[1]
     if num_experts > MAX_EXPERTS:
         return f"it is for at most {MAX_EXPERTS} experts, not {num_experts}"
@@ -42,9 +42,9 @@ def unsupported(scores: Tensor) -> str:
 
 
 def triton_assignment(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """`priced_assignment` as kernels: the same scores give the same result, bit by bit.
+    """Compute `priced_assignment` by kernels: the same scores give bitwise the same result.
 
-    scores: <float>[N, E], `unsupported` says nothing; values that are not finite give some balanced
+    scores: <float>[N, E] that `unsupported` accepts; values that are not finite give some balanced
     assignment, no error.
     Returns the experts <int64>[N] and prices <fp32>[E], as there.
     """
@@ -117,7 +117,7 @@ def _polish(room: _Workspace, assigned: Tensor, capacity: int, **size: Any) -> N
 
 
 class _Workspace:
-    """All that the kernels hand on, cut from one allocation; see kernels/."""
+    """All that the kernels pass on to each other, cut from one allocation; see kernels/."""
 
     def __init__(
         self, device: torch.device, tokens: int, experts: int, width: int, programs: int, slots: int
@@ -136,8 +136,8 @@ class _Workspace:
         best = parts[11:13]
         rest = [part.view(torch.int32) for part in parts[13:]]
         self.choices, self.leads, self.rooms, self.filled, self.members = rest[:5]
-        # Of two steps in a row, the one reads what the other wrote.
+        # Double buffers: a step reads what the step before it wrote.
         self.newton = (parts[5:8], parts[8:11])
-        """Twice prices, loads and products."""
+        """Two sets of prices, loads and products."""
         self.exchanges = ((best[0], *rest[5:8]), (best[1], *rest[8:11]))
-        """Twice best, slots, movers and has_empty."""
+        """Two sets of best, slots, movers and has_empty."""

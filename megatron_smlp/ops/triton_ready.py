@@ -12,11 +12,11 @@ from torch import Tensor
 _LOGGER = logging.getLogger(__name__)
 
 CAPABILITY = 80
-"""The least, times 10: Ampere's, the first with bf16 products and copies past the registers."""
+"""The minimum, times 10: Ampere's, the first with bf16 products and copies past the registers."""
 SHARED_MEMORY = 97 * 1024
-"""Bytes that the largest kernel may take of a multiprocessor; GPUs of 8.6 and 8.9 have 99 KiB."""
+"""Bytes of a multiprocessor that the largest kernel may use; capability 8.6 and 8.9 have 99 KiB."""
 FUSED = {"enable_fp_fusion": True}
-"""Multiplies and adds in one instruction, in every launch: Triton 3.10 changes the default."""
+"""Fuse multiplies and adds in every launch: Triton 3.10 changes the default."""
 
 
 @cache
@@ -44,10 +44,10 @@ def _missing() -> str | None:
 
 
 def use_kernels(operation: str, tensor: Tensor, *, unsupported: str = "") -> bool:
-    """Return whether `operation` runs as Triton kernels; says in the log, once, why not on a GPU.
+    """Return whether `operation` runs as Triton kernels; on a GPU, log once why not.
 
-    tensor: one of the operands. On a CPU kernels never run: that is nothing to report.
-    unsupported: what the kernels cannot do about this call, or empty.
+    tensor: one of the operands. On a CPU kernels never run, and nothing is logged.
+    unsupported: why the kernels cannot take this call, or empty.
     """
     if tensor.device.type != "cuda":
         return False
@@ -63,18 +63,18 @@ def _say_once(operation: str, reason: str) -> None:
 
 
 def rows_ready(tensor: Tensor) -> Tensor:
-    """Return the tensor itself where its features lie side by side, else a copy."""
+    """Return the tensor itself if its features are contiguous, else a copy."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def strided(tensor: Tensor) -> tuple[Tensor, int, int]:
-    """Return what a kernel is told of [T, B, K]: the tensor, strides of tokens and of samples."""
+    """Return a kernel's arguments for [T, B, K]: the tensor, strides of tokens and of samples."""
     return tensor, tensor.stride(0), tensor.stride(1)
 
 
 @contextlib.contextmanager
 def unsaid() -> Iterator[None]:
-    """Say nothing here of what runs without kernels; it is said when it runs so again."""
+    """Suppress warnings of what runs without kernels here; they appear when it next runs so."""
     _LOGGER.disabled = True
     try:
         yield

@@ -1,4 +1,4 @@
-"""The balance loss of Switch, GShard and partial prediction, and its weight beside the main loss.
+"""The balance loss of Switch, GShard and partial prediction, and its weight next to the main loss.
 
     E sum_e f_e P_e,   f_e share of the choices that are e's, P_e mean of p_e; 1 where uniform
 
@@ -17,21 +17,21 @@ from torch import Tensor
 
 
 def balance_loss(probabilities: Tensor, first: Tensor) -> Tensor:
-    """E sum_e f_e P_e, or the part of it that n of the N tokens give.
+    """Return E sum_e f_e P_e, or the part of it that n of the N tokens contribute.
 
     probabilities: <fp32>[n, E]; first: <int64>[N], the first choices of the whole group.
     """
     num_experts, count = probabilities.shape[1], max(1, len(first))
-    # Not bincount, which waits for the device to learn how many bins there are.
+    # Not bincount, which makes the host wait for the number of bins.
     share = probabilities.new_zeros(num_experts)
     share.index_add_(0, first, torch.ones_like(first, dtype=share.dtype))
     return num_experts * (share / count * probabilities.sum(dim=0)).sum() / count
 
 
 def scale_balance_losses(model: Any) -> None:
-    """Weigh balance losses as the main loss; Megatron does so only where there are token experts.
+    """Scale balance losses like the main loss; Megatron does so only if there are token experts.
 
-    Partial prediction has such a loss without them.
+    Partial prediction has a balance loss without them.
     """
     config = get_model_config(model)
     scale = torch.ones(1, device=torch.cuda.current_device())

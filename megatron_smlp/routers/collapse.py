@@ -1,4 +1,4 @@
-"""When a router is said to collapse: few experts do all the work, the others learn nothing."""
+"""When a router counts as collapsed: few experts do all the work, the others learn nothing."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ if TYPE_CHECKING:
     from megatron_smlp.routers.statistics import RouterKey, RouterLoad
 
 COLLAPSED = 0.8
-"""A router has collapsed where the entropy of its load is under this share of log E."""
+"""A router has collapsed if the entropy of its load is below this fraction of log E."""
 CLOSED_GATE = 0.01
-"""Under this weight a token gets next to nothing of its expert, and the expert no gradient."""
+"""Below this weight a token gets almost nothing from its expert, and the expert no gradient."""
 EARLY = 20
-"""Steps in which a router may still be as it was drawn."""
+"""Number of first steps in which a router may still be as initialized."""
 CLOSED = 0.5
-"""A router has collapsed, too, where more than this share of its choices weigh less than that."""
+"""A router has also collapsed if more than this share of its choices weighs under CLOSED_GATE."""
 
 
 class CollapseWatch:
-    """Says once of each router, and of each sign of a collapse, that it shows.
+    """Warns once per router and sign of collapse.
 
     Args:
-        fixed: kinds of routers whose load they do not choose (HASH).
+        fixed: kinds of routers that do not choose their load (HASH).
     """
 
     def __init__(self, *, fixed: Collection[str] = ()) -> None:
@@ -32,9 +32,9 @@ class CollapseWatch:
     def warnings(
         self, loads: Mapping[RouterKey, RouterLoad], *, iteration: int, title: str = ""
     ) -> Iterator[str]:
-        """Return a line for each router and sign since the last call.
+        """Yield a line for each new router and sign since the last call.
 
-        title: of an evaluation; empty in training.
+        title: names an evaluation; empty in training.
         """
         if iteration < EARLY:
             return
@@ -53,7 +53,7 @@ class CollapseWatch:
 
 
 def _signs(load: RouterLoad) -> Iterator[tuple[str, str]]:
-    """Yield each sign of a collapse, and what shows it."""
+    """Yield each sign of collapse and the evidence for it."""
     if load.entropy < COLLAPSED:
         busiest = load.load_share.index(load.load_share_max)
         what = f"entropy {load.entropy:.2f} of log E is under {COLLAPSED}, expert {busiest} gets"

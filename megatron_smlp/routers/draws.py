@@ -1,11 +1,11 @@
-"""Random numbers that are a function of what is drawn for, and of no generator's state.
+"""Random numbers that depend only on what they are drawn for, not on a generator's state.
 
     u = hash(seed, sample, layer, position) / 2^24        24 bits of the hash, so 0 <= u < 1
 
-A sample's number is its place in the order in which the run reads its data, whatever micro-batch
-and rank it falls to. So a token's draw is the same in every layout, after a resume, and where a
-layer is recomputed; no rank has to tell another. The hash is the finaliser of SplitMix64 (Steele,
-Lea, Flood 2014), once for each coordinate.
+A sample's number is its index in the order in which the run reads its data, whatever micro-batch
+and rank it lands on. So a token's draw is the same in every layout, after a resume, and when a
+layer is recomputed, without communication. The hash is the finalizer of SplitMix64 (Steele, Lea,
+Flood 2014), applied once per coordinate.
 
 Letters: B samples, T positions.
 """
@@ -21,13 +21,13 @@ _FACTORS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
 
 def sample_keys(*, seed: int, first: int, count: int, device: torch.device) -> Tensor:
-    """<int64>[B] for the samples `first` ... `first` + B - 1 of a run, B = count."""
+    """Return <int64>[B] for the samples `first` ... `first` + B - 1 of a run, B = count."""
     numbers = torch.arange(first, first + count, device=device)
     return _hashed(_hashed(torch.full_like(numbers, seed)) + numbers)
 
 
 def uniform(keys: Tensor, *, layer: int, positions: int) -> Tensor:
-    """keys: <int64>[B] -> <fp32>[T * B] in [0, 1), in the order of positions, then of samples."""
+    """keys: <int64>[B] -> <fp32>[T * B] in [0, 1), ordered by position, then by sample."""
     key = _hashed(keys + layer)
     places = torch.arange(positions, device=keys.device)[:, None]
     bits = _shifted(_hashed(key + places), 64 - _BITS)
@@ -35,7 +35,7 @@ def uniform(keys: Tensor, *, layer: int, positions: int) -> Tensor:
 
 
 def _hashed(values: Tensor) -> Tensor:
-    """<int64>, any shape; products and sums are modulo 2^64."""
+    """Hash <int64> of any shape; products and sums are modulo 2^64."""
     values = values + _signed(_STEP)
     values = (values ^ _shifted(values, 30)) * _signed(_FACTORS[0])
     values = (values ^ _shifted(values, 27)) * _signed(_FACTORS[1])
@@ -48,5 +48,5 @@ def _shifted(values: Tensor, places: int) -> Tensor:
 
 
 def _signed(word: int) -> int:
-    """Return the int64 of the same 64 bits."""
+    """Return the int64 with the same 64 bits."""
     return word - (1 << 64)

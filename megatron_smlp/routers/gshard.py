@@ -6,10 +6,10 @@
     capacity  ceil(2 c ceil(N / E)) slots an expert; first choices take them before second ones
     loss      as Switch's, over first choices only
 
-A weight is not raised where the other expert drops the token. A later token's first choice takes a
+A weight is not raised if the other expert drops the token. A later token's first choice takes a
 slot before an earlier one's second choice, under either drop policy. The source groups tokens by
-device, here the group is a micro-batch. c is 1 in the sources; --gshard-second-expert has other
-rules, two of fairseq's (docs/decisions/0010). A token's draw is the same in every layout
+device; here the group is a micro-batch. c is 1 in the sources; --gshard-second-expert has other
+rules, two of them fairseq's (docs/decisions/0010). A token's draw is the same in every layout
 (draws.py). Letters as in switch.py.
 """
 
@@ -37,7 +37,7 @@ class GShardRouter(SwitchRouter):
         super().__init__(config, *args, **kwargs)
         self.second_expert = getattr(config, "gshard_second_expert", "paper")
         self.samples = Handed()
-        """<int64>[B], keys of the samples of the micro-batch; none: rows are of one sample."""
+        """<int64>[B], keys of the micro-batch's samples; none: all rows are of one sample."""
         self.keys: Tensor | None = None
 
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -46,7 +46,7 @@ class GShardRouter(SwitchRouter):
         return super().forward(input, padding_mask)
 
     def choose(self, scores: Tensor) -> Choices:
-        """Both choices of each token."""
+        """Return both choices of each token."""
         probabilities = scores.softmax(dim=-1)
         gates, wanted = probabilities.topk(2, dim=-1)
         asked = torch.ones_like(wanted, dtype=torch.bool)
@@ -57,7 +57,7 @@ class GShardRouter(SwitchRouter):
         return Choices(wanted, asked, self.kept(wanted, asked, probabilities))
 
     def draw(self, count: int, device: torch.device) -> Tensor:
-        """<fp32>[N] in [0, 1), N = count, for the rows of the group."""
+        """Draw <fp32>[N] in [0, 1), N = count, for the rows of the group."""
         keys = self.keys
         if keys is None:
             keys = torch.zeros(1, dtype=torch.int64, device=device)
@@ -65,12 +65,12 @@ class GShardRouter(SwitchRouter):
         return uniform(keys, layer=self.layer_number, positions=count // len(keys))
 
     def weigh(self, scores: Tensor, wanted: Tensor) -> Tensor:
-        """g1 / (g1 + g2) and g2 / (g1 + g2)."""
+        """Return g1 / (g1 + g2) and g2 / (g1 + g2)."""
         gates = scores.softmax(dim=-1).gather(1, wanted)
         return gates / gates.sum(dim=-1, keepdim=True)
 
     def capacity(self, factor: float, num_tokens: int) -> int:
-        """Slots of one expert, for both choices together."""
+        """Return the slots of one expert, for both choices together."""
         return math.ceil(2 * factor * math.ceil(num_tokens / self.num_experts))
 
 
@@ -78,8 +78,8 @@ _readers: WeakKeyDictionary[nn.Module, list[Handed]] = WeakKeyDictionary()
 
 
 def attach_samples(model: nn.Module, keys: Tensor) -> None:
-    """Before a micro-batch: tell the routers of this model, or stage, that have `samples`, whose it
-    is; keys: draws.sample_keys."""
+    """Hand the next micro-batch's keys, of draws.sample_keys, to the routers of this model, or
+    stage, that have `samples`."""
     readers = _readers.get(model)
     if readers is None:  # a walk over thousands of experts takes longer than their launches
         samples = (getattr(module, "samples", None) for module in model.modules())

@@ -1,13 +1,13 @@
-"""HASH: the expert of a token follows from its id (Roller et al. 2021, arXiv 2106.04426).
+"""HASH: a token's id determines its expert (Roller et al. 2021, arXiv 2106.04426).
 
     e = table[id]        y = f_e(h)        no parameters, no loss, nothing dropped
 
 table <int64>[V], V the padded vocabulary, the same in every layer: random by --hash-seed, or
 balanced by the counts of the training data (--hash-table balanced; routers/hash_table.py). It is a
-buffer, saved with the model, so a checkpoint's table wins over all.
+buffer, saved with the model, so a checkpoint's table overrides both.
 
 The ids are those of the model's input, on every pipeline stage: `attach_token_ids` hands them over
-whenever the model is called, and a recomputed layer finds those of its own forward pass again.
+whenever the model is called, and a recomputed layer gets those of its own forward pass again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from megatron_smlp.routers.token_router import Choices, TokenRouter, as_megatron
 
 
 def _first_table(config: Any) -> Tensor:
-    """<int64>[V]; ids of the padding, which no text has, stay random."""
+    """Return <int64>[V]; padding ids, which occur in no text, stay random."""
     table = random_table(
         num_experts=config.num_moe_experts, vocab_size=config.hash_vocab_size, seed=config.hash_seed
     )
@@ -59,7 +59,7 @@ class HashRouter(TokenRouter):
         return as_megatron(weights, wanted[rows], every[rows], self.num_experts)
 
     def weigh(self, scores: Tensor, wanted: Tensor) -> Tensor:
-        """1; there are no scores."""
+        """Return 1; there are no scores."""
         return torch.ones_like(wanted, dtype=torch.float32)
 
     @property
@@ -67,8 +67,7 @@ class HashRouter(TokenRouter):
         return False
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Save the table, which another layout may pad to another length: no id lies in the
-        padding."""
+        """Allow another layout to pad the table to another length: no id lies in the padding."""
         state = super().sharded_state_dict(*args, **kwargs)
         for entry in state.values():
             entry.allow_shape_mismatch = True
@@ -76,8 +75,8 @@ class HashRouter(TokenRouter):
 
 
 def attach_token_ids(model: nn.Module) -> None:
-    """Let every router of this model, or pipeline stage, that has `token_ids`, know the input of
-    each call."""
+    """Hand the input of each call to every router of this model, or pipeline stage, that has
+    `token_ids`."""
     readers = [
         module.token_ids
         for module in model.modules()

@@ -3,8 +3,8 @@
     random      uniform numbers in [0, E), by a seed
     balanced    the most frequent token first, each to the expert with the fewest tokens so far
 
-Equal loads are told apart by the number of ids, then by the expert's number, so that tokens which
-the corpus lacks are spread evenly too. Letters: V vocabulary without padding, E experts.
+Ties in load are broken by the number of ids, then by the expert's number, so that tokens which the
+corpus lacks are spread evenly too. Letters: V vocabulary without padding, E experts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 def random_table(*, num_experts: int, vocab_size: int, seed: int) -> Tensor:
-    """<int64>[V] of numbers in [0, E)."""
+    """Draw <int64>[V] of numbers in [0, E)."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(num_experts, (vocab_size,), generator=generator)
 

@@ -1,5 +1,5 @@
-"""A plugin's routers (megatron_smlp/plugins.py): a token router in Megatron's MoELayer, a feature
-router in sMLP's sparse layers.
+"""Hosts a plugin's routers (megatron_smlp/plugins.py): a token router in Megatron's MoELayer, a
+feature router in sMLP's sparse layers.
 
     s = h W      e = choose(s)      y = sum over the chosen e of weigh(s)_e f_e(h)
 
@@ -36,7 +36,7 @@ class HostedRouter(TokenRouter):
     """See the top of the file."""
 
     kind: type[plugins.TokenRouter]
-    has_aux_loss = False  # of a rule's own loss there is no uniform value to compare with
+    has_aux_loss = False  # a rule's own loss has no uniform value to compare with
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
@@ -45,7 +45,7 @@ class HostedRouter(TokenRouter):
         self.rule.to(self.weight.device)
         self.loads = torch.zeros(self.num_experts, dtype=torch.float64)
         self.buffers_before: list[Tensor] | None = None
-        """Of the rule, as they were before the step under way; None: no step is."""
+        """The rule's, as they were before the current step; None: outside of a step."""
 
     def gating(self, input: Tensor) -> Tensor:
         """input: <float>[..., D] -> scores <fp32>[..., E]."""
@@ -61,7 +61,7 @@ class HostedRouter(TokenRouter):
         before = [buffer.clone() for buffer in buffers] if repeats_a_pass() else []
         chosen, visited = self.rule.choices(scores)
         for buffer, value in zip(buffers, before, strict=False):
-            buffer.copy_(value)  # the pass before has noted what there was
+            buffer.copy_(value)  # the original pass has already updated them
         if not self.skips and chosen.shape[1] != self.kind.experts_per_token:
             raise ValueError(
                 f"{self.kind.__name__}.choose gives a token {chosen.shape[1]} experts, and "
@@ -69,7 +69,7 @@ class HostedRouter(TokenRouter):
             )
         if self.training and not repeats_a_pass():
             self.loads = self.loads.to(chosen.device)
-            # No host waits for a device here, as it would to count rows of a mask.
+            # Counting the rows of a mask would make the host wait for the device.
             self.loads.index_add_(0, chosen.flatten(), visited.flatten().to(self.loads.dtype))
         return Choices(chosen, visited, visited)
 
@@ -77,7 +77,7 @@ class HostedRouter(TokenRouter):
         return self.rule.weigh(scores, wanted)
 
     def balanced(self, probs: Tensor, scores: Tensor, wanted: Tensor) -> Tensor:
-        """Attach the rule's loss: of the whole group on each TP rank, which count once together."""
+        """Attach the rule's loss: each TP rank has the whole group's; together they count once."""
         coefficient = self.get_aux_loss_coeff("aux_loss")
         if not (self.training and torch.is_grad_enabled() and coefficient):
             return probs
@@ -93,12 +93,12 @@ class HostedRouter(TokenRouter):
 
 
 def hosting_features(rule: type[plugins.FeatureRouter]) -> type[HostedFeatureRouter]:
-    """Return the class that hosts a rule of feature routing."""
+    """Return the router class that hosts a rule of feature routing."""
     return type(f"Hosted{rule.__name__}", (HostedFeatureRouter,), {"kind": rule})
 
 
 class HostedFeatureRouter(PrefixRouter):
-    """A plugin's feature router in the place of W_r (prefix.py)."""
+    """A plugin's feature router in place of W_r (prefix.py)."""
 
     kind: type[plugins.FeatureRouter]
 
@@ -118,10 +118,10 @@ class HostedFeatureRouter(PrefixRouter):
 
 
 def update_rules(models: Iterable[nn.Module], *, skipped: bool) -> None:
-    """After a step: each rule's `update`, by loads and buffers of all data parallel ranks.
+    """Call each rule's `update` after a step, with loads and buffers of all data parallel ranks.
 
     Args:
-        skipped: the step had no update of the weights, and has none of the rules.
+        skipped: the step skipped its weight update, and so skips those of the rules.
     """
     modules = (module for model in models for module in model.modules())
     routers = [module for module in modules if isinstance(module, HostedRouter)]
@@ -134,7 +134,7 @@ def update_rules(models: Iterable[nn.Module], *, skipped: bool) -> None:
         buffers = list(router.rule.buffers())
         if skipped:
             for buffer, value in zip(buffers, before or (), strict=False):
-                buffer.copy_(value)  # what a batch without a finite loss has left there
+                buffer.copy_(value)  # undoes what a batch without a finite loss left there
             continue
         torch.distributed.all_reduce(loads, group=group)
         for buffer in buffers:

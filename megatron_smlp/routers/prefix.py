@@ -5,8 +5,8 @@
     loss  a E sum_e f_e P_e,  f_e share of the (sample, chunk) choices of e, P_e mean of p_e
 
 Yu et al., arXiv 2203.06850, section 3; the details are ours (docs/decisions/0006). W_r: P x E. Rows
-t < P must not see all of the prefix: layers/feature_moe.py routes them. What is trained on is in
-partial_prediction.py. s_i multiplies the mixed values: W_r would get no gradient otherwise. a:
+t < P must not see all of the prefix: layers/feature_moe.py routes them. partial_prediction.py says
+what is trained on. s_i multiplies the mixed values; otherwise W_r would get no gradient. a:
 --feature-aux-loss-coeff.
 
 Letters: T tokens, B batch, C chunks, C' = C / tp chunks of this rank, E experts, P prefix length.
@@ -69,7 +69,7 @@ class PrefixRouter(CountedRouter, nn.Module):
         self.weight = nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=device))
         if config.perform_initialization:
             drawn = torch.empty(shape, device="cpu")
-            config.init_method(drawn)  # on the CPU's generator, the same on all ranks
+            config.init_method(drawn)  # from the CPU generator, the same on all ranks
             self.weight.data.copy_(drawn)
 
     def scores(self, means: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ class PrefixRouter(CountedRouter, nn.Module):
         return torch.einsum("tbc,te->bce", means, weight.float())
 
     def chosen(self, scores: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
-        """Return e(i), <int64>[B, C'], and s_i, <fp32>[B, C'], of scores and p, [B, C', E]."""
+        """Return e(i), <int64>[B, C'], and s_i, <fp32>[B, C'], from scores and p, [B, C', E]."""
         largest, experts = probabilities.max(dim=-1)
         return experts, largest * self.num_experts
 
@@ -96,19 +96,19 @@ class PrefixRouter(CountedRouter, nn.Module):
         if attaches:
             loss = self.loss_coeff * part
             if self.config.calculate_per_token_loss:
-                # Megatron then divides by tokens where it divides by micro-batches else.
+                # Megatron then divides by tokens instead of by micro-batches.
                 loss = loss * means.shape[0] * means.shape[1]
             scale = MoEAuxLossAutoScaler.apply(scale, loss)
         return Choice(experts, scale)
 
     def _real_samples(self) -> Tensor | slice:
-        """Return which samples have tokens behind the prefix, <bool>[B]; or all of them."""
+        """Return which samples have tokens after the prefix, <bool>[B]; or a slice of all."""
         if self.counter is None or self.counter.real is None:
             return slice(None)
         return self.counter.real[:, self.prefix_length :].any(dim=1)
 
     def _count(self, experts: Tensor, scale: Tensor, loss_part: Tensor) -> None:
-        """Add the pairs of sample and chunk of this rank; experts: <int64>[M]."""
+        """Count this rank's pairs of sample and chunk; experts: <int64>[M]."""
         if self.counts and len(experts):
             assert self.counter is not None
             self.counter.add(
@@ -119,11 +119,11 @@ class PrefixRouter(CountedRouter, nn.Module):
                 gate=scale.sum(),
                 gates=len(experts),
                 aux_loss=loss_part,
-                groups=int(self.tp_group.rank() == 0),  # of which every rank has a part
+                groups=int(self.tp_group.rank() == 0),  # every rank has a part of it
             )
 
     def _balance_loss(self, probabilities: Tensor, experts: Tensor) -> Tensor:
-        """Over the chunks of all TP ranks: each its chunks' part, and the gradients are summed."""
+        """Return this rank's chunks' part of the loss over all TP ranks; gradients are summed."""
         everywhere = experts
         if self.tp_group.size() > 1:
             parts = [torch.empty_like(experts) for _ in range(self.tp_group.size())]

@@ -1,16 +1,16 @@
-"""Statistics of the routers, counted on their device and read once in a while.
+"""Statistics of the routers, counted on their device and read occasionally.
 
     f_e        share of the choices that ask for expert e, before any is dropped
     entropy    - sum_e f_e log f_e / log E         1 where even, 0 where one expert gets everything
     drop rate  share of the choices that found no slot
     mean gate  mean weight of the first choices (token router), mean of s_i (feature router)
-    closed     share of the first choices whose weight is under 0.01, where a rule can give such
+    closed     share of the first choices whose weight is under 0.01, if the rule can give such
     aux loss   the rule's balance loss, without its coefficient: 1 where uniform
     z loss     mean over tokens of (log sum_e exp score_e)^2, without its coefficient
 
-A choice is a token's (or one of its two, with GShard), or that of a (sample, chunk) pair. Padding
-is not counted, and a forward pass that is repeated to recompute activations is counted once. Every
-rank sums what it alone knows; `take` adds the ranks up, so the numbers do not depend on the layout.
+A choice is a token's (one of its k), or that of a (sample, chunk) pair. Padding is not counted,
+and a forward pass that is repeated to recompute activations is counted once. Every rank sums what
+only it knows; `take` sums over ranks, so the numbers do not depend on the layout.
 
 Letters: E experts, B micro-batch, T sequence length.
 """
@@ -40,7 +40,7 @@ class RouterKey(NamedTuple):
 
 
 class RouterSpec(NamedTuple):
-    """Facts of a router that every rank must know, wherever it lives."""
+    """Facts about a router that every rank must know, wherever the router lives."""
 
     key: RouterKey
     num_experts: int
@@ -51,7 +51,7 @@ class RouterSpec(NamedTuple):
 
 @dataclass(frozen=True)
 class RouterLoad:
-    """Work of one router since it was last asked. The formulas are at the top of the file."""
+    """Load of one router since the last report. The formulas are at the top of the file."""
 
     load_share: tuple[float, ...]
     """f_e of each expert; their sum is 1."""
@@ -61,7 +61,7 @@ class RouterLoad:
     aux_loss: float | None
     z_loss: float | None
     choices: float
-    """Number of choices that all this was counted over."""
+    """Number of choices that these statistics cover."""
 
     @property
     def load_share_min(self) -> float:
@@ -88,13 +88,13 @@ class RouterCounter:
 
     def __init__(self, num_experts: int, device: torch.device) -> None:
         self.num_experts = num_experts
-        # fp64 counts exactly. Row 0 is of evaluation, row 1 of training.
+        # fp64 counts exactly. Row 0 is for evaluation, row 1 for training.
         size = (2, num_experts + len(FIELDS))
         self.sums = torch.zeros(size, dtype=torch.float64, device=device)
         self.on_host = torch.zeros(2, len(FIELDS), dtype=torch.float64)
-        """The sums of numbers that the host knows: each would be a kernel on a device."""
+        """Sums of numbers that the host knows: on a device, each would be a kernel."""
         self.real: Tensor | None = None
-        """<bool>[B, T] of the micro-batch under way, False where it is padded; None: nowhere."""
+        """<bool>[B, T] of the current micro-batch, False at padding; None: no padding."""
 
     def add(
         self, *, training: bool, experts: Tensor, asked: Tensor, **values: Tensor | float
@@ -124,11 +124,11 @@ class RouterCounter:
 
 
 class CountedRouter:
-    """Mixin of a router that can be counted; it is not until `RouterStatistics.attach`."""
+    """Mixin for routers that can be counted; `RouterStatistics.attach` starts the counting."""
 
     router_kind: ClassVar[RouterKind]
     can_close: ClassVar[bool] = False
-    """Whether the weight of a choice may come near 0, as that of no largest share does."""
+    """Whether a choice's weight may get near 0, which the largest of E shares cannot."""
     has_aux_loss: ClassVar[bool] = False
     num_experts: int
     layer_number: int | None
@@ -168,12 +168,12 @@ class RouterStatistics:
         self.specs = sorted({spec for specs in everywhere for spec in specs})
 
     def begin(self, real: Tensor | None) -> None:
-        """Before a micro-batch goes through the model; real: <bool>[B, T], or None: no padding."""
+        """Set the padding of the next micro-batch; real: <bool>[B, T], or None: no padding."""
         for counter in self.counters.values():
             counter.real = real
 
     def take(self, *, training: bool) -> dict[RouterKey, RouterLoad]:
-        """Return what was counted since the last call, by layer. Collective."""
+        """Return what was counted since the last call, by router. Collective."""
         if not self.specs:
             return {}
         device = torch.device(torch.cuda.current_device())
@@ -185,7 +185,7 @@ class RouterStatistics:
         torch.distributed.all_reduce(total)
         rows = [part.tolist() for part in total.cpu().split(widths)]
         pairs = zip(self.specs, rows, strict=True)
-        # A rule that may skip can have visited no expert at all.
+        # A rule that may skip may have visited no expert at all.
         return {
             spec.key: _load(spec, values)
             for spec, values in pairs
@@ -194,7 +194,7 @@ class RouterStatistics:
 
 
 def _load(spec: RouterSpec, sums: list[float]) -> RouterLoad:
-    """Make a report from the sums of all ranks: E counts and then FIELDS."""
+    """Make a report from the sums of all ranks: E counts, then FIELDS."""
     asked, values = (
         sums[: spec.num_experts],
         dict(zip(FIELDS, sums[spec.num_experts :], strict=True)),

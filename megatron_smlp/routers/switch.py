@@ -7,8 +7,8 @@
 
 h <float>[n, D] tokens after the norm; W <float>[D, E], kept as [E, D], without bias, drawn as the
 other weights are (token_router.py). c: --moe-train-capacity-factor in training, else
---moe-eval-capacity-factor; a: --moe-aux-loss-coeff. Unlike the source, no jitter; and its smaller
-start (section 2.4: the variance of all weights, not of W alone, times 0.1) is --init-method-std.
+--moe-eval-capacity-factor; a: --moe-aux-loss-coeff. Unlike in the source, no jitter; its smaller
+init (section 2.4: the variance of all weights, not of W alone, times 0.1) is --init-method-std.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from megatron_smlp.routers.token_router import Choices, TokenRouter
 def within_capacity(
     wanted: Tensor, asking: Tensor, priority: Tensor, *, capacity: int, num_experts: int
 ) -> Tensor:
-    """Choose which choices get a slot of their expert. First choices come before second ones.
+    """Select the choices that get a slot of their expert. First choices come before second ones.
 
     wanted: <int64>[N, k]; asking: <bool>[N, k], which of them take part; priority: <float>[N, k],
-    the largest comes first and ties go by position: constant for drop policy `position`, the
+    the largest comes first, ties are broken by position: constant for drop policy `position`, the
     router's probabilities for `probs`.
     Returns <bool>[N, k].
     """
@@ -36,7 +36,7 @@ def within_capacity(
     rank_start = len(wanted) * torch.arange(wanted.shape[1], device=wanted.device)
     order = (order + rank_start[:, None]).flatten()
     asked = torch.where(asking, wanted, num_experts).T.flatten()[order]
-    # Sorted by expert, and within it by rank: N k numbers, where a table of all experts is E times.
+    # Sorted by expert, then by rank: N k numbers, where a table of all experts has E times as many.
     experts, queue = asked.sort(stable=True)
     place = torch.arange(len(queue), device=queue.device) - torch.searchsorted(experts, experts)
     kept = torch.empty_like(order, dtype=torch.bool)
@@ -50,18 +50,18 @@ class SwitchRouter(TokenRouter):
     has_aux_loss = True
 
     def choose(self, scores: Tensor) -> Choices:
-        """One choice of each token."""
+        """Return one choice per token."""
         probabilities = scores.softmax(dim=-1)
         wanted = probabilities.argmax(dim=-1, keepdim=True)
         asked = torch.ones_like(wanted, dtype=torch.bool)
         return Choices(wanted, asked, self.kept(wanted, asked, probabilities))
 
     def weigh(self, scores: Tensor, wanted: Tensor) -> Tensor:
-        """p of the chosen expert."""
+        """Return p of the chosen expert."""
         return scores.softmax(dim=-1).gather(1, wanted)
 
     def kept(self, wanted: Tensor, asked: Tensor, probabilities: Tensor) -> Tensor:
-        """Return which of the asked choices <bool>[N, k] fit; probabilities: <fp32>[N, E]."""
+        """Return which of the asked choices fit, <bool>[N, k]; probabilities: <fp32>[N, E]."""
         config = self.config
         factor = (
             config.moe_train_capacity_factor if self.training else config.moe_eval_capacity_factor
@@ -77,11 +77,11 @@ class SwitchRouter(TokenRouter):
         )
 
     def capacity(self, factor: float, num_tokens: int) -> int:
-        """Slots of one expert."""
+        """Return the slots of one expert."""
         return math.ceil(factor * num_tokens / self.num_experts)
 
     def balanced(self, probs: Tensor, scores: Tensor, wanted: Tensor) -> Tensor:
-        """Attach the balance loss; each TP rank its tokens' part, the gradients are summed."""
+        """Attach the balance loss: each TP rank its tokens' part; the gradients are summed."""
         coefficient = self.get_aux_loss_coeff("aux_loss")
         if not (self.training and torch.is_grad_enabled() and coefficient):
             return probs

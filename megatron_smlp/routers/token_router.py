@@ -1,12 +1,12 @@
-"""The base of all token routers: scores in fp32, one routing group, Megatron's answer.
+"""The base of all token routers: scores in fp32, one routing group, Megatron's output format.
 
 A routing group is a micro-batch, whatever the layout: under tensor parallelism each rank holds a
-slice of its tokens (sequence parallelism), so the scores are gathered over the TP group, every rank
-makes the same choices for all N tokens, and keeps the rows of its own n. Rows are in the order of
-positions, then of samples.
+slice of its tokens (sequence parallelism), so the scores are gathered over the TP group; every rank
+makes the same choices for all N tokens and keeps its own n rows. Rows are ordered by position, then
+by sample.
 
-All rules start alike: W is drawn from a normal distribution with --init-method-std, as all weights
-are, unless the source has another rule for it and none for the others, which is BASE's case.
+All rules draw W from a normal distribution with --init-method-std, like all other weights, unless
+the source has a different rule for W alone, as BASE's has.
 
 Letters: N tokens of the group, n tokens of this rank, E experts, k choices of a token, D hidden,
 T sequence length, B micro-batch.
@@ -30,34 +30,34 @@ class Choices(NamedTuple):
     """The choices of a routing group."""
 
     wanted: Tensor
-    """<int64>[N, k], experts, distinct in a row."""
+    """<int64>[N, k], experts, distinct within a row."""
     asked: Tensor
-    """<bool>[N, k], which of them are to be sent; the others are not used by the rule."""
+    """<bool>[N, k], which of them the rule sends; it does not use the others."""
     kept: Tensor
     """<bool>[N, k], which of those found a slot."""
 
 
 class TokenRouter(CountedRouter, TopKRouter):
-    """A rule says whom a token wants (`choose`) and with which weight it is sent (`weigh`).
+    """A rule chooses the experts of a token (`choose`) and their weights (`weigh`).
 
     Megatron's z-loss applies to the scores; its own top-k, capacity and balance losses do not.
     """
 
     router_kind = "token"
     skips = False
-    """Whether tokens may visit fewer experts than k, without a capacity."""
+    """Whether tokens may visit fewer than k experts even without a capacity."""
     draws = False
-    """Whether it draws, by `attach_samples`, which of the choices are sent."""
+    """Whether random draws (see `attach_samples`) decide which choices are sent."""
 
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Route the tokens of this rank, padding too: it is only kept out of the statistics.
+        """Route the tokens of this rank, including padding, which only the statistics leave out.
 
         Args:
             input: <float>[T or T / TP, B, D].
-            padding_mask: <bool>[T or T / TP, B], as Megatron hands it on, True where padded.
+            padding_mask: <bool>[T or T / TP, B], as Megatron passes it, True at padding.
 
         Returns:
-            weights <fp32>[n, E], zero where a token does not go, and where it goes <bool>[n, E].
+            Weights <fp32>[n, E], 0 where a token is not sent; and where it is sent, <bool>[n, E].
         """
         scores = self.apply_z_loss(self.gating(input).flatten(0, 1))
         whole = self.of_group(scores.detach())
@@ -71,7 +71,7 @@ class TokenRouter(CountedRouter, TopKRouter):
         return self.balanced(probs, scores, wanted), routing_map
 
     def gating(self, input: Tensor) -> Tensor:
-        """input: <float>[..., D] -> scores <fp32>[..., E], whatever precision the model has."""
+        """input: <float>[..., D] -> scores <fp32>[..., E], whatever the model's precision."""
         return router_gating_linear(input, self.weight, None, torch.float32)
 
     def choose(self, scores: Tensor) -> Choices:
@@ -103,7 +103,7 @@ class TokenRouter(CountedRouter, TopKRouter):
     def count(self, choices: Choices, scores: Tensor, padding_mask: Tensor | None) -> None:
         """Add a group to the statistics; scores: <fp32>[N, E].
 
-        All ranks of a TP group make the same choices, so the first one counts them.
+        All ranks of a TP group make the same choices, so only the first one counts them.
         """
         if not self.counts:
             return
@@ -117,7 +117,7 @@ class TokenRouter(CountedRouter, TopKRouter):
             assert self.counter is not None
             weights = self.weigh(scores, choices.wanted)
             gates = weights[:, 0]
-            if self.skips:  # the first of those that are visited; without one: 0
+            if self.skips:  # the first visited choice's; 0 without one
                 first_asked = choices.asked.int().argmax(dim=1, keepdim=True)
                 gates = (weights * choices.asked).gather(1, first_asked)[:, 0]
             self.counter.add(
@@ -134,14 +134,14 @@ class TokenRouter(CountedRouter, TopKRouter):
             )
 
     def _real(self, padding_mask: Tensor | None) -> Tensor | None:
-        """<bool>[N] of the group, False for padding; None where there is none."""
+        """Return <bool>[N] of the group, False at padding; None if there is none."""
         if padding_mask is not None:
             return self.of_group(padding_mask.flatten().float()) == 0
         assert self.counter is not None
         return None if self.counter.real is None else self.counter.real.T.flatten()
 
     def of_group(self, rows: Tensor) -> Tensor:
-        """Rows of this rank [n, ...] -> rows of the whole group [N, ...]."""
+        """Gather the rows of this rank, [n, ...], to those of the whole group, [N, ...]."""
         if not self.config.sequence_parallel:
             return rows
         return gather_from_sequence_parallel_region(rows, group=self.tp_group)
@@ -155,9 +155,9 @@ class TokenRouter(CountedRouter, TopKRouter):
 def as_megatron(
     weights: Tensor, wanted: Tensor, kept: Tensor, num_experts: int
 ) -> tuple[Tensor, Tensor]:
-    """k choices of a token -> Megatron's dense tables.
+    """Convert the k choices of each token to Megatron's dense tables.
 
-    weights: <fp32>[n, k]; wanted: <int64>[n, k], distinct in a row; kept: <bool>[n, k].
+    weights: <fp32>[n, k]; wanted: <int64>[n, k], distinct within a row; kept: <bool>[n, k].
     Returns probs <fp32>[n, E] and routing_map <bool>[n, E].
     """
     probs = weights.new_zeros(len(wanted), num_experts).scatter(1, wanted, weights * kept)

@@ -1,23 +1,23 @@
-"""Top-k routing with Megatron's own router, as modern mixtures have it.
+"""Top-k routing with Megatron's own router, as in modern MoE models.
 
     s_e = softmax(h W)_e or sigmoid(h w_e)        the k experts of the largest s_e + b_e
     w_e = c s_e / sum over the chosen of s        (k = 1: c s_e)
     loss   a E sum_e f_e P_e,   f_e share of the k N choices by s alone, P_e mean of s_e / sum s
     b_e    += u sign(mean load - load_e) after each step, of the global batch; without it b = 0;
-           as it was, where the step's update was held back
+           unchanged if the step's update was skipped
 
 h <float>[n, D] tokens after the norm; W <float>[D, E], kept as [E, D], without bias. k:
 --moe-router-topk; sigmoid: --moe-router-score-function; c: --moe-router-topk-scaling-factor; a:
 --moe-aux-loss-coeff; b: --moe-router-enable-expert-bias, u: --moe-router-bias-update-rate. With
 --moe-router-num-groups G and --moe-router-group-topk g, the k are chosen in g of G groups of
-experts in a row, those with the largest sums of their k / g best. Softmax over the chosen scores
+consecutive experts, those with the largest sums of their k / g best. Softmax over the chosen scores
 is Mixtral's (arXiv 2401.04088); sigmoid, b, groups and shared experts are DeepSeek-V3's
 (2412.19437; b: 2408.15664; shared experts, layers/token_moe.py: 2401.06066). Unlike in DeepSeek-V3,
 nothing else balances a model with b unless --moe-router-load-balancing-type aux_loss says so.
 Nothing is dropped.
 
-Choice, weights, loss and b are computed by megatron.core's TopKRouter, each rank for its own
-tokens; what is here counts them as those of our other rules, and keeps scores in fp32 as theirs.
+Megatron-Core's TopKRouter computes choice, weights, loss and b, each rank for its own tokens; this
+module counts them like those of our other rules, and likewise keeps scores in fp32.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ class TopKTokenRouter(TokenRouter):
 
     has_aux_loss = True
     bias_before: Tensor | None = None
-    """<fp32>[E], b before the training step under way; None: no step is, or there is no b."""
+    """<fp32>[E], b before the current training step; None: outside of a step, or without b."""
 
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """See TokenRouter.forward: here Megatron's own is the one that routes."""
+        """See TokenRouter.forward; here Megatron's own router routes."""
         return TopKRouter.forward(self, input, padding_mask)
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Route, and count; logits: <fp32>[T or T / TP, B, E]."""
+        """Route and count; logits: <fp32>[T or T / TP, B, E]."""
         if self.training and self.bias_before is None and self.expert_bias is not None:
             self.bias_before = self.expert_bias.clone()
         if self.counts:
@@ -57,7 +57,7 @@ class TopKTokenRouter(TokenRouter):
         return TopKRouter.routing(self, logits, padding_mask)
 
     def choose(self, scores: Tensor) -> Choices:
-        """Return the k experts of each token, that of the largest weight first."""
+        """Return the k experts of each token, the one with the largest weight first."""
         weights, experts = self._top(scores)
         wanted = experts.gather(1, weights.argsort(dim=1, descending=True, stable=True))
         everything = torch.ones_like(wanted, dtype=torch.bool)
@@ -73,13 +73,13 @@ class TopKTokenRouter(TokenRouter):
         return self.num_experts * (loads * shares.mean(dim=0)).sum()
 
     def _maintain_float32_expert_bias(self) -> None:
-        """Keep the step's counts so too: in 16 bits they would be rounded, or overflow."""
+        """Keep the step's counts in fp32 too: in 16 bits they would be rounded, or overflow."""
         super()._maintain_float32_expert_bias()
         if self.local_tokens_per_expert is not None:
             self.local_tokens_per_expert.data = self.local_tokens_per_expert.data.float()
 
     def _top(self, scores: Tensor, wanted: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Weights <fp32>[N, k] and experts <int64>[N, k]; `wanted`: of these instead."""
+        """Return weights <fp32>[N, k] and experts <int64>[N, k], or those of `wanted`."""
         return topk_routing_with_score_function(
             scores,
             self.topk,
@@ -95,10 +95,10 @@ class TopKTokenRouter(TokenRouter):
 
 
 def hold_biases(models: Iterable[nn.Module], *, skipped: bool) -> None:
-    """After a step: put back the biases, which Megatron has moved with the gradients' sums.
+    """Restore the biases after a skipped step: Megatron moved them when it reduced gradients.
 
     Args:
-        skipped: the step had no update of the weights, and has none of the biases.
+        skipped: the step skipped its weight update, and so skips that of the biases.
     """
     modules = (module for model in models for module in model.modules())
     for router in (module for module in modules if isinstance(module, TopKTokenRouter)):

@@ -1,1 +1,1 @@
-"""Triton kernels alone, one file a method. What calls them, and on what terms, is in ops/."""
+"""Only Triton kernels, one file per method. What calls them, and when, is in ops/."""

@@ -2,9 +2,9 @@
 
 ../triton_assignment.py has the method and calls them.
 
-A launch is the only barrier between programs. What a step needs of all tokens, the step before left
-as one partial sum a program, and every program adds them up again for itself, in the same order: no
-atomics, so that the same scores give the same experts on every rank.
+A launch is the only barrier between programs. What a step needs from all tokens, the step before it
+left as one partial sum per program; every program adds them up for itself, in the same order. There
+are no atomics, so that the same scores give the same experts on every rank.
 
 Letters: N tokens, E experts, W = E padded to a power of 2, P programs over tokens, C = ceil(N/E)
 slots of an expert. A padded expert has gains of -inf and no slots. Token -1 is an empty slot.
@@ -17,7 +17,7 @@ import triton.language as tl
 
 @triton.jit
 def _shifted(scores, token_stride, expert_stride, tokens, experts, inside, largest):
-    """Scores over the largest one, shifted so that each token's best is 0: <fp64>[BLOCK, W]."""
+    """Return scores over the largest one, with each token's best shifted to 0: <fp64>[BLOCK, W]."""
     at = tokens[:, None].to(tl.int64) * token_stride + experts[None, :] * expert_stride
     scaled = tl.load(scores + at, mask=inside, other=0.0).to(tl.float64) / largest
     best = tl.max(tl.where(inside, scaled, float("-inf")), axis=1)
@@ -32,7 +32,7 @@ def _largest(maxima, P: tl.constexpr):
 
 @triton.jit
 def extent(scores, token_stride, expert_stride, maxima, N, E, W: tl.constexpr, BLOCK: tl.constexpr):
-    """maxima[p]: <fp64>, the largest absolute score that this program saw."""
+    """Store maxima[p]: <fp64>, the largest absolute score that this program saw."""
     experts = tl.arange(0, W)
     largest = tl.zeros([BLOCK], tl.float64)
     for start in range(tl.program_id(0) * BLOCK, N, tl.num_programs(0) * BLOCK):
@@ -58,7 +58,7 @@ def spread(
     BLOCK: tl.constexpr,
     P: tl.constexpr,
 ):
-    """squares[p]: <fp64>, summed squares around each token's mean; columns[p, W]: summed rows."""
+    """Store squares[p]: <fp64>, summed squares around tokens' means; columns[p, W]: summed rows."""
     experts = tl.arange(0, W)
     largest = _largest(maxima, P)
     square = tl.zeros([BLOCK], tl.float64)
@@ -96,10 +96,10 @@ def _newton_step(
     MAX_STEP: tl.constexpr,
     SOLVER_STEPS: tl.constexpr,
 ):
-    """Prices <fp32>[W] after one step from the partial sums of the preferences at `prices`.
+    """Return prices <fp32>[W] after one step, from partial sums of the preferences at `prices`.
 
     The system is regular and well scaled by its diagonal, so that a few steps of conjugate
-    gradients solve it: they are products with a vector, where an elimination is W steps in a row.
+    gradients solve it: these are products with a vector, while elimination is W serial steps.
     """
     row, column = tl.arange(0, W)[:, None], tl.arange(0, W)[None, :]
     real = tl.arange(0, W) < E
@@ -157,10 +157,10 @@ def balance(
     FIRST: tl.constexpr, DAMPING: tl.constexpr, MAX_STEP: tl.constexpr,
     SOLVER_STEPS: tl.constexpr,
 ):  # fmt: skip
-    """Take the step that the launch before prepared, and prepare the next at this temperature.
+    """Take the step that the previous launch prepared, and prepare the next at this temperature.
 
     q = softmax((gains - prices) / temperature): loads[p, W] = sums of q, products[p, W, W] = q' q.
-    The first one makes the gains <fp32>[N, E] of the scores; whatever is not finite becomes 0.
+    The first launch computes the gains <fp32>[N, E]; whatever is not finite becomes 0.
     """
     experts = tl.arange(0, W)
     if FIRST:
@@ -204,7 +204,7 @@ def balance(
 
 @triton.jit
 def _room(price, N, E, W: tl.constexpr):
-    """<int32>[W], slots of each expert: those with the highest prices have the larger share."""
+    """Return each expert's slots, <int32>[W]: the highest prices have the larger share."""
     row, column = tl.arange(0, W)[:, None], tl.arange(0, W)[None, :]
     other, own = price[None, :], price[:, None]
     dearer = ((other > own) | ((other == own) & (column < row))) & (column < E)
@@ -221,12 +221,12 @@ def choose(
     FIRST: tl.constexpr, DAMPING: tl.constexpr, MAX_STEP: tl.constexpr,
     SOLVER_STEPS: tl.constexpr,
 ):  # fmt: skip
-    """Each waiting token names the expert it prefers of those with room, and by how much.
+    """Let each waiting token name the expert it prefers among those with room, and by how much.
 
-    choices: <int32>[N], -1 of a token that has its place; leads: <int32>[N], the lead over the
-    second choice as the bits of a float >= 0, which are ordered as the float is. The first one
-    takes the last step of the prices, and starts rooms and filled <int32>[W], the slots of each
-    expert and how many are taken, and priced <fp32>[E], the prices in the unit of the scores.
+    choices: <int32>[N], -1 for a token that has its slot; leads: <int32>[N], the lead over the
+    second choice as the bits of a float >= 0, which are ordered like the float. The first launch
+    takes the last step of the prices, and initializes rooms and filled <int32>[W], each expert's
+    slots and how many are taken, and priced <fp32>[E], the prices in the unit of the scores.
     """
     experts = tl.arange(0, W)
     if FIRST:
@@ -256,7 +256,7 @@ def choose(
         inside = waits[:, None] & (experts[None, :] < E)
         at = tokens[:, None].to(tl.int64) * E + experts[None, :]
         gain = tl.load(gains + at, mask=inside, other=0.0)
-        # Evenly over the experts of each token and over the tokens: identical ones part here.
+        # Spread evenly over each token's experts and over the tokens: identical tokens separate.
         number = (
             tokens[:, None].to(tl.uint32) * 2654435769 + experts[None, :].to(tl.uint32) * 3242174889
         )
@@ -295,15 +295,15 @@ def _count(choices, leads, expert, least, N, BLOCK: tl.constexpr):
 def accept(assigned, choices, leads, rooms, filled, members, N, C, BLOCK: tl.constexpr):
     """Program e: expert e takes those of its applicants that would lose most elsewhere.
 
-    assigned: <int64>[N], their expert; members: <int32>[E, C], the tokens in its slots. Of equal
-    leads the first tokens are taken.
+    assigned: <int64>[N], each token's expert; members: <int32>[E, C], the tokens in the slots. Of
+    equal leads the first tokens are taken.
     """
     expert = tl.program_id(0)
     before = tl.load(filled + expert)
     free = tl.load(rooms + expert) - before
     least = 0
     if _count(choices, leads, expert, 0, N, BLOCK) > free:
-        # The largest lead that `free` or more applicants have, bit by bit.
+        # The largest lead that `free` or more applicants reach, bit by bit.
         for bit in range(31):
             raised = least | (1 << (30 - bit))
             if _count(choices, leads, expert, raised, N, BLOCK) >= free:
@@ -337,9 +337,9 @@ def fill(
     W: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Program e: the slots that expert e has left take of the tokens that still wait, by number.
+    """Program e: fill the slots that expert e has left with tokens that still wait, by number.
 
-    members: as there, the slot of a smaller expert that stays empty is -1; has_empty: <int32>[W].
+    members: as in `accept`; a smaller expert's slot that stays empty is -1. has_empty: <int32>[W].
     """
     expert = tl.program_id(0)
     experts = tl.arange(0, W)

@@ -11,8 +11,8 @@ import triton.language as tl
 
 @triton.jit
 def _swapped(best, slots, movers, empties, expert, E, W: tl.constexpr, SMALLEST_GAIN: tl.constexpr):
-    """Of the launch before: which slot of this expert gets which token, -1 if none, and `empties`
-    after all exchanges."""
+    """Return, from the launch before, which slot of this expert gets which token, -1 if none, and
+    `empties` after all exchanges."""
     row, column = tl.arange(0, W)[:, None], tl.arange(0, W)[None, :]
     experts = tl.arange(0, W)
     pairs = (row < E) & (column < E) & (row != column)
@@ -39,8 +39,8 @@ def _swapped(best, slots, movers, empties, expert, E, W: tl.constexpr, SMALLEST_
 def _best_moves(
     gains, tokens, there_is, is_slot, empties, expert, E, W: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Of a block of slots, for each other expert: the most that one gains there, its place in the
-    block, its token. Each [W]."""
+    """Return, for each other expert, the most that one slot of a block gains there, its place in
+    the block, and its token. Each [W]."""
     column = tl.arange(0, W)[None, :]
     at = tokens.to(tl.int64) * E
     own = tl.load(gains + at + expert, mask=there_is, other=0.0)
@@ -62,12 +62,12 @@ def exchange(
     N, E, C, W: tl.constexpr, BLOCK: tl.constexpr,
     FIRST: tl.constexpr, LAST: tl.constexpr, SMALLEST_GAIN: tl.constexpr,
 ):  # fmt: skip
-    """Program e: carry out what the launch before found for expert e, and look for the next.
+    """Program e: apply the exchange that the launch before found for expert e, and find the next.
 
     best: <fp32>[E, W], the most that one member of e gains in each other expert; slots and movers:
     <int32>[E, W], its slot and the token itself. Two experts exchange their best movers if each
     gains more with the other than with any third. An empty slot moves like a token that gains 0
-    everywhere, but never to an expert that has one already. The last one writes the answer.
+    everywhere, but never to an expert that has one already. The last launch writes the answer.
     """
     expert = tl.program_id(0)
     experts = tl.arange(0, W)

@@ -1,12 +1,12 @@
-"""The kernels of causal gating; ../gated_mix.py has the formulas and calls them.
+"""The kernels of causal gating; formulas: ../gated_mix.py; launches: ../gated_mix_launches.py.
 
-Tiles of M above the diagonal are never read; the program with the longest row starts first. A sum
-has one order, so that a result has the same bits each time.
+Tiles of M above the diagonal are never read; the program with the longest row starts first. Sums
+have a fixed order, so that results are bitwise reproducible.
 
 Letters: T tokens, B samples, H heads, f = WIDTH features of a head, N = B f columns of a head.
 Token t, sample b and feature j of head h are at t * token_stride + b * sample_stride + h * f + j of
-each tensor. ROUTED: a head of a sample mixes by the M of an expert, one up to token PREFIX and
-another from there on, with a scale of its own: experts is [2, B, H], scales [B, H]. A block of rows
+each tensor. ROUTED: a head of a sample mixes by the M of one expert up to token PREFIX and of
+another, with its own scale, from there on: experts is [2, B, H], scales [B, H]. A block of rows
 then lies on one side of PREFIX, and a block of columns in one sample.
 """
 
@@ -19,14 +19,14 @@ from megatron_smlp.ops.kernels.gelu import gelu, gelu_and_slope
 
 @triton.jit
 def _places(tokens, columns, head, token_stride, sample_stride, WIDTH: tl.constexpr):
-    """Offsets [tokens, columns] of a head's columns."""
+    """Return offsets [tokens, columns] of a head's columns."""
     at = (columns // WIDTH).to(tl.int64) * sample_stride + head * WIDTH + columns % WIDTH
     return tokens[:, None].to(tl.int64) * token_stride + at[None, :]
 
 
 @triton.jit
 def _row_block(block, T, PREFIX, ROUTED: tl.constexpr, ROWS: tl.constexpr):
-    """Return a block's first row, the end of its rows, and whether it lies behind the prefix."""
+    """Return a block's first row, the end of its rows, and whether it lies after the prefix."""
     if ROUTED:
         before = tl.cdiv(PREFIX, ROWS)
         behind = (block >= before).to(tl.int32)
@@ -39,7 +39,7 @@ def _row_block(block, T, PREFIX, ROUTED: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def _column_block(block, N, WIDTH: tl.constexpr, ROUTED: tl.constexpr, COLUMNS: tl.constexpr):
-    """Return the columns of a block, which of them there are, and the first one's sample."""
+    """Return the columns of a block, which of them exist, and the first one's sample."""
     if ROUTED:
         of_sample: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
         features = block % of_sample * COLUMNS + tl.arange(0, COLUMNS)
@@ -61,9 +61,9 @@ def gated_mix(
     ROUTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, j, h): rows i and columns j of head h of y = GELU(u1) g and of what is kept.
+    """Program (i, j, h): rows i and columns j of head h of y = GELU(u1) g and of `mixed`.
 
-    g = tri(M) v + b + added is kept, or with ROUTED, where g = s tri(M) v + b, the product alone.
+    mixed is g = tri(M) v + b + added; with ROUTED, where g = s tri(M) v + b, the product alone.
     """
     block, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(2)
     first, end, behind = _row_block(block, T, PREFIX, ROUTED, ROWS)
@@ -195,7 +195,7 @@ def _upper_product(
     WIDTH: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """total + sum of M[t, s] dg[t] over begin <= t < end, t >= s; from t = inner on, all s are."""
+    """Return total + sum of M[t, s] dg[t] over begin <= t < end, t >= s: all s if t >= inner."""
     for start in range(begin, inner, DEPTH):
         after = start + tl.arange(0, DEPTH)
         inside = (after[:, None] < inner) & (rows[None, :] < T)
@@ -290,7 +290,7 @@ def _weights_part(
     values_sample,
     WIDTH: tl.constexpr,
 ):
-    """total + dg v' over some columns."""
+    """Return total + dg v' over some columns."""
     at = _places(rows, columns, head, upstream_token, upstream_sample, WIDTH)
     given = tl.load(upstream + at, mask=(rows[:, None] < end) & real[None, :], other=0.0)
     at = _places(before, columns, head, values_token, values_sample, WIDTH)
@@ -300,7 +300,7 @@ def _weights_part(
 
 @triton.jit
 def _line_sums(total, line, begin, end, inside, DEPTH: tl.constexpr):
-    """total + sums of what lies from begin to end on each line."""
+    """Return total + the sum of each line from begin to end."""
     for start in range(begin, end, DEPTH):
         places = start + tl.arange(0, DEPTH)
         here = inside[:, None] & (places[None, :] < end)
@@ -317,10 +317,10 @@ def gradients_of_weights(
 ):  # fmt: skip
     """Program (i, j, e PARTS + p): rows i, columns j of part p of dM_e = tril(dg v'), and db_e.
 
-    A part is of a share of dg's and v's columns. of_weight: [PARTS, E, T, T], contiguous; of more
-    parts than one, no tile above the diagonal is written. of_bias: [E, T], by j = p = 0, from
-    shifts, <fp32>[H, T, B, BLOCKS]. A matrix is a head's, or with ROUTED, that of the pairs of
-    sample and head that pairs, <int32>[2, B H], names up to ends, <int32>[2, E].
+    A part sums a share of dg's and v's columns. of_weight: [PARTS, E, T, T], contiguous; with more
+    than one part, no tile above the diagonal is written. of_bias: [E, T], by j = p = 0, from
+    shifts, <fp32>[H, T, B, BLOCKS]. A matrix belongs to a head or, with ROUTED, to the pairs of
+    sample and head that pairs, <int32>[2, B H], lists up to ends, <int32>[2, E].
     """
     block, other = tl.program_id(0), tl.program_id(1)
     matrix, part = tl.program_id(2) // PARTS, tl.program_id(2) % PARTS
@@ -381,9 +381,9 @@ def gradients_of_weights(
 
 @triton.jit
 def sums_of_parts(parts, of_weight, T, LINES, PARTS, COLUMNS: tl.constexpr):
-    """Program (i, j): columns j of line i of dM, [E T, T]: of its parts, [PARTS, E T, T], in order.
+    """Program (i, j): columns j of line i of dM, [E T, T], summed over parts, [PARTS, E T, T].
 
-    LINES: E T. What is above the diagonal is not read, and zero.
+    LINES: E T. Parts are summed in order; what is above the diagonal is not read, and zero.
     """
     line = tl.program_id(0)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)

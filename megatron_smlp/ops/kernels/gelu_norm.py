@@ -13,7 +13,7 @@ from megatron_smlp.ops.kernels.gelu import gelu, gelu_and_slope
 
 @triton.jit
 def _places(lines, features, head, token_stride, sample_stride, BATCH, WIDTH: tl.constexpr):
-    """Offsets [lines, features] of a head's features."""
+    """Return offsets [lines, features] of a head's features."""
     tokens, samples = (lines // BATCH).to(tl.int64), (lines % BATCH).to(tl.int64)
     at = tokens * token_stride + samples * sample_stride
     return at[:, None] + head * WIDTH + features[None, :]
@@ -83,7 +83,7 @@ def gradients(
 ):
     """Program (i, h): du2 of every n-th block of lines, n programs, and their part of dw and db.
 
-    gradient: dv, [T, B, H f], contiguous; of_means: of the means, as they lie; of_inputs: du2;
+    gradient: dv, [T, B, H f], contiguous; of_means: dm, laid out as the means; of_inputs: du2;
     of_norm_weight, of_norm_bias: <fp32>[n, H f].
     """
     program, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
