@@ -1,7 +1,7 @@
-"""Choose the checkpoint that a run starts from: the newest whole one, the same on all ranks.
+"""Choose the checkpoint that a run starts from: the newest intact one, the same on all ranks.
 
-Rank 0 decides in which order they are tried; the checksums of one are spread over the ranks. A slow
-file system may take longer for that than a collective may (first_rank.py).
+Rank 0 decides in which order to try them; the checksums of each are split over the ranks. On a slow
+file system this may take longer than a collective's timeout, hence first_rank.py.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from megatron_smlp.errors import NoGoodCheckpointError
 from megatron_smlp.first_rank import first_rank_first
 
 SILENCE = 180.0
-"""Seconds without an answer of rank 0's machine after which it is given up."""
+"""Seconds without an answer after which rank 0's machine is given up for dead."""
 
 Say = Callable[[str], None]
 
 
 def choose_checkpoint(args: argparse.Namespace, say: Say) -> Path | None:
-    """Return the folder of the checkpoint that is to be loaded, None to start from scratch; say
-    what was passed over. Collective.
+    """Return the folder of the checkpoint to load, None to start from scratch; report the ones that
+    were skipped. Collective.
 
     Raises:
-        NoGoodCheckpointError: there are some, and none may be loaded.
-        UsageError: the one to be loaded holds another model than the flags say, or was trained on
-            other data.
+        NoGoodCheckpointError: there are checkpoints, but none that may be loaded.
+        UsageError: the one to load holds a different model than the flags describe, or was trained
+            on other data.
     """
     folders: list[Path] = []
     with first_rank_first(args.rank, silence=SILENCE):
@@ -64,7 +64,7 @@ def choose_checkpoint(args: argparse.Namespace, say: Say) -> Path | None:
         check_same_model(args, iteration)
         is_unnamed = args.rank == 0 and tracked_iteration(args.load) != iteration
         if is_unnamed and is_same_folder(args.load, args.save):
-            with contextlib.suppress(OSError):  # it is for other programs: a run looks for itself
+            with contextlib.suppress(OSError):  # only other programs need it: a run looks itself
                 write_durably(Path(args.load) / TRACKER, str(iteration))
     return folder
 
@@ -76,7 +76,7 @@ def _in_order(args: argparse.Namespace) -> list[Path]:
 
 
 def _first_good(args: argparse.Namespace, folders: list[Path], say: Say) -> Path:
-    """Return the first one without a problem."""
+    """Return the first folder without a problem, and warn of those before it. Collective."""
     refused: list[str] = []
     for folder in folders:
         damage = problems(folder)
@@ -109,7 +109,7 @@ def _refusal(args: argparse.Namespace, refused: list[str]) -> str:
 
 
 def problems(folder: Path) -> list[str]:
-    """Return the problems of a checkpoint, a sentence each, the same on every rank. Collective."""
+    """Return a checkpoint's problems, one sentence each, the same on every rank. Collective."""
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     plan: tuple[integrity.Sums, list[str]] | None = None
     with first_rank_first(rank, silence=SILENCE):
@@ -119,6 +119,6 @@ def problems(folder: Path) -> list[str]:
     if not texts:
         own = integrity.problems_in(folder, dict(sorted(sums.items())[rank::size]))
         with first_rank_first(rank, silence=SILENCE):
-            pass  # all have read their share
+            pass  # until all ranks have read their share
         texts = [text for part in gathered(own) for text in part]
     return sorted(texts)

@@ -2,11 +2,11 @@
 
 | in the --save folder | what it is |
 |---|---|
-| `iter_0000010/` | a checkpoint, whole: it got this name when everything was on the disk |
-| `latest_checkpointed_iteration.txt` | the tracker: the iteration of the newest |
+| `iter_0000010/` | a whole checkpoint: it gets this name once everything is on the disk |
+| `latest_checkpointed_iteration.txt` | the tracker: the iteration of the newest checkpoint |
 | `.iter_0000010.partial-4f1c/` | a save in progress, or what an interrupted one left |
-| `.iter_0000010.replaced/` | the older one of this name, for the moment of its replacement |
-| `.iter_0000010.deleted/` | one that is being deleted |
+| `.iter_0000010.replaced/` | the older checkpoint of this name, while it is being replaced |
+| `.iter_0000010.deleted/` | a checkpoint that is being deleted |
 | `.lease-000007` | the lease of the run that writes here (save_lease.py) |
 """
 
@@ -37,13 +37,13 @@ def iteration_folder(run: str | Path, iteration: int) -> Path:
 
 
 def iteration_of(folder: Path) -> int | None:
-    """Return 10 for `iter_0000010`, and None for another name."""
+    """Return 10 for `iter_0000010`, and None for any other name."""
     match = NAME.fullmatch(folder.name)
     return int(match[1]) if match else None
 
 
 def is_checkpoint_folder(folder: Path) -> bool:
-    """Return true for one checkpoint, and false for the folder of a run."""
+    """Return whether this is the folder of one checkpoint, rather than of a run."""
     return iteration_of(folder) is not None or folder.name == RELEASE
 
 
@@ -63,26 +63,26 @@ def _tracker(run: str | Path) -> str:
 
 
 def release_folder(run: str | Path) -> Path | None:
-    """Return the folder of weights without the state of a run, if the tracker names that.
+    """Return the folder of weights without a run's state, if the tracker names it.
 
-    `release`, for tracker and folder, is Megatron's word; it starts with them at iteration 0.
+    `release`, as tracker and folder name, is Megatron's word; it starts from them at iteration 0.
     """
     return Path(run) / RELEASE if _tracker(run) == RELEASE else None
 
 
 def tracked_folder(run: str | Path) -> Path | None:
-    """Return the newest checkpoint of a run, or its release, which may be gone; None for none."""
+    """Return a run's newest checkpoint, else its release, which may be gone, else None."""
     latest = latest_iteration(run)
     return release_folder(run) if latest is None else iteration_folder(run, latest)
 
 
 def folder_at(run: str | Path, iteration: int | None) -> Path | None:
-    """Return the folder of an iteration; for None, of the newest, or None where there is none."""
+    """Return the folder of an iteration; for None, that of the newest, or None if there is none."""
     return iteration_folder(run, iteration) if iteration else tracked_folder(run)
 
 
 def is_same_folder(left: str | None, right: str | None) -> bool:
-    """Return whether both are given, and one folder."""
+    """Return whether both are given and are the same folder."""
     return bool(left and right) and Path(str(left)).resolve() == Path(str(right)).resolve()
 
 
@@ -115,10 +115,10 @@ def iterations(run: str | Path) -> list[int]:
 def loading_order(run: str | Path, step: int | None = None) -> list[int]:
     """Return the iterations of a run's checkpoints in the order in which to try them.
 
-    `step` alone where --ckpt-step gives it.
+    If --ckpt-step gives `step`, only that one is tried.
 
-    First what the tracker names, then older ones, newest first; then those that are later than the
-    tracker says, which belong to another run, or to one whose tracker was set back by hand.
+    Otherwise the one that the tracker names comes first, then older ones, newest first. Later ones
+    come last: they belong to another run, or to one whose tracker was set back by hand.
     """
     if step:
         return [step]
@@ -131,35 +131,35 @@ def loading_order(run: str | Path, step: int | None = None) -> list[int]:
 
 
 def latest_iteration(run: str | Path) -> int | None:
-    """Return the first in loading order that looks whole; the first of all if none does."""
+    """Return the first iteration in loading order that looks whole, or else the very first."""
     order = loading_order(run)
     whole = (n for n in order if looks_whole(iteration_folder(run, n)))
     return next(whole, order[0] if order else None)
 
 
 def is_ours(folder: Path) -> bool:
-    """Return true if it was saved with checksums; Megatron's own and older ones were not."""
+    """Return whether it was saved with checksums, unlike Megatron's own and older checkpoints."""
     return any((folder / name).exists() for name in (SUMS, MARKER, RUN))
 
 
 def looks_whole(folder: Path) -> bool:
-    """Judge by the files that are there; `integrity.py` reads what is in them."""
+    """Return whether its key files exist; `integrity.py` checks what is in them."""
     if is_ours(folder):
         return (folder / MARKER).exists()
     return (folder / "metadata.json").exists() and (folder / ".metadata").exists()
 
 
 def superfluous(run: str | Path, *, newest: int, last: int | None, every: int | None) -> list[Path]:
-    """Return the checkpoints to delete: not among the last few, and no multiple to keep.
+    """Return the checkpoints to delete: neither among the last few nor at a multiple to keep.
 
-    What is later than the newest belongs to another run, or is about to be replaced: it stays.
-    Links and incomplete checkpoints stay too, and are not counted: somebody may want to inspect
+    Checkpoints later than `newest` belong to another run, or are about to be replaced: they stay.
+    Symlinks and incomplete checkpoints stay too, and are not counted: somebody may want to inspect
     them.
 
     Args:
         newest: iteration that was just saved.
-        last: how many of the last to keep; None: all.
-        every: iterations that are a multiple of it are kept forever.
+        last: how many of the last checkpoints to keep; None: all.
+        every: keep multiples of this many iterations forever.
     """
     if last is None:
         return []
@@ -169,18 +169,18 @@ def superfluous(run: str | Path, *, newest: int, last: int | None, every: int | 
 
 
 def partial_folder(final: Path) -> Path:
-    """Return a new name for each save: what an interrupted one still writes must not get in."""
+    """Return a name of this save's own, into which no interrupted one can still be writing."""
     return final.with_name(f".{final.name}.partial-{secrets.token_hex(4)}")
 
 
 def tidy(run: str | Path) -> list[str]:
     """Undo or finish what interrupted saves and deletions left in a run's folder.
 
-    Each is renamed before it is deleted: a writer that was taken for dead, and comes back, does not
-    find half of one to give its final name to.
+    Each folder is renamed before it is deleted, so that a writer that was presumed dead and comes
+    back cannot publish a half-deleted one under its final name.
 
     Returns:
-        the names of what was removed.
+        the names of the folders that were removed.
     """
     if not Path(run).is_dir():
         return []

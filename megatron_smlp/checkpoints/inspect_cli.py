@@ -68,7 +68,7 @@ def _verify(folder: Path) -> tuple[dict[str, Any], int]:
 
 
 def _lines(answer: dict[str, Any]) -> list[str]:
-    """Return a line for each row of a table; what is empty says so."""
+    """Return the answer as text, a line for each row of a table; an empty table says `none`."""
     lines = []
     for key, value in answer.items():
         if isinstance(value, dict):

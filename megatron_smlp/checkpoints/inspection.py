@@ -1,4 +1,4 @@
-"""Describe a checkpoint, and compare two: a tensor at a time, without Megatron's groups."""
+"""Describe a checkpoint or compare two, one tensor at a time, without process groups."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def describe(folder: Path) -> dict[str, Any]:
 
 
 def tensor_rows(folder: Path) -> Iterator[dict[str, Any]]:
-    """Yield name, shape, type and norms of each tensor."""
+    """Yield name, shape, dtype and norms of each tensor."""
     tensors = TorchDistReader(folder)
     for name in tensors.all_specs:
         tensor = tensors.read(name)
@@ -45,10 +45,10 @@ def tensor_rows(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def differences(first: Path, second: Path) -> Iterator[dict[str, Any]]:
-    """Yield a row for each tensor that is not the same in both.
+    """Yield a row for each tensor that differs between the two.
 
-    `max_abs` is the largest difference of two elements, `relative` the norm of the difference over
-    that of the first tensor (or of the second, where the first is zero).
+    `max_abs` is the largest elementwise difference, `relative` the norm of the difference over that
+    of the first tensor (or of the second, if the first is zero).
     """
     ours, theirs = TorchDistReader(first), TorchDistReader(second)
     for name in sorted(ours.all_specs.keys() | theirs.all_specs.keys()):
@@ -66,7 +66,7 @@ def differences(first: Path, second: Path) -> Iterator[dict[str, Any]]:
 
 
 def _is_same(mine: Tensor, other: Tensor) -> bool:
-    """Bit by bit where it is NaN, which is not equal to itself."""
+    """Return whether both are equal, by value or bit by bit: NaN does not equal itself."""
     return torch.equal(mine, other) or torch.equal(
         mine.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8)
     )

@@ -1,8 +1,8 @@
-"""Checksums of a checkpoint: written when it is saved, compared before it is loaded.
+"""Checksums of a checkpoint: written when it is saved, verified before it is loaded.
 
 `checksums.b2` has a line for every file in coreutils' format, and `complete.b2`, the marker, has
-one for `checksums.b2`; so `b2sum -c complete.b2 checksums.b2` also tells. The marker is written
-last. BLAKE2b with 256 bits; the checksums find accidents, they do not protect from intent.
+one for `checksums.b2`; so `b2sum -c complete.b2 checksums.b2` also verifies them. The marker is
+written last. The hash is BLAKE2b with 256 bits; it detects accidents, not tampering.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megatron_smlp.checkpoints.folders import MARKER, SUMS, is_ours
 from megatron_smlp.durable import write_durably
 
 DIGEST_BYTES = 32
-THREADS = 4  # of each process; hashlib leaves the lock of the interpreter while it computes
+THREADS = 4  # per process; hashlib releases the GIL while it computes
 LINE = re.compile(r"([0-9a-f]{64})  ([^/\n]+)")
 OWN_FILES = re.compile(r"__(\d+)_\d+\.distcp")
 SHARE = ".checksums-{rank}"
@@ -28,7 +28,7 @@ Sums = Mapping[str, str]
 
 
 def file_sum(path: Path, *, sync: bool = False) -> str:
-    """Return the checksum of one file, in hexadecimal; with `sync` it is on the disk afterwards."""
+    """Return the checksum of one file, in hexadecimal; with `sync`, fsync the file as well."""
     with path.open("rb", buffering=0) as file:
         digest = hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=DIGEST_BYTES))
         if sync:
@@ -37,7 +37,7 @@ def file_sum(path: Path, *, sync: bool = False) -> str:
 
 
 def sums_of(paths: Iterable[Path]) -> dict[str, str]:
-    """Return checksums by name; several files at a time are read, and each brought to the disk."""
+    """Return checksums by file name; read several files at a time, and fsync each."""
     paths = list(paths)
     with ThreadPoolExecutor(THREADS) as pool:
         sums = pool.map(partial(file_sum, sync=True), paths)
@@ -49,7 +49,7 @@ def format_sums(sums: Sums) -> str:
 
 
 def parse_sums(text: str) -> dict[str, str] | None:
-    """Return checksums by name; None if a line is not what `format_sums` writes."""
+    """Return checksums by file name; None if the text is not what `format_sums` writes."""
     matches = [LINE.fullmatch(line) for line in text.removesuffix("\n").split("\n")]
     sums = {match[2]: match[1] for match in matches if match}
     return sums if len(sums) == len(matches) and format_sums(sums) == text else None
@@ -65,7 +65,7 @@ def write_share(folder: Path, *, rank: int) -> None:
 
 
 def seal(folder: Path) -> None:
-    """Write checksums and marker, from the ranks' shares and of every other file."""
+    """Write checksums and marker: collect the ranks' shares, and compute those of other files."""
     sums: dict[str, str] = {}
     for share in sorted(folder.glob(SHARE.format(rank="*"))):
         sums |= parse_sums(share.read_text(encoding="utf-8")) or {}
@@ -77,7 +77,7 @@ def seal(folder: Path) -> None:
 
 
 def read_sums(folder: Path) -> tuple[dict[str, str], list[str]]:
-    """Return the checksums of a checkpoint of ours, and the problems of their own two files."""
+    """Return the checksums of one of our checkpoints, and the problems of its checksum files."""
     lists: dict[str, dict[str, str] | None] = {}
     problems = []
     for name in (SUMS, MARKER):
@@ -94,7 +94,7 @@ def read_sums(folder: Path) -> tuple[dict[str, str], list[str]]:
 
 
 def problems_in(folder: Path, sums: Sums) -> list[str]:
-    """Return the problems of these files, a sentence each."""
+    """Compare files with their checksums; return their problems, one sentence each."""
     with ThreadPoolExecutor(THREADS) as pool:
         texts = pool.map(lambda item: _problem(folder / item[0], item[1]), sums.items())
         return [text for text in texts if text]
@@ -111,9 +111,9 @@ def _problem(path: Path, expected: str) -> str | None:
 
 
 def plan(folder: Path) -> tuple[Sums, list[str]]:
-    """Return the checksums to compare, or the problems that are known without them.
+    """Return the checksums to compare, and the problems found without comparing any.
 
-    Of a checkpoint without checksums, as Megatron's own, the index has to be there.
+    A checkpoint without checksums, such as Megatron's own, must have its index files.
     """
     if not folder.is_dir():
         return {}, ["the folder is missing"]
@@ -124,6 +124,6 @@ def plan(folder: Path) -> tuple[Sums, list[str]]:
 
 
 def verify(folder: Path) -> list[str]:
-    """Return the problems of a checkpoint, a sentence each; none for a good one."""
+    """Return a checkpoint's problems, one sentence each; an intact one has none."""
     sums, problems = plan(folder)
     return problems or problems_in(folder, sums)

@@ -1,7 +1,7 @@
-"""`model.json` in a checkpoint: the flags that make the model in it.
+"""`model.json` in a checkpoint: the flags that define its model.
 
-It lies in each `iter_*` folder, beside Megatron's own files, as plain JSON, so that the flags can
-be read without torch and without unpickling anything.
+It is in each `iter_*` folder, next to Megatron's own files, as plain JSON, so that the flags can be
+read without torch and without unpickling anything.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megatron_smlp.options import MODEL_FLAGS, model_defaults
 
 
 def model_flags(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the flags that make the model what it is, by argparse destination."""
+    """Return the flags that define the model, by argparse destination."""
     from megatron.training import get_tokenizer
 
     flags = {name: getattr(args, name) for name in MODEL_FLAGS}
@@ -29,20 +29,20 @@ def model_flags(args: argparse.Namespace) -> dict[str, Any]:
     if flags["window_size"] is not None:
         flags["window_size"] = str(flags["window_size"])  # JSON has no tuples
     if not args.group_query_attention:
-        flags["num_query_groups"] = None  # without it Megatron fills in one number or another
+        flags["num_query_groups"] = None  # unused, and Megatron fills in different numbers
     return flags
 
 
 def read_model_flags(checkpoint: str | Path, iteration: int | None = None) -> dict[str, Any]:
-    """Return the flags of a checkpoint in a run's folder; none if it was not written by us.
+    """Return the model flags of a checkpoint in a run's folder; none if we did not write it.
 
-    A damaged file says nothing here, and is no error: whoever loads the checkpoint finds it.
+    A damaged file yields no flags, and no error: loading the checkpoint reports it.
 
     Args:
-        iteration: the one to read; left out: the newest.
+        iteration: the one to read; None: the newest.
 
     Raises:
-        UsageError: it was written with a plugin that is not named, or that has another text.
+        UsageError: it was written with a plugin that was not given, or that has another text.
     """
     folder = folder_at(checkpoint, iteration)
     if folder is None or not _is_whole(folder):
@@ -54,17 +54,17 @@ def read_model_flags(checkpoint: str | Path, iteration: int | None = None) -> di
 
 
 def _is_whole(folder: Path) -> bool:
-    """Return whether model.json is what was written, where the checkpoint has checksums."""
+    """Return whether model.json matches its checksum, if the checkpoint has one."""
     sums, _ = read_sums(folder)
     return MODEL not in sums or not problems_in(folder, {MODEL: sums[MODEL]})
 
 
 def flags_in(folder: Path) -> dict[str, Any]:
-    """Return the flags in the folder of one checkpoint.
+    """Return the model flags in the folder of one checkpoint.
 
     Raises:
-        UsageError: it was not written by us, or with a plugin that is not named.
-        DamagedCheckpointError: model.json is not what was written.
+        UsageError: it was not written by us, or with a plugin that was not given.
+        DamagedCheckpointError: model.json cannot be read as a JSON object.
     """
     flags = written_in(folder)
     if flags is None:
@@ -76,10 +76,10 @@ def flags_in(folder: Path) -> dict[str, Any]:
 
 
 def written_in(folder: Path) -> dict[str, Any] | None:
-    """Return what model.json says, whatever plugins it needs; None: there is none.
+    """Return the content of model.json, whatever plugins it needs; None if the file is missing.
 
     Raises:
-        DamagedCheckpointError: it is not what was written.
+        DamagedCheckpointError: it cannot be read as a JSON object.
     """
     path = folder / MODEL
     try:

@@ -1,23 +1,23 @@
 """Save optimizer state independent of the layout: TP, PP, EP, DP, distributed or not.
 
-Megatron writes Adam's moments as whole tensors under the names of their parameters, if it is asked
-to (`--dist-ckpt-optim-fully-reshardable`). Around them it keeps what belongs to one layout, and a
-resume under another one stops there. On every device:
+With `--dist-ckpt-optim-fully-reshardable` Megatron writes Adam's moments as whole tensors under the
+names of their parameters. What it saves around them belongs to one layout, and a resume under
+another one fails there. On every device:
 
-* Parameter groups, and how many optimizers a rank chains, are written as rank 0 has them. A stage
-  without experts has one optimizer, one with experts two; a distributed optimizer nests its state
-  in another way than a plain one. Here they stay out of the checkpoint: groups are made of the
-  run's own flags, and only the step count is saved, the largest of all ranks.
-* A distributed optimizer calls its fp32 weights `param`, the plain mixed precision one
-  `fp32_param`; for an fp32 model only the first saves them, a second time. Here both say
-  `fp32_param`, and weights that the model holds in fp32 already are not repeated.
+* Megatron writes parameter groups, and how many optimizers a rank chains, as rank 0 has them. But a
+  stage without experts has one optimizer, one with experts two, and a distributed optimizer nests
+  its state differently from a plain one. Here they stay out of the checkpoint: groups are built
+  from the run's own flags, and only the step count is saved, the maximum over all ranks.
+* A distributed optimizer calls its fp32 weights `param`, a plain mixed precision one `fp32_param`;
+  for an fp32 model only the former saves them, a second time. Here both say `fp32_param`, and
+  weights that the model already holds in fp32 are not saved again.
 * A plain optimizer has no moments before its first update, which fp16 puts off until its loss scale
-  fits, and leaves them out; a resume asks for them. Here they are saved as the zeros that they are.
-* What a plain optimizer saved does not name a format that a distributed optimizer could look for:
-  that is ANY_LAYOUT.
+  fits, and so omits them; a resume expects them. Here they are saved, as zeros.
+* The state that a plain optimizer saves does not name the format that a distributed optimizer looks
+  for; it is taken to be ANY_LAYOUT.
 
-Megatron's format for a change of the data parallel size alone (`dp_reshardable`) passes untouched,
-but for the groups: there too a load takes the run's own, with the step that was saved.
+Megatron's format for changing the data parallel size alone (`dp_reshardable`) passes through as it
+is, except for the groups: there too a load uses the run's own, with the step that was saved.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ from megatron_smlp.collectives import gathered
 
 FORMAT = "distrib_optim_sharding_type"
 ANY_LAYOUT = "fully_reshardable"
-# Where Megatron would have put an optimizer of this rank's layout.
+# Key of the state as Megatron nests it for this rank's layout.
 LOCAL = "of_this_layout"
 
 
 class AnyLayout:
-    """Megatron's optimizer for `generate_state_dict`. See the top of the file.
+    """Wrap Megatron's optimizer for `generate_state_dict`; see the module docstring.
 
     Args:
-        optimizer: a ChainedOptimizer, as Megatron builds.
+        optimizer: a ChainedOptimizer, as Megatron builds it.
     """
 
     def __init__(self, optimizer: Any) -> None:
@@ -54,7 +54,7 @@ class AnyLayout:
     def sharded_state_dict(
         self, model: Any, is_loading: bool = False, *, metadata: dict[str, Any]
     ) -> Any:
-        """model: its sharded state. Collective."""
+        """Return what to save or load; model: the model's sharded state. Collective."""
         if metadata.get(FORMAT, ANY_LAYOUT) != ANY_LAYOUT:
             return self.optimizer.sharded_state_dict(model, is_loading, metadata=metadata)
         if not is_loading:
@@ -67,7 +67,7 @@ class AnyLayout:
         return common | {LOCAL: _kept_local(state)}
 
     def _common(self, state: Any) -> dict[str, Any]:
-        """Return the step, and fp16's loss scale with its counters: all chained ones share them."""
+        """Return what all chained optimizers share: the step, fp16's loss scale and counters."""
         common: dict[str, Any] = {"step": _step(self.optimizer)}
         for _, part in _parts(self.optimizer, state):
             if "grad_scaler" in part:
@@ -75,7 +75,7 @@ class AnyLayout:
         return common
 
     def load_state_dict(self, state: Any) -> None:
-        """state: what `sharded_state_dict` asked for, loaded."""
+        """Load `state`: what `sharded_state_dict` returned, filled in from a checkpoint."""
         if LOCAL not in state:
             for optimizer, part in _parts(self.optimizer, state):
                 _set_own_groups(optimizer, part["optimizer"])
@@ -92,7 +92,7 @@ class AnyLayout:
 
 
 def allocate(optimizer: torch.optim.Adam) -> None:
-    """Give every parameter the state that torch's Adam would give it at its first step."""
+    """Create for every parameter the state that torch's Adam would create at its first step."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             optimizer.state[parameter] = {
@@ -103,20 +103,20 @@ def allocate(optimizer: torch.optim.Adam) -> None:
 
 
 def _allocate_moments(optimizer: Any) -> None:
-    """Allocate moments where an optimizer has made no update yet: that of Transformer Engine or
-    Apex would do it in the first."""
+    """Allocate the moments of optimizers that have made no update yet; those of Transformer Engine
+    and Apex would do it in the first."""
     for part in optimizer.chained_optimizers:
         if part.optimizer is None or any(part.optimizer.state.values()):
             continue
         if isinstance(part.optimizer, torch.optim.Adam):
-            if not isinstance(part, DistributedOptimizer):  # of which torch_adam.py does it
+            if not isinstance(part, DistributedOptimizer):  # torch_adam.py does it for those
                 allocate(part.optimizer)
         elif part.init_state_fn is not None:
             part.init_state_fn(part.optimizer, part.config)
 
 
 def _parts(optimizer: Any, state: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield each chained optimizer with its part; a single one has no number in front."""
+    """Yield each chained optimizer with its part of the state; a single one has no number key."""
     chained = optimizer.chained_optimizers
     if len(chained) == 1:
         yield chained[0], state
@@ -144,14 +144,14 @@ def _restore_weights(states: dict[int, Any], parameters: list[torch.Tensor]) -> 
 
 
 def _kept_local(state: Any) -> Any:
-    """Return the same tree with everything but sharded tensors marked as not to be saved."""
+    """Return the tree with everything but sharded tensors marked as not to be saved."""
     if isinstance(state, ShardedBase | LocalNonpersistentObject):
         return state
     if isinstance(state, dict | list) and _has_sharded(state):
         if isinstance(state, dict):
             return {key: _kept_local(value) for key, value in state.items()}
         return [_kept_local(value) for value in state]
-    unwrapped = dict_list_map_outplace(  # of the marks that Megatron itself set inside
+    unwrapped = dict_list_map_outplace(  # removes the marks that Megatron itself set inside
         lambda v: v.unwrap() if isinstance(v, LocalNonpersistentObject) else v, state
     )
     return LocalNonpersistentObject(unwrapped)
@@ -162,7 +162,7 @@ def _has_sharded(state: Any) -> bool:
 
 
 def _step(optimizer: Any) -> int:
-    """Return the steps taken, which a rank or group without parameters of its own does not know."""
+    """Return the steps taken, as the maximum over ranks: some have no parameters of their own."""
     steps = [0]
     for part in optimizer.chained_optimizers:
         holders = [*part.optimizer.param_groups, *part.optimizer.state.values()]
@@ -171,7 +171,7 @@ def _step(optimizer: Any) -> int:
 
 
 def _set_own_groups(optimizer: Any, saved: dict[str, Any]) -> None:
-    """Keep the step of saved groups alone: Megatron finds no group by rates that have changed."""
+    """Keep only the step of saved groups: Megatron cannot match groups whose rates have changed."""
     steps = [group["step"] for group in saved["param_groups"] if group.get("step") is not None]
     step = {"step": max(steps)} if steps else {}
     own = optimizer.state_dict()["optimizer"]["param_groups"]

@@ -1,7 +1,7 @@
 """Read the tensors of Megatron's distributed checkpoints: one process, no process groups.
 
-torch's own reader takes a whole piece into memory beside the tensor, also for one row of it, and
-does not compare its checksum: docs/decisions/0036.
+torch's own reader loads a whole piece into memory in addition to the tensor, even for one row, and
+does not verify its checksum: docs/decisions/0036.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ class TorchDistReader:
             name: Spec(tuple(entry.size), entry.properties.dtype)
             for name, entry in self.entries.items()
         }
-        """Specifications of all tensors, optimizer state included."""
+        """Shapes and dtypes of all tensors, optimizer state included."""
 
     def read(self, name: str, row: int | None = None) -> Tensor:
-        """Return one tensor, or one row of it, whatever the pieces in which ranks wrote it.
+        """Return one tensor, or one row of it, assembled from the pieces that ranks wrote.
 
         Raises:
             DamagedCheckpointError: a piece cannot be read.
@@ -66,9 +66,9 @@ class TorchDistReader:
         return tensor
 
     def read_into(self, target: Tensor, name: str, *, start: int = 0) -> None:
-        """Fill a tensor with rows of the one of this name, from `start` on.
+        """Fill `target` with rows of the named tensor, from row `start` on.
 
-        Each piece goes from the disk to its place, so that memory holds the tensor and no more.
+        Each piece goes straight from the disk to its place, so memory holds only the tensor.
 
         Raises:
             DamagedCheckpointError: a piece cannot be read.
@@ -99,15 +99,15 @@ class TorchDistReader:
             part.seek(0)
             with zipfile.ZipFile(part) as archive:
                 [values] = [n for n in archive.namelist() if n.endswith("/data/0")]
-                with archive.open(values) as stream:  # which compares a checksum at its end
+                with archive.open(values) as stream:  # verifies a checksum at its end
                     if skip:
                         stream.seek(skip)
                     _fill(target, stream)
-                    while not skip and stream.read(BLOCK_BYTES):  # it is of all the values
+                    while not skip and stream.read(BLOCK_BYTES):  # which covers all values
                         pass
 
     def read_object(self, name: str) -> Any:
-        """Return what is saved under a name that is not a tensor's, if `weights_only` allows it."""
+        """Return the saved object of this name, if `weights_only` allows its types."""
         with self._open(MetadataIndex(name)) as part:
             return load_object(part)
 
@@ -120,7 +120,7 @@ class TorchDistReader:
 
 
 class _Part(_ReaderView):
-    """A part of a file as a file; torch's class has the wrong sign for offsets from the end."""
+    """A part of a file as a file; torch's class gets the sign of offsets from the end wrong."""
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
         if whence == os.SEEK_END:
@@ -130,7 +130,7 @@ class _Part(_ReaderView):
 
 
 def _fill(target: Tensor, stream: IO[bytes]) -> None:
-    """Fill a tensor, which may be a part of a larger one, with values row by row."""
+    """Fill a tensor, which may be a view of a larger one, row by row from a stream of values."""
     if not target.is_contiguous():
         for row in target:
             _fill(row, stream)
@@ -138,4 +138,4 @@ def _fill(target: Tensor, stream: IO[bytes]) -> None:
         values = memoryview(target.reshape(-1).view(torch.uint8).numpy())
         for start in range(0, target.nbytes, BLOCK_BYTES):
             length = min(BLOCK_BYTES, target.nbytes - start)
-            values[start : start + length] = stream.read(length)  # ValueError where it is shorter
+            values[start : start + length] = stream.read(length)  # ValueError if it is shorter

@@ -1,4 +1,4 @@
-"""Compare a run with the checkpoint that it goes on from: its model, its data, its flags."""
+"""Compare a run with the checkpoint that it resumes from: its model, its data, its flags."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_smlp.provenance import software
 
 
 def check_same_model(args: argparse.Namespace, iteration: int | None) -> None:
-    """Refuse flags that make another model than the one in --load.
+    """Refuse flags that define a different model from the one in --load.
 
     Args:
         iteration: the checkpoint's; None: the newest.
@@ -27,7 +27,7 @@ def check_same_model(args: argparse.Namespace, iteration: int | None) -> None:
     """
     wanted = model_flags(args)
     for name, there in read_model_flags(args.load, iteration).items():
-        if name == "plugins":  # reading the checkpoint's flags has compared them
+        if name == "plugins":  # already compared when the checkpoint's flags were read
             continue
         here = wanted.get(name, there)
         may_change = name in MODEL_FLAGS and MODEL_FLAGS[name].may_change
@@ -45,11 +45,11 @@ def check_same_model(args: argparse.Namespace, iteration: int | None) -> None:
 
 
 def compare_run(args: argparse.Namespace, iteration: int, say: Callable[[str], None]) -> None:
-    """Name flags that changed, and datasets that hold something else, if that is allowed.
+    """Report flags that changed and, if that is allowed, datasets whose content changed.
     Collective.
 
     Raises:
-        UsageError: a dataset holds something else.
+        UsageError: a dataset's content changed, and that is not allowed.
     """
     folder = iteration_folder(args.load, iteration)
     if not (folder / MODEL).exists():
@@ -74,16 +74,16 @@ def compare_run(args: argparse.Namespace, iteration: int, say: Callable[[str], N
 
 
 def _other_data(record: dict[str, Any], args: argparse.Namespace) -> list[str]:
-    """Return the prefixes of datasets that hold something else than at the time of the save."""
+    """Return the prefixes of datasets whose content has changed since the save."""
     before = record.get("data", {})
     now = args.data_contents
     return [prefix for prefix, content in now.items() if before.get(prefix, content) != content]
 
 
 def _changes(record: dict[str, Any], args: argparse.Namespace) -> list[str]:
-    """Return the differences of this run's flags from the checkpoint's: `--lr 0.001 -> 0.0005`.
+    """Return how this run differs from the checkpoint's, such as `--lr 0.001 -> 0.0005`.
 
-    Flags that were given then or are given now, the number of ranks, and the sources.
+    Compares the flags that were given then or are given now, the number of ranks, and the sources.
     """
     names = {*record["given"], *args.explicit_flags} - START_FLAGS
     before = record["flags"]

@@ -1,4 +1,4 @@
-"""Has a GPU the memory that Megatron needs to put the optimizer's state together for a save?"""
+"""Check that a GPU has the memory that Megatron needs to gather optimizer state for a save."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def gathers_on_gpus(args: argparse.Namespace) -> bool:
-    """Return whether a save puts the optimizer's state together there, before it writes."""
+    """Return whether a save gathers the optimizer's state on GPUs before it writes."""
     return bool(
         args.use_distributed_optimizer
         and args.dist_ckpt_optim_fully_reshardable
@@ -20,17 +20,17 @@ def gathers_on_gpus(args: argparse.Namespace) -> bool:
 
 
 def missing_room(optimizer: Any) -> str:
-    """Return what is missing for that, or an empty text.
+    """Return what memory is missing for that, or an empty string.
 
-    The memory is taken as `DistributedOptimizer.get_parameter_state_dp_zero` takes it, and is
-    cached for it: there, in the middle of a collective, the other ranks would wait for ever.
+    Memory is allocated as `DistributedOptimizer.get_parameter_state_dp_zero` will, and stays cached
+    for it: an error there, in the middle of a collective, would leave other ranks waiting forever.
     """
     for single in getattr(optimizer, "chained_optimizers", [optimizer]):
         for bucket in itertools.chain(*(b.buckets for b in getattr(single, "buffers", ()))):
             ranks = single.data_parallel_group.size()
             part = bucket.grad_data.numel() // ranks
             try:
-                _take(ranks + 1, part)  # one of each rank, and this one's copy
+                _take(ranks + 1, part)  # one part per rank, and this rank's copy
             except torch.OutOfMemoryError:
                 gigabytes = (ranks + 1) * part * torch.float32.itemsize / 2**30
                 return f"a GPU has no room for {gigabytes:.1f} GiB of the optimizer's state"

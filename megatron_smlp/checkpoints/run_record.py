@@ -2,13 +2,13 @@
 
 | key | what it is |
 |---|---|
-| iteration, consumed_train_samples | how far the run was |
-| command_line | its arguments, those of its YAML file among them |
-| given | which flags these were |
-| flags | the value of every flag, after all defaults of Megatron and the machine |
-| layout | over how many ranks the model was spread, and how |
-| data | what was in each dataset, by its prefix: `data/pairs/content.py` |
-| plugins | the text of each plugin, by its name |
+| iteration, consumed_train_samples | how far the run had come |
+| command_line | its arguments, including those from its YAML file |
+| given | the names of the flags in `command_line` |
+| flags | the value of every flag, with all defaults of Megatron and the machine filled in |
+| layout | how many ranks the model was sharded over, and how |
+| data | a checksum of each dataset's content, by prefix: `data/pairs/content.py` |
+| plugins | the text of each plugin, by name |
 | software | commit of this repository, hash of its sources, versions of Python and of packages |
 | tokenizer | flags that name it, its size, and the SHA-256 of its vocabulary |
 """
@@ -44,7 +44,7 @@ LAYOUT = (
 )
 TOKENIZER = ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file", "vocab_size")
 
-# What one start of a run says about itself, and the next one does not take over.
+# Flags that concern one start of a run, and that the next one does not inherit.
 START_FLAGS = frozenset({
     *(name for name, facts in OUR_FLAGS.items() if facts.of_one_start),
     "use_checkpoint_args", "load", "save", "ckpt_step", "finetune", "no_load_optim", "no_load_rng",
@@ -54,7 +54,7 @@ START_FLAGS = frozenset({
 
 
 def run_record(args: argparse.Namespace, *, iteration: int | None) -> dict[str, Any]:
-    """Return the contents of `run.json`, for a namespace that `parse_arguments` returned."""
+    """Return the contents of `run.json`, for a namespace from `parse_arguments`."""
     return {
         "iteration": iteration,
         "consumed_train_samples": args.consumed_train_samples,
@@ -70,19 +70,19 @@ def run_record(args: argparse.Namespace, *, iteration: int | None) -> dict[str, 
     }
 
 
-@cache  # once for all saves: it may take another Python, which asks the hub
+@cache  # once for all saves: it may start another Python process, which queries the hub
 def _tokenizer_identity(spec: TokenizerSpec) -> str | None:
     from megatron_smlp.data.tokenizers.factory import read_tokenizer
     from megatron_smlp.errors import DataError
 
     try:
         return read_tokenizer(spec).identity
-    except DataError:  # trained with, but not one that the tools of this repository read
+    except DataError:  # training can use it, but this repository's tools cannot read it
         return None
 
 
 def plain(value: Any) -> Any:
-    """Return what JSON makes of a value; what it does not have becomes its text."""
+    """Return a value as JSON keeps it; what JSON cannot express becomes its `str`."""
     return json.loads(json.dumps(value, default=str))
 
 
@@ -93,7 +93,7 @@ def write_records(folder: Path, model: Mapping[str, Any], run: Mapping[str, Any]
 
 
 def read_run_record(folder: Path) -> dict[str, Any] | None:
-    """Return the contents of run.json; None if it is missing or is not what was written."""
+    """Return the contents of run.json; None if it is missing or does not match its checksum."""
     try:
         text = (folder / RUN).read_text(encoding="utf-8")
         sums, problems = integrity.read_sums(folder)

@@ -1,10 +1,10 @@
-"""Unpickle plain data alone: what a checkpoint holds is read, and never run.
+"""Unpickle plain data only: the content of a checkpoint is read, and never run.
 
-A distributed checkpoint holds pickles of three kinds: its index `.metadata`, objects and tensors.
-A pickle can call anything when it is loaded. `load_metadata` builds the classes of ALLOWED alone,
-and `load_object` what torch's `weights_only` allows, which Megatron adds its own classes to
-(megatron.core.safe_globals). What is refused, and what cannot be read, is one line for the user:
-UnsafeCheckpointError and DamagedCheckpointError.
+A distributed checkpoint holds three kinds of pickles: its index `.metadata`, objects and tensors.
+A pickle can call anything when it is loaded. `load_metadata` builds only the classes in ALLOWED,
+and `load_object` only what torch's `weights_only` allows, to which Megatron adds classes of its own
+(megatron.core.safe_globals). What is refused or cannot be read raises a one-line error for the
+user: UnsafeCheckpointError or DamagedCheckpointError.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ DATA = "torch.distributed.checkpoint.metadata"
 PLANS = "torch.distributed.checkpoint.planner"
 FILES = "torch.distributed.checkpoint.filesystem"
 
-# Everything that torch and Megatron put into `.metadata`; calling these makes data, and no more.
+# Everything that torch and Megatron put into `.metadata`; calling these only builds data.
 ALLOWED = {
     *((DATA, name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties")),
     *((DATA, f"{kind}StorageMetadata") for kind in ("Tensor", "Bytes", "Chunk")),
@@ -41,7 +41,7 @@ ALLOWED = {
 
 
 class MetadataUnpickler(pickle.Unpickler):
-    """Builds the classes of ALLOWED and torch's dtypes, and nothing else."""
+    """An unpickler that builds the classes in ALLOWED and torch's dtypes, and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
         module = "pathlib" if module == "pathlib._local" else module  # its name in Python 3.13
@@ -74,26 +74,26 @@ def read_index(folder: Path) -> Metadata:
 
 
 def load_object(file: str | Path | IO[bytes]) -> Any:
-    """Return what torch saved in a file, where it is of types that `weights_only` allows."""
+    """Return what torch saved in a file, if `weights_only` allows its types."""
     from megatron.core import safe_globals  # noqa: F401  (whose import allows Megatron's classes)
 
-    with torch.serialization.safe_globals([frozenset]):  # plain data, but not torch's idea of it
+    with torch.serialization.safe_globals([frozenset]):  # plain data that torch does not allow
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
 @contextlib.contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Name the file in what goes wrong while it is read.
+    """Name the file in errors that occur while it is read.
 
     Raises:
-        UnsafeCheckpointError: it asks for code to be run.
+        UnsafeCheckpointError: it asks to run code.
         DamagedCheckpointError: it cannot be read.
     """
     try:
         yield
     except (UserError, MemoryError):
         raise
-    except Exception as error:  # of torch, of its zip reader, of what unpickling builds
+    except Exception as error:  # from torch, its zip reader, or what unpickling builds
         if is_interruption(error):
             raise KeyboardInterrupt from error
         raise _explained(path, error) from error

@@ -1,8 +1,8 @@
-"""One writer in the folder of --save: its lease, on rank 0, and what all ranks have to know of it.
+"""Allow the --save folder one writer: rank 0 holds its lease, and tells the other ranks.
 
-A rename that publishes something comes after `fence`. A new holder first takes its number and then
-removes the unfinished folders that it finds (folders.tidy): a rename of the old holder's fails
-after that, and is refused before it.
+Each rename that publishes something follows a `fence`. A new holder first takes its number and then
+removes the unfinished folders that it finds (folders.tidy). Between the two, the fence refuses a
+rename by the old holder; after them, the rename fails.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from megatron_smlp.lease import HeldError, Lease, acquire
 from megatron_smlp.restart_note import noted_cause
 
 EXPIRY = 45.0
-"""Seconds without a heartbeat after which a run is taken for dead."""
+"""Seconds without a heartbeat after which a run is presumed dead."""
 SHARING = 30.0
-"""Seconds in which a file of one machine is seen by the others that share its folder."""
+"""Seconds within which a file written by one machine must be visible to the others."""
 
 
 @dataclass(frozen=True)
@@ -32,34 +32,34 @@ class PreviousRun:
     """What the last run in a folder left behind, for the record of a restart."""
 
     iteration: int
-    """The last one that it trained, as of its last heartbeat."""
+    """The last iteration that it trained, according to its last heartbeat."""
     seconds: float
-    """Seconds since that, by the clock of the file system."""
+    """Seconds since that heartbeat, by the file system's clock."""
     failed: bool
 
 
 class SaveLease:
-    """The right of a run to write into its --save folder.
+    """A run's right to write into its --save folder.
 
     Args:
-        say: is told what the user should know.
+        say: called with messages for the user.
     """
 
     def __init__(self, args: argparse.Namespace, say: Callable[[str], None]) -> None:
         self.args, self.say = args, say
         self.folder = Path(args.save) if args.save else None
         self.lease: Lease | None = None
-        """On rank 0; None where the folder's file system refuses it, too."""
+        """On rank 0, unless the folder's file system refuses a lease."""
         self.before: PreviousRun | None = None
-        """On rank 0."""
+        """On rank 0, if there was one."""
         self.hosts: list[str] = []
-        """Host names of all ranks, if there is more than one host."""
+        """The host name of each rank; empty if all run on one host."""
 
     def take(self) -> None:
         """Make this run the folder's only writer. Collective.
 
         Raises:
-            UsageError: another run writes there, or the ranks' folders are not one.
+            UsageError: another run writes there, or the ranks do not share the folder.
         """
         if self.folder is None:
             return
@@ -67,7 +67,7 @@ class SaveLease:
         with first_rank_first(self.args.rank, silence=timeout):
             if self.args.rank == 0:
                 try:
-                    # Of a run that is started again, ranks that are cut off from it may still end.
+                    # After a restart, cut-off ranks of the attempt before may still be ending.
                     self._acquire(self.folder, patience=timeout if noted_cause() else 0.0)
                 except UsageError as error:
                     problem = str(error)
@@ -111,10 +111,10 @@ class SaveLease:
             )
 
     def reached(self, iteration: int) -> None:
-        """Note how far the run is, in the next heartbeat.
+        """Record how far the run has come, in the next heartbeat.
 
         Raises:
-            TakenOverError: another run was seen to have taken the folder over.
+            TakenOverError: a heartbeat has seen that another run took the folder over.
         """
         if self.lease:
             self.lease.note["iteration"] = iteration
@@ -122,10 +122,10 @@ class SaveLease:
                 self.fence()
 
     def fence(self) -> None:
-        """Make sure that this run may still write.
+        """Check that this run may still write.
 
         Raises:
-            TakenOverError: another one has taken the folder over.
+            TakenOverError: another run has taken the folder over.
             OSError: the folder is gone.
         """
         if self.lease and not self.lease.is_held():

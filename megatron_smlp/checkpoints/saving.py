@@ -1,15 +1,15 @@
-"""Save checkpoints that exist only when they are whole: the steps around Megatron's writing.
+"""Save checkpoints that become visible only when complete: the steps around Megatron's writing.
 
 1. `take_folder`: this run becomes the folder's only writer (save_lease.py), before it reads.
-2. `save`: each rank says whether its GPU has the memory that Megatron needs there (room.py);
-   `_start`: a new hidden folder, which Megatron's writers fill.
-3. `add_share`: each rank leaves the checksums of its own shards in it, with --async-save in the
+2. `save`: each rank reports whether its GPU has the memory that Megatron needs (room.py);
+   `_start`: rank 0 makes a new hidden folder, which Megatron's writers fill.
+3. `add_share`: each rank leaves the checksums of its own shards in it, with --async-save from the
    process that wrote them.
 4. `commit`: rank 0 adds the flags, seals the folder with checksums and marker, renames it, moves
-   the tracker, and deletes what --keep-last leaves over.
+   the tracker, and deletes what --keep-last does not keep.
 
-All ranks take each step together and agree on how it ended, so that a failure on one of them is a
-failure on all, and nobody waits for one that is gone. The folder is shared between nodes.
+All ranks take each step in lockstep and agree on how it ended, so that a failure on one of them is
+a failure on all, and no rank waits for one that is gone. The folder is shared between nodes.
 """
 
 from __future__ import annotations
@@ -59,35 +59,35 @@ LESS_GATHERED = (
 
 
 class SaveObserver(Protocol):
-    """Is told how a save ended, on every rank."""
+    """Receives the outcome of each save, on every rank."""
 
     def say(self, text: str) -> None: ...
 
     def saved(self, *, iteration: int, seconds: float) -> None: ...
 
     def found(self, before: PreviousRun) -> None:
-        """Take note of what the last run in this folder left; on rank 0 only."""
+        """Record what the last run in this folder left; called on rank 0 only."""
 
 
 @dataclass
 class Save:
-    """One that was started and has not ended."""
+    """A save that has started and has not ended."""
 
     iteration: int
     final: Path
     partial: Path
     began: float
     record: dict[str, Any]
-    """For run.json, of when it was started: one in the background ends some steps later."""
+    """For run.json, as of the start: a save in the background ends some steps later."""
     trouble: list[str]
-    """Problems of this rank at which Megatron would leave the others waiting."""
+    """Problems of this rank alone, on which Megatron would leave the others waiting."""
 
 
 class Saving:
     """The checkpoints of one run.
 
     Args:
-        before_writing: is called in each process that is forked to write.
+        before_writing: called in each process that is forked to write.
     """
 
     def __init__(
@@ -110,11 +110,11 @@ class Saving:
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
-        """Hold the folder during a run. It is made once: where it vanishes because a disk was
+        """Hold the folder during a run. It is created only once: if it vanishes because a disk was
         unmounted, a new one would be on another disk.
 
         Raises:
-            UsageError: it cannot be made.
+            UsageError: it cannot be created.
             SaveError: at the end, if the last checkpoint could not be saved.
         """
         self._make_folder()
@@ -124,7 +124,7 @@ class Saving:
             self._raise_if_unsaved()
             failed = False
         finally:
-            for call in self.queue.async_calls:  # in the background, which ends with the run
+            for call in self.queue.async_calls:  # background writers end with the run
                 call.async_caller.close()
             for save in self.open:
                 self._remove(save)
@@ -134,7 +134,7 @@ class Saving:
         """Make this run the only writer of --save. Collective.
 
         Raises:
-            UsageError: another run writes there, or the ranks' folders are not one.
+            UsageError: another run writes there, or the ranks do not share the folder.
         """
         self.lease.take()
         if self.lease.before:
@@ -166,10 +166,10 @@ class Saving:
             )
 
     def save(self, parts: Trained, iteration: int) -> None:
-        """Save a training; with --async-save files are written while it goes on. Collective.
+        """Save the training; with --async-save it goes on while files are written. Collective.
 
         Raises:
-            SaveError: on every rank, where --on-save-failure is stop.
+            SaveError: on every rank, if --on-save-failure is stop.
         """
         if gathers_on_gpus(self.args):
             problem = missing_room(parts.optimizer)
@@ -191,8 +191,8 @@ class Saving:
             self._give_up(self.open[-1], error)
 
     def _in_background(self, request: Any, folder: Path) -> Any:
-        """Return Megatron's request with our steps: a process that is forked for one save writes
-        (decision 21); when those of all ranks are done, this one commits."""
+        """Return Megatron's request with our steps added: a process forked for this save writes
+        (decision 21); when those of all ranks are done, this process commits."""
         request.finalize_fns.append(self.commit)
         if request.async_fn is None:  # nothing to write on this rank
             return request
@@ -212,10 +212,10 @@ class Saving:
                 self.queue.maybe_finalize_async_calls(blocking, no_dist=False)
                 return
             except FAILURES as error:
-                self._give_up(self.open[0], error)  # and on with the next in the queue
+                self._give_up(self.open[0], error)  # then go on with the next in the queue
 
     def _start(self, iteration: int) -> Path:
-        """Make the folder that is to be filled. Collective."""
+        """Make the folder to write into. Collective."""
         final = iteration_folder(self.args.save, iteration)
         partial, problem, record = partial_folder(final), "", {}
         if self.is_first_rank:
@@ -234,10 +234,10 @@ class Saving:
         self.open[0].trouble.append(text_of(error))
 
     def commit(self) -> None:
-        """Seal the oldest save and give it its name. Collective, when all shards are written.
+        """Seal the oldest save and rename it, once all its shards are written. Collective.
 
         Raises:
-            SaveError: on every rank; what had the name before is still there.
+            SaveError: on every rank; an older checkpoint of that name is still there.
         """
         save = self.open[0]
         self._agree(save.trouble)
@@ -270,20 +270,20 @@ class Saving:
         return []
 
     def _give_up(self, save: Save, error: Exception) -> None:
-        """Clean up after a save that failed; say so, or end the run. Called on every rank.
+        """Clean up after a failed save, then report it or end the run. Called on every rank.
 
         Raises:
-            SaveError: where --on-save-failure is stop.
+            SaveError: if --on-save-failure is stop.
             TakenOverError: another run has removed what this one was writing.
         """
         self.open.remove(save)
         self._remove(save)
-        with contextlib.suppress(OSError):  # a folder that is gone, which the message is about
+        with contextlib.suppress(OSError):  # the folder is gone: `error` says so
             self.lease.fence()
         self._report(save.iteration, error, remedy=MORE_ROOM)
 
     def _report(self, iteration: int, error: Exception, *, remedy: str) -> None:
-        # One that was started earlier may end later, in the background.
+        # In the background, a save that was started earlier may end later.
         self.unsaved = max(self.unsaved, iteration)
         message = (
             f"iteration {iteration} could not be saved to {self.args.save}: "
@@ -301,7 +301,7 @@ class Saving:
                 remove_folder(save.partial)
 
     def _agree(self, problems: Sequence[str | TakenOverError]) -> None:
-        """Raise on every rank where one has a problem. Collective."""
+        """Raise on every rank if any has a problem. Collective."""
         for rank, errors in enumerate(gathered(list(problems))):
             if errors and isinstance(errors[0], TakenOverError):
                 raise errors[0]
@@ -320,7 +320,7 @@ def reason_of(error: BaseException, hosts: Sequence[str]) -> str:
     """Return the innermost message of an error that torch and Megatron wrap several times.
 
     Args:
-        hosts: of each rank, to name the one that failed.
+        hosts: the host of each rank, to name the one that failed.
     """
     failures: dict[int, Any] = getattr(error, "failures", None) or {}
     rank, inner = next(
@@ -328,7 +328,7 @@ def reason_of(error: BaseException, hosts: Sequence[str]) -> str:
     )
     owner = "" if rank is None else whose(rank, hosts)
     text = re.split(r"error: ", " ".join(inner.split()))[-1][:300]
-    # Torch's archives compare positions instead of asking the system, as on a full disk.
+    # On a full disk, torch's archives report a wrong position instead of the system's error.
     return re.sub(r"\[enforce fail at inline_container.*", CUT_SHORT, text) + owner
 
 
@@ -337,7 +337,7 @@ def whose(rank: int, hosts: Sequence[str]) -> str:
 
 
 def add_share(partial: Path, rank: int) -> None:
-    """Leave the checksums of this rank's shards; where that fails, `commit` computes them."""
+    """Leave the checksums of this rank's shards; if that fails, `commit` computes them."""
     with contextlib.suppress(OSError):
         integrity.write_share(partial, rank=rank)
 
@@ -350,11 +350,11 @@ def write_and_add_share(
     *args: Any,
     **kwargs: Any,
 ) -> None:
-    """Write shards, then leave their checksums: the work of a process that writes."""
+    """Write shards, then leave their checksums: the body of a forked writer process."""
     first()
     try:
         write(*args, **kwargs)
     except Exception as error:
-        args[-1].put(RuntimeError(repr(error)))  # its queue: nobody else tells the training process
+        args[-1].put(RuntimeError(repr(error)))  # its queue: nothing else tells the trainer
         return
     add_share(partial, rank)

@@ -1,8 +1,8 @@
-"""The state of a training, to a checkpoint's folder and back: Megatron's state dicts and files.
+"""Write a training's state to a checkpoint's folder, and read it back, as Megatron's state dicts.
 
-What is saved under a name is a shard, that any layout can read again (`megatron.core`'s distributed
-checkpointing): weights, optimizer state, schedule, random states, and the run's arguments with the
-samples that it has read. A distributed optimizer's state is laid out by --optimizer-checkpoint.
+It is saved as named shards that any layout can read back (`megatron.core`'s distributed
+checkpointing): weights, optimizer state, schedule, RNG states, and the run's arguments with the
+samples that it has read. --optimizer-checkpoint sets the format of a distributed optimizer's state.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from megatron_smlp.errors import UsageError
 
 
 class Trained(Protocol):
-    """What is saved and loaded."""
+    """The parts of a training that are saved and loaded."""
 
     args: argparse.Namespace
     model: list[Any]
@@ -54,13 +54,13 @@ class Trained(Protocol):
 
 
 def write(parts: Trained, folder: Path, *, iteration: int, cache: dict[str, Any]) -> Any:
-    """Write a training's state to a folder that is there. Collective.
+    """Write a training's state to an existing folder. Collective.
 
     Args:
-        cache: of this run's saves, for --ckpt-assume-constant-structure.
+        cache: shared by this run's saves, for --ckpt-assume-constant-structure.
 
     Returns:
-        with --async-save Megatron's request, by which the files are written; else None.
+        with --async-save, Megatron's request that writes the files; else None.
     """
     args = parts.args
     state, metadata = _to_be_saved(parts, iteration=iteration)
@@ -78,14 +78,14 @@ def write(parts: Trained, folder: Path, *, iteration: int, cache: dict[str, Any]
 
 
 UNTRIED = ("decoupled_lr", "expert_tensor_parallel_size")
-"""Flags with which optimizer state has another form, that no test has saved."""
+"""Flags that give optimizer state a form that no test has saved."""
 
 
 def check_saving(parts: Trained) -> None:
-    """Put together what a save would write, where no test has saved the like. Collective.
+    """Assemble what a save would write, if no test has saved the like. Collective.
 
     Raises:
-        UsageError: it cannot be put together: the run would lose all that it had trained.
+        UsageError: it cannot be assembled: the run would lose all that it had trained.
     """
     args = parts.args
     given = [name for name in UNTRIED if args.explicit_flags.get(name) not in (None, False)]
@@ -103,7 +103,7 @@ def check_saving(parts: Trained) -> None:
 
 
 def _to_be_saved(parts: Trained, *, iteration: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return a training's state, and what Megatron notes of its form."""
+    """Return a training's state, and Megatron's metadata of its form."""
     metadata = _build_sharded_state_dict_metadata(parts.args, dp_cp_group=parts.groups.dp_cp)
     return _state(parts, metadata, rng=_rng(parts), iteration=iteration), metadata
 
@@ -127,7 +127,7 @@ def _strategy(parts: Trained, cache: dict[str, Any]) -> Any:
 
 
 def _sharing(parts: Trained, name: str) -> Any:
-    """Return the ranks that share the work on shards that they all hold."""
+    """Return the process group that shares the work on shards that all its ranks hold."""
     return parts.groups.expt_dp if name == "ep_dp" else parts.groups.dp_cp
 
 
@@ -146,9 +146,9 @@ def _state(
     iteration: int | None = None,
     with_optimizer: bool = True,
 ) -> dict[str, Any]:
-    """Return what is saved; without an iteration, what is to be filled by a load."""
+    """Return the state to save or, without an iteration, the state for a load to fill."""
     is_loading, optimizer, args = iteration is None, None, parts.args
-    if is_loading:  # what --no-save-optim and --no-save-rng leave out is what the checkpoint lacks
+    if is_loading:  # --no-save-optim and --no-save-rng are about this run's saves, not its load
         args = argparse.Namespace(**{**vars(args), "no_save_optim": False, "no_save_rng": False})
     if with_optimizer and parts.optimizer is not None:
         optimizer = AnyLayout(parts.optimizer)
@@ -166,15 +166,15 @@ def _state(
 
 
 def read(parts: Trained, folder: Path) -> int:
-    """Load the checkpoint in a folder, and count on from it. Collective.
+    """Load the checkpoint in a folder, and continue its counters. Collective.
 
-    --finetune, and a release, give weights alone.
+    With --finetune, or from a release, only weights are loaded.
 
     Returns:
-        its iteration; 0 with weights alone.
+        its iteration; 0 if only weights were loaded.
 
     Raises:
-        UsageError: its optimizer state is not for this run.
+        UsageError: its optimizer state does not fit this run.
     """
     args = parts.args
     common = dist_checkpointing.load_common_state_dict(str(folder))
@@ -234,7 +234,7 @@ OF_OPTIMIZER = (
 
 
 def read_weights(args: argparse.Namespace, model: list[Any], groups: Any, folder: Path) -> None:
-    """Load weights alone; model: this rank's chunks. Collective."""
+    """Load only weights; model: this rank's chunks. Collective."""
     weights: Any = SimpleNamespace(
         args=args, model=model, groups=groups, optimizer=None, schedule=None
     )
@@ -302,7 +302,7 @@ def _set_rng(state: dict[str, Any]) -> None:
     np.random.set_state(state["np_rng_state"])
     torch.set_rng_state(state["torch_rng_state"])
     if state["cuda_rng_state"].shape != torch.cuda.get_rng_state().shape:
-        return  # of a GPU, on a CPU, or the other way round: its draws cannot go on here
+        return  # saved on a GPU and loaded on a CPU, or vice versa: the sequence cannot go on
     torch.cuda.set_rng_state(state["cuda_rng_state"])
     tracker = tensor_parallel.get_cuda_rng_tracker()
     in_graphs = tensor_parallel.is_graph_safe_cuda_rng_tracker(tracker)

@@ -1,4 +1,4 @@
-"""Tensors on the disk: what is known of them before they are read, and where they are read from."""
+"""Tensors on disk: their shape and dtype, known before they are read, and where to read them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Spec:
 
 
 def main_dtype(specs: Mapping[str, Spec]) -> torch.dtype:
-    """Return the type of most floating-point tensors."""
+    """Return the dtype of most floating-point tensors."""
     floats = [spec.dtype for spec in specs.values() if spec.dtype.is_floating_point]
     return max(set(floats), key=floats.count)
 
@@ -46,14 +46,14 @@ class Source(Protocol):
     def specs(self) -> Mapping[str, Spec]: ...
 
     def read(self, name: str, row: int | None = None) -> Tensor:
-        """Return a tensor that may be changed, or one of its rows: `[E, X, D]` -> `[X, D]`."""
+        """Return a tensor, or one row of it, `[E, X, D]` -> `[X, D]`; the caller may change it."""
         ...
 
 
 def tensors_of(source: Source) -> Iterator[tuple[str, Tensor]]:
-    """Yield tensors to be written, one at a time, in the order of their names in the source.
+    """Yield tensors to be written, one at a time, in the source's order, and show the progress.
 
-    The bytes of each are shown as written when the next one is asked for.
+    The bytes of each count as written when the next one is requested.
     """
     total, done = sum(spec.nbytes for spec in source.specs.values()), 0
     with Progress(total) as progress:

@@ -1,7 +1,7 @@
-"""A copy of the tokenizer in a run's folder, for a checkpoint that is read somewhere else.
+"""Keep a copy of the tokenizer in a run's folder, for checkpoints that are read elsewhere.
 
-Checkpoints record absolute paths, or names of the Hugging Face hub. For a name, and where a path is
-gone, as on another machine, the copy is read: `SAVE/tokenizer/`, beside the `iter_*` folders.
+Checkpoints record absolute paths, or names on the Hugging Face hub. For a name, or if a path is
+gone, as on another machine, the copy is read: `SAVE/tokenizer/`, next to the `iter_*` folders.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from megatron_smlp.durable import flush_folder, replace_folder
 FOLDER = "tokenizer"
 FLAGS = ("tokenizer_model", "vocab_file", "merge_file")
 SUFFIXES = (".json", ".txt", ".model", ".tiktoken", ".jinja", ".py")
-"""Suffixes of the files that are copied: the folder may also hold a model's weights. Code of a
-tokenizer's own runs where whoever reads it gives --trust-remote-code."""
+"""Suffixes of the files that are copied: the folder may also hold a model's weights. A tokenizer's
+own code runs if the user who reads it gives --trust-remote-code."""
 
 
 def keep_tokenizer(args: argparse.Namespace, run: Path) -> None:
-    """Copy the files that the flags name into a run's folder, unless a run that goes on has a
+    """Copy the tokenizer files that the flags name into a run's folder, unless a resumed run has a
     copy."""
     given = [path for name in FLAGS if (path := getattr(args, name, None))]
     sources = {Path(path).name: source for path in given if (source := _on_this_machine(path))}
@@ -44,7 +44,7 @@ def keep_tokenizer(args: argparse.Namespace, run: Path) -> None:
 
 
 def _on_this_machine(path: str) -> Path | None:
-    """Return the file or folder, or what the hub's cache has of the name that training read."""
+    """Return the file or folder or, for a hub name, what training left in the hub's cache."""
     if Path(path).exists():
         return Path(path)
     from huggingface_hub import try_to_load_from_cache
@@ -52,15 +52,15 @@ def _on_this_machine(path: str) -> Path | None:
 
     try:
         cached = try_to_load_from_cache(path, "tokenizer_config.json")
-    except HFValidationError:  # of no repository
+    except HFValidationError:  # no repository can have this name
         return None
     return Path(cached).parent if isinstance(cached, str) else None
 
 
 def found_tokenizer(path: str, run: Path) -> str:
-    """Return a recorded path or, if there is nothing, that of its copy in the run's folder.
+    """Return a recorded path or, if nothing is there, that of its copy in the run's folder.
 
-    Files were recorded by absolute paths: another one is a name of the hub.
+    Files were recorded by absolute paths, so a path that is not absolute is a name on the hub.
     """
     copy = run / FOLDER / Path(path).name
     is_there = Path(path).is_absolute() and Path(path).exists()

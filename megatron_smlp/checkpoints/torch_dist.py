@@ -33,12 +33,12 @@ class TorchDistCheckpoint(TorchDistReader):
 
     Args:
         folder: the --save folder of a run, or one `iter_*` or `release` folder in it.
-        iteration: which one, where the newest is not wanted.
+        iteration: which one; None: the newest.
 
     Raises:
         UsageError: there is no checkpoint in the folder, or not one of ours.
-        DamagedCheckpointError: a file beside the tensors is not what was written; a tensor is
-            compared with a checksum of its own when it is read.
+        DamagedCheckpointError: a file other than the tensors' fails its checksum; a tensor is
+            verified against a checksum of its own when it is read.
     """
 
     def __init__(self, folder: str | Path, *, iteration: int | None = None) -> None:
@@ -52,13 +52,13 @@ class TorchDistCheckpoint(TorchDistReader):
 
     @cached_property
     def iteration(self) -> int:
-        """By its name, or by its own record where somebody gave it another one; 0: a release."""
+        """The iteration in its name, or in Megatron's record if it was renamed; 0: a release."""
         named = 0 if self.folder.name == RELEASE else iteration_of(self.folder)
         return int(self.common.get("iteration", 0)) if named is None else named
 
     @cached_property
     def common(self) -> dict[str, Any]:
-        """Megatron's own state: `args`, iteration, schedule; empty where it was not saved."""
+        """Megatron's own state: `args`, iteration, schedule; empty if it was not saved."""
         if COMMON not in self.objects:
             return {}
         saved = self.read_object(COMMON)
@@ -68,7 +68,7 @@ class TorchDistCheckpoint(TorchDistReader):
     def args(self) -> argparse.Namespace:
         """All flags of the run that saved it, as far as it recorded them.
 
-        They name the copy of the tokenizer if the original is not there.
+        Tokenizer paths point to the run's copy if the original is gone.
         """
         args: argparse.Namespace = self.common.get("args") or argparse.Namespace()
         for name in tokenizer_copy.FLAGS:
@@ -78,13 +78,13 @@ class TorchDistCheckpoint(TorchDistReader):
 
 
 class AveragedCheckpoint(TorchDistCheckpoint):
-    """The last of some iterations of a run, with the mean of their weights (decision 88).
+    """The last of several checkpoints of a run, with the mean of their weights (decision 88).
 
     Args:
-        count: how many there are.
+        count: how many checkpoints to average.
 
     Raises:
-        UsageError: the run keeps fewer up to `iteration`.
+        UsageError: the run has fewer up to `iteration`, or their tensors differ in form.
     """
 
     def __init__(self, folder: str | Path, *, iteration: int | None, count: int) -> None:
@@ -106,7 +106,7 @@ class AveragedCheckpoint(TorchDistCheckpoint):
 
     def read_into(self, target: Tensor, name: str, *, start: int = 0) -> None:
         super().read_into(target, name, start=start)
-        if not target.is_floating_point():  # a table of HASH
+        if not target.is_floating_point():  # the table of a hash router
             return
         total, part = target.float(), torch.empty_like(target)
         for other in self.earlier:

@@ -34,7 +34,7 @@ SHARD = "__0_0.distcp"
 
 
 class TorchDistWriter:
-    """Appends tensors and objects to one file, and says in `.metadata` where they are.
+    """Appends tensors and objects to one file, and indexes them in `.metadata`.
 
     Use as a context manager; leaving it without an error completes the checkpoint.
     """
@@ -55,13 +55,13 @@ class TorchDistWriter:
             with contextlib.suppress(OSError):
                 self.file.close()
             return
-        self.file.close()  # what `seal` brings to the disk
+        self.file.close()  # `seal` brings it to the disk
         with (self.folder / ".metadata").open("wb") as file:
             pickle.dump(self.metadata, file)
         save_config(CheckpointingConfig("torch_dist"), str(self.folder))
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Append a whole tensor; any layout finds its slices in it."""
+        """Append a whole tensor; any layout can read its shards from it."""
         tensor = tensor.contiguous()
         if tensor.untyped_storage().nbytes() != tensor.nbytes:
             tensor = tensor.clone()  # torch.save writes the whole storage of a view
@@ -81,7 +81,7 @@ class TorchDistWriter:
         offset = self.file.tell()
         try:
             torch.save(value, self.file)
-        except RuntimeError as error:  # torch closes its archive over what went wrong before
+        except RuntimeError as error:  # torch closes its archive after another error
             if isinstance(error.__context__, OSError | KeyboardInterrupt):
                 raise error.__context__ from None
             raise
@@ -95,15 +95,15 @@ def weights_state(
     """Return Megatron's own state for weights at iteration 0, without optimizer state.
 
     Args:
-        flags: of the model, for Megatron's record of arguments.
+        flags: the model's, for Megatron's record of arguments.
         layout: parallel sizes, by Megatron's argument names.
-        tokenizer: flags that name it, none where it is not known.
+        tokenizer: the flags that name it; empty if it is not known.
     """
     return {
         "args": argparse.Namespace(
             **{**tokenizer, **flags},
             **layout,
-            add_position_embedding=True,  # Megatron compares its default with that of the run
+            add_position_embedding=True,  # Megatron compares its default with the run's
             no_save_optim=True,
             no_save_rng=True,
             consumed_train_samples=0,
@@ -129,8 +129,8 @@ def write_checkpoint(
     """Write a run's folder with one checkpoint, its checksums and the tracker.
 
     Args:
-        iteration: None: a release, which is weights alone.
-        objects: what is saved beside the tensors, Megatron's own state under COMMON.
+        iteration: None for a release, which holds only weights.
+        objects: what to save besides tensors; Megatron's own state is under COMMON.
         flags: for model.json.
         record: for run.json.
     """
@@ -138,7 +138,7 @@ def write_checkpoint(
     with TorchDistWriter(folder) as writer:
         for name, tensor in tensors:
             writer.add(name, tensor)
-            del tensor  # before the next one is read
+            del tensor  # frees it before the next one is read
         for name, value in objects.items():
             writer.add_object(name, value)
     write_records(folder, flags, record)

@@ -19,7 +19,7 @@ from megatron_smlp.options import MODEL_FLAGS, argument_of
 from megatron_smlp.platform.allocator import return_large_blocks
 
 DESCRIPTION = "Convert a checkpoint to another format or layout: one process, no GPU."
-# A flag's destination -> the formats, from and to, that it says something about.
+# A flag's destination -> the formats, from and to, that it applies to; None: any.
 ONLY = {
     "ckpt_step": ("torch_dist", None),
     "average": ("torch_dist", None),
@@ -116,10 +116,10 @@ def _add_upcycling(parser: argparse.ArgumentParser) -> None:
 
 
 def _sparse_flags(options: argparse.Namespace) -> dict[str, Any]:
-    """Return those of the upcycling flags that were given.
+    """Return the upcycling flags that were given.
 
     Raises:
-        UsageError: some without --upcycle.
+        UsageError: some were, without --upcycle.
     """
     given = {name: getattr(options, name) for name, facts in MODEL_FLAGS.items() if facts.upcycling}
     given = {name: value for name, value in given.items() if value is not None}
@@ -134,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Imported late: torch and Megatron take seconds, and --help and wrong flags should not.
     silence_libraries()
     return_large_blocks()
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all of it is on the CPU: torch need not start a GPU
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all runs on the CPU: torch need not initialize a GPU
     from megatron_smlp.conversion import convert
 
     if options.target == "hf":
@@ -148,13 +148,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the options of `build_parser`, and what follows from them.
+    """Return the options of `build_parser`, and what is derived from them.
 
-    `model`: of --upcycle, the sparse model's flags that were given; `layout`: the parallel sizes
-    that were; `shard_limit`: bytes of one weights file.
+    `model`: the flags that were given for --upcycle's sparse model; `layout`: the parallel sizes
+    that were given; `shard_limit`: maximum bytes of one weights file.
 
     Raises:
-        UsageError: flags that do not go together, or a folder that something would be lost of.
+        UsageError: flags do not go together, or something in a folder would be lost.
     """
     options = build_parser().parse_args(argv)
     options.model = _sparse_flags(options)
@@ -187,7 +187,7 @@ def _check_used(options: argparse.Namespace) -> None:
 
 
 def _check_load(load: Path, source: str) -> None:
-    """Raise UsageError where a folder is plainly not of the format that --from says."""
+    """Raise UsageError if a folder is plainly not in the format that --from names."""
     is_run = (load / TRACKER).is_file() or (load / ".metadata").is_file()
     is_huggingface = (load / "config.json").is_file()
     if source == "torch_dist" and is_huggingface and not is_run:

@@ -1,6 +1,6 @@
 """The conversions, end to end: account for every tensor, write, compare, publish.
 
-Their options are those that cli.py parses.
+Their `options` are those that cli.py parses.
 """
 
 from __future__ import annotations
@@ -48,21 +48,20 @@ from megatron_smlp.signals import interrupt
 Say = Callable[[str], None]
 GPT2_DIVISIBLE_BY = 128
 FORMS: dict[str, Any] = {gpt2.MODEL_TYPE: gpt2, llama.MODEL_TYPE: llama}
-"""Models of transformers that are read, beside our own, by the type that config.json says."""
+"""Models of transformers that can be read besides our own, by the `model_type` in config.json."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A model's weights under Megatron's names, whatever the format that holds them."""
+    """A model's weights under Megatron's names, whatever format holds them."""
 
     source: Source
     flags: Mapping[str, Any]
     where: str
     logits: Callable[[Tensor], Tensor]
-    """Maps tokens to logits of the model in that format, as it was before its vocabulary was
-    padded."""
+    """Maps tokens to logits of the model in that format, before its vocabulary was repadded."""
     record: Mapping[str, Any] | None = None
-    """run.json of the run that it comes from, or what is known of an import."""
+    """run.json of the run that it comes from, or what is known about an import."""
     args: argparse.Namespace = field(default_factory=argparse.Namespace)
     """All flags of that run."""
 
@@ -112,7 +111,7 @@ def torch_dist_to_hf(options: argparse.Namespace, say: Say = print) -> None:
 
 
 def to_torch_dist(options: argparse.Namespace, say: Say = print) -> None:
-    """Convert weights in any format to a Megatron checkpoint of them."""
+    """Convert weights in any format to a Megatron checkpoint."""
     with one_process():
         weights = _weights(options)
         rewriting.check_layout(weights.flags, options.layout)
@@ -150,11 +149,11 @@ def torch_dist_to_torch_dist(options: argparse.Namespace, say: Say = print) -> N
 
 
 def upcycle(options: argparse.Namespace, say: Say = print) -> None:
-    """Make a sparse model for Megatron of a dense one in any format; `options.model` says which."""
+    """Upcycle a dense model in any format to the Megatron model that `options.model` describes."""
     with one_process():
         dense = _weights(options)
         flags = upcycling.target_flags(dense.flags, options.model)
-        huggingface.config_of(flags)  # which knows what sizes fit
+        huggingface.config_of(flags)  # checks that the sizes fit
         rewriting.check_layout(flags, options.layout)
         expected = megatron_model.expected_shapes(flags)
         plan = upcycling.plan(dense.source.specs, expected, flags)
@@ -176,7 +175,7 @@ def _checkpoint(options: argparse.Namespace) -> TorchDistCheckpoint:
 
 
 def _weights(options: argparse.Namespace) -> Weights:
-    """Open the folder that is converted, with every tensor in it accounted for."""
+    """Open the folder to convert, and account for every tensor in it."""
     if options.source == "torch_dist":
         return _of_checkpoint(options)
     values = huggingface.read_config_json(options.load)
@@ -193,7 +192,7 @@ def _weights(options: argparse.Namespace) -> Weights:
     flags = huggingface.flags_of(config)
     default = GPT2_DIVISIBLE_BY if form is gpt2 else None
     source, flags = _padded(options, files, files.specs, flags, default=default)
-    huggingface.build(config)  # which knows what sizes fit
+    huggingface.build(config)  # checks that the sizes fit
     expected = megatron_model.expected_shapes(flags)
     plan = form.import_plan(expected, flags)
     converted = Converted(plan, source, expected, where=str(options.load))
@@ -225,7 +224,7 @@ def _padded(
     record: Mapping[str, Any] | None = None,
     default: int | None = None,
 ) -> tuple[Repadded, dict[str, Any]]:
-    """Return a source with the padding that its vocabulary is to have, and the flags for it."""
+    """Return a source whose vocabulary is padded as the options say, and the flags for it."""
     divisible_by = options.make_vocab_size_divisible_by or default
     rows = flags["padded_vocab_size"]
     if divisible_by is not None:
@@ -237,7 +236,7 @@ def _padded(
 def _account(
     source: Source, specs: Mapping[str, Spec], flags: Mapping[str, Any], where: str
 ) -> Converted:
-    """Account for a source that has Megatron's names already."""
+    """Account for a source that already has Megatron's names."""
     expected = megatron_model.expected_shapes(flags)
     return Converted({name: Recipe((name,), same) for name in specs}, source, expected, where=where)
 
@@ -246,10 +245,10 @@ def _account(
 def _release(
     options: argparse.Namespace, before: Weights, flags: Mapping[str, Any], source: Source
 ) -> Iterator[Path]:
-    """Write weights for Megatron, and publish them if nothing goes wrong after that.
+    """Write weights as a Megatron release, and publish it if the block does not raise.
 
     Args:
-        flags: of the model that `source` holds, which is made of `before`.
+        flags: of the model in `source`, which is made from `before`.
     """
     record = converted_record(
         before.record,
@@ -276,7 +275,7 @@ def _release(
 
 @contextlib.contextmanager
 def _whole(options: argparse.Namespace, source: Path) -> Iterator[Path]:
-    """Make a hidden folder to write into; at the end it takes the place of `options.save`.
+    """Make a hidden folder to write into; on success it replaces `options.save`.
 
     Ctrl-C, SIGTERM, a full disk and any other error remove what was written.
 
@@ -286,7 +285,7 @@ def _whole(options: argparse.Namespace, source: Path) -> Iterator[Path]:
     Raises:
         UsageError: it cannot be written, or something would be lost.
     """
-    target = options.save.resolve()  # of a link, the folder that it points to
+    target = options.save.resolve()  # a symlink stands for the folder it points to
     for folder in (options.load, source):
         check_target(target, folder, overwrite=options.overwrite)
     hidden = partial_folder(target)

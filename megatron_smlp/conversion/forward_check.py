@@ -15,7 +15,7 @@ from torch.nn import functional
 from megatron_smlp.errors import CheckpointError
 
 LIMIT = 1e-4
-"""For logits of up to LARGE; rounding grows with them."""
+"""For logits up to LARGE; it grows with larger ones, as rounding does."""
 LARGE = 10.0
 LOSS_LIMIT = 1e-3
 SAMPLES = 2
@@ -23,18 +23,18 @@ MOST_TOKENS = 64
 
 
 def fixed_tokens(*, vocab_size: int, length: int) -> Tensor:
-    """Return <int64>[SAMPLES, T], the same on every machine; T is `length`, or MOST_TOKENS."""
+    """Return <int64>[SAMPLES, T], the same on every machine; T is `length`, at most MOST_TOKENS."""
     generator = torch.Generator().manual_seed(20220314)
     return torch.randint(vocab_size, (SAMPLES, min(length, MOST_TOKENS)), generator=generator)
 
 
 def check(before: Tensor, after: Tensor) -> str:
-    """Return a line that says how far the logits are apart.
+    """Return a line that says how much the logits differ.
 
     before, after: <fp32>[B, T, V].
 
     Raises:
-        CheckpointError: over LIMIT, or not a number.
+        CheckpointError: they differ by more than LIMIT allows, or are NaN.
     """
     common = min(before.shape[-1], after.shape[-1])  # padding of the vocabulary may differ
     difference = float((before[..., :common] - after[..., :common]).abs().max())
@@ -49,15 +49,15 @@ def check(before: Tensor, after: Tensor) -> str:
 
 
 def check_loss(before: Tensor, after: Tensor, tokens: Tensor, *, why_not: str | None) -> str:
-    """Return a line that says how far the losses of a dense and its sparse model are apart.
+    """Return a line that says how much the losses of a dense model and its sparse one differ.
 
     before, after: <fp32>[B, T, V]; tokens: <int64>[B, T].
 
     Args:
-        why_not: why they are not the same; None: they have to be.
+        why_not: why they are not the same; None: they must be.
 
     Raises:
-        CheckpointError: over LOSS_LIMIT without a reason, or not a number.
+        CheckpointError: they differ by more than LOSS_LIMIT without a reason, or are not finite.
     """
     old, new = loss(before, tokens), loss(after, tokens)
     text = f"forward check: loss {new:.6f}, of the dense model {old:.6f}: "

@@ -1,8 +1,8 @@
-"""GPT-2 as transformers keeps it, read as a `--architecture transformer` model.
+"""Read GPT-2, as transformers stores it, as a `--architecture transformer` model.
 
-The two models compute the same. What differs: GPT-2's `Conv1D` keeps its weights as [in, out]; its
-queries, keys and values are one after the other, where Megatron has them head by head; older files
-leave out the prefix `transformer.`, hold the causal mask as a tensor, or the tied output layer.
+Both compute the same function, but GPT-2's `Conv1D` stores its weights as [in, out]; its queries,
+keys and values are concatenated, where Megatron has them head by head; and older files lack the
+prefix `transformer.`, or hold the causal mask or the tied output layer as a tensor.
 
 Letters: D hidden, V vocabulary.
 """
@@ -47,9 +47,9 @@ TENSORS = Names(
         "mlp.linear_fc2": ("mlp.c_proj",),
     },
 )
-# GPT-2's activation -> ours; the first two are one function.
+# GPT-2's activation -> ours; the first two are the same function.
 ACTIVATIONS = {"gelu_new": "gelu_new", "gelu_pytorch_tanh": "gelu_new", "gelu": "gelu"}
-# What our model does not have, with the only value that can be imported.
+# Settings that our model does not have, each with the only value that can be imported.
 UNSUPPORTED = {
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
@@ -61,7 +61,7 @@ def config_in(values: Mapping[str, Any], folder: Path) -> SMLPConfig:
     """Return our configuration of the model that GPT-2's `config.json` describes.
 
     Raises:
-        UsageError: another model, or one that computes what ours cannot.
+        UsageError: it is of another model, or of one that computes what ours cannot.
     """
     if values.get("model_type") != MODEL_TYPE:
         raise UsageError(
@@ -92,7 +92,7 @@ def config_in(values: Mapping[str, Any], folder: Path) -> SMLPConfig:
             num_attention_heads=theirs.n_head,
             max_position_embeddings=theirs.n_positions,
             layer_norm_epsilon=theirs.layer_norm_epsilon,
-            hidden_dropout=theirs.resid_pdrop,  # and of embeddings, whose own Megatron has not
+            hidden_dropout=theirs.resid_pdrop,  # also of embeddings: Megatron has one rate
             attention_dropout=theirs.attn_pdrop,
             hidden_act=ACTIVATIONS[theirs.activation_function],
             tie_word_embeddings=theirs.tie_word_embeddings,
@@ -103,7 +103,7 @@ def config_in(values: Mapping[str, Any], folder: Path) -> SMLPConfig:
 
 
 def with_prefix(name: str) -> str:
-    """Return the name of a tensor as newer files have it."""
+    """Return the name of a tensor as newer files spell it."""
     return name if name == HEAD or name.startswith(PREFIX) else PREFIX + name
 
 

@@ -38,7 +38,7 @@ from megatron_smlp.systems import ARCHITECTURES, POSITIONS, TOP_K, experts_of_a_
 
 # Megatron's flag -> the configuration's name.
 NAMES = {name: facts.hf for name, facts in MODEL_FLAGS.items() if facts.hf}
-# What the model does not have, with the only value that can be exported.
+# Flags that the model does not have, each with the only value that can be exported.
 UNSUPPORTED = {
     name: default for name, default in model_defaults().items() if MODEL_FLAGS[name].hf_default_only
 }
@@ -52,7 +52,7 @@ def config_of(flags: Mapping[str, Any]) -> SMLPConfig:
     """Return the Hugging Face configuration for the model flags of a checkpoint.
 
     Raises:
-        UsageError: a flag that the Hugging Face model has no equal for.
+        UsageError: a flag has no equivalent in the Hugging Face model.
     """
     architecture = ARCHITECTURES[flags["architecture"]]
     only_ones = dict(UNSUPPORTED)
@@ -81,7 +81,7 @@ def config_of(flags: Mapping[str, Any]) -> SMLPConfig:
             plugin=plugin_files.described(flags),
             num_query_groups=flags["num_query_groups"] if flags["group_query_attention"] else None,
             moe_router_topk=flags["moe_router_topk"] if flags["token_router"] in TOP_K else None,
-            moe_eval_capacity_factor=None,  # a score must not depend on what else is in its batch
+            moe_eval_capacity_factor=None,  # a score must not depend on the rest of its batch
             hidden_act="gelu_new" if flags["openai_gelu"] else "gelu",
             tie_word_embeddings=not flags["untie_embeddings_and_output_weights"],
         )
@@ -97,7 +97,7 @@ def flags_of(config: SMLPConfig) -> dict[str, Any]:
         "plugins": (config.plugin or {}).get("files", {}),
         "vocab_size": config.unpadded_vocab_size or config.vocab_size,
         "hash_table": None,
-        # All that a zero says: there is no such loss.
+        # A zero can only mean that there is no such loss.
         "moe_router_load_balancing_type": "aux_loss" if config.moe_aux_loss_coeff else "none",
         "moe_eval_capacity_factor": config.moe_eval_capacity_factor,
         "kv_channels": _head_width(config),
@@ -106,7 +106,7 @@ def flags_of(config: SMLPConfig) -> dict[str, Any]:
         "max_position_embeddings": config.max_position_embeddings,
         "num_experts": config.num_experts if has_experts else None,
         "moe_ffn_hidden_size": config.expert_width if has_experts else None,
-        # Without experts it counts for nothing and is Megatron's default.
+        # Without experts it is unused, and has Megatron's default.
         "moe_router_topk": experts_of_a_token(config.token_router, config.moe_router_topk or 1)
         if has_experts
         else MEGATRON_FLAGS["moe_router_topk"].default,
@@ -116,14 +116,14 @@ def flags_of(config: SMLPConfig) -> dict[str, Any]:
 
 
 def _head_width(config: SMLPConfig) -> int:
-    """Return --kv-channels: of aMLP's head where positions turn it (flags/defaults.py)."""
+    """Return --kv-channels: for aMLP with RoPE, that of its small head (flags/defaults.py)."""
     if config.architecture == "amlp" and config.turning_base:
         return int(config.tiny_attention_width)
     return int(config.hidden_size // config.num_attention_heads)
 
 
 def special_ids(config: SMLPConfig) -> dict[str, Any]:
-    """Return the ids of special tokens, which are no flags of a run, as plain JSON."""
+    """Return the ids of special tokens, which no flag of a run holds, as plain JSON."""
     return {name: getattr(config, name) for name in SPECIAL_IDS}
 
 
@@ -135,12 +135,12 @@ def set_special_ids(config: SMLPConfig, ids: Mapping[str, Any] | None) -> None:
 
 
 def config_in(values: Mapping[str, Any], folder: Path) -> SMLPConfig:
-    """Return the configuration that `config.json` of an exported folder describes; no code of the
-    folder is run.
+    """Return the configuration that `config.json` of an exported folder describes, without running
+    any code in the folder.
 
     Raises:
-        UsageError: it holds another model, one of a plugin that is not named, or a value that is
-            not possible.
+        UsageError: it is of another model, or of a plugin that was not given, or has an impossible
+            value.
     """
     if values["model_type"] != MODEL_TYPE:
         raise UsageError(
@@ -154,10 +154,10 @@ def config_in(values: Mapping[str, Any], folder: Path) -> SMLPConfig:
 
 @contextlib.contextmanager
 def impossible(what: str) -> Iterator[None]:
-    """Raise UsageError, with `what` in front, for what transformers raises for a value."""
+    """Turn what transformers raises for a value into a UsageError that begins with `what`."""
     try:
         yield
-    except Exception as error:  # each class of transformers' has its own
+    except Exception as error:  # each of transformers' classes raises its own
         raise UsageError(f"{what}: {' '.join(str(error).split())[:300]}") from error
 
 
@@ -181,11 +181,11 @@ def read_config_json(folder: Path) -> dict[str, Any]:
 
 
 def check_folder(folder: Path) -> None:
-    """Check a folder before transformers loads it; of a model of ours it runs no code in there.
+    """Check a folder before transformers loads it; for a model of ours, without running its code.
 
     Raises:
-        UsageError: the configuration is damaged, or of another model than the weights.
-        DamagedCheckpointError: a file of the weights is not what it says.
+        UsageError: the configuration is damaged, or is not that of the weights.
+        DamagedCheckpointError: a weights file is missing or damaged.
     """
     values, specs = read_config_json(folder), None
     if any((folder / name).is_file() for name in (INDEX, SINGLE)):
@@ -194,7 +194,7 @@ def check_folder(folder: Path) -> None:
         return
     model = build(config_in(values, folder))
     missing = [name for name in expected_shapes(model) if specs and name not in specs]
-    if missing:  # transformers would go on with random numbers
+    if missing:  # transformers would initialize them at random
         raise UsageError(
             f"{folder} has no weights for {missing[0]}, one of {len(missing)} of the model of "
             "its config.json: the two do not belong together."
@@ -217,13 +217,13 @@ def build(config: SMLPConfig) -> SMLPForCausalLM:
 
 
 def theirs_of(values: Mapping[str, Any]) -> PreTrainedConfig:
-    """Return the configuration of a model that transformers has, without code of its folder."""
+    """Return the configuration of a model that transformers implements, ignoring folder code."""
     kept = {name: value for name, value in values.items() if name != "auto_map"}
     return CONFIG_MAPPING[values["model_type"]].from_dict(kept)
 
 
 def build_theirs(config: PreTrainedConfig) -> Any:
-    """Build a model that transformers has, as `build` does.
+    """Build a model that transformers implements, as `build` does.
 
     Raises:
         UsageError: its sizes are beyond what a tensor can have.
@@ -237,7 +237,7 @@ def build_theirs(config: PreTrainedConfig) -> Any:
 
 
 def model_class(config: SMLPConfig) -> type[SMLPForCausalLM]:
-    """Return the class of a configuration's model, which transformers' Auto classes take too."""
+    """Return the class of a configuration's model, and register it with transformers."""
     kind = SMLPForCausalLM
     if config.plugin is not None:
         from megatron_smlp.hf.modeling_plugin import SMLPPluginForCausalLM
@@ -248,9 +248,9 @@ def model_class(config: SMLPConfig) -> type[SMLPForCausalLM]:
 
 
 def expected_shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
-    """Return every tensor of an exported folder; a tied output layer is not saved a second time."""
+    """Return the shape of each tensor in an exported folder; a tied output layer is not saved."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    saved = model.state_dict().keys()  # without tables that are computed, as rotary ones
+    saved = model.state_dict().keys()  # without computed tables, such as rotary ones
     return {name: tuple(tensor.shape) for name, tensor in tensors.items() if name in saved}
 
 
@@ -264,13 +264,13 @@ def write(
     tokenizer: str | None,
     recorded: TokenizerSpec | None = None,
 ) -> None:
-    """Write a folder that needs torch and transformers alone.
+    """Write a folder that needs only torch and transformers.
 
     Args:
-        config: ours, whose code goes along, or of a model that transformers has.
+        config: ours, whose code is written too, or that of a model that transformers implements.
         specs: of `tensors`, in their order.
-        shard_limit: bytes of one weights file.
-        tokenizer: folder of a Hugging Face tokenizer to go with the model.
+        shard_limit: maximum bytes of one weights file.
+        tokenizer: folder of a Hugging Face tokenizer to put beside the model.
         recorded: the tokenizer of the run that trained the model, as its flags name it.
     """
     if isinstance(config, SMLPConfig):
@@ -282,13 +282,13 @@ def write(
         _add_tokenizer(config, tokenizer, folder, recorded)
     generation_config(config).save_pretrained(folder)
     if not isinstance(config, SMLPConfig):
-        config.pad_token_id = None  # by it transformers' embedding would never train that row
+        config.pad_token_id = None  # else transformers' embedding never trains that row
     config.save_pretrained(folder)
     write_folder(folder, specs, tensors, limit=shard_limit)
 
 
 def _add_code(config: SMLPConfig, folder: Path) -> None:
-    """Add the model's code; that of its configuration goes along with the configuration."""
+    """Add the model's code; `save_pretrained` of its configuration adds the latter's."""
     kind = model_class(config)
     config.architectures = [kind.__name__]
     config.auto_map = dict(kind.auto_map)
@@ -315,7 +315,7 @@ def _add_tokenizer(
     from transformers import AutoTokenizer
 
     try:
-        # Code of the folder would be the model's, as beside an exported one: it is not asked for.
+        # Any code in the folder is a model's, as in an exported folder, and not needed here.
         loaded = AutoTokenizer.from_pretrained(
             tokenizer, local_files_only=True, trust_remote_code=False
         )
@@ -324,28 +324,28 @@ def _add_tokenizer(
         raise UsageError(
             f"--tokenizer-model {tokenizer} is not a folder of a Hugging Face tokenizer ({reason})."
         ) from error
-    for name in ("local_files_only", "is_local"):  # which are of this call, and would be saved
+    for name in ("local_files_only", "is_local"):  # arguments of this call, which would be saved
         loaded.init_kwargs.pop(name, None)
     if recorded is not None:
         _as_recorded(loaded, recorded)
     if loaded.eos_token is None and loaded.sep_token is not None:
-        loaded.eos_token = loaded.sep_token  # as Megatron ends documents then
+        loaded.eos_token = loaded.sep_token  # which Megatron then ends documents with
     if loaded.pad_token is None:
         loaded.pad_token = loaded.eos_token  # as the model's configuration says
     loaded.model_max_length = config.max_position_embeddings
     with naming_errors(folder):
         loaded.save_pretrained(folder)
     ends = config.eos_token_id
-    if not (isinstance(ends, list) and loaded.eos_token_id in ends):  # of one that was imported
+    if not (isinstance(ends, list) and loaded.eos_token_id in ends):  # several, if it was imported
         config.eos_token_id = loaded.eos_token_id
     config.bos_token_id = loaded.bos_token_id
     config.pad_token_id = loaded.pad_token_id
 
 
 def _as_recorded(loaded: Any, spec: TokenizerSpec) -> None:
-    """Give a tokenizer of transformers what the run's flags changed of its files."""
+    """Apply to a tokenizer of transformers what the run's flags changed about its files."""
     if spec.tokenizer_type not in ("HuggingFaceTokenizer", "GPT2BPETokenizer"):
-        # The folder is of another kind than the run's tokenizer, which says what ended documents.
+        # The folder's tokenizer is of another type; the run's own says what ended documents.
         with contextlib.suppress(DataError):
             own = read_tokenizer(spec)
             if own.eod is not None and own.identity is not None:
@@ -356,14 +356,14 @@ def _as_recorded(loaded: Any, spec: TokenizerSpec) -> None:
     if spec.tokenizer_hf_no_include_special_tokens:
         for name in ("add_bos_token", "add_eos_token"):
             setattr(loaded, name, False)
-            loaded.init_kwargs[name] = False  # which is saved: some classes add them by default
+            loaded.init_kwargs[name] = False  # this is saved: some classes add them by default
 
 
 def generation_config(config: PreTrainedConfig) -> Any:
-    """Return a configuration by which `generate` never draws padding of our model's vocabulary.
+    """Return a configuration that keeps `generate` from drawing padding of our model's vocabulary.
 
-    Another model would never draw a token that took the place of padding: ours tells apart what it
-    is when the vocabulary is resized.
+    In another model it would also suppress tokens that later take the place of padding; ours
+    updates it when the vocabulary is resized.
     """
     from transformers import GenerationConfig
 
@@ -379,16 +379,16 @@ def generation_config(config: PreTrainedConfig) -> Any:
 
 
 def padding_of(config: PreTrainedConfig) -> list[int]:
-    """Return the ids that pad the vocabulary, which no text has."""
+    """Return the ids that pad the vocabulary, which occur in no text."""
     first = getattr(config, "unpadded_vocab_size", None) or config.vocab_size
     return list(range(first, config.vocab_size))
 
 
 @torch.no_grad()
 def logits(build: Callable[[], Any], source: Source, tokens: Tensor) -> Tensor:
-    """Compute logits of a model of transformers, with one weight in memory at a time.
+    """Compute logits of a transformers model, with one weight in memory at a time.
 
-    build: makes it on the meta device; tokens: <int64>[B, T]. Returns <fp32>[B, T, V].
+    build: builds it on the meta device; tokens: <int64>[B, T]. Returns <fp32>[B, T, V].
     """
     model = build()
     with weights_from(source.read, model):

@@ -1,8 +1,8 @@
-"""A Transformer with RoPE, RMSNorm and SwiGLU, as transformers keeps it: `LlamaForCausalLM`.
+"""A Transformer with RoPE, RMSNorm and SwiGLU, as transformers stores it: `LlamaForCausalLM`.
 
-The two models compute the same. What differs: Llama's queries, keys and values are three tensors,
-where Megatron has them group by group in one, and so are the two projections of SwiGLU. A
-Transformer of ours that is not a Llama, with token experts for one, is exported as our own model.
+Both compute the same function, but Llama's queries, keys and values are three tensors, which
+Megatron fuses group by group, as it fuses the two projections of SwiGLU. A Transformer of ours that
+is not a Llama, such as one with token experts, is exported as our own model.
 
 Letters: D hidden, Z FFN width.
 """
@@ -23,7 +23,7 @@ MODEL_TYPE = "llama"
 HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
 NO_WEIGHT = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-"""A table in the files of Llama 1 and 2, which follows from config.json."""
+"""A table in the files of Llama 1 and 2, which can be computed from config.json."""
 TENSORS = Names(
     outside={
         "embedding.word_embeddings": "model.embed_tokens",
@@ -41,7 +41,7 @@ TENSORS = Names(
     },
 )
 import_plan = TENSORS.import_plan
-# Our configuration's names -> Llama's, of what means the same in both.
+# Our configuration's names -> Llama's, for what means the same in both.
 NAMES = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
@@ -57,7 +57,7 @@ NAMES = {
     "pad_token_id": "pad_token_id",
 }
 KEPT = ("unpadded_vocab_size", "hidden_dropout")
-# What a Llama is, in the words of our configuration.
+# What makes a model a Llama, in terms of our configuration.
 IS_LLAMA = {
     "input_projection": "embedding",
     "architecture": "transformer",
@@ -75,10 +75,10 @@ def fits(config: SMLPConfig) -> bool:
 
 
 def exported(config: SMLPConfig) -> Any:
-    """Return transformers' LlamaConfig of a model that is one."""
+    """Return transformers' LlamaConfig for a model that is a Llama."""
     from transformers import LlamaConfig
 
-    # Not Llama's own: transformers keeps them for us.
+    # LlamaConfig does not define these, but transformers keeps them for us.
     kept = {name: value for name in KEPT if (value := getattr(config, name))}
     return LlamaConfig(
         **{theirs: getattr(config, ours) for ours, theirs in NAMES.items()},
@@ -94,7 +94,7 @@ def config_in(values: Mapping[str, Any], folder: Path) -> SMLPConfig:
     """Return our configuration of the model that Llama's `config.json` describes.
 
     Raises:
-        UsageError: another model, or one that computes what ours cannot.
+        UsageError: it is of another model, or of one that computes what ours cannot.
     """
     with impossible(f"{folder}/config.json"):
         theirs = theirs_of(values)

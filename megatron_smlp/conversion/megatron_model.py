@@ -1,8 +1,8 @@
-"""The Megatron model that the flags of a checkpoint describe, without memory for its weights.
+"""Build the Megatron model that a checkpoint's flags describe, without memory for its weights.
 
-It says which tensors a checkpoint of it holds, in which shapes, and it computes logits with the
-weights read one at a time. It is the model that pretrain_smlp.py trains: the same
-layers by the same table. Needs `platform.one_process` around it.
+It tells which tensors its checkpoints hold, in which shapes, and it computes logits while reading
+the weights one at a time. It is the model that pretrain_smlp.py trains: the same layers from the
+same table. Must run inside `platform.one_process`.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ ON_CPU: dict[str, Any] = {
     "bias_dropout_fusion": False,
     "persist_layer_norm": False,
     "hash_table": None,
-    "moe_eval_capacity_factor": None,  # as in what is exported
+    "moe_eval_capacity_factor": None,  # as in exported models
 }
 EXPERT = re.compile(r"\.experts\.local_experts\.(\d+)\.")
 STACKED = ".experts.experts."
 
 
 class _OnMeta(TorchFunctionMode):
-    """Tensors without values on the `meta` device, also where a module names another device."""
+    """Creates tensors on the `meta` device, also where a module names another device."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -113,7 +113,7 @@ def _build(flags: Mapping[str, Any]) -> Any:
 
 
 def expected_shapes(flags: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return every tensor of the model's checkpoints by its global name; experts are stacked."""
+    """Return the tensor shapes of the model's checkpoints by global name; experts are stacked."""
     model = build(flags)
     shapes: dict[str, tuple[int, ...]] = {}
     for name, value in model.state_dict(keep_vars=True).items():
@@ -131,7 +131,7 @@ def expected_shapes(flags: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def object_names(flags: Mapping[str, Any]) -> list[str]:
-    """Return the names of a checkpoint's other objects: places for Transformer Engine's state."""
+    """Return the names of a checkpoint's other objects: slots for Transformer Engine's state."""
     from megatron.core import parallel_state
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 
@@ -152,10 +152,10 @@ def logits(model: Any, source: Source, tokens: Tensor) -> Tensor:
         match = EXPERT.search(name)
         if match is None:
             return source.read(name, row)
-        return source.read(EXPERT.sub(STACKED, name), int(match[1]))  # a stack
+        return source.read(EXPERT.sub(STACKED, name), int(match[1]))  # one of a stack
 
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-    # What Megatron compiles would run once: compiling takes longer, and looks for a GPU.
+    # Functions that Megatron compiles run once: compiling takes longer, and looks for a GPU.
     eagerly = torch.compiler.set_stance("force_eager")
     with eagerly, weights_from(read, model):
         output: Tensor = model(tokens, positions, None)

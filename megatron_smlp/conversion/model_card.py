@@ -1,7 +1,7 @@
 """README.md of an exported folder: a model card, as the Hugging Face Hub reads it.
 
-It says what the checkpoint knows and no more: no license that nobody chose, no training of weights
-that were imported.
+It says only what the checkpoint knows: no license that nobody chose, no training facts of imported
+weights.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def write_card(
     """Write the card of an exported folder, whose final name is --save.
 
     Args:
-        model: in it, ours or one of transformers.
+        model: the one in the folder, ours or one of transformers.
         specs: of its weights.
-        of: the model in our words.
+        of: our configuration of the model.
         training: what `training_facts` returned.
     """
     config = model.config
@@ -71,12 +71,12 @@ def write_card(
 def training_facts(
     checkpoint: Path, record: Mapping[str, Any] | None, *, average: int | None = None
 ) -> dict[str, str]:
-    """Return what is known of the training that a checkpoint comes from, in words.
+    """Return what is known about the training that a checkpoint comes from, in words.
 
     Args:
         checkpoint: its `iter_` folder.
-        record: its run.json; of a release, or of none, nothing is known.
-        average: how many checkpoints' weights it is the mean of; no loss is known of that.
+        record: its run.json; without one, or for a release, nothing is known.
+        average: how many checkpoints' weights are averaged; the loss of their mean is not known.
     """
     iteration = (record or {}).get("iteration")
     if not record or not iteration:
@@ -90,7 +90,7 @@ def training_facts(
     folder = record.get("flags", {}).get("log_dir") or checkpoint.parent
     try:
         logged = read_records(Path(folder) / FILE_NAME)
-    except UserError:  # it is elsewhere now
+    except UserError:  # the log is elsewhere now
         return facts
     for line in reversed(logged):
         if "validation_loss" in line and line["iteration"] <= iteration:

@@ -1,9 +1,9 @@
-"""The names of tensors in a Megatron checkpoint and in models of transformers: a table a model.
+"""Map tensor names between Megatron checkpoints and models of transformers: one table per model.
 
-Each is read in both directions. A Megatron checkpoint holds whole tensors under global names,
-whatever layout saved them, so there is one row a kind of tensor and nothing about ranks. Only what
-Megatron keeps in one tensor needs more than a new name: queries, keys and values, by groups, and
-the two projections of SwiGLU, one after the other.
+Each table is read in both directions. A Megatron checkpoint holds whole tensors under global names,
+whatever layout saved them, so there is one row per kind of tensor and nothing about ranks. Only
+what Megatron fuses needs more than a new name: queries, keys and values, by groups, and the two
+projections of SwiGLU, concatenated.
 
 Letters: D hidden, n heads, g key/value groups, d head width, V padded vocabulary.
 """
@@ -28,18 +28,18 @@ TINY = "self_attention.tiny_attention.linear_"
 
 @dataclass(frozen=True)
 class Names:
-    """Megatron's modules -> another model's, of which a tensor's last word, as `bias`, is kept."""
+    """Megatron's modules -> another model's; a tensor's last word, such as `bias`, is kept."""
 
     outside: Mapping[str, str]
     layers: str
-    """What stands before a layer's number, in place of `decoder.layers`."""
+    """The prefix of a layer's number, in place of `decoder.layers`."""
     in_layer: Mapping[str, tuple[str, ...]]
-    """Within a layer; several for the parts of one tensor, one for a whole tensor's name."""
+    """Within a layer: a module, or a tensor's whole name; several values are parts of a tensor."""
     slots: Mapping[str, str] = field(default_factory=dict)
-    """Parts of a layer in which other names are kept."""
+    """Parts of a layer within which all other names are kept."""
 
     def of(self, name: str) -> tuple[str, ...]:
-        """Return the names of what one of Megatron's tensors holds.
+        """Return the other model's names for one of Megatron's tensors, or for its parts.
 
         Raises:
             KeyError: no row of the table has this name.
@@ -60,10 +60,10 @@ class Names:
         return (f"{start}{self.slots[slot]}.{inner}",)
 
     def export_plan(self, names: Iterable[str], flags: Mapping[str, Any]) -> dict[str, Recipe]:
-        """Return recipes for that model's tensors from a Megatron checkpoint's `names`.
+        """Return recipes for the other model's tensors from a Megatron checkpoint's `names`.
 
         Raises:
-            UsageError: a name that no such model has.
+            UsageError: the other model has no equivalent of a name.
         """
         plan: dict[str, Recipe] = {}
         for name in names:
@@ -80,7 +80,7 @@ class Names:
         return plan
 
     def import_plan(self, names: Iterable[str], flags: Mapping[str, Any]) -> dict[str, Recipe]:
-        """Return recipes for a Megatron checkpoint's `names` from that model's tensors."""
+        """Return recipes for a Megatron checkpoint's `names` from the other model's tensors."""
         join = partial(join_qkv, heads=HeadShape.of(flags))
         plan = {}
         for name in names:
@@ -126,7 +126,7 @@ OURS = Names(
 
 @dataclass(frozen=True)
 class HeadShape:
-    """Layout of Megatron's fused tensor: g groups of n / g queries, one key, one value."""
+    """Layout of Megatron's fused QKV tensor: g groups of n / g queries, one key, one value."""
 
     groups: int
     queries: int
@@ -136,7 +136,7 @@ class HeadShape:
 
     @classmethod
     def of(cls, flags: Mapping[str, Any]) -> HeadShape:
-        """Return the layout that the model flags of a checkpoint make."""
+        """Return the layout that follows from a checkpoint's model flags."""
         heads = flags["num_attention_heads"]
         groups = flags["num_query_groups"] if flags["group_query_attention"] else heads
         return cls(groups, heads // groups, flags["kv_channels"])

@@ -1,6 +1,6 @@
-"""A source of tensors whose vocabulary has another number of rows of padding.
+"""Change the number of rows that pad the vocabulary of a source of tensors.
 
-docs/decisions/0034 says what new rows are.
+docs/decisions/0034 says what new rows hold.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from megatron_smlp.checkpoints.tensors import Source, Spec
 
-# Tensors with a row a token, of a Megatron checkpoint and its optimizer state, of our Hugging Face
-# folders, of GPT-2's; the output layer comes after the embedding it may be tied to.
+# Tensors with one row per token, in a Megatron checkpoint and its optimizer state, in our Hugging
+# Face folders, and in GPT-2's; the output layer comes after the embedding it may be tied to.
 EMBEDDINGS = ("embedding.word_embeddings.weight", "model.embed_tokens.weight", "wte.weight")
 OUTPUTS = ("output_layer.weight", "lm_head.weight")
 TABLES = (".router.table", ".fingerprints")
@@ -23,18 +23,18 @@ BLOCK_ROWS = 4096
 
 
 def padded_size(tokens: int, *, divisible_by: int, tensor_parallel: int) -> int:
-    """Return the rows of a vocabulary with its padding, as Megatron counts them."""
+    """Return the number of rows of the padded vocabulary, by Megatron's rule."""
     multiple = divisible_by * tensor_parallel
     return -(-tokens // multiple) * multiple
 
 
 class Repadded:
-    """Another source, cut or padded.
+    """A source whose vocabulary is cut or padded to another number of rows.
 
     Args:
-        specs: of all tensors that are asked for.
-        flags: of the model that the source is of.
-        rows: of the vocabulary, with its padding, from now on.
+        specs: of all tensors that will be read.
+        flags: of the source's model.
+        rows: of the new vocabulary, padding included.
     """
 
     def __init__(
@@ -72,9 +72,9 @@ class Repadded:
 
 
 def least_likely(output: Tensor, bias: Tensor) -> int:
-    """Return the row whose logit is lowest in the mean.
+    """Return the row with the lowest mean logit.
 
     output: <float>[V, D] of the output layer; bias: <float>[D] of the final norm.
     """
-    parts = output.split(BLOCK_ROWS)  # a copy in fp32 of the whole may be too much
+    parts = output.split(BLOCK_ROWS)  # an fp32 copy of the whole may be too large
     return int(torch.cat([part.float() @ bias.float() for part in parts]).argmin())

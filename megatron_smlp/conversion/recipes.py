@@ -1,9 +1,9 @@
-"""Recipes for tensors that a conversion writes, and the account of all that it reads and writes.
+"""Recipes for the tensors that a conversion writes, and a check of all that it reads and writes.
 
-A recipe says from which tensors one new tensor is made, and how. It is run twice: on the `meta`
-device, which gives the new tensor's shape and dtype without reading anything, so that a conversion
-is checked as a whole before its first byte is written; and on the real tensors, one recipe at a
-time, so that memory holds what one tensor needs.
+A recipe says which tensors a new tensor is made from, and how. It runs twice: first on the `meta`
+device, which gives the new tensor's shape and dtype without reading anything, so that the whole
+conversion is checked before its first byte is written; then on the real tensors, one recipe at a
+time, so that memory holds only what one tensor needs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_smlp.errors import UsageError
 
 @dataclass(frozen=True)
 class Recipe:
-    """One new tensor from some old ones; from none where its values are new."""
+    """Makes one new tensor from some old ones, or from none if its values are new."""
 
     sources: tuple[str, ...]
     make: Callable[..., Tensor]
@@ -32,7 +32,7 @@ Plan = Mapping[str, Recipe]
 
 
 def same(tensor: Tensor) -> Tensor:
-    """Return the same: the recipe of a tensor that only gets another name."""
+    """Return the tensor itself: the recipe of a tensor that is only renamed."""
     return tensor
 
 
@@ -46,7 +46,7 @@ def account(
     """Check that a plan uses every source tensor and makes every expected one, in its shape.
 
     Args:
-        source: what there is to read.
+        source: the tensors that can be read.
         expected: names and shapes that the target model has.
         where: what the source is, for messages.
 
@@ -77,7 +77,7 @@ def _outcome(target: str, recipe: Recipe, source: Mapping[str, Spec], where: str
     try:
         with torch.device("meta"):  # for recipes that make new values
             return Spec.of(recipe.make(*(source[name].on_meta() for name in recipe.sources)))
-    except RuntimeError as error:  # what torch says of shapes that do not fit
+    except RuntimeError as error:  # torch's, for shapes that do not fit
         named = ", ".join(f"{n} {list(source[n].shape)}" for n in recipe.sources)
         raise UsageError(
             f"{where} holds {named}, of which {target} cannot be made: {error}"
@@ -90,7 +90,7 @@ def _some(names: list[str]) -> str:
 
 
 class Converted:
-    """The new tensors of a plan, made when they are read; `account` says what is checked before."""
+    """The new tensors of a plan, each made when it is read; `account` checks them all first."""
 
     def __init__(
         self, plan: Plan, source: Source, expected: Mapping[str, tuple[int, ...]], *, where: str

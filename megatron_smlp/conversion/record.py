@@ -1,6 +1,6 @@
-"""`run.json` of a checkpoint that a conversion writes, with which --use-checkpoint-args starts.
+"""`run.json` of a converted checkpoint, from which --use-checkpoint-args can start a run.
 
-Beside what a run writes, it has `special_token_ids` of an imported model, for its way back.
+Besides what a run writes, it has the `special_token_ids` of an imported model, for its export.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ OF_A_PIPELINE = frozenset(
         "account_for_loss_in_pipeline_split",
     }
 )
-"""Flags that hold for one pipeline parallel size."""
+"""Flags that are valid for one pipeline parallel size only."""
 
 
 def sizes(layout: Mapping[str, int], record: Mapping[str, Any] | None) -> dict[str, int]:
-    """Return the parallel sizes that are meant: the given ones, and else those of the run."""
+    """Return the target's parallel sizes: those given, or else the run's."""
     before = (record or {}).get("layout", {})
     return {name: layout.get(name) or before.get(name) or 1 for name in LAYOUT}
 
@@ -45,13 +45,13 @@ def converted_record(
     iteration: int | None,
     is_new_model: bool,
 ) -> dict[str, Any]:
-    """Return what is known of the run: its own record, or the model's flags alone.
+    """Return the record to write, from the run's own record or from the model's flags alone.
 
     Args:
-        before: the record of the checkpoint that was converted, or what is known of an import.
+        before: the record of the checkpoint that was converted, or what is known about an import.
         flags: of the model that is written.
-        layout: parallel sizes that are meant, where they are other than those of the run.
-        is_new_model: whether the model is another than that of the run.
+        layout: the target's parallel sizes, where they differ from the run's.
+        is_new_model: whether the model differs from the run's.
     """
     from megatron_smlp.flags.model_arguments import model_arguments
     from megatron_smlp.flags.parse import build_parser
@@ -62,7 +62,7 @@ def converted_record(
     then, now = (sizes(given, before) for given in ({}, layout))
     dropped = {"padded_vocab_size"}  # model.json says it
     if iteration is None:
-        dropped |= {"branch_from"}  # weights that begin anew are no branch
+        dropped |= {"branch_from"}  # a fresh start from weights is not a branch
     if now["pipeline_model_parallel_size"] != then["pipeline_model_parallel_size"]:
         dropped |= OF_A_PIPELINE
     recorded = [str(argument) for argument in before.get("command_line", [])]

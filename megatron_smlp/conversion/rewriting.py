@@ -1,8 +1,8 @@
 """Copy every tensor of a checkpoint, and record the parallel layout that it is meant for.
 
-A distributed checkpoint holds whole tensors under global names, so a run may load it in any layout
-anyway. What a rewrite adds: ranks' pieces become whole tensors in one file, the layout is checked
-before a cluster is waited for, and the optimizer's state, two thirds of the file, can be left out.
+A distributed checkpoint holds whole tensors under global names, so a run can load it in any layout
+anyway. A rewrite also merges the ranks' pieces into whole tensors in one file, checks the layout
+before you wait for a cluster, and can drop the optimizer's state, two thirds of the file.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from megatron_smlp.conversion.record import converted_record, sizes
 from megatron_smlp.errors import UsageError
 
 ANY_LAYOUT = "optimizer.state."
-"""Start of the names of optimizer state that no layout is part of."""
+"""Prefix of the names of optimizer state that does not depend on the layout."""
 
 
 def check_layout(flags: Mapping[str, Any], layout: Mapping[str, int]) -> None:
-    """Raise UsageError where the model cannot be spread that way, as pretrain_smlp.py would."""
+    """Raise UsageError, as pretrain_smlp.py would, if the model cannot be sharded that way."""
     from megatron_smlp.flags.check_model import check_model
 
     layout = sizes(layout, None)
@@ -57,13 +57,13 @@ def copy(
 ) -> None:
     """Write the whole state for another layout.
 
-    Random number states belong to ranks of the old layout and are left out, as Megatron leaves
-    them out where it loads another layout.
+    RNG states belong to ranks of the old layout and are left out, as Megatron does when it loads
+    another layout.
 
     Args:
         source: the tensors of the checkpoint, optimizer state included.
-        flags: of the model, with the vocabulary as it is in `source`.
-        layout: sizes that are other than the run's.
+        flags: of the model, with the vocabulary size of `source`.
+        layout: sizes that differ from the run's.
         record: run.json of the checkpoint.
 
     Raises:

@@ -28,7 +28,7 @@ class SafetensorsFolder:
 
     Raises:
         UsageError: there is no such file in the folder.
-        DamagedCheckpointError: a file is missing, or not what it or the index says.
+        DamagedCheckpointError: a file is missing or damaged, or contradicts the index.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -46,7 +46,7 @@ class SafetensorsFolder:
         for path in sorted({self.folder / file for file in index.values()} if index else [single]):
             with _opened(path) as file:
                 for name in file.keys():  # noqa: SIM118 - it is no mapping
-                    self.specs[name] = Spec.of(file.get_tensor(name))  # mapped, and not read
+                    self.specs[name] = Spec.of(file.get_tensor(name))  # mapped, not read
                     self._places[name] = path, name
                     held.add((name, path.name))
         if index is not None and (wrong := held ^ set(index.items())):
@@ -54,17 +54,17 @@ class SafetensorsFolder:
             raise DamagedCheckpointError(f"{self.folder / place} and {INDEX} differ over {name}.")
 
     def read(self, name: str, row: int | None = None) -> Tensor:
-        """Return one tensor, or one row of it; its memory is that of the file until it changes."""
+        """Return one tensor, or one row of it; its memory maps the file until it is changed."""
         path, own = self._places[name]
         with _opened(path) as file:
             tensor: Tensor = file.get_tensor(own) if row is None else file.get_slice(own)[row]
         return tensor
 
     def rename(self, renamed: Callable[[str], str]) -> None:
-        """Give the tensors other names.
+        """Rename the tensors.
 
         Raises:
-            UsageError: two get the same.
+            UsageError: two would get the same name.
         """
         for name in list(self.specs):
             new = renamed(name)
@@ -73,11 +73,11 @@ class SafetensorsFolder:
             self.specs[new], self._places[new] = self.specs.pop(name), self._places.pop(name)
 
     def leave_out(self, names: re.Pattern[str]) -> None:
-        """Forget tensors that are no weights."""
+        """Drop tensors that are not weights."""
         self.specs = {name: s for name, s in self.specs.items() if not names.fullmatch(name)}
 
     def leave_out_tied(self, head: str, embedding: str) -> None:
-        """Forget a copy of the embedding, by the names that both have here.
+        """Drop `head`, the tied output layer, if these files hold it as a copy of `embedding`.
 
         Raises:
             UsageError: it is another tensor.
@@ -108,7 +108,7 @@ def _read_index(path: Path) -> dict[str, str] | None:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """Open a file whose offsets, sizes, gaps and text the library has checked."""
+    """Open a file; the library checks its offsets, sizes, gaps and text."""
     try:
         with safe_open(path, "pt") as file:
             yield file
@@ -117,7 +117,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def shards(specs: Mapping[str, Spec], *, limit: int) -> list[list[str]]:
-    """Cut names, in order, into files of at most `limit` bytes; a larger tensor has its own."""
+    """Split names, in order, into files of at most `limit` bytes; a larger tensor has its own."""
     files: list[list[str]] = [[]]
     size = 0
     for name, spec in specs.items():
@@ -132,10 +132,10 @@ def shards(specs: Mapping[str, Spec], *, limit: int) -> list[list[str]]:
 def write_folder(
     folder: Path, specs: Mapping[str, Spec], tensors: Iterable[tuple[str, Tensor]], *, limit: int
 ) -> None:
-    """Write `tensors`, in the order of `specs`, and the index where there is more than one file.
+    """Write `tensors`, in the order of `specs`, and an index if there is more than one file.
 
     Args:
-        limit: bytes of one file, which is in memory as a whole.
+        limit: maximum bytes of one file, which is held in memory as a whole.
     """
     parts = shards(specs, limit=limit)
     stream = iter(tensors)
@@ -157,4 +157,4 @@ def _write_file(path: Path, specs: dict[str, Spec], stream: Iterator[tuple[str, 
     mode = path.stat().st_mode
     with naming_errors(path):
         save_file(tensors, path, metadata={"format": "pt"})
-        path.chmod(mode)  # the library's files are for their owner alone
+        path.chmod(mode)  # the library lets only the owner read its files

@@ -1,4 +1,4 @@
-"""Run a model whose weights are on the disk: each is read when it is used, and let go."""
+"""Run a model whose weights are on disk: each is read when it is used, then released."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ Read = Callable[[str, int | None], Tensor]
 
 
 class StreamedWeight(Tensor):
-    """Stands for a tensor in fp32: what is computed with it is computed with its values.
+    """A placeholder for a tensor in fp32: operations on it read its values and use those.
 
-    `weight[3]` reads that row alone, so that a stack of experts is never in memory as a whole.
+    `weight[3]` reads only that row, so that a stack of experts is never in memory as a whole.
     """
 
     read: Read
@@ -58,7 +58,7 @@ WITHOUT_VALUES = {
     Tensor.dim,
     Tensor.numel,
 }
-"""Operations that need no values; everything else, a weight's device too, reads them."""
+"""Operations that need no values; everything else, even a weight's device, reads them."""
 
 
 def _values(value: Any) -> Any:
@@ -67,10 +67,10 @@ def _values(value: Any) -> Any:
 
 @contextlib.contextmanager
 def weights_from(read: Read, model: nn.Module) -> Iterator[None]:
-    """Put streamed weights in the place of the model's parameters and saved buffers.
+    """Replace the model's parameters and saved buffers by streamed weights, within the block.
 
     Args:
-        read: by the name that a weight has in the model, of a tied one by the first.
+        read: called with a weight's name in the model; for tied weights, with the first one's.
         model: on the meta device.
     """
     first: dict[int, str] = {}

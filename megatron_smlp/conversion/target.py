@@ -1,4 +1,4 @@
-"""The folder that a conversion writes: what would be lost by it is asked about first."""
+"""Check the folder that a conversion writes, so that nothing is lost by accident."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from megatron_smlp.errors import UsageError
 
 
 def check_target(target: Path, source: Path, *, overwrite: bool) -> None:
-    """Raise UsageError where writing `target` would lose something."""
+    """Raise UsageError if writing `target` would lose something."""
     if target.resolve() in (source.resolve(), *source.resolve().parents):
         raise UsageError(
             f"--save {target} holds --load {source}, which would be deleted: give another folder."

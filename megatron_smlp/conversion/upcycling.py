@@ -1,4 +1,4 @@
-"""A dense model's weights -> those of a sparse one that computes the same.
+"""Turn a dense model's weights into those of a sparse one that computes the same function.
 
 Every expert starts as a copy, and the router is new. docs/decisions/0033 derives what follows.
 
@@ -11,8 +11,8 @@ Every expert starts as a copy, and the router is new. docs/decisions/0033 derive
 W is drawn so small that these weights hold to 1e-4; which expert a token chooses depends on its
 direction alone.
 
-Experts have no bias, a dense FFN may have. LN's output x^ sums to zero over the D features, so with
-a norm of weight 1 and bias 1 (before: a, c) the sum of h' = x^ + 1 is D for every token:
+Experts have no bias; a dense FFN may have one. LN's output x^ sums to zero over the D features, so
+with a norm of weight 1 and bias 1 (before: a, c) the sum of h' = x^ + 1 is D for every token:
 
     A (a x^ + c) + b  =  (A a + (A c + b - A a 1) 1' / D) h'
 
@@ -41,9 +41,9 @@ from megatron_smlp.routers.hash_table import random_table
 from megatron_smlp.systems import ARCHITECTURES, TOKEN_ROUTERS, experts_of_a_token
 
 EXTRA_WIDTH = 8
-"""Hidden units more than the dense FFN, of which one carries its bias."""
+"""Hidden units beyond those of the dense FFN; one of them carries its bias."""
 ROUTER_SCORE = {"norm": 1e-4, "residual": 1e-6}
-"""Standard deviation of a router's scores for features of variance 1, by what it reads; those of
+"""Standard deviation of a router's scores for features of variance 1, by what it reads; features of
 a residual stream are larger."""
 STD = 0.02
 SEED = 20220314
@@ -54,10 +54,10 @@ def target_flags(flags: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[s
 
     Args:
         flags: the dense model's.
-        changes: what the command line says of the new model.
+        changes: flags of the new model from the command line.
 
     Raises:
-        UsageError: the source is sparse already, or nothing of it can become sparse.
+        UsageError: the source is already sparse, or cannot become such a model.
     """
     if flags["token_router"] != "none" or flags["architecture"] == "smlp" or flags["num_experts"]:
         raise UsageError("--upcycle: the checkpoint is of a sparse model already.")
@@ -104,7 +104,7 @@ def _add_experts(target: dict[str, Any]) -> None:
             f"{' and a bias, which takes one more' if has_bias else ''}; give {fewest} or more."
         )
     target["moe_router_topk"] = experts_of_a_token(target["token_router"], topk=1)
-    # As a run that is not given them has them.
+    # The values of a run that is not given them.
     has_loss = TOKEN_ROUTERS[target["token_router"]].has_balance_loss
     target["moe_aux_loss_coeff"] = AUX_LOSS_COEFF if has_loss else 0.0
     target["moe_router_load_balancing_type"] = "aux_loss" if has_loss else "none"
@@ -126,7 +126,7 @@ def _check_spatial(flags: Mapping[str, Any], target: Mapping[str, Any]) -> None:
 
 
 def why_not_exact(flags: Mapping[str, Any], target: Mapping[str, Any]) -> str | None:
-    """Return why the sparse model's loss is another at the start; None if it is the same."""
+    """Return why the sparse model's loss starts at another value; None if it does not."""
     if target["feature_router"] == "none":
         return None
     chunks = target["num_feature_chunks"] or target["num_feature_experts"]
@@ -219,14 +219,14 @@ def _seed(name: str) -> int:
 
 
 def _unit(flags: Mapping[str, Any]) -> float:
-    """Return the activation of 1."""
+    """Return the activation function's value at 1."""
     from megatron_smlp.model import activation
 
     return float(activation(flags)(torch.ones((), device="cpu", dtype=torch.float64)))
 
 
 def _copied(heads: Tensor, *, experts: int) -> Tensor:
-    """Copy heads, [h, ...] -> [E, ...]: E / h neighbours are copies of one."""
+    """Copy heads, [h, ...] -> [E, ...]: each makes E / h adjacent experts."""
     return heads.repeat_interleave(experts // len(heads), dim=0)
 
 
@@ -238,9 +238,9 @@ def _normal(shape: tuple[int, ...], dtype: torch.dtype, *, std: float, seed: int
 
 
 def _router(*, shape: tuple[int, ...], dtype: torch.dtype, score: float, seed: int) -> Tensor:
-    """Draw rows that sum to zero: what all tokens have in common favours no expert."""
+    """Draw rows that sum to zero: what all tokens have in common favors no expert."""
     steps = torch.finfo(dtype)
-    least = 4 * steps.smallest_normal * steps.eps  # fp16 rounds less than that to zeros
+    least = 4 * steps.smallest_normal * steps.eps  # fp16 rounds smaller values to zeros
     std = max(score / math.sqrt(shape[1]), least)
     weight = _normal(shape, torch.float32, std=std, seed=seed)
     return (weight - weight.mean(dim=1, keepdim=True)).to(dtype)
@@ -258,7 +258,7 @@ def _table(flags: Mapping[str, Any]) -> Tensor:
 def _expert_fc1(weight: Tensor, *biased: Tensor, shape: tuple[int, ...], seed: int) -> Tensor:
     """weight: <float>[Z, D]; biased: b [Z], a [D], c [D]. Returns <float>[E, X, D]."""
     dense = len(weight)
-    # Rows beyond those of the dense FFN start at random and lead nowhere yet.
+    # Rows beyond those of the dense FFN start at random and do not reach the output yet.
     rows = _normal(shape[1:], weight.dtype, std=STD, seed=seed).to(weight.device)
     rows[:dense] = _folded(weight, *biased).to(weight.dtype) if biased else weight
     if biased:

@@ -1,1 +1,1 @@
-"""From a command line to checked arguments: parsed, filled in, checked, and kept frozen."""
+"""Turn a command line into checked arguments: parse, fill in, check, then leave unchanged."""

@@ -1,8 +1,8 @@
-"""The third phase: refusals. Nothing is assigned to the namespace before Megatron's own validation.
+"""Third phase: refuse bad arguments. Nothing assigns to the namespace before Megatron validates.
 
 Each check raises a UsageError with the flag, its value, what is allowed and what to do. Megatron
-stops at most of these with an assertion that names no flag, some of them after minutes, and takes
-others in silence.
+stops at most of these with an assertion that names no flag, sometimes after minutes, and silently
+accepts the others.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from megatron_smlp.platform import choice, cpu
 
 
 def check(args: argparse.Namespace) -> None:
-    """Check everything that can be known before Megatron looks."""
+    """Check everything that can be checked before Megatron's own validation."""
     check_token_router(args)
     check_choices(args)
     _check_load(args)
@@ -90,7 +90,7 @@ def _check_load(args: argparse.Namespace) -> None:
 
 
 def _check_branch(args: argparse.Namespace) -> None:
-    """Refuse a branch of nothing, into the folder that it leaves, or past the end of its data."""
+    """Refuse a branch that lacks a source, saves into the source's folder, or outruns the data."""
     if args.branch_from is None:
         return
     flag, length = f"--branch-from {args.branch_from}", args.explicit_flags.get("train_iters")
@@ -111,7 +111,7 @@ def _check_branch(args: argparse.Namespace) -> None:
     own = ((read_run_record(newest) if newest else None) or {}).get("flags", {})
     if is_same_folder(args.load, args.save) and own.get("branch_from") != args.branch_from:
         raise UsageError(f"{flag} would go on in the folder that it leaves: give another --save.")
-    if args.ckpt_step:  # else it goes on from a checkpoint of its own
+    if args.ckpt_step:  # else the branch resumes from its own checkpoint
         start = iteration_folder(args.load, args.ckpt_step)
         if not start.is_dir():
             raise UsageError(f"{flag}: {args.load} holds no checkpoint of that iteration.")
@@ -129,8 +129,8 @@ def _check_branch(args: argparse.Namespace) -> None:
 
 
 def _check_kept_schedule(args: argparse.Namespace) -> None:
-    """Refuse other rates and decays beside --use-checkpoint-opt_param-scheduler: the optimizer's
-    groups would have the run's own, and the rest of the schedule the checkpoint's."""
+    """Refuse changed rates and decays with --use-checkpoint-opt_param-scheduler: the optimizer's
+    param groups would use the run's values, and the rest of the schedule the checkpoint's."""
     if not (args.use_checkpoint_opt_param_scheduler and args.load):
         return
     folder = folder_at(args.load, args.ckpt_step)
@@ -148,7 +148,7 @@ def _check_kept_schedule(args: argparse.Namespace) -> None:
 
 
 def _nothing_in(load: Path) -> str:
-    """Why --load is refused, and what to give in its place."""
+    """Return why --load is refused, and what to give instead."""
     if is_checkpoint_folder(load):
         iteration = iteration_of(load)
         which = "" if iteration is None else f" --ckpt-step {iteration}"
@@ -164,10 +164,10 @@ def _nothing_in(load: Path) -> str:
 
 
 def validate(args: argparse.Namespace) -> None:
-    """Run Megatron's own validation, which fills in more, and set its global state.
+    """Run Megatron's own validation, which fills in more values, and set its global state.
 
     Raises:
-        UsageError: with Megatron's reason, or with the check that failed where it gives none.
+        UsageError: with Megatron's reason or, if it gives none, the check that failed.
     """
     from megatron.training import get_tokenizer
     from megatron.training.arguments import validate_args
@@ -175,7 +175,7 @@ def validate(args: argparse.Namespace) -> None:
 
     with megatrons_refusals(), local_gpt2_files(args):
         validate_args(args, {"tokenizer_type": "GPT2BPETokenizer"})
-        # Megatron then forks a process for each save: megatron_patches/checkpoint_files.py.
+        # Makes Megatron fork a process for each save: megatron_patches/checkpoint_files.py.
         args.use_persistent_ckpt_worker = False
         set_global_variables(args)
     if get_tokenizer().eod is None:
@@ -196,7 +196,7 @@ def validate(args: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def megatrons_refusals() -> Iterator[None]:
-    """Turn what Megatron raises about its arguments into one line; some ends without a word.
+    """Turn Megatron's errors about its arguments into one line, those without a message included.
 
     Raises:
         UsageError: with Megatron's reason.

@@ -1,4 +1,4 @@
-"""How a step is made: what is computed again or replayed, what Muon updates, and what cannot be."""
+"""Check how a step is executed: Muon, fp16, activation recomputation and CUDA graphs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_smlp.flags.check_model import slots_of
 from megatron_smlp.systems import ARCHITECTURES, CHANNELS, MIXERS
 
 CORE = "core_attn"
-"""What Megatron calls the part of a token mixer that recomputes, where one does."""
+"""Megatron's name for the part of a token mixer that is recomputed, in mixers that have one."""
 RECOMPUTED_BY_TRANSFORMER_ENGINE = frozenset({"layernorm", "moe_act", "mla_up_proj"})
 
 
@@ -23,7 +23,7 @@ WITHOUT_MUON = {
 
 
 def check_muon(args: argparse.Namespace) -> None:
-    """Refuse Muon where its package is not there, and what it does not do or could not save."""
+    """Refuse Muon without its package, and flags that it does not support or could not save."""
     if args.optimizer != "muon":
         return
     require_package(
@@ -59,7 +59,7 @@ def check_muon(args: argparse.Namespace) -> None:
 
 
 def check_fp16(args: argparse.Namespace) -> None:
-    """Refuse fp16 where experts have an optimizer of their own."""
+    """Refuse fp16 if the experts have an optimizer of their own."""
     expert, tensor = args.expert_model_parallel_size, args.tensor_model_parallel_size
     is_apart = expert > 1 or args.expert_tensor_parallel_size not in (None, tensor)
     if args.fp16 and args.num_experts and is_apart:
@@ -71,7 +71,7 @@ def check_fp16(args: argparse.Namespace) -> None:
 
 
 def check_recomputing(args: argparse.Namespace) -> None:
-    """Refuse selective recomputation of what no layer has, or what needs Transformer Engine."""
+    """Refuse to recompute modules that no layer has, or that need a missing Transformer Engine."""
     needing = RECOMPUTED_BY_TRANSFORMER_ENGINE.intersection(args.recompute_modules or ())
     if needing and find_spec("transformer_engine") is None:
         raise UsageError(
@@ -100,10 +100,10 @@ def check_recomputing(args: argparse.Namespace) -> None:
 
 
 def check_cuda_graphs(args: argparse.Namespace) -> None:
-    """Refuse graphs of what a replay would not do as it should.
+    """Refuse CUDA graphs of what a replay would get wrong.
 
-    A graph replays kernels as they were captured, in training and in training's shapes, and not the
-    Python beside them. Layers that route are left out of it (architectures.SlottedLayer).
+    A graph replays the kernels captured in training, with training's shapes, and none of the Python
+    around them. Layers that route are left out of it (architectures.SlottedLayer).
     """
     if args.explicit_flags.get("cuda_graph_impl") in (None, "none"):
         return

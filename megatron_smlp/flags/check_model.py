@@ -1,4 +1,4 @@
-"""Check, before anything is built, that shapes and layout make a possible model."""
+"""Check that shapes and layout describe a possible model, before anything is built."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_smlp.systems import ARCHITECTURES, CHANNELS, LayerSlots, layer_slo
 
 
 def check_model(args: argparse.Namespace) -> None:
-    """Check the sizes of the layers, and how they are cut over ranks."""
+    """Check the sizes of the layers, and how they are sharded over ranks."""
     for name in ("num_layers", "hidden_size", "seq_length", "micro_batch_size"):
         if getattr(args, name) is None:
             raise UsageError(f"{flag_of(name)} is missing: give it, or a --config that has it.")
@@ -21,7 +21,7 @@ def check_model(args: argparse.Namespace) -> None:
     for mixer in kind.mixers:
         _call(mixer.check, args, *([mixer.plugin] if mixer.plugin else []))
     if args.context_parallel_size > 1:
-        # The checks of mixers over positions have said why they cannot.
+        # Mixers over positions were refused above, by their own check and with their own reason.
         raise UsageError(
             f"--context-parallel-size {args.context_parallel_size} is not available: Megatron cuts "
             "sequences for Transformer Engine's attention alone, and losses by position, scores of "
@@ -38,12 +38,12 @@ def check_model(args: argparse.Namespace) -> None:
 
 
 def slots_of(args: argparse.Namespace) -> list[LayerSlots]:
-    """Return the slots of the layers that these flags build."""
+    """Return the slots of each layer that these flags build."""
     return layer_slots(args, args, num_experts=args.num_experts)
 
 
 def check_attention(args: argparse.Namespace) -> None:
-    """Check the heads of attention."""
+    """Check the number of attention heads."""
     heads, tp = args.num_attention_heads, args.tensor_model_parallel_size
     if not heads or args.hidden_size % heads:
         raise UsageError(
@@ -58,7 +58,7 @@ def check_attention(args: argparse.Namespace) -> None:
 
 
 def check_channels(args: argparse.Namespace) -> None:
-    """Check that tensor parallelism can cut the layers' FFNs, and what plugins have there."""
+    """Check that tensor parallelism can shard the layers' FFNs and plugins' channel mixers."""
     width, tp = args.ffn_hidden_size, args.tensor_model_parallel_size
     if width is None:
         return  # Megatron's default, which follows from --hidden-size
@@ -73,10 +73,10 @@ def check_channels(args: argparse.Namespace) -> None:
 
 
 def check_mup(args: argparse.Namespace) -> None:
-    """Check that muP's rules are for every weight of the model, and say which they are.
+    """Check that muP's rules cover every weight of the model, and that their base width is given.
 
-    They are of weights whose inputs grow with the width, which those of T x T matrices do not, and
-    know neither routers and experts, which see a share of the tokens, nor other rates than Adam's.
+    The rules assume a fan-in that grows with the width, which T x T matrices do not have. They also
+    leave out routers and experts, which see a share of the tokens, and rates other than Adam's.
     """
     if not args.use_mup:
         return
@@ -105,7 +105,7 @@ def _call(check: str | None, *args: Any) -> None:
 
 
 def check_sparse(args: argparse.Namespace) -> None:
-    """Check which layers of sMLP are sparse, and their experts of features."""
+    """Check how many layers of sMLP are dense, and the number of feature experts in the others."""
     if not 0 <= args.num_dense_layers <= args.num_layers:
         raise UsageError(
             f"--num-dense-layers {args.num_dense_layers} must lie between 0 and --num-layers "
@@ -119,7 +119,7 @@ def check_sparse(args: argparse.Namespace) -> None:
 
 
 def check_experts(args: argparse.Namespace) -> None:
-    """Check the number of experts of tokens, and which layers have them."""
+    """Check the number of token experts, and which layers have them."""
     experts, ep = args.num_experts, args.expert_model_parallel_size
     if experts is None:
         if ep > 1:

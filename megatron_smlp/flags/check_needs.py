@@ -1,6 +1,6 @@
-"""Flags that mean nothing without something else, and values that do not work: tables of both.
+"""Tables of flags that have no effect without something else, and of values that do not work.
 
-A flag that would be accepted and do nothing is refused. To spell out a default asks for nothing.
+A flag that would be accepted and do nothing is refused; spelling out a default is not.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ KNOWN = {**DEFAULTS, **{name: flag.default for name, flag in MEGATRON_FLAGS.item
 FILLED_IN = {name for name, flag in MEGATRON_FLAGS.items() if flag.filled_in}
 VALUES: dict[str, tuple[str, ...]] = {
     "optimizer": ("adam", "muon"),
-    "muon_tp_mode": ("duplicated", "distributed"),  # blockwise: another update a TP size
+    "muon_tp_mode": ("duplicated", "distributed"),  # blockwise: TP size changes the update
     "ckpt_format": ("torch_dist",),
-    "async_strategy": ("mcore",),  # nvrx writes without checksums, and not by one rename
+    "async_strategy": ("mcore",),  # nvrx: no checksums, and not published by one rename
     "dataloader_type": ("single", "cyclic"),
-    "rerun_mode": ("disabled",),  # --nonfinite-loss does without repeated steps
+    "rerun_mode": ("disabled",),  # --nonfinite-loss needs no rerun of steps
     "transformer_impl": ("local", "transformer_engine"),
     "position_embedding_type": POSITIONS,
-    "softmax_type": ("vanilla", "off-by-one"),  # nothing counts the parameters of a learnable one
+    "softmax_type": ("vanilla", "off-by-one"),  # the parameters of "learnable" are not counted
     "cuda_graph_impl": ("none", "local"),  # whole steps would be replayed without their Python
     "moe_router_dtype": ("fp32",),
     "moe_router_load_balancing_type": ("aux_loss", "none"),
     "moe_router_score_function": ("softmax", "sigmoid"),
 }
-"""Values of Megatron's flags that work here, where its parser takes others."""
+"""The values that work here, for flags of which Megatron's parser accepts others too."""
 POSITIONS_WITHOUT_ATTENTION = ("none", "learned_absolute")
 ROTARY_FLAGS = (
     *("rotary_base", "rotary_percent", "rotary_interleaved", "no_rope_freq"),
@@ -45,7 +45,7 @@ ROTARY_FLAGS = (
 
 
 class Need(NamedTuple):
-    """What some flags need."""
+    """A requirement, and the flags that have it."""
 
     what: str
     is_met: Callable[[argparse.Namespace], Any]
@@ -91,7 +91,7 @@ NEEDS = (
     ),
     Need("--use-rope-scaling", lambda args: args.use_rope_scaling, ("rope_scaling_factor",)),
     Need("--group-query-attention", lambda args: args.group_query_attention, ("num_query_groups",)),
-    # Else it would add parameters that nothing here counts.
+    # Without biases the flag would add parameters that nothing here counts.
     Need("biases (no --disable-bias-linear)", lambda args: args.add_bias_linear, ("add_qkv_bias",)),
     Need(
         "a layer with an FFN (a Transformer's, or token experts)",
@@ -100,7 +100,7 @@ NEEDS = (
     ),
     Need(
         "--feature-router",
-        # "none" takes back what an included file gives.
+        # An explicit "none" undoes what an included file sets.
         lambda args: args.feature_router != "none" or "feature_router" in args.explicit_flags,
         ("num_feature_experts",),
     ),
@@ -164,15 +164,15 @@ NEEDS = (
         ),
     ),
     Need("the package wandb", lambda args: find_spec("wandb"), ("wandb_project",)),
-    # Megatron rounds its gradient to bf16 whatever the precision is.
+    # Megatron's fused loss rounds its gradient to bf16, whatever the precision of the run.
     Need("--bf16", lambda args: args.bf16, ("cross_entropy_loss_fusion",)),
-    # Behind the prefix, the loss would be divided by other tokens than balance losses are.
+    # With the suffix alone, the loss would be divided by another token count than balance losses.
     Need(
         "--partial-loss all",
         lambda args: args.feature_router not in BY_PREFIX or args.partial_loss == "all",
         ("calculate_per_token_loss",),
     ),
-    # Megatron counts samples, of which it does not know how many an iteration will have.
+    # Megatron's schedule counts samples, and it does not know how many an iteration will have.
     Need("--train-samples", lambda args: args.train_samples, ("step_batch_size_schedule",)),
     Need(
         "--eval-interval",
@@ -220,7 +220,7 @@ def check_choices(args: argparse.Namespace) -> None:
 
 
 def check_needs(args: argparse.Namespace) -> None:
-    """Refuse flags without what they need."""
+    """Refuse flags whose requirement is not met."""
     rotates = ARCHITECTURES[args.architecture].rotates
     if not rotates and args.position_embedding_type not in POSITIONS_WITHOUT_ATTENTION:
         raise UsageError(
@@ -242,10 +242,10 @@ def check_needs(args: argparse.Namespace) -> None:
 
 
 def refuse_unless(args: argparse.Namespace, choice: str) -> None:
-    """Refuse flags that are for another `choice` than the one that was made.
+    """Refuse flags that are for a value of `choice` other than the one chosen.
 
     Args:
-        choice: destination of the flag that chooses; options.Facts has its plural."""
+        choice: destination of the flag that chooses; its plural is a field of options.Facts."""
     chosen = getattr(args, choice)
     facts = {**OUR_FLAGS, **MEGATRON_FLAGS}
     for name in requested(args, facts):
@@ -258,13 +258,13 @@ def refuse_unless(args: argparse.Namespace, choice: str) -> None:
 
 
 def requested(args: argparse.Namespace, names: Iterable[str]) -> Iterator[str]:
-    """Yield the flags that were given, but for those that ask for nothing."""
+    """Yield the flags that were given, except those that only switch off or repeat a default."""
     for name in names:
         value = args.explicit_flags.get(name)
         if isinstance(value, list) and len(value) == 1:
             (value,) = value
         is_off = value is None or value is False or getattr(value, "name", value) == OFF.get(name)
-        # Where defaults.py fills in another value, Megatron's default asks for something.
+        # Where defaults.py fills in another value, giving Megatron's default changes something.
         is_default = name in KNOWN and value == KNOWN[name] and not (value and name in FILLED_IN)
         if not (is_off or is_default):
             yield name

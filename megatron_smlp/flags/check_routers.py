@@ -1,4 +1,4 @@
-"""The flags of the routers: what each rule needs, and which numbers it can use."""
+"""Check the routers' flags: what each rule needs, and which numbers it can use."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CAPACITIES = ("moe_train_capacity_factor", "moe_eval_capacity_factor")
 
 
 def check_token_router(args: argparse.Namespace) -> None:
-    """Check the router's flags, and those of Megatron's that follow from the rule."""
+    """Check the token router's flags, and the Megatron flags that follow from its rule."""
     if args.token_router == "none":
         _refuse_experts(args)
     refuse_unless(args, "token_router")
@@ -28,7 +28,7 @@ def check_token_router(args: argparse.Namespace) -> None:
 
 
 def _check_groups(args: argparse.Namespace) -> None:
-    """Refuse groups of which no choice could be made; others Megatron refuses."""
+    """Refuse expert groups that leave no valid choice; Megatron refuses other bad groups itself."""
     groups, chosen = args.moe_router_num_groups, args.moe_router_group_topk
     topk = args.moe_router_topk
     if groups and chosen and (topk % chosen or topk > chosen * (args.num_experts // groups)):
@@ -39,7 +39,7 @@ def _check_groups(args: argparse.Namespace) -> None:
 
 
 def _check_prices(args: argparse.Namespace) -> None:
-    """Refuse another way than by prices where the gate is weighed by them."""
+    """Refuse greedy evaluation with --base-gate price, which evaluates by prices."""
     if args.base_gate == "price" and args.explicit_flags.get("base_eval") == "greedy":
         raise UsageError(
             "--base-eval greedy: --base-gate price evaluates by prices only. Leave it out."
@@ -67,9 +67,9 @@ def check_feature_router(args: argparse.Namespace) -> None:
 
 
 def _refuse_experts(args: argparse.Namespace) -> None:
-    """Refuse Megatron's flags of experts, with which a dense model would be trained in silence."""
+    """Refuse Megatron's expert flags without a router: a dense model would silently be trained."""
     for name, value in sorted(args.explicit_flags.items()):
-        # None, False and "none" are what a configuration takes back what it includes by.
+        # None, False and "none" are how a config file undoes what it includes.
         is_of_experts = name == "num_experts" or name.startswith("moe_")
         if is_of_experts and value not in (None, False, "none"):
             raise UsageError(

@@ -1,4 +1,4 @@
-"""Is this a run that can start? Ranges, schedule, names of files and services, the machine."""
+"""Check that the run can start: ranges, schedule, tokenizer and data, the machine."""
 
 from __future__ import annotations
 
@@ -72,10 +72,10 @@ UNDER_ONE = ("lr_warmup_fraction", "hidden_dropout", "attention_dropout")
 
 
 def check_values(args: argparse.Namespace) -> None:
-    """Check each number that was given.
+    """Check the range of each number that was given.
 
     Raises:
-        UsageError: with flag, value and range.
+        UsageError: with the flag, its value and the range.
     """
     ours = {name: facts.least for name, facts in OUR_FLAGS.items() if facts.least is not None}
     for name, least in {**LEAST, **ours}.items():
@@ -93,7 +93,7 @@ def check_values(args: argparse.Namespace) -> None:
 
 
 def check_ranges(args: argparse.Namespace) -> None:
-    """Check numbers that no run can use, each for itself, and the shares of --split."""
+    """Check the range of each number on its own, and the shares of --split."""
     check_values(args)
     _check_split(args)
 
@@ -106,7 +106,7 @@ def _check_split(args: argparse.Namespace) -> None:
             "each split has flags of its own. Leave --split out."
         )
     words = (args.split or "1").split(",")
-    # Megatron looks for digits and points, and would take 1e-2 for two shares.
+    # Megatron searches for digits and points, and would read 1e-2 as two shares.
     is_plain = all(re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*", word) for word in words)
     shares = [float(word) for word in words] if is_plain else []
     if not 1 <= len(shares) <= 3:
@@ -147,7 +147,7 @@ def check_schedule(args: argparse.Namespace) -> None:
 
 
 def _check_validation_sets(args: argparse.Namespace) -> None:
-    """Refuse sets that Megatron would pass over, or whose names are not theirs."""
+    """Refuse validation sets that Megatron would not read as asked, and names that do not fit."""
     rows = args.eval_micro_batch_size or args.micro_batch_size
     is_split = args.tensor_model_parallel_size * args.pipeline_model_parallel_size > 1
     if args.full_validation and rows != 1 and is_split:
@@ -185,7 +185,7 @@ def _check_validation_sets(args: argparse.Namespace) -> None:
 
 
 def _check_length(args: argparse.Namespace) -> None:
-    """Check the length of the run, and the phases of the learning rate within it."""
+    """Check the length of the run, and that the learning rate's phases fit into it."""
     unit = "iters" if args.train_iters else "samples"
     length = args.train_iters or args.train_samples
     if not length:
@@ -246,7 +246,7 @@ def check_tokenizer_and_data(args: argparse.Namespace) -> None:
 
 
 def _check_tokenizer_path(model: str | None) -> None:
-    """Refuse a name that cannot be the hub's: it would be requested there for minutes."""
+    """Refuse a name that the hub cannot have: requests for it would take minutes to fail."""
     if model is None or Path(model).exists():
         return
     parts = Path(model).parts
@@ -266,13 +266,13 @@ def _check_devices() -> None:
             f"GPU{'s' * (count > 1)} that torch sees: start one for each (--nproc-per-node, "
             "NPROC_PER_NODE), or give --platform cpu."
         )
-        if number == count:  # the first that has none speaks
+        if number == count:  # only the first rank without a GPU prints it
             error.speaker = ""
         raise error
 
 
 def _check_compiler() -> None:
-    """Refuse a GPU's run that would stop at the first kernel that torch or Triton compiles."""
+    """Refuse a GPU run that would fail at the first kernel that torch or Triton compiles."""
     if not (os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang")))):
         raise UsageError(
             "neither gcc nor clang was found, with which Triton builds its driver: install one, or "

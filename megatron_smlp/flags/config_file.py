@@ -1,4 +1,4 @@
-"""`--config FILE.yaml`: its keys as flags before those of the command line, which win."""
+"""`--config FILE.yaml`: turn its keys into flags, which the command line overrides."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def expand_config(
 ) -> tuple[list[str], dict[str, str]]:
     """Put the flags of `--config FILE.yaml` before those of the command line.
 
-    A key of the file is left out where `--no-KEY` is on the command line, and where a flag is that
-    stands in for it; of the file's own keys, paths for each split stand in for `split`. `--no-KEY`
-    stays where a checkpoint's flags are still to come.
+    A key of the file is dropped if the command line has `--no-KEY` or a flag that replaces the key;
+    within the file, per-split paths replace `split`. `--no-KEY` is kept if a checkpoint's flags are
+    still to be added.
 
     Returns:
-        the words, and the FILE:LINE of each flag that a file gives, by its destination.
+        the argv, and by destination the FILE:LINE of each flag that a file gives.
 
     Raises:
         UsageError: a file is missing or is not a mapping, or a key is unknown.
@@ -40,8 +40,8 @@ def expand_config(
         replaced.add("split")
     for key, setting in settings.items():
         negation = f"--no-{key.replace('_', '-')}"
-        if negation in argv and negation not in actions_of(parser):  # the key is taken back
-            if GOES_ON not in argv:  # else a checkpoint's flag of that name is still to come
+        if negation in argv and negation not in actions_of(parser):  # it undoes the key
+            if GOES_ON not in argv:  # else it also drops a checkpoint's flag, added later
                 rest.remove(negation)
         elif actions[key].dest not in replaced:
             flags += _as_flags(actions[key], key, *setting)
@@ -84,6 +84,6 @@ def _as_flags(action: argparse.Action, key: str, value: Any, place: str) -> list
 
 
 def _text(item: Any) -> str:
-    """Megatron takes a list as [0,1], or a pattern as ([0,1])*2, without blanks."""
+    """Return a value's text; Megatron takes lists, [0,1], and patterns, ([0,1])*2, unspaced."""
     text = str(item)
     return text.replace(" ", "") if text.startswith(("[", "([")) else text

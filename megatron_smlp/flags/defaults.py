@@ -1,8 +1,8 @@
-"""The second phase: defaults that depend on other flags, on the machine or on the checkpoint.
+"""Second phase: defaults that depend on other flags, on the machine or on the checkpoint.
 
-Constants stand with their flags, in options.py. A flag that was given is kept; values that cannot
-be kept are refused in the third phase, none is here. What a CPU needs is the platform's:
-cpu.set_flags.
+Constant defaults are in options.py, beside their flags. A flag that was given keeps its value;
+values that cannot be kept are refused in the third phase, never here. What a CPU needs is set by
+platform's cpu.set_flags.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def fill_in(args: argparse.Namespace) -> None:
     if args.tokenizer_type is None and args.vocab_file and args.merge_file:
         args.tokenizer_type = "GPT2BPETokenizer"  # Megatron's default
     if args.data_args_path and args.split is None:
-        args.split = MEGATRONS_SPLIT  # which Megatron fills in beside --data-path only
+        args.split = MEGATRONS_SPLIT  # Megatron fills it in with --data-path only
     if sys.platform == "darwin":
-        args.num_workers = 0  # they are spawned, and Megatron's function for them cannot be sent
+        args.num_workers = 0  # they are spawned, and Megatron's worker function cannot be pickled
     choice.limit_connections(args.tensor_model_parallel_size, os.environ)
     cpu.set_flags(args)
 
@@ -56,7 +56,7 @@ def _fill_in_layers(args: argparse.Namespace) -> None:
     args.create_attention_mask_in_dataloader = False
     if "transformer_impl" not in given and not _has("transformer_engine"):
         args.transformer_impl = "local"
-    # Apex's extension; without it Megatron's output layer stops, whatever the layers are made of.
+    # Without Apex's extension Megatron's output layer fails, whatever implements the layers.
     args.gradient_accumulation_fusion &= _has("fused_weight_gradient_mlp_cuda")
     if args.transformer_impl == "local":
         # These need Apex or Transformer Engine, which the local implementation does without.
@@ -67,10 +67,10 @@ def _fill_in_layers(args: argparse.Namespace) -> None:
         if "position_embedding_type" not in given:
             args.position_embedding_type = ARCHITECTURES[args.architecture].positions
         if args.num_attention_heads is None:
-            # Megatron wants a number that every parallel size divides; nothing attends.
+            # No layer attends, but Megatron wants a number that every parallel size divides.
             args.num_attention_heads = args.hidden_size
         if args.position_embedding_type == "rope" and "kv_channels" not in given:
-            args.kv_channels = args.tiny_attention_width  # of the head that Megatron's angles turn
+            args.kv_channels = args.tiny_attention_width  # of the head that Megatron's RoPE rotates
         if args.hidden_size:
             args.ffn_hidden_size = args.ffn_hidden_size or 4 * args.hidden_size
     # Without a table at the input there is nothing for the output layer to share.
@@ -80,7 +80,7 @@ def _fill_in_layers(args: argparse.Namespace) -> None:
     # Megatron's fused GELU is the tanh approximation; here GELU is exact on every device.
     args.bias_gelu_fusion = False
     if args.activation_func_clamp_value is not None or args.glu_linear_offset:
-        args.bias_swiglu_fusion = False  # it knows neither
+        args.bias_swiglu_fusion = False  # it supports neither
 
 
 def _fill_in_token_router(args: argparse.Namespace) -> None:
@@ -102,13 +102,13 @@ def _fill_in_token_router(args: argparse.Namespace) -> None:
     elif "moe_aux_loss_coeff" not in args.explicit_flags:
         args.moe_aux_loss_coeff = AUX_LOSS_COEFF
     elif isinstance(args.moe_aux_loss_coeff, list) and len(args.moe_aux_loss_coeff) == 1:
-        # Megatron reads a list of numbers, for its several losses; here there is one.
+        # Megatron parses a list, for its several balance losses; here there is one.
         args.moe_aux_loss_coeff = float(args.moe_aux_loss_coeff[0])
     args.moe_router_pre_softmax = weighs_all_experts(args.token_router, args.moe_router_topk)
     if "moe_token_dispatcher_type" not in given:
         args.moe_token_dispatcher_type = "alltoall"  # all-gather sends every token to every rank
     if "moe_token_drop_policy" not in args.explicit_flags:
-        # By probability, later tokens push out earlier ones.
+        # Dropping by probability lets later tokens push out earlier ones.
         args.moe_token_drop_policy = "position"
 
 
@@ -122,7 +122,7 @@ def _fill_in_branch(args: argparse.Namespace) -> None:
 
 
 def _fill_in_schedule(args: argparse.Namespace) -> None:
-    # Not less than the number of steps, each of which reads a sample or more.
+    # An upper bound on the number of steps, since each reads at least one sample.
     last_step = args.train_iters or args.train_samples
     if args.eval_iters and not args.eval_interval and "eval_iters" not in args.explicit_flags:
         args.eval_iters = 0  # Megatron's default without an interval to use it at
@@ -131,20 +131,20 @@ def _fill_in_schedule(args: argparse.Namespace) -> None:
     if args.save and not args.save_interval:
         args.save_interval = last_step  # once, at the end; Megatron insists on a number
     if not args.use_checkpoint_opt_param_scheduler:
-        # Megatron would stop with a traceback where a checkpoint has another --lr or --train-iters.
+        # Else Megatron stops with a traceback if the checkpoint has another --lr or --train-iters.
         args.override_opt_param_scheduler = True
-    # Ours looks at losses and at the norm, in lockstep over the ranks, and can skip the step:
-    # --nonfinite-loss.
+    # --nonfinite-loss replaces it: it checks losses and the gradient norm, in lockstep over the
+    # ranks, and can skip the step.
     args.check_for_nan_in_loss_and_grad = False
-    # Megatron would keep the batches and random states of each step, and have all ranks agree that
-    # none is to be repeated.
+    # Megatron would keep the batches and RNG states of each step, and have all ranks agree that
+    # no step is to be rerun.
     args.rerun_mode = "disabled"
     args.exit_signal_handler = True
 
 
 def _fill_in_optimizer(args: argparse.Namespace) -> None:
     if args.optimizer == "muon" and "muon_tp_mode" not in args.explicit_flags:
-        args.muon_tp_mode = "duplicated"  # by Megatron's own the size would change the update
+        args.muon_tp_mode = "duplicated"  # with Megatron's default TP size changes the update
 
 
 def _fill_in_saving(args: argparse.Namespace) -> None:
@@ -152,12 +152,12 @@ def _fill_in_saving(args: argparse.Namespace) -> None:
         args.ckpt_format = "torch_dist"
     args.dist_ckpt_optim_fully_reshardable |= args.optimizer_checkpoint == "any_layout"
     args.log_dir = args.log_dir or args.save
-    # Megatron sends W&B what it sends to TensorBoard, and puts a profile beside that folder.
+    # Megatron sends W&B what it sends to TensorBoard, and writes profiles next to that folder.
     needs_folder = args.wandb_project or (args.profile and args.use_pytorch_profiler)
     if needs_folder and (folder := args.log_dir or args.wandb_save_dir):
         args.tensorboard_dir = args.tensorboard_dir or f"{folder}/tensorboard"
     if args.save_retain_interval:
-        # Megatron's own way deletes before the new checkpoint is on the disk.
+        # Megatron itself would delete the old checkpoint before the new one is on the disk.
         args.keep_last = args.keep_last or 1
         args.keep_every = args.keep_every or args.save_retain_interval
         args.save_retain_interval = None
@@ -176,8 +176,8 @@ FIRST_START = {
     "override_ckpt_iteration": None,
     "no_resume": False,
 }
-"""Flags about the first start of a command, and the values that replace them once --save has a
-checkpoint of its own."""
+"""Flags that apply to the first start of a command, and the values that replace them once --save
+has a checkpoint of its own."""
 
 
 def _fill_in_from_checkpoint(args: argparse.Namespace) -> None:
@@ -205,14 +205,14 @@ def _choose_checkpoint(args: argparse.Namespace) -> None:
     elif args.no_resume and not args.finetune:
         args.load = None
     elif not own and not args.exit_on_missing_checkpoint:
-        args.load = None  # as launchers give it; this is the first start
+        args.load = None  # launchers give it at every start, and this is the first
 
 
 def _is_automatic_restart(args: argparse.Namespace) -> bool:
-    """Return whether a launcher, or Slurm, starts this command again and it has saved something.
+    """Return whether a launcher or Slurm has restarted this command after its first save.
 
-    Flags of one start (--ckpt-step 4000, --no-resume) have been obeyed then; obeyed again, they
-    would throw away at each restart what the run has done since.
+    By then, flags of one start (--ckpt-step 4000, --no-resume) have been obeyed; obeyed again, they
+    would discard at each restart what the run has done since.
     """
     is_again = os.environ.get(RESTART) or int(os.environ.get("SLURM_RESTART_COUNT") or 0)
     newest = tracked_folder(args.save) if args.save and is_again else None
@@ -221,13 +221,12 @@ def _is_automatic_restart(args: argparse.Namespace) -> bool:
 
 
 def _keep_padding(args: argparse.Namespace, padded: int | None) -> None:
-    """Pad the vocabulary as the checkpoint does, wherever the tensor parallel size divides that.
+    """Keep the checkpoint's padded vocabulary size if the tensor parallel size divides it.
 
     Megatron pads to a multiple of --make-vocab-size-divisible-by times the tensor parallel size.
-    The padding takes part in the softmax, so a run that goes on with another number of padding
-    rows, which start at random, would see its loss jump. Where the size does not divide it, and
-    where a run that starts anew from another's weights (--finetune) says how it pads, Megatron
-    pads.
+    Padding rows take part in the softmax and start at random, so a run that resumed with another
+    number of them would see its loss jump. Megatron's padding applies if the tensor parallel size
+    does not divide the checkpoint's, and to a --finetune run that says how it pads.
     """
     given = args.explicit_flags
     if padded is None or "padded_vocab_size" in given:

@@ -1,6 +1,6 @@
-"""Flags that exclude one another.
+"""Mutually exclusive flags.
 
-One that comes later, as the command line comes after a YAML file, removes those that it replaces.
+A later flag removes those that it replaces; the command line comes after YAML files.
 """
 
 from collections.abc import Iterable
@@ -26,11 +26,11 @@ IN_PLACE_OF = (
     ),
     ({"recompute_granularity"}, {"recompute_activations"}),
 )
-"""The second are dropped where one of the first is given."""
+"""Pairs of sets: if a flag of the first is given, those of the second are dropped."""
 
 
 def replaced_by(given: Iterable[str]) -> set[str]:
-    """Destinations of flags that these stand in for."""
+    """Return the destinations of the flags that the given ones replace."""
     given = set(given)
     replaced = {name for group in GROUPS if given & group for name in group}
     replaced |= {name for those, others in IN_PLACE_OF if given & those for name in others}

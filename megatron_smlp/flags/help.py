@@ -1,8 +1,8 @@
-"""`--help`: our flags, as argparse prints them, without importing Megatron and torch.
+"""`--help`: our flags, as argparse prints them, without importing Megatron or torch.
 
-`--help-all` builds the parser, which takes seconds, and lists Megatron's flags too.
+`--help-all` builds the full parser, which takes seconds, and lists Megatron's flags too.
 
-    python -m megatron_smlp.flags.help      writes docs/flags.md anew, after a flag changed
+    python -m megatron_smlp.flags.help      rewrites docs/flags.md; run it after changing a flag
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ first step. Which of the flags that Megatron-LM's own examples give are here is 
 
 
 def answered(argv: Sequence[str]) -> bool:
-    """Print what --help, --help-all or --version asks for, where one of them is there."""
+    """Print the answer to --help, --help-all or --version; return whether one was given."""
     if "--help-all" in argv:
         print(full_help(), end="")
     elif "--help" in argv or "-h" in argv:
@@ -52,12 +52,12 @@ def answered(argv: Sequence[str]) -> bool:
 
 
 def short_help() -> str:
-    """Return our flags."""
+    """Return the help text of our flags."""
     return _help(add_our_flags(new_parser()))
 
 
 def full_help() -> str:
-    """Return every flag, Megatron's among them."""
+    """Return the help text of every flag, Megatron's included."""
     from megatron_smlp.flags.parse import build_parser
     from megatron_smlp.platform import cpu
 
@@ -71,7 +71,7 @@ def _help(parser: argparse.ArgumentParser) -> str:
 
 
 def rows(options: type) -> Iterator[tuple[str, str, str, str]]:
-    """Yield each flag of a dataclass, as the parser has it: name, values, default, meaning."""
+    """Yield name, values, default and meaning of a dataclass's flags, as the parser has them."""
     names = {field.name for field in dataclasses.fields(options)}
     for action in add_our_flags(new_parser())._actions:
         if action.dest in names:
@@ -84,7 +84,7 @@ def rows(options: type) -> Iterator[tuple[str, str, str, str]]:
 
 
 def flags_page() -> str:
-    """Return our flags as a page of documentation."""
+    """Return docs/flags.md: our flags, and Megatron's that are tested."""
     lines = [PAGE]
     for title, options in GROUPS.items():
         lines += [f"\n## {title}\n", "| flag | for | default | meaning |", "|---|---|---|---|"]

@@ -1,4 +1,4 @@
-"""Whether processes and batch can be divided by the parallel sizes. No torch: launchers ask too."""
+"""Check that the parallel sizes divide processes and batch. No torch: launchers check it too."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from megatron_smlp.errors import UsageError
 
 
 def check_layout(args: argparse.Namespace) -> None:
-    """Check that processes and batch can be divided by the parallel sizes.
+    """Check that the parallel sizes divide the number of processes and the batch.
 
     Raises:
-        UsageError: see the messages.
+        UsageError: they do not.
     """
     tp, pp, ep = (
         getattr(args, f"{name}_parallel_size")

@@ -1,8 +1,8 @@
-"""Megatron's flags that are read here and tested; every other one is refused.
+"""Megatron's flags that are read here and tested; all others are refused.
 
 Megatron's parser has 806 flags, for all its models, programs and loops. One that nothing here reads
-would be accepted and do nothing, and one that nobody has tried may do harm in silence. A flag that
-a new Megatron brings is refused until a test uses it.
+would be accepted and do nothing, and one that nobody has tried could silently do harm. A flag that
+a new Megatron adds is refused until a test uses it.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ TESTED: dict[str, str] = {
         record-shapes nvtx-ranges record-memory-history memory-snapshot-path""",
     "Random numbers": "seed",
 }
-"""By subject, as they are spelt, without the hyphens; a flag's other spellings are meant too."""
+"""Flags by subject, without the leading hyphens; a flag's other spellings are included."""
 RENAMED = {
     "--use-flash-attn": "--attention-backend",
     "--rampup-batch-size": "--step-batch-size-schedule",
@@ -104,15 +104,15 @@ RENAMED = {
     "--pretrained-checkpoint": "--load DIR --finetune",
     "--decoder-seq-length": "--seq-length",
     "--yaml-cfg": "--config",
-    # Megatron's own drops by the tokens of each rank, and so by the layout.
+    # Megatron's own drops tokens rank by rank, so that the result depends on the layout.
     "--moe-expert-capacity-factor": "--moe-train-capacity-factor with --token-router switch",
 }
-"""What to give in place of flags that recipes have."""
+"""Replacements to suggest for flags that recipes use."""
 ALLOW = "--allow-untested-flag"
 
 
 def listed() -> frozenset[str]:
-    """Return the flags of TESTED, as `--num-layers`."""
+    """Return the flags of TESTED, spelled like `--num-layers`."""
     return frozenset(f"--{name}" for names in TESTED.values() for name in names.split())
 
 
@@ -125,14 +125,14 @@ def usable(parser: argparse.ArgumentParser) -> set[str]:
 def refuse_untested(
     parser: argparse.ArgumentParser, argv: Sequence[str], *, allowed: Iterable[str]
 ) -> None:
-    """Refuse the flags of Megatron's that are not listed.
+    """Refuse flags of Megatron's that are not in TESTED.
 
     Args:
         argv: the command line, with the keys of --config as flags.
         allowed: the names that --allow-untested-flag gives, with or without hyphens.
 
     Raises:
-        UsageError: with all of them, and what to do.
+        UsageError: with all refused flags, and what to do.
     """
     let_through = {flag_of(name) for name in allowed}
     names = usable(parser)

@@ -1,4 +1,4 @@
-"""model.json as arguments of a command line, for programs that start with its model."""
+"""Turn model.json into command-line arguments, for programs that start from its model."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from megatron_smlp.options import MODEL_FLAGS
 def model_arguments(
     parser: argparse.ArgumentParser, flags: Mapping[str, Any], *, trains: bool = False
 ) -> list[str]:
-    """Return the flags that make the model.
+    """Return the flags that define the model.
 
     Args:
-        trains: also those that only training reads, as coefficients of its losses.
+        trains: include flags that only training reads, such as loss coefficients.
     """
     arguments: list[str] = []
     tested = usable(parser)
@@ -25,7 +25,7 @@ def model_arguments(
         facts = MODEL_FLAGS.get(name, Facts())
         is_model = not facts.derived and (trains or facts.evaluates or not facts.may_change)
         if name in MEGATRON_FLAGS and facts.token_routers:
-            # The other rules settle it.
+            # Other rules set it themselves.
             is_model &= flags.get("token_router") in facts.token_routers
         if is_model and value is not None:
             actions = [action for action in parser._actions if action.dest == name]

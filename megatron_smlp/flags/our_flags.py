@@ -1,4 +1,4 @@
-"""argparse's flags of the records in options.py. No torch, no Megatron."""
+"""Build argparse flags from the records in options.py. No torch, no Megatron."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GROUPS = {"sparse all-MLP model": ModelOptions, "run": RunOptions}
 
 
 def new_parser() -> argparse.ArgumentParser:
-    """Return a training's parser, without flags."""
+    """Return the training parser, without flags."""
     return argparse.ArgumentParser(
         prog="pretrain_smlp.py",
         usage="%(prog)s --config FILE.yaml [--flag value ...]",
@@ -31,7 +31,7 @@ def new_parser() -> argparse.ArgumentParser:
 
 
 def add_our_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add both groups of options.py; what is wrong is raised, and not printed."""
+    """Add both groups of options.py and the plugins' options; errors are raised, not printed."""
     for title, options in GROUPS.items():
         group = parser.add_argument_group(title, options.__doc__)
         meanings = docstrings(options)
@@ -40,7 +40,7 @@ def add_our_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group = parser.add_argument_group("plugins")
     for name, it in PLUGIN_OPTIONS.items():
         kind: dict[str, Any] = {"type": it.kind, "choices": it.choices}
-        if it.kind is bool:  # one that is on has --no-NAME
+        if it.kind is bool:  # one that defaults to on gets --no-NAME
             switch = argparse.BooleanOptionalAction if it.default else "store_true"
             kind = {"action": switch}
         try:
@@ -65,12 +65,12 @@ def _keywords(field: dataclasses.Field[Any]) -> dict[str, Any]:
 
 
 def _raise_usage(message: str) -> NoReturn:
-    """argparse would print some hundred lines of usage before the one that matters."""
+    """Raise a UsageError; argparse would print some hundred lines of usage before the message."""
     raise UsageError(message)
 
 
 def docstrings(options: type) -> dict[str, str]:
-    """Read the text under each field of a dataclass, one line of it."""
+    """Return the docstring under each field of a dataclass, as one line."""
     body = ast.parse(textwrap.dedent(inspect.getsource(options))).body[0]
     assert isinstance(body, ast.ClassDef)
     return {

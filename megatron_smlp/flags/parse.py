@@ -1,9 +1,9 @@
 """Command line and YAML -> checked arguments, in three phases.
 
-1. parse     the YAML file's keys become flags, the command line comes after them and so wins
-2. defaults  what is left out follows from other flags, the machine, the checkpoint (defaults.py)
-3. check     refusals, which name flag, value, what is allowed and what to do (check.py), and
-             assign nothing. Megatron's own validation is the last of them, and may write.
+1. parse     turn YAML keys into flags; the command line comes after them and so overrides them
+2. defaults  derive what was not given from other flags, the machine, the checkpoint (defaults.py)
+3. check     refuse, naming the flag, its value, what is allowed and what to do (check.py), and
+             assign nothing. Megatron's own validation comes last, and may assign.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ PREFIXES = ("data_path", *SPLIT_FLAGS)
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Return Megatron's namespace with our flags in it, validated by Megatron.
 
-    megatron_patches must be applied before, and platform/cpu.py where there is no GPU.
+    The caller must have applied megatron_patches and, where there is no GPU, platform/cpu.py.
 
     Raises:
         UsageError: with the flag, its value, what is allowed, and what to do.
     """
     parser = build_parser()
     args = parse(parser, argv)
-    check_ranges(args)  # others follow from these
+    check_ranges(args)  # before defaults are derived from them
     fill_in(args)
     check(args)
     validate(args)
@@ -53,7 +53,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
-    """Parse, as the first phase: refuse unknown flags, and tell given values from defaults.
+    """Run the first phase: refuse unknown flags, and tell given values from defaults.
 
     Raises:
         UsageError: a flag or key is unknown, or a value is not of its type.
@@ -68,20 +68,20 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
     places |= dict.fromkeys(given, "command line")
     args.places = {name: places.get(name, "checkpoint") for name in args.explicit_flags}
     args.command_line = argv
-    args.data_contents = {}  # by prefix; training/data.py looks
+    args.data_contents = {}  # by prefix; training/data.py fills it in
     return args
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Megatron's parser with our two groups of flags."""
+    """Build Megatron's parser with our flags added."""
     from megatron.training.arguments import add_megatron_arguments
 
     return _mended(add_our_flags(add_megatron_arguments(new_parser())))
 
 
 def _mended(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Megatron 0.19 has a bare percent sign in a flag's help, at which argparse stops, types of
-    enumerations that end in a KeyError, and lists of layers that end in a SyntaxError."""
+    """Mend flags of Megatron 0.19: a help text with a bare percent sign, at which argparse stops,
+    enum types that raise a KeyError, and lists of layers that raise a SyntaxError."""
     for action in parser._actions:
         try:
             (action.help or "") % vars(action)
@@ -96,7 +96,7 @@ def _mended(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def _readable(kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Megatron evaluates lists of layers as Python, whose SyntaxError argparse does not expect."""
+    """Report SyntaxErrors as argparse expects: Megatron evaluates lists of layers as Python."""
 
     @wraps(kind)
     def read(text: str) -> Any:
@@ -127,11 +127,11 @@ def _parse_like_megatron(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def with_absolute_paths(options: Mapping[str, argparse.Action], argv: Sequence[str]) -> list[str]:
-    """Name the files of a command line by absolute paths; what is not there, as a name of the hub,
-    stays as it is.
+    """Make the file paths of a command line absolute; what does not exist, such as a name on the
+    hub, is left alone.
 
-    A checkpoint records its flags, and is read from other folders than the one that its run was
-    started in: to generate, to convert, or to go on by --use-checkpoint-args.
+    A checkpoint records its flags, and may be read from another working directory than its run's:
+    to generate, to convert, or to resume with --use-checkpoint-args.
     """
     absolute: list[str] = []
     name = ""

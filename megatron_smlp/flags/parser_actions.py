@@ -1,4 +1,4 @@
-"""Ask Megatron's parser which flags it has, which were given, and which is nearest to a word."""
+"""Look up flags in Megatron's parser: those it has, those given, and the nearest to a typo."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_smlp.flags.megatron_flags import refuse_untested, usable
 
 
 def actions_of(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
-    """Return the parser's actions by their flags, as `--num-layers`."""
+    """Return the parser's actions by flag, such as `--num-layers`."""
     return parser._option_string_actions
 
 
@@ -23,7 +23,7 @@ def given_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> frozens
 
 
 def nearest(parser: argparse.ArgumentParser, name: str) -> str:
-    """Return what a flag or key that does not exist may have meant, of those that can be used."""
+    """Suggest usable flags that an unknown flag or key may have meant, or else where all are."""
     names = usable(parser)
     known = (flag for flag, action in actions_of(parser).items() if action.dest in names)
     flag = "--" + name.lstrip("-").replace("_", "-")
@@ -35,7 +35,7 @@ def refuse_unknown(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None
     """Check that all flags exist, and are tested or allowed.
 
     Raises:
-        UsageError: there are others, or what belongs to none.
+        UsageError: a flag is not, or a word belongs to no flag.
     """
     known, unknown = parser.parse_known_args(list(argv))
     flags = dict.fromkeys(word.split("=")[0] for word in unknown if word.startswith("-"))

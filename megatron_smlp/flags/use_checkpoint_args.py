@@ -1,8 +1,7 @@
-"""`--use-checkpoint-args`: a run goes on with the flags that its checkpoint carries.
+"""`--use-checkpoint-args`: resume a run with the flags that its checkpoint recorded.
 
-They come before those of the command line, which win; `--no-KEY` leaves one out. Megatron has a
-flag of this name, which takes some shapes of the model from a pickle; here everything comes from
-`run.json`.
+The command line overrides them, and `--no-KEY` drops one. Megatron's flag of this name takes some
+shapes of the model from a pickle; here everything comes from `run.json`.
 """
 
 from __future__ import annotations
@@ -29,13 +28,13 @@ FLAG = "--use-checkpoint-args"
 
 
 def with_checkpoint_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[str]:
-    """Put the flags of the checkpoint before the given ones, where FLAG is among these.
+    """Put the flags of the checkpoint before the given ones, if FLAG is among these.
 
-    The run saves where the checkpoint is, unless --save, --no-save or --finetune is given; there it
-    goes on with that run's logs.
+    The run saves where the checkpoint is, unless --save, --no-save or --finetune is given. If it
+    saves there, it also continues that run's logs.
 
     Raises:
-        UsageError: there is no checkpoint, or none that says its flags.
+        UsageError: there is no checkpoint, or none that recorded its flags.
     """
     if FLAG not in argv:
         return list(argv)
@@ -45,7 +44,7 @@ def with_checkpoint_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) 
     if load is None:
         raise UsageError(f"{FLAG} takes the flags of a checkpoint: say which one by --load.")
     start = known.branch_from
-    if start and not iteration_folder(load, start).is_dir():  # as --keep-last may have it
+    if start and not iteration_folder(load, start).is_dir():  # --keep-last may have deleted it
         start = None
     arguments = _recorded_arguments(load, known.ckpt_step or start)
     options = actions_of(parser)
@@ -59,7 +58,7 @@ def with_checkpoint_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) 
     own = [word for word in own if word not in negated]
     is_told = {"save", "finetune"} & given or "--save" in negated.values()
     if is_told and not is_same_folder(known.save, load):
-        replaced |= {"branch_from"}  # what goes on elsewhere is no branch of that run
+        replaced |= {"branch_from"}  # what goes on in another folder is not that branch
     kept: list[str] = []
     for action, group in _groups(options, arguments):
         if group[0].split("=")[0] in negated.values():
@@ -77,7 +76,7 @@ def with_checkpoint_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) 
 
 
 def _with_copy(group: list[str], run: Path) -> list[str]:
-    """Name the copy of a tokenizer's file if the original is not there."""
+    """Replace a tokenizer's path by that of the run's copy if the original is gone."""
     flag, equals, path = group[0].partition("=")
     path = found_tokenizer(path if equals else group[1], run)
     return [f"{flag}={path}"] if equals else [flag, path]
@@ -103,7 +102,7 @@ def _recorded_arguments(load: str, step: int | None) -> list[str]:
 def _groups(
     options: dict[str, argparse.Action], arguments: Sequence[str]
 ) -> Iterator[tuple[argparse.Action | None, list[str]]]:
-    """Each flag with the arguments that belong to it."""
+    """Yield the action of each flag, None if unknown, with the flag and its values."""
     group: list[str] = []
     for argument in arguments:
         if argument.split("=")[0] in options and group:
@@ -117,7 +116,7 @@ def _groups(
 def without(
     names: Set[str], parser: argparse.ArgumentParser, arguments: Sequence[str]
 ) -> list[str]:
-    """Return the same command line without the flags of these destinations."""
+    """Return the command line without the flags of these destinations."""
     groups = _groups(actions_of(parser), arguments)
     return [
         text for action, group in groups if not action or action.dest not in names for text in group

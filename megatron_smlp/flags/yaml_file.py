@@ -1,8 +1,8 @@
-"""Read YAML files of flags; config_file.py makes flags of them. No torch, no Megatron.
+"""Read YAML files of flags; config_file.py turns them into flags. No torch, no Megatron.
 
-A flat mapping, hyphens or underscores, of numbers, texts and lists of them. `include: FILE`, or a
-list of files, takes the keys of others, named from the folder of this one. Of several files the
-keys of a later one win, those of the file itself over all, also over those that they exclude.
+A file is a flat mapping, keys with hyphens or underscores, of numbers, strings and lists of them.
+`include: FILE`, or a list of files, adds the keys of others, by paths relative to this file. Later
+files override earlier ones, and this file overrides all, even other keys that its own exclude.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ SCALARS = (str, int, float, bool, type(None))
 
 
 def config_paths(argv: Sequence[str]) -> list[Path]:
-    """Return the files of each `--config FILE` of a command line."""
+    """Return the path of each `--config FILE` on a command line."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument(CONFIG, action="append", nargs="?", type=Path, default=[])
     return [path for path in parser.parse_known_args(list(argv))[0].config if path]
 
 
 class Setting(NamedTuple):
-    """A value of a key, and the FILE:LINE that gives it."""
+    """A key's value, and the FILE:LINE that sets it."""
 
     value: Any
     place: str
 
 
 def read_yaml(*paths: Path) -> dict[str, Any]:
-    """Return the keys of files as they are spelt, with those of included files first.
+    """Return the keys of files, spelled as there, with those of included files first.
 
     Raises:
         UsageError: a file is missing, is not a flat mapping, or includes itself.
@@ -48,14 +48,14 @@ def read_yaml(*paths: Path) -> dict[str, Any]:
 
 
 def read_settings(paths: Iterable[Path]) -> dict[str, Setting]:
-    """Do the same, with the places of the values."""
+    """Return the keys of files as `read_yaml` does, with the place of each value."""
     files: dict[Path, dict[str, Setting]] = {}
     return reduce(_under, (_read(path, (), files) for path in paths), {})
 
 
 def _shipped(path: Path) -> Path:
-    """Return the file itself or, where there is none, the preset of this name that is installed:
-    configs/cpu/gmlp.yaml, plugins/aft.yaml."""
+    """Return the path itself or, if no file is there, the installed preset of this name, such as
+    configs/cpu/gmlp.yaml or plugins/aft.yaml."""
     if path.exists() or path.parts[0] not in ("configs", "plugins"):
         return path
     packages = Path(__file__).parents[2]
@@ -67,7 +67,7 @@ def _shipped(path: Path) -> Path:
 def _read(
     path: Path, including: tuple[Path, ...], files: dict[Path, dict[str, Setting]]
 ) -> dict[str, Setting]:
-    """Read one file, unless `files` has it: it may be included many times."""
+    """Read one file, or take it from the cache `files`: it may be included many times."""
     path = _shipped(path)
     if path.resolve() in [file.resolve() for file in including]:
         chain = " includes ".join(str(file) for file in (*including, path))
@@ -85,7 +85,7 @@ def _read(
 
 
 def _under(below: dict[str, Setting], above: dict[str, Setting]) -> dict[str, Setting]:
-    """Return both, without what is replaced below."""
+    """Merge both, dropping the keys of `below` that those of `above` override or replace."""
     own = {spelling(key) for key in above}
     own |= replaced_by(
         spelling(key)
@@ -96,13 +96,13 @@ def _under(below: dict[str, Setting], above: dict[str, Setting]) -> dict[str, Se
 
 
 def spelling(key: str) -> str:
-    """Return the name in Megatron's namespace."""
+    """Return a key's name in Megatron's namespace."""
     return key.replace("-", "_")
 
 
 class StrictLoader(yaml.SafeLoader):
-    """A safe loader without what goes wrong in silence: a key that is there twice, of which YAML
-    keeps the last, and merges, which may grow without bound."""
+    """A safe loader that refuses what would silently go wrong: duplicate keys, of which YAML keeps
+    the last, and merges, which may grow without bound."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -117,7 +117,7 @@ class StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-# YAML 1.1, which yaml reads, asks for a dot and a sign: 1e-3 would be a text.
+# YAML 1.1, which PyYAML implements, requires a dot and a sign: 1e-3 would be a string.
 StrictLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
@@ -145,11 +145,11 @@ def _mapping(path: Path) -> dict[str, Setting]:
 
 
 def load_strictly(path: Path, *, name: str, ready: str) -> Any:
-    """Return what a file holds, by StrictLoader.
+    """Return the content of a file, read with StrictLoader.
 
     Args:
-        name: of the file, in a message.
-        ready: where files of its kind are.
+        name: what messages call the file.
+        ready: the folder of ready-made files of its kind, for messages.
 
     Raises:
         UsageError: it cannot be read.
@@ -158,7 +158,7 @@ def load_strictly(path: Path, *, name: str, ready: str) -> Any:
 
 
 def _parsed(path: Path, *, name: str, ready: str) -> tuple[Any, yaml.Node | None]:
-    """Do the same, with the node that it was made of, which knows its lines."""
+    """Return the content of a file and the YAML node it was built from, which has line numbers."""
     try:
         loader = StrictLoader(path.read_text(encoding="utf-8"))
         node = loader.get_single_node()

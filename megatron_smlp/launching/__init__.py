@@ -1,1 +1,1 @@
-"""Starting the ranks of a run on one machine or many, and starting them again."""
+"""Start the ranks of a run on one machine or many, and restart them."""

@@ -1,8 +1,8 @@
-"""torchrun, with an agent that ends every failure in a new start or in one line. Decision 65.
+"""torchrun with an agent that turns each failure into a restart or a one-line error. Decision 65.
 
-Ranks that are well get the time to save; a failure that would come again is not repeated; the code
-of the rank that failed is the agent's; ranks go on where the store is gone; no store that outlives
-the run is closed.
+Healthy ranks get time to save; a failure that would recur is not retried; the failed rank's exit
+code becomes the agent's; ranks keep running if the store is gone; a store that outlives the run is
+never closed.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ from megatron_smlp.megatron_patches import elastic_agent
 from megatron_smlp.restart_note import note_cause
 
 PATIENCE = 30
-"""Seconds that ranks get to end where others are gone, so that they cannot save."""
+"""Seconds that ranks get to end if others are gone, so that they cannot save."""
 OTHERS_END = 300.0
-"""Seconds in which the ranks of other machines end after these, as torchrun's barrier has it."""
+"""Seconds within which other machines' ranks must end after these, as in torchrun's barrier."""
 ARRIVAL = 5.0
-"""Seconds that an agent that was signalled waits for the others'."""
+"""Seconds that an agent waits, after a signal, for the ranks of other machines to end."""
 
 
 class Agent(LocalElasticAgent):
-    """An agent that runs the ranks of one machine; see the top of this file."""
+    """Runs the ranks of one machine; see the module docstring."""
 
     _remaining_restarts: int
 
@@ -71,11 +71,11 @@ class Agent(LocalElasticAgent):
             spec.rdzv_handler, processes=spec.local_world_size, watch=watch, closes=closes,
             code=lambda: self.code,
         )  # fmt: skip
-        spec.rdzv_handler = self.rendezvous  # torch's launcher shuts that of its own spec down
+        spec.rdzv_handler = self.rendezvous  # torch's launcher shuts down the spec's handler
         super().__init__(spec=spec, **options)
 
     def run(self, role: str = "default") -> RunResult:
-        """Run as torch's agent, but end well as a spare that was not needed: torch's fails then."""
+        """Run like torch's agent, but succeed as a spare that was not needed: torch's fails."""
         return super().run(role) or RunResult(state=WorkerState.SUCCEEDED)
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
@@ -88,22 +88,22 @@ class Agent(LocalElasticAgent):
         elif result.state == WorkerState.SUCCEEDED:
             with self.watch.patient(OTHERS_END + PATIENCE):
                 if not self._others_end(OTHERS_END):
-                    return RunResult(state=WorkerState.HEALTHY)  # to start again with the others
+                    return RunResult(state=WorkerState.HEALTHY)  # to restart with the others
             self.code = 0
         return result
 
     def _others_end(self, seconds: float) -> bool:
-        """Wait until the ranks of all machines have ended; return whether the run is over, and no
-        machine waits to start with these again.
+        """Wait until the ranks of all machines have ended; return whether the run is over, so that
+        no machine waits to restart with these.
 
-        One may wait that has come since, where their number varies: an agent that saw it first told
-        the ranks of all to end. Or one whose ranks failed after these had ended.
+        A machine that waits may have joined since, if their number varies: the agent that saw it
+        first told the ranks of all to end. Or its ranks failed after these had ended.
         """
         rendezvous, group = self.rendezvous, self._worker_group
         varies = rendezvous.settings.min_nodes != rendezvous.settings.max_nodes
         ends = [f"{DONE}/{n}" for n in range(group.group_world_size or 1)]
         deadline = time.monotonic() + seconds
-        with contextlib.suppress(RuntimeError):  # what a store that does not answer raises
+        with contextlib.suppress(RuntimeError):  # raised by a store that does not answer
             self._store.set(ends[group.group_rank or 0], "")
             while not (self._store.check(ends) or rendezvous.is_over()):
                 if rendezvous.num_nodes_waiting() and (varies or not self._is_whole()):
@@ -114,12 +114,12 @@ class Agent(LocalElasticAgent):
         return True
 
     def _is_whole(self) -> bool:
-        """Return whether no machine of this round is gone."""
+        """Return whether all machines of this round are still there."""
         machines = self._worker_group.group_world_size or 0
         return len(self.rendezvous.state.participants) >= machines
 
     def _decide(self, result: RunResult) -> None:
-        """Say what failed, and whether that is the end: then no restart remains."""
+        """Report what failed, and decide whether to restart: if not, no restart remains."""
         failures = sorted(result.failures.items(), key=lambda item: item[1].timestamp)
         rank, first = failures[0]
         cause = f"rank {rank} on {socket.gethostname()} {end_of(first.exitcode)}"
@@ -137,10 +137,10 @@ class Agent(LocalElasticAgent):
         self._remaining_restarts = 0
 
     def _final_code(self, codes: Sequence[int]) -> int:
-        """Return the exit code of the run by those of its ranks; 1 where it may start again.
+        """Return the run's exit code, given those of its ranks; 1 if it may restart.
 
-        Wrong flags are wrong on the first machine too. What another one alone refuses is of its
-        own, as a driver or a mount that is missing: it may be mended, or a spare take over.
+        Wrong flags are wrong on the first machine too. What only another machine refuses is its own
+        trouble, such as a missing driver or mount: it may be fixed, or a spare may take over.
         """
         is_first = self._worker_group.group_rank == 0
         final = [code for code in codes if code in FOR_GOOD and (is_first or code != WRONG_USE)]
@@ -149,8 +149,8 @@ class Agent(LocalElasticAgent):
         return final[0] if final else 1
 
     def _first_machine_ended(self) -> bool:
-        """Return whether the first machine has ended the run, which it gets the time for: where
-        this one joins it again at once, its ranks are ended before they can say what is wrong."""
+        """Return whether the first machine has ended the run, after giving it time to: if this one
+        rejoined at once, the first one's ranks would be ended before they say what is wrong."""
         deadline = time.monotonic() + PATIENCE
         while not (is_over := self.rendezvous.is_over()) and time.monotonic() < deadline:
             time.sleep(0.5)
@@ -164,7 +164,7 @@ class Agent(LocalElasticAgent):
         super()._restart_workers(worker_group)
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
-        """Ranks that are well can save, unless a machine of theirs is gone."""
+        """Stop the ranks; healthy ones get time to save, unless one of their machines is gone."""
         is_well = worker_group.state == WorkerState.HEALTHY and self._is_whole()
         self._shutdown(timeout=self._shutdown_timeout if is_well else PATIENCE)
 
@@ -175,17 +175,17 @@ class Agent(LocalElasticAgent):
             super()._shutdown(death_sig, timeout)
 
     def _exit_barrier(self) -> None:
-        """Wait for nobody: `_others_end` has, whatever torch logs. Its barrier holds the connection
-        of the rendezvous, so that no heartbeat passes: after 15 s a machine is taken for gone."""
+        """Do not wait, whatever torch logs: `_others_end` has. torch's barrier would block the
+        rendezvous' connection for heartbeats too, and after 15 s a machine counts as gone."""
 
     def end_signalled(self) -> bool:
-        """Leave the others after a signal, which has ended the ranks; return whether they, if there
-        are any, ended with 0, or knew no SIGTERM yet."""
+        """Leave the other agents after a signal, which has ended the ranks; return whether all
+        ranks, if any, ended with 0 or did not handle SIGTERM yet."""
         if self._pcontext is None or self._worker_group.state != WorkerState.HEALTHY:
             return True
         handlers = getattr(self._pcontext, "subprocess_handlers", {})
         codes = {handler.proc.poll() for handler in handlers.values()}
-        if codes == {0}:  # saved, as those of all machines are: the run is over
+        if codes == {0}:  # they have saved, as on all machines: the run is over
             with contextlib.suppress(SignalException):
                 self._others_end(ARRIVAL)
                 self.code = 0
@@ -203,7 +203,7 @@ def main(argv: Sequence[str]) -> int:
     """Run one agent with torchrun's command line, and return its exit code.
 
     Args:
-        argv: torchrun's, behind CLOSING where a run that is over for good closes its rendezvous.
+        argv: torchrun's, after CLOSING if a run that is over for good is to close its rendezvous.
     """
     closes = argv[0] == CLOSING
     argv = argv[1:] if closes else argv

@@ -1,4 +1,4 @@
-"""Decide whether a run that fails is started again: its newest checkpoint tells. No torch."""
+"""Decide whether to restart a failed run, by its newest checkpoint. No torch."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from megatron_smlp.launching.training_argv import FROM_CHECKPOINT, given, is_on
 
 
 class Failures:
-    """Failures of a run since its newest checkpoint: with too many of them a launcher gives up."""
+    """Counts a run's failures since its newest checkpoint; after too many a launcher gives up."""
 
     LIMIT = 3
-    """So many in a row without a newer checkpoint, and another start would only fail again."""
+    """After this many in a row without a newer checkpoint, a restart would only fail again."""
 
     def __init__(self, argv: Sequence[str]) -> None:
-        # As flags/use_checkpoint_args.py chooses it.
+        # As flags/use_checkpoint_args.py chooses --save.
         goes_on = is_on(FROM_CHECKPOINT, argv) and not is_on("--finetune", argv)
         is_load = goes_on and "--no-save" not in argv
         save = given("--save", argv) or (given("--load", argv) if is_load else None)
@@ -33,7 +33,7 @@ class Failures:
         """Count one more failure.
 
         Args:
-            within: those that what failed has counted itself, since its newest checkpoint.
+            within: how many the failed process has counted itself, since its newest checkpoint.
         """
         newest = self.latest()
         is_newer = newest is not None and newest > (-1 if self.newest is None else self.newest)

@@ -1,7 +1,7 @@
-"""Machines that share a folder show each other in it that they are there. No torch.
+"""Let machines that share a folder see each other there, by their heartbeats. No torch.
 
-`RENDEZVOUS=file:FOLDER` needs a folder that is one and the same on all machines. Whether it is
-cannot be seen from one of them: each has a heartbeat there, and counts those that it sees beat.
+`RENDEZVOUS=file:FOLDER` needs a folder that is the same on all machines. One machine alone cannot
+tell whether it is, so each has a heartbeat there, and counts those that it sees beat.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Presence:
     """This machine's heartbeat in the folder of a run, until this process ends.
 
     Raises:
-        UsageError: the folder is not there, cannot be written to, or has no locks, by which torch
-            guards its store there. Whether they work between machines is not seen.
+        UsageError: the folder is missing, cannot be written to, or has no file locks, with which
+            torch guards its store there. Whether they work between machines is not checked.
     """
 
     def __init__(self, folder: Path, *, run: str, address: str) -> None:
@@ -56,10 +56,10 @@ class Presence:
     def seen(
         self, wanted: int, *, seconds: float, gives_up: Callable[[], bool] = lambda: False
     ) -> list[str]:
-        """Return the machines that are there, as soon as there are so many, or at last.
+        """Return the machines that are there, once `wanted` are or after `seconds`.
 
         Args:
-            gives_up: whether to wait no longer.
+            gives_up: returns whether to stop waiting.
         """
         observer, alive = Observer(), {self.file}
         deadline = time.monotonic() + seconds

@@ -1,6 +1,6 @@
-"""This machine's addresses and interfaces, and whether another one answers. No torch.
+"""Find this machine's addresses and interfaces, and whether another one answers. No torch.
 
-What is wrong here makes gloo and torch's store wait without a word, so that it is found out first.
+With wrong ones gloo and torch's store hang silently, so mistakes are found before they start.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ LOOPBACK = ("127.", "::1", "localhost")
 
 
 def addresses() -> dict[str, list[str]]:
-    """Interface -> its IP addresses, of those that have one."""
+    """Return the IP addresses of each interface that has one."""
     families = (socket.AF_INET, socket.AF_INET6)
     by_name = {
         name: [entry.address.partition("%")[0] for entry in entries if entry.family in families]
@@ -28,11 +28,11 @@ def addresses() -> dict[str, list[str]]:
 
 
 def own_address(given: str, *, towards: str, has_others: bool = True) -> str:
-    """Return the address by which the others reach this machine: LOCAL_ADDR, or a guess.
+    """Return the address at which the others reach this machine: LOCAL_ADDR, or a guess.
 
     Args:
         given: LOCAL_ADDR.
-        towards: MASTER_ADDR; the way there leads out of one interface, whose address it is.
+        towards: MASTER_ADDR; the guess is the address of the interface that routes to it.
         has_others: whether there are other machines.
 
     Raises:
@@ -44,7 +44,7 @@ def own_address(given: str, *, towards: str, has_others: bool = True) -> str:
         return _only_outside_address("LOCAL_ADDR is not set")
     own = _source_of_the_way_to(towards)
     if has_others and is_local(own) and not is_local(towards):
-        # Debian gives a machine's own name the address 127.0.1.1, at which nobody else finds it.
+        # Debian gives a machine's own name the address 127.0.1.1, which no other can reach.
         return _only_outside_address(f"MASTER_ADDR={towards} is {own} here, as /etc/hosts has it")
     return own
 
@@ -74,7 +74,7 @@ def resolved(name: str, *, variable: str) -> str:
     """Return the IP address of a name.
 
     Raises:
-        UsageError: nobody knows the name.
+        UsageError: the name cannot be resolved.
     """
     try:
         candidates = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
@@ -101,7 +101,7 @@ def _source_of_the_way_to(name: str) -> str:
 
 
 def is_local(name: str) -> bool:
-    """Return whether a name or address is this machine's on purpose."""
+    """Return whether a name or address is that of the loopback interface."""
     return name.startswith(LOOPBACK)
 
 
@@ -110,10 +110,10 @@ def _list_of_addresses() -> str:
 
 
 def interface_of(ip: str, environment: Mapping[str, str]) -> str:
-    """Return the interface that gloo is to use: GLOO_SOCKET_IFNAME, or that of the address.
+    """Return the interface for gloo to use: GLOO_SOCKET_IFNAME, or that of the address.
 
     Raises:
-        UsageError: the one that was given is not there, or leads nowhere.
+        UsageError: the given one does not exist, or does not lead to other machines.
     """
     given = environment.get(GLOO, "")
     for name in filter(None, given.split(",")):
@@ -131,16 +131,16 @@ def interface_of(ip: str, environment: Mapping[str, str]) -> str:
 
 
 def check_port(port: int) -> None:
-    """Check that a server can be started at a port.
+    """Check that a server can listen on a port.
 
     Raises:
-        UsageError: somebody else has it.
+        UsageError: it cannot, for example because the port is in use.
     """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", port))
-            probe.listen(1)  # two may bind with SO_REUSEADDR, but one listens
+            probe.listen(1)  # with SO_REUSEADDR two may bind, but one listens
         except OSError as error:
             raise UsageError(
                 f"MASTER_PORT={port} cannot be used on this machine: {error.strerror}. Give "
@@ -151,10 +151,10 @@ def check_port(port: int) -> None:
 def answers(
     name: str, port: int, *, seconds: float, gives_up: Callable[[], bool] = lambda: False
 ) -> bool:
-    """Return whether somebody listens there, or starts to within that time.
+    """Return whether a server listens there, or starts to within `seconds`.
 
     Args:
-        gives_up: whether to wait no longer.
+        gives_up: returns whether to stop waiting.
     """
     deadline = time.monotonic() + seconds
     while not gives_up():

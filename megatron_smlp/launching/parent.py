@@ -1,4 +1,4 @@
-"""End with the process that started this one, however that ends. Linux only."""
+"""End this process when its parent ends, however that ends. Linux only."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import signal
 import sys
 
 AGENT_PID, LAUNCHER_PID = "SMLP_AGENT", "SMLP_LAUNCHER"
-"""The variables in which a rank finds its agent's process number, and an agent its launcher's."""
+"""The variables that tell a rank its agent's process ID, and an agent its launcher's."""
 PR_SET_PDEATHSIG = 1
 
 
@@ -16,8 +16,8 @@ def end_with_parent(number: signal.Signals, *, parent: int | None = None) -> Non
     """Have the kernel send this process a signal when its parent is gone.
 
     Args:
-        parent: the process that is to be this one's parent; None: whoever is. Where it has died
-            already the signal comes at once.
+        parent: the process that should be this one's parent; None: the current one. If it has
+            already died, the signal comes at once.
     """
     if sys.platform != "linux":
         return
@@ -28,7 +28,7 @@ def end_with_parent(number: signal.Signals, *, parent: int | None = None) -> Non
 
 
 def end_with_launcher() -> None:
-    """End this agent when its launcher ends; before anything is imported that takes time."""
+    """End this agent when its launcher ends; to be called before any slow import."""
     launcher = os.environ.get(LAUNCHER_PID)
     end_with_parent(signal.SIGTERM, parent=int(launcher) if launcher else None)
 
@@ -36,8 +36,8 @@ def end_with_launcher() -> None:
 def end_with_agent() -> None:
     """End this rank when its agent ends, so that port and folder are free for the next one.
 
-    At once, and not by a SIGTERM: that would end the ranks of all machines well, and their agents
-    would take the run for finished.
+    It is killed at once: a SIGTERM would end the ranks of all machines cleanly, and their agents
+    would consider the run finished.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         agent = os.environ.get(AGENT_PID)

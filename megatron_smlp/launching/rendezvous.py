@@ -1,6 +1,6 @@
-"""The agents' rendezvous: torch's, which a later start may enter again and ranks can do without.
+"""The agents' rendezvous: torch's, but a later start can rejoin, and ranks can do without it.
 
-What torch lacks, and was measured, is in decision 65. How long a start waits is in settings.py.
+Decision 65 has what torch lacks, and measurements. How long a start waits is in settings.py.
 """
 
 from __future__ import annotations
@@ -25,36 +25,36 @@ from megatron_smlp.launching.exit_codes import FOR_GOOD, say
 from megatron_smlp.restart_note import RESTART, cause_of, note_cause
 
 SILENCE = 180.0
-"""Seconds without an answer of the store after which a link is taken for cut for good. Over the
-launchers' --distributed-timeout-minutes, so that what the ranks survive is survived."""
+"""Seconds without an answer of the store after which a link is presumed cut for good. Longer than
+the launchers' --distributed-timeout-minutes, so that an agent survives what its ranks survive."""
 NOTICE = 45.0
-"""Seconds after which those who wait for other machines say so."""
+"""Seconds after which an agent that waits for other machines says so."""
 LOOKS = 3.0
-"""Seconds within which every waiting agent has asked the store."""
+"""Seconds within which every waiting agent has polled the store."""
 ENDED, DONE = "ended for good", "ranks that are done"
 """Keys in the store of a round."""
 
 
 class Watch:
-    """Ends the process where its main thread gets no answer for too long."""
+    """Ends the process if its main thread gets no answer from the store for too long."""
 
     def __init__(self) -> None:
         self.limit, self.touched = SILENCE, time.monotonic()
         self.waiting_since: float | None = None
         self.has_said = False
         self.here = ""
-        """The machines that were waiting when last looked at."""
+        """The machines that were waiting at the last look."""
         self.agent: Any = None
         """The Agent of agent.py, once there is one."""
         threading.Thread(target=self._watch, daemon=True).start()
 
     def touch(self) -> None:
-        """Note that the store answers."""
+        """Record that the store has answered."""
         self.touched = time.monotonic()
 
     @contextlib.contextmanager
     def patient(self, seconds: float) -> Iterator[None]:
-        """Wait longer than usual, for something that is known to take that long."""
+        """Raise the limit within the block, for something that is known to take that long."""
         before, self.limit = self.limit, max(self.limit, seconds)
         try:
             yield
@@ -72,7 +72,7 @@ class Watch:
             return
         self.waiting_since = self.waiting_since or time.monotonic()
         here = ", ".join(sorted(node.addr for node in state.participants))
-        # An agent that gives up leaves first, and is to be named too.
+        # An agent that gives up leaves first: keep the last names, which include its own.
         self.here = here or self.here
         if not self.has_said and time.monotonic() - self.waiting_since > NOTICE:
             self.has_said = True
@@ -94,16 +94,16 @@ class Watch:
 
 
 class Rendezvous:
-    """Stands before torch's handler, which closes for good where an agent ends.
+    """Wraps torch's handler, which closes for good when an agent ends.
 
-    This one is closed only where the run is over, and the store is gone with it. In a store that
-    lasts, an agent that ends for good tells those alone who have trained with it, or wait as its
-    spares: whoever starts later begins anew.
+    This one closes only when the run is over and the store ends with it. In a store that lasts, an
+    agent that ends for good tells only the machines that have trained with it, or wait as its
+    spares: whoever starts later starts afresh.
 
     Args:
-        processes: ranks of this machine.
+        processes: number of ranks on this machine.
         closes: whether the store ends with this run.
-        code: returns the exit code of this agent as of now.
+        code: returns this agent's exit code as it stands.
     """
 
     def __init__(
@@ -113,9 +113,9 @@ class Rendezvous:
         self.closes, self.code = closes, code
         self.is_lost = False
         self.round: Any = None
-        """The store of those with whom this agent has trained last, or whose spare it is."""
+        """The store of the round in which this agent last trained, or whose spare it is."""
         self.spare_of: int | None = None
-        """The number of that round, of a spare."""
+        """The number of that round, if this agent is a spare."""
         self.is_new = True
 
     def __getattr__(self, name: str) -> Any:
@@ -123,11 +123,11 @@ class Rendezvous:
 
     @property
     def state(self) -> Any:
-        """The rendezvous as it was when the store was last read."""
+        """The state of the rendezvous when the store was last read."""
         return self.handler._state_holder.state
 
     def next_rendezvous(self) -> Any:
-        """Join the others, with none of the dead among them the first time."""
+        """Join the others; the first time, once dead machines are no longer among them."""
         if self.is_new:
             self._see_who_lives()
             self.is_new = False
@@ -135,17 +135,17 @@ class Rendezvous:
             info = self.handler.next_rendezvous()
             self.round, self.spare_of = info.store, None
             info.store.set(f"processes/{info.rank}", str(self.processes))
-            apart = info.store.clone()  # a wait on the rendezvous' connection lets no heartbeat by
+            apart = info.store.clone()  # a wait on the rendezvous' connection blocks heartbeats
             agree_on_restart(apart, machines=info.world_size, environment=os.environ)
             if are_alike(apart, machines=info.world_size, processes=self.processes):
                 return info
             say("a machine with another number of processes was refused: joining again.")
-            time.sleep(LOOKS)  # it leaves
+            time.sleep(LOOKS)  # until it has left
 
     def _see_who_lives(self) -> None:
-        """Wait until machines that died while they waited are dropped: they would be counted.
+        """Wait until machines that died while they waited are dropped; else they would be counted.
 
-        Those that live beat every five seconds; the others are dropped after fifteen.
+        Live machines send a heartbeat every five seconds; the others are dropped after fifteen.
         """
         sync = self.handler._state_holder.sync
         sync()
@@ -158,16 +158,16 @@ class Rendezvous:
             sync()
 
     def raise_if_over(self, state: Any) -> None:
-        """Note, while waiting, whose spare this agent is, and stop where nobody will come.
+        """While waiting, record whose spare this agent is, and stop if nobody will come.
 
         Raises:
-            RendezvousClosedError: one of those with whom this agent has trained will not come back.
+            RendezvousClosedError: a machine that this agent has trained with will not come back.
             RendezvousGracefulExitError: this is a spare, and the run is over.
         """
         is_spare = state.complete and self.handler._this_node in state.redundancy_list
         if is_spare and state.round != self.spare_of:
             store = self.handler._get_store()
-            self.round = None if _has(store, ENDED) else store  # an older run is not its own
+            self.round = None if _has(store, ENDED) else store  # ENDED is an older run's
             if self.spare_of is None:
                 say("a spare: this machine waits until another one is gone.")
             self.spare_of = state.round
@@ -187,7 +187,7 @@ class Rendezvous:
             return True  # the store is gone, with the machine that kept it
 
     def num_nodes_waiting(self) -> int:
-        """Return how many machines wait; 0 where the store is gone."""
+        """Return how many machines wait; 0 if the store is gone."""
         if self.is_lost:
             self.watch.touch()
             return 0
@@ -203,7 +203,7 @@ class Rendezvous:
         is_over = self.code() in (0, *FOR_GOOD)
         if is_over and self.closes:
             is_closed = bool(self.handler.shutdown())
-            # As of now: before, the state may be older than a spare that has just come.
+            # Read only now: until the shutdown, the state may predate a spare that has just come.
             others_wait = self.state.redundancy_list or self.code()
             time.sleep(LOOKS if others_wait else 0)  # the store may end with this process
             return is_closed
@@ -211,8 +211,8 @@ class Rendezvous:
             with contextlib.suppress(RuntimeError):
                 self.round.set(ENDED, "")
         self.handler._stop_heartbeats()
-        self.round = None  # looks for nothing any more
-        if not self.is_lost:  # else those of the next round would count this one
+        self.round = None  # so that nothing reads it any more
+        if not self.is_lost:  # a machine that does not leave is counted in the next round
             with contextlib.suppress(RendezvousError):
                 leave = dynamic_rendezvous._RendezvousExitOp()
                 self.handler._op_executor.run(leave, time.monotonic() + LOOKS)
@@ -220,22 +220,22 @@ class Rendezvous:
 
 
 def _has(store: Any, key: str) -> bool:
-    with contextlib.suppress(RuntimeError):  # what a store that does not answer raises
+    with contextlib.suppress(RuntimeError):  # raised by a store that does not answer
         return bool(store.check([key]))
     return False
 
 
 def are_alike(store: Any, *, machines: int, processes: int) -> bool:
-    """Return whether all machines of a round start as many processes; when all have told.
+    """Return whether all machines of a round start the same number of processes; wait for all.
 
-    One that has lost its GPUs, as by a driver that does not load, would join with one process on
-    its CPU, and all would wait for a first collective that never comes.
+    A machine that has lost its GPUs, for example to a driver that does not load, would join with
+    one process on its CPU, and all would wait for a first collective that never comes.
 
     Raises:
-        UsageError: this one starts another number than most do.
+        UsageError: this machine starts a different number than most do.
     """
     counts = Counter(int(store.get(f"processes/{number}")) for number in range(machines))
-    usual, _ = max(counts.items(), key=lambda entry: entry[::-1])  # of two halves the larger number
+    usual, _ = max(counts.items(), key=lambda entry: entry[::-1])  # in a tie the larger number
     if processes != usual:
         raise UsageError(
             f"NPROC_PER_NODE is {processes} here, and {usual} on the other machines: give the same "
@@ -245,17 +245,17 @@ def are_alike(store: Any, *, machines: int, processes: int) -> bool:
 
 
 def agree_on_restart(store: Any, *, machines: int, environment: MutableMapping[str, str]) -> None:
-    """Leave the note of a restart on every machine of a round where one of them has it.
+    """Leave the note of a restart on every machine of a round if one of them has it.
 
-    A machine that has seen no failure, as a spare or one that comes back, would obey flags of the
-    first start (--ckpt-step, --no-resume, --finetune) that the others have done with.
+    A machine that has seen no failure, such as a spare or one that comes back, would obey flags of
+    the first start (--ckpt-step, --no-resume, --finetune) that the others are done with.
 
     Args:
         store: the round's own.
         environment: of the ranks that start next.
 
     Raises:
-        torch.distributed.DistStoreError: another one is gone before it has answered.
+        torch.distributed.DistStoreError: another machine is gone before it has answered.
     """
     note, everyone = environment.get(RESTART), "all know of restarts"
     if note:

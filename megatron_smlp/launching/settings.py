@@ -14,9 +14,9 @@ from megatron_smlp.errors import UsageError
 
 HOST, SERVER, FILE = "host", "server", "file"
 CLOSING = "--closing"
-"""Tells an agent to close the rendezvous where the run is over for good."""
+"""Tells an agent to close the rendezvous when the run is over for good."""
 ALONE = ("--standalone", "--local-addr=127.0.0.1")
-"""torchrun's flags for one machine, whose own name need not lead to it."""
+"""torchrun's flags for one machine, whose own host name need not resolve to it."""
 
 
 @dataclass(frozen=True)
@@ -26,18 +26,18 @@ class RendezvousSettings:
     kind: str
     """HOST: machine 0 keeps the store; SERVER: another process does; FILE: a shared folder."""
     address: str
-    """Name or address of the store; the folder."""
+    """Host name or address of the store; for FILE, the folder."""
     port: int
     is_host: bool
     """Whether this machine keeps the store."""
     min_nodes: int
-    """Machines without which nothing starts."""
+    """Number of machines without which nothing starts."""
     max_nodes: int
-    """Machines beyond which the others are spares."""
+    """Number of machines beyond which the others are spares."""
     run: str
     """The run's name, the same on all of its machines."""
     master: str
-    """MASTER_ADDR, the way to which shows this machine's own address; of FILE it may be empty."""
+    """MASTER_ADDR; the route to it reveals this machine's own address. For FILE, maybe empty."""
 
     @property
     def endpoint(self) -> str:
@@ -49,29 +49,29 @@ class RendezvousSettings:
 
 @dataclass(frozen=True)
 class Settings:
-    """One launch; times are in seconds."""
+    """The settings of one launch; times are in seconds."""
 
     processes: int
-    """On this machine."""
+    """Number of ranks on this machine."""
     rendezvous: RendezvousSettings | None
     """None on a single machine."""
     local_address: str
-    """Address under which other machines reach this one; empty if it has to be found out."""
+    """Address at which other machines reach this one; empty if it must be detected."""
     max_restarts: int
-    """Times that an agent starts its ranks again."""
+    """How many times an agent restarts its ranks."""
     shutdown_timeout: int
-    """Seconds in which ranks have to save when they are signalled."""
+    """Seconds that ranks have to save after a signal."""
     start_timeout: int
-    """Seconds in which the store, or the shared folder, must be reached at the start."""
+    """Seconds at the start within which the store or the shared folder's machines must answer."""
     rejoin_timeout: int
-    """Seconds in which all machines must come together again."""
+    """Seconds within which all machines must come together again."""
 
 
 def read(environment: Mapping[str, str], *, several: bool) -> Settings:
     """Read the variables that `--help` of a launcher lists.
 
     Raises:
-        UsageError: one is missing, or has a value that it cannot have.
+        UsageError: one is missing, or has an invalid value.
     """
     return Settings(
         processes=whole_number(environment, "NPROC_PER_NODE", default="1"),
@@ -152,7 +152,7 @@ def whole_number(environment: Mapping[str, str], name: str, *, default: str = ""
     """Return a variable's value.
 
     Raises:
-        UsageError: it is no whole number.
+        UsageError: it is not a whole number.
     """
     text = environment.get(name) or default
     if not re.fullmatch(r"\d{1,9}", text):
@@ -164,7 +164,7 @@ def port_number(environment: Mapping[str, str], name: str) -> int:
     """Return a variable's value.
 
     Raises:
-        UsageError: it is no port.
+        UsageError: it is not a port.
     """
     port = whole_number(environment, name)
     if not 0 < port < 1 << 16:

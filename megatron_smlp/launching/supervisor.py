@@ -1,12 +1,12 @@
-"""Start a training's agent on this machine, and start it again until the run is over.
+"""Start a training's agent on this machine, and restart it until the run is over.
 
     tools/launch.py one-node pretrain_smlp.py --config ...
     tools/launch.py several-nodes pretrain_smlp.py --config ...
     tools/launch.py serve 29500        # the store of RENDEZVOUS=server
 
-The launchers in examples/ call it; their variables are read from the environment (settings.py).
-A rank that fails is started again by the agent (agent.py, torchrun's), an agent that fails by this
-program, which needs neither torch nor the network to live on. Exit codes: docs/resilience.md.
+The launchers in examples/ call it; it reads their variables from the environment (settings.py).
+The agent (agent.py, torchrun's) restarts ranks that fail, and this program restarts an agent that
+fails: it needs neither torch nor the network to stay alive. Exit codes: docs/resilience.md.
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ from megatron_smlp.restart_note import note_cause
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 TIMEOUT = "--distributed-timeout-minutes"
 MINUTES = 2
-"""After which a rank gives up one that does not answer, where the user does not say."""
+"""Default of TIMEOUT, after which a rank gives up on one that does not answer."""
 FIRST_DELAY, LAST_DELAY = 5, 300
-"""Seconds before the agent is started again: doubled with each failure, up to the second."""
+"""Seconds before the agent is restarted: doubled with each failure, from the first to the last."""
 QUIET_WAIT = 10
-"""Seconds in which others may start without a word; they import torch first."""
+"""Seconds to wait silently for others to start; they import torch first."""
 SHARING = 30
-"""Seconds in which another machine's checkpoint appears in a folder that all share."""
+"""Seconds within which another machine's checkpoint becomes visible in a shared folder."""
 AGENT = "agent"
 EXAMPLES = {"serve": "serve 29500"} | {
     what: f"{what} pretrain_smlp.py --config configs/cpu/gmlp.yaml"
@@ -73,7 +73,7 @@ EXAMPLES = {"serve": "serve 29500"} | {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line that is described above.
+    """Run the command line that the module docstring describes.
 
     Raises:
         UsageError: a variable is wrong, or the other machines cannot be reached.
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = agent.main(options.argv)
         sys.stdout.flush()
         sys.stderr.flush()
-        # The rendezvous' thread may be inside the store: an interpreter that ends aborts on it.
+        # The rendezvous' thread may be inside the store, where a normal exit would abort.
         os._exit(code)
     if options.what == "serve":
         return serve(port_number({"serve": options.argv[0]}, "serve"))
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def serve(port: int) -> int:
-    """Keep the store of RENDEZVOUS=server until SIGTERM or Ctrl-C.
+    """Serve the store of RENDEZVOUS=server until SIGTERM or Ctrl-C.
 
     Raises:
         UsageError: the port is taken.
@@ -151,12 +151,12 @@ class Supervisor:
         self.signals = [number for number in SIGNALS if not _is_under_nohup(number)]
         self.is_signalled = False
         self.warned = False
-        """Whether SIGUSR1 has come, after which a queue starts the same command again."""
+        """Whether SIGUSR1 has come, after which a queue restarts the same command."""
         self.first = self.failures.newest
-        """Iteration of the checkpoint that was there at the start."""
+        """Iteration of the newest checkpoint at the start."""
 
     def run(self) -> int:
-        """Start the agent until it ends for good, and return its exit code."""
+        """Run the agent, restart it until it ends for good, and return the exit code."""
         for number in self.signals:
             signal.signal(number, self._hand_on)
         torchrun = self._prepare()
@@ -167,8 +167,8 @@ class Supervisor:
             began = time.monotonic()
             code = self._run_agent(torchrun)
             if self.is_signalled:
-                # Before its ranks run, as on a spare, an agent knows no better than to die; then
-                # other machines save.
+                # Before its ranks run, as on a spare, a signal simply kills an agent; then other
+                # machines save.
                 died = -code in SIGNALS
                 wait = self.settings.shutdown_timeout if died else SHARING
                 return self._end_signalled(0 if died else _shells(code), wait=wait)
@@ -195,11 +195,11 @@ class Supervisor:
             delay = min(2 * delay, LAST_DELAY)
 
     def _end_signalled(self, code: int, *, wait: float = SHARING) -> int:
-        """Return the exit code: NO_PROGRESS if SIGUSR1 came and no checkpoint was made, since a
-        queue would start a job again for ever that is too short for one.
+        """Return the exit code: NO_PROGRESS if SIGUSR1 came and no checkpoint was saved, since a
+        queue would forever restart a job that is too short to save one.
 
         Args:
-            wait: seconds in which one may appear.
+            wait: seconds in which one may still appear.
         """
         deadline = time.monotonic() + wait
         while self.warned and self.failures.latest() == self.first:
@@ -213,21 +213,21 @@ class Supervisor:
         return code
 
     def _hand_on(self, number: int, frame: FrameType | None) -> None:
-        """Tell the agent; a signal that finds none ends the wait for the next."""
+        """Pass a signal on to the agent; if none runs, it ends the wait for the next one."""
         self.is_signalled = True
         self.warned |= number == signal.SIGUSR1
         if self.child is not None and self.child.poll() is None:
             self.child.send_signal(number)
 
     def _sleep(self, seconds: float) -> bool:
-        """Return whether a signal came in the meantime."""
+        """Sleep until a signal comes or time is up; return whether a signal came."""
         deadline = time.monotonic() + seconds
         while not self.is_signalled and time.monotonic() < deadline:
             time.sleep(0.1)
         return self.is_signalled
 
     def _wait_for_store(self) -> bool:
-        """Return whether the store can be reached: where another machine keeps it, it may die."""
+        """Wait until the store can be reached; return whether it can: its machine may be dead."""
         rendezvous, seconds = self.settings.rendezvous, self.settings.rejoin_timeout
         if rendezvous is None or rendezvous.kind == FILE or rendezvous.is_host:
             return True
@@ -245,7 +245,7 @@ class Supervisor:
         )
 
     def _run_agent(self, torchrun: Sequence[str]) -> int:
-        # In a group of its own, so that Ctrl-C reaches it once, through this process.
+        # In a process group of its own, so that Ctrl-C reaches it once, through this process.
         command = [sys.executable, sys.argv[0], AGENT, *torchrun, *self.argv]
         self.child = subprocess.Popen(command, env=self.environment, process_group=0)
         if self.is_signalled:
@@ -253,29 +253,29 @@ class Supervisor:
         return self.child.wait()
 
     def _prepare(self) -> list[str]:
-        """Make sure that the others can be reached, and return torchrun's flags.
+        """Check that the other machines can be reached, and return torchrun's flags.
 
         Raises:
             UsageError: they cannot.
         """
         settings, rendezvous = self.settings, self.settings.rendezvous
-        # Where the ranks share the agents' store, those of one machine wait for ever after the
+        # If the ranks shared the agents' store, those of one machine would wait forever after the
         # other's have failed (measured with torch 2.15).
         self.environment.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-        # NCCL's own way: to end a rank, without an abort first that may hang. torchrun's is older.
+        # NCCL's own way: end a rank without aborting first, which may hang. torchrun's is older.
         self.environment.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3")
         self.environment[LAUNCHER_PID] = str(os.getpid())
         if rendezvous is None:
             address = settings.local_address or "127.0.0.1"
         else:
-            # An environment may have a local MASTER_ADDR where nobody keeps a store.
+            # An environment may have a loopback MASTER_ADDR, although no machine keeps a store.
             ignored = rendezvous.kind == FILE and network.is_local(rendezvous.master)
             address = network.own_address(
                 settings.local_address,
                 towards="" if ignored else rendezvous.master,
                 has_others=rendezvous.max_nodes > 1,
             )
-        # By default gloo looks the host name up, which may mislead or hang.
+        # By default gloo resolves the host name, which may hang or give a wrong address.
         self.environment[network.GLOO] = network.interface_of(address, self.environment)
         if rendezvous:
             self._reach(rendezvous, address)
@@ -320,7 +320,7 @@ class Supervisor:
 
 
 def _is_under_nohup(number: signal.Signals) -> bool:
-    """Return whether a signal is SIGHUP, and is to be ignored by all that is started here."""
+    """Return whether a signal is SIGHUP under nohup, which all that is started here must ignore."""
     return number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
 
 
@@ -337,5 +337,5 @@ def _rendezvous_flags(rendezvous: RendezvousSettings, settings: Settings) -> lis
 
 
 def _shells(code: int) -> int:
-    """Return the exit code that a shell gives to a process that a signal has ended."""
+    """Return the exit code that a shell reports: 128 + N if signal N ended the process."""
     return 128 - code if code < 0 else code

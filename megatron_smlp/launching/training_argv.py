@@ -22,14 +22,14 @@ SIZES = {
     "micro_batch_size": 1,
     "global_batch_size": None,
 }
-"""What decides whether a number of processes can be, and Megatron's defaults."""
+"""What decides whether a number of processes is possible, with Megatron's defaults."""
 FROM_CHECKPOINT = "--use-checkpoint-args"
-"""With which a flag that is not given is that of the checkpoint."""
+"""Takes flags that are not given from the checkpoint."""
 
 
 def given(flag: str, argv: Sequence[str]) -> Any:
-    """Return a flag's last value on the command line (`--flag VALUE` or `--flag=VALUE`) or, without
-    `--no-FLAG`, in the file of --config.
+    """Return a flag's last value on the command line (`--flag VALUE` or `--flag=VALUE`) or, unless
+    `--no-FLAG` is given, in the --config file.
 
     Raises:
         UsageError: that file cannot be read.
@@ -45,7 +45,7 @@ def given(flag: str, argv: Sequence[str]) -> Any:
 
 
 def is_on(switch: str, argv: Sequence[str]) -> bool:
-    """Return whether a flag without a value is given, on the command line or in that file.
+    """Return whether a flag without a value is given, on the command line or in the --config file.
 
     Raises:
         UsageError: that file cannot be read.
@@ -54,22 +54,22 @@ def is_on(switch: str, argv: Sequence[str]) -> bool:
 
 
 def limit_connections(argv: Sequence[str], environment: MutableMapping[str, str]) -> None:
-    """Do what `choice.limit_connections` says for the size that a command line gives.
+    """Apply `choice.limit_connections` for the tensor parallel size that a command line gives.
 
     Raises:
-        UsageError: that is no number, or the file of --config cannot be read.
+        UsageError: that is not a number, or the --config file cannot be read.
     """
     choice.limit_connections(_number("--tensor-model-parallel-size", argv) or 1, environment)
 
 
 def check_counts(argv: Sequence[str], *, machines: range, processes: int) -> None:
-    """Check that a run can go on with each number of machines that NNODES=MIN:MAX lets it have.
+    """Check that a run can go on with each number of machines that NNODES=MIN:MAX allows.
 
     Args:
-        processes: on a machine.
+        processes: per machine.
 
     Raises:
-        UsageError: it cannot, or the batch would change with their number.
+        UsageError: it cannot, or the batch would change with the number of machines.
     """
     if len(machines) == 1:
         return
