@@ -1,7 +1,7 @@
-"""Balanced assignment of N tokens to E experts, against scipy's exact linear assignment.
+"""Time balanced assignment of N tokens to E experts against scipy's exact linear assignment.
 
-Prints the times and how much of the optimum is reached: `quality` is the share of the way from a
-random balanced assignment to the optimum. scipy sees the same problem, one column a slot.
+Prints the times and `quality`, the share of the gap between a random balanced assignment and the
+optimum that ours closes. scipy solves the same problem, one column per slot.
 """
 
 import numpy as np

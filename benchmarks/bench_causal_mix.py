@@ -1,11 +1,11 @@
-"""Causal token mixing, forward and backward, against the two ways in which others do it.
+"""Time causal token mixing, forward and backward, against the two ways in which others do it.
 
 `masked dense`: mask the [E, T, T] weight, then one batched matmul, in our own layout.
 `g-mlp-pytorch`: the spatial gating unit of that package with `causal=True`, against the same unit
 built on `causal_mix` (LayerNorm, mix, bias, gate product), same shapes and weights.
 
-Freed memory stays in the process, for both sides, as in training (platform/allocator.py); where the
-system's allocator returns it, both are slower, and the ratios are about the same.
+Both sides keep freed memory in the process, as in training (platform/allocator.py); if the system's
+allocator returns it, both are slower, and the ratios are about the same.
 
 Products in blocks wait for their slowest thread more often than one large product does: run it on a
 quiet machine, or with --threads 1.
@@ -44,7 +44,7 @@ def _bench_dense(shape: tuple[int, int, int], dtype: torch.dtype, repeats: int) 
 
 
 def _gated(hidden: Tensor, weight: Tensor, bias: Tensor, norm: torch.nn.LayerNorm) -> Tensor:
-    """hidden: <float>[T, B, D]. The causal gating unit of g-mlp-pytorch on our product."""
+    """Return g-mlp-pytorch's causal gating unit on our product; hidden: <float>[T, B, D]."""
     length, batch, _ = hidden.shape
     heads = weight.shape[0]
     passed, gate = hidden.chunk(2, dim=-1)
@@ -57,7 +57,7 @@ def _gated(hidden: Tensor, weight: Tensor, bias: Tensor, norm: torch.nn.LayerNor
 
 
 def _bench_unit(shape: tuple[int, int, int, int], dtype: torch.dtype, repeats: int) -> Record:
-    """Each side gets its own layout, [T, B, D] and [B, T, D], as a model built on it would."""
+    """Give each side its own layout, [T, B, D] or [B, T, D], as in a model built on it."""
     from g_mlp_pytorch.g_mlp_pytorch import SpatialGatingUnit
 
     batch, length, hidden, heads = shape
@@ -78,7 +78,7 @@ def _bench_unit(shape: tuple[int, int, int, int], dtype: torch.dtype, repeats: i
         torch.autograd.grad(output, (theirs, *parameters), gradient)
         return output
 
-    # Rows near 1 in size: compare at the precision's own rounding before timing anything.
+    # Rows are near 1 in size: compare within the precision's rounding before timing anything.
     torch.testing.assert_close(run_ours().transpose(0, 1), run_theirs(), rtol=2e-2, atol=2e-2)
     name = f"g-mlp-pytorch {str(dtype)[6:]} B={batch} T={length} D={hidden} h={heads}"
     return compare(name, run_ours, run_theirs, repeats=repeats)

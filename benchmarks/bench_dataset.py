@@ -5,8 +5,7 @@
 
 Reads samples of 1,024 tokens through Megatron's GPT dataset in one process, in the shuffled order
 of training, and prints samples/s. Without --prefix it makes 20 million random tokens and reads them
-for several epochs. Exit 1: fewer than the required samples/s (a step on a CPU
-takes some dozens).
+for several epochs. Exit code 1: fewer samples/s than required (a step on a CPU takes a few dozen).
 """
 
 import argparse
@@ -87,7 +86,7 @@ def _train_dataset(prefix: str, samples: int, seq_length: int, cache: Path) -> A
 
 
 def _read(dataset: Any, samples: int) -> float:
-    """Samples a second."""
+    """Return samples per second."""
     began = time.monotonic()
     for number in range(samples):
         dataset[number]

@@ -1,13 +1,13 @@
-"""Generating token by token with the cache, against doing without it and against GPT-2's.
+"""Time token-by-token generation with the cache, against doing without it and against GPT-2's.
 
 `GPT-2`: transformers' own of the same width, depth and vocabulary, with its key-value cache.
-`recompute`: a forward over everything so far for each new token. The whole would take minutes, so
-it is timed at the end of every second block of --block tokens, and counts for those 2 x --block.
+`recompute`: a forward over everything so far for each new token. All of these would take minutes,
+so one is timed at the end of every second block of --block tokens, and counts for 2 x --block.
 
-After a prompt of half the length the sides generate the other half in turns, a block of tokens each
-in changing order, so that a slow phase of the machine falls on all of them. Both models go through
-one greedy loop over `forward`: `generate`'s own work per token, the same for both, does not hide
-the difference. A figure is milliseconds per new token; the prompt is not in it.
+After a prompt of half the length, the sides take turns generating the other half, one block each in
+alternating order, so that a slow phase of the machine affects all of them. Both models run in the
+same greedy loop over `forward`, so that `generate`'s own work per token, the same for both, does
+not hide the difference. Figures are milliseconds per new token, without the prompt.
 """
 
 import statistics
@@ -72,7 +72,7 @@ def build_gpt2(*, hidden: int, layers: int, length: int) -> GPT2LMHeadModel:
 
 
 class Greedy:
-    """A model after its prompt, a token at a time."""
+    """Generates greedily after a prompt, one token at a time."""
 
     def __init__(self, model: Any, prompt: Tensor) -> None:
         self.model = model
@@ -92,7 +92,7 @@ def seconds(function: Callable[[], object]) -> float:
 
 @torch.inference_mode()
 def measure(ours: Any, gpt2: Any, ids: Tensor, *, block: int) -> dict[str, float]:
-    """Milliseconds per new token of each side. ids: <int64>[1, T], of which half is the prompt."""
+    """Return milliseconds per new token of each side; ids: <int64>[1, T], half the prompt."""
     length = ids.shape[1]
     prompt = ids[:, : length // 2]
     for model in (ours, gpt2):

@@ -1,15 +1,15 @@
-"""All systems on one CUDA GPU in bf16: tokens/s, TFLOP/s, MFU and the share of measured GEMMs.
+"""Time all systems on one CUDA GPU in bf16: tokens/s, TFLOP/s, MFU, share of measured GEMMs.
 
     make bench-gpu
 
-The models are those of configs/paper/regular (equal FLOPs a token), with fewer experts of the same
-width, so that weights and optimizer fit 80 GB: a token visits as many. A step is all that
-`megatron.training` does for BATCH samples of 1,024 tokens. FLOPs are the needed ones, 3 x forward
-with causal products as triangles. MFU is against the data sheet, as metrics.jsonl has it; beside it
-is the share of what the best of some large bf16 GEMMs reaches here.
+The models are those of configs/paper/regular (equal FLOPs per token), with fewer experts of the
+same width, so that weights and optimizer fit into 80 GB; a token visits equally many. A step is all
+that `megatron.training` does for BATCH samples of 1,024 tokens. FLOPs are the needed ones, 3 x
+forward with causal products as triangles. MFU is relative to the data sheet, as in metrics.jsonl;
+with it comes the share of the best speed of some large bf16 GEMMs on this GPU.
 
-Apex and Transformer Engine are used where they are installed, by the flags' own defaults. Without
-a CUDA device it says so and ends.
+Apex and Transformer Engine are used if installed, by the flags' own defaults. Without a CUDA device
+the benchmark says so and exits.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from timing import Record
 EXPERTS = {"gshard": 16, "switch": 8, "base": 8, "hash": 8}
 CONFIGS = sorted((ROOT / "configs/paper/regular").glob("*.yaml"))
 SYSTEMS = tuple(path.stem for path in CONFIGS if path.stem != "minhash")
-"""minhash is a mixer whose input hashes the strings of tokens; here tokens are numbers."""
+"""minhash's mixer reads hashes of the tokens' strings; here tokens are numbers."""
 BATCH = 32
-WARM_UP, LOGGED = 10, 5  # steps before anything counts, and steps a logged line
+WARM_UP, LOGGED = 10, 5  # steps before anything counts, and steps per logged line
 FLAGS = f"""
     --mock-data --tokenizer-type NullTokenizer --vocab-size 50256 --num-workers 2 --no-resume
     --eval-iters 0 --lr-warmup-iters 0 --global-batch-size {BATCH} --log-interval {LOGGED}
@@ -39,7 +39,7 @@ GEMM_WIDTH, GEMM_CALLS, GEMM_TRIES = 8192, 20, 5
 
 
 def flags(system: str) -> str:
-    """The command line of one system, but for how long it runs and where it logs."""
+    """Return the command line of one system, without how long it runs and where it logs."""
     words = f"--config {ROOT}/configs/paper/regular/{system}.yaml {FLAGS}"
     if system.startswith("smlp"):
         return f"{words} --num-experts 8"
@@ -47,7 +47,7 @@ def flags(system: str) -> str:
 
 
 def gemm_tflops() -> float:
-    """The GPU's best speed over large square bf16 products."""
+    """Return the GPU's best speed at large square bf16 products."""
     import torch
 
     left, right = (
@@ -67,8 +67,8 @@ def gemm_tflops() -> float:
 
 
 def train(words: str) -> list[dict[str, Any]]:
-    """Run `pretrain_smlp.py WORDS` in this process; its logged steps."""
-    sys.path.insert(0, str(ROOT))  # pretrain_smlp.py is no part of the package
+    """Run `pretrain_smlp.py WORDS` in this process; return its logged steps."""
+    sys.path.insert(0, str(ROOT))  # pretrain_smlp.py is not part of the package
     from pretrain_smlp import main
 
     with tempfile.TemporaryDirectory() as folder:
@@ -84,8 +84,8 @@ def measure(system: str, repeats: int) -> Record:
 
 
 def as_record(system: str, lines: list[dict[str, Any]], *, gemms: float) -> Record:
-    """lines: of metrics.jsonl; gemms: TFLOP/s of large products. The record's ratio is MFU, or of
-    a GPU whose data sheet is not known, the share of these."""
+    """Return the record of `lines` of metrics.jsonl; gemms: TFLOP/s of large products. Its ratio is
+    MFU, or for a GPU without a known data sheet, the share of `gemms`."""
     counted = [line for line in lines if line["iteration"] > WARM_UP]
     names = ("seconds_per_iteration", "tokens_per_second", "tflops_per_device")
     seconds, tokens, tflops = (statistics.median(line[name] for line in counted) for name in names)
@@ -99,7 +99,7 @@ def as_record(system: str, lines: list[dict[str, Any]], *, gemms: float) -> Reco
 
 
 def _extras() -> str:
-    """What the run could use."""
+    """Return the optional packages that the run could use, as text."""
     names = {"transformer_engine": "Transformer Engine", "apex": "Apex"}
     found = [name for module, name in names.items() if find_spec(module)]
     return f", with {' and '.join(found)}" if found else ""

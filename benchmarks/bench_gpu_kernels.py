@@ -1,4 +1,4 @@
-"""What replaces many operators on a GPU, each against what it replaces, forward and backward.
+"""Time what replaces many operators on a GPU against what it replaces, forward and backward.
 
     make bench-gpu
 
@@ -8,8 +8,8 @@
                   product M v of cuBLAS alone, and against causal attention of the same width by
                   F.scaled_dot_product_attention
 
-Shapes are configs/paper/regular's with eight samples, in bf16. `make first-gpu` times the same.
-Without a CUDA device it says so and ends.
+Shapes are those of configs/paper/regular with eight samples, in bf16. `make first-gpu` times the
+same. Without a CUDA device the benchmark says so and exits.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ TINY = Sizes(tokens=24, samples=2, hidden=16, expert=32, num_experts=(3, 4), hea
 
 
 def pairs(sizes: Sizes, device: str) -> Iterator[tuple[str, Call, Call]]:
-    """Names of what is compared, ours, and the peer, to be called before the next is asked for."""
+    """Yield each comparison's name, ours and the peer; call both before asking for the next."""
     yield from _assignments(sizes, device)
     yield from _experts(sizes, device)
     yield from _gates(sizes, device)
@@ -136,7 +136,7 @@ def build_experts(sizes: Sizes, count: int, device: str) -> Any:
         params_dtype=torch.bfloat16,
         bf16=True,
         transformer_impl="local",
-        use_cpu_initialization=True,  # as no generator of Megatron's is needed for that
+        use_cpu_initialization=True,  # needs no generator of Megatron's
         gradient_accumulation_fusion=False,
         num_moe_experts=count,
         moe_router_topk=1,
@@ -151,7 +151,7 @@ def build_experts(sizes: Sizes, count: int, device: str) -> Any:
 
 @contextlib.contextmanager
 def one_rank(device: str) -> Iterator[None]:
-    """Megatron's groups of this process alone, for as long as a layer is built."""
+    """Set up Megatron's process groups for this process alone, while a layer is built."""
     from megatron.core import parallel_state
 
     from megatron_smlp.platform import cpu
@@ -172,7 +172,7 @@ def one_rank(device: str) -> Iterator[None]:
 
 
 def measured(sizes: Sizes, device: str, *, repeats: int) -> Iterator[Record]:
-    """Each pair, in turns; the first calls compile and are not counted."""
+    """Yield each pair's record, timed in turns; the first calls compile and are not counted."""
 
     def waiting(call: Call) -> Call:
         def called() -> None:

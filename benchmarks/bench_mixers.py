@@ -1,4 +1,4 @@
-"""Masked mixers against masked dense ones.
+"""Time masked mixers against masked dense ones.
 
 LN, mixing, bias and residual, forward and backward, in our layout against the same with a masked
 [T, T] weight and a batched matmul in [B, T, D], as an MLP-Mixer is made causal.

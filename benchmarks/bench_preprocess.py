@@ -5,8 +5,8 @@
         --merge-file merges.txt [--megatron-tool Megatron-LM/tools/preprocess_data.py]
 
 One run measures this tool, a pool of processes that call `tokenizers` one document at a time, and
-Megatron-LM's tool where a copy is given, on the same text, and compares the bytes. The slow ones
-read the first `--peer-megabytes` only. Exit 1: a claim does not hold.
+Megatron-LM's tool if a copy is given, on the same text, and compares the bytes. The slow ones read
+only the first `--peer-megabytes`. Exit code 1: a claim does not hold.
 """
 
 import argparse
@@ -80,7 +80,7 @@ def _flags(args: argparse.Namespace, source: Path, prefix: Path) -> list[str]:
 
 
 def _ours(args: argparse.Namespace, source: Path, prefix: Path) -> tuple[float, float]:
-    """(MB/s from the first document to the last, seconds of start-up), by the tool's own report."""
+    """Return (MB/s from first to last document, seconds of start-up), as the tool reports them."""
     command = [sys.executable, str(ROOT / "tools/preprocess_data.py")]
     done = subprocess.run(
         [*command, *_flags(args, source, prefix), "--overwrite"],
@@ -119,7 +119,7 @@ def _pool_speed(args: argparse.Namespace, source: Path) -> float:
 
 
 def _megatron(args: argparse.Namespace, source: Path, folder: Path) -> tuple[float, float]:
-    """(MB/s after its start-up, seconds in all); it finds "gpt2" in a folder of that name."""
+    """Return (MB/s after start-up, seconds in all); it finds "gpt2" in a folder of that name."""
     model = folder / "gpt2"
     model.mkdir()
     (model / "config.json").write_text('{"model_type": "gpt2"}')

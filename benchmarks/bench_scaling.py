@@ -1,14 +1,14 @@
-"""How the cost of training grows: with T, with experts, with layers, with processes.
+"""Measure how the cost of training grows with T, experts, layers and processes.
 
-A point is a real run of `pretrain_smlp.py` on a small model in bf16, the same number of tokens a
-step everywhere; its figure is the median step after a few. What is expected of a point is that the
-time of the sweep's first point grows as the FLOPs which the model needs; of two processes with one
-thread each, that they take as long as one process with two. A ratio over 1 is better than expected.
-What the FLOPs leave out is the optimizer: a T x T matrix is updated however few tokens there are.
+A point is a real run of `pretrain_smlp.py` on a small model in bf16, always with the same number of
+tokens per step; its figure is the median step time after a few steps. The expected time is that of
+the sweep's first point, scaled by the FLOPs that the model needs; two processes with one thread
+each are expected to take as long as one process with two. A ratio over 1 is better than expected.
+The FLOPs leave out the optimizer, which updates a T x T matrix however few tokens there are.
 Exponents p are least squares over logarithms, cost per token = a x^p.
 
-`memory`: bytes that autograd keeps for one layer and token (all storages that a forward pass saves,
-its weights aside), expected: the accounting of tools/estimate.py.
+`memory`: bytes that autograd saves per layer and token (all storages that a forward pass saves,
+except weights); expected: the accounting of tools/estimate.py.
 
 The figures go to --plots as PNG.
 """
@@ -36,7 +36,7 @@ from megatron_smlp.accounting.costs import (  # noqa: E402
 from megatron_smlp.accounting.estimate import resolve  # noqa: E402
 
 TOKENS = 4096
-"""A step's."""
+"""Tokens per step."""
 WARM_UP = 1
 VOCABULARY = 512
 SIZES: dict[str, Any] = {
@@ -63,7 +63,7 @@ def transformer(_: int) -> Values:
 
 
 def smlp(experts: int) -> Values:
-    """Half of the layers dense; as many spatial experts as token experts."""
+    """Return sMLP's flags: half of the layers dense, as many spatial experts as token experts."""
     features = {"feature_router": "deterministic", "num_feature_experts": experts}
     return {
         "architecture": "smlp",
@@ -75,7 +75,7 @@ def smlp(experts: int) -> Values:
 
 
 def base(experts: int) -> Values:
-    """A Transformer, every second layer of which has token experts."""
+    """Return the flags of a Transformer with token experts in every second layer."""
     values = {"moe_layer_freq": 2, "num_experts": experts, "moe_ffn_hidden_size": 1024}
     return {**transformer(0), **ROUTED, **values}
 
@@ -115,7 +115,7 @@ class Point:
 
     @property
     def values(self) -> dict[str, Any]:
-        """Flags of the model and of its batch, by name."""
+        """Flags of the model and its batch, by name."""
         experts = self.size if self.sweep == "experts" else 4
         values = SIZES | dict(SYSTEMS[self.system](experts))
         if self.sweep == "T":
@@ -159,7 +159,7 @@ def points(sweeps: Sequence[str]) -> list[Point]:
 
 
 def step_milliseconds(cases: Sequence[Point], *, repeats: int, threads: int) -> dict[Point, float]:
-    """Every run's median step. Those of one number of processes share one launch."""
+    """Return every run's median step time. Runs of equally many processes share one launch."""
     from support.launches import launch, records
 
     milliseconds = {}
@@ -180,7 +180,7 @@ def step_milliseconds(cases: Sequence[Point], *, repeats: int, threads: int) -> 
 
 
 def as_records(measured: Mapping[Point, float]) -> Iterator[Record]:
-    """Each point beside what the first one of its sweep and system makes expect of it."""
+    """Yield each point with the expectation from the first point of its sweep and system."""
     for point, ours in measured.items():
         first = next(p for p in measured if (p.sweep, p.system) == (point.sweep, point.system))
         growth = 1.0
@@ -191,7 +191,7 @@ def as_records(measured: Mapping[Point, float]) -> Iterator[Record]:
 
 
 def memory_records() -> Iterator[Record]:
-    """Kept bytes a token of the second half's layers, which are sparse in an sMLP."""
+    """Yield saved bytes per token of the second half's layers, which are sparse in an sMLP."""
     import torch
     from support.in_process import layer_config
     from support.parallel_models import kept_by
@@ -224,7 +224,7 @@ def memory_records() -> Iterator[Record]:
 
 
 def _layer_flags(values: Values) -> dict[str, Any]:
-    """Model flags as Megatron's config of a layer has them."""
+    """Return model flags as fields of Megatron's layer config."""
     import torch
 
     skipped = {"seq_length", "vocab_size", "micro_batch_size", "global_batch_size", "num_experts"}
@@ -237,7 +237,7 @@ def _layer_flags(values: Values) -> dict[str, Any]:
 
 
 def growths(records: Sequence[Record], sweep: str, *, divisor: float) -> dict[str, Any]:
-    """The lines of one panel, by system; costs divided by `divisor`."""
+    """Return the lines of one panel, by system, with costs divided by `divisor`."""
     from scaling_figure import Growth
 
     lines: dict[str, Any] = {}
@@ -259,7 +259,7 @@ def exponents(lines: Mapping[str, Any], sweep: str) -> Iterator[str]:
 
 
 def summarise(records: Sequence[Record], sweeps: Sequence[str], plots: Path | None) -> None:
-    """Print the exponents; draw, where a folder is given."""
+    """Print the exponents; draw the sweeps if a folder is given."""
     from scaling_figure import Sweep, scaling_figure
 
     panels: dict[str, list[Sweep]] = {"time": [], "memory": []}

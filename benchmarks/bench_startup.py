@@ -1,8 +1,8 @@
-"""How long a command takes before it does what it was started for, each in a new process.
+"""Time how long a command takes to do what it was started for, each in a new process.
 
-`--help`, `--dry-run`: until it has ended. `first step`: until the first training step is in
-metrics.jsonl, of a small gMLP. The best of the calls counts, and the peer is the time that is
-allowed: a ratio over 1 is within it.
+`--help`, `--dry-run`: until it exits. `first step`: until the first training step of a small gMLP
+is in metrics.jsonl. The best of the calls counts, and the peer is the allowed time: a ratio over 1
+is within it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CASES = {
 
 
 def seconds(flags: str, *, threads: int) -> float:
-    """Of one call; ends where the first step is logged."""
+    """Return the seconds that one call takes, up to the first logged step if it trains."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "pretrain_smlp.py"), *flags.split()]
         if "train-iters" in flags:

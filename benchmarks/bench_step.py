@@ -1,12 +1,12 @@
-"""The whole training step against what a user would pick instead.
+"""Time the whole training step against what a user would pick instead.
 
 `gmlp`         pretrain_smlp.py                  the gMLP of g-mlp-pytorch in a plain torch loop
 `transformer`  pretrain_smlp.py                  transformers' GPT-2 with SDPA in a plain torch loop
 
-Ours is everything that `megatron.training` does for a step: batch, forward, backward, clipping,
-Adam, learning rate, logging. The peer has a batch ready, and a fused AdamW. Same shapes (about 10M
-parameters), 2,048 tokens a step, steps in turns; bf16 is Megatron's --bf16 and, for the peers,
-autocast. Tokens per second are 2,048,000 / ms.
+Our time covers everything that `megatron.training` does for a step: batch, forward, backward,
+clipping, Adam, learning rate, logging. The peer has a batch ready, and a fused AdamW. Same shapes
+(about 10M parameters), 2,048 tokens per step, alternating steps; bf16 is Megatron's --bf16 and, for
+the peers, autocast. Tokens per second are 2,048,000 / ms.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ OURS = {
 
 
 def peer_step(model: Any, *, length: int, precision: str) -> Callable[[], None]:
-    """A training step of a plain torch loop on random tokens."""
+    """Return a training step of a plain torch loop on random tokens."""
     import torch
     from torch.nn import functional
 
@@ -83,7 +83,7 @@ PEERS: dict[str, Callable[[int], Any]] = {"gmlp": peer_gmlp, "transformer": peer
 
 
 def flags(case: str) -> str:
-    """The command line of our side."""
+    """Return the command line of our side."""
     system, precision, length = case.split()
     tokens = int(length.removeprefix("T="))
     batch = TOKENS_PER_STEP // tokens

@@ -1,9 +1,9 @@
-"""All systems of configs/cpu at equal FLOPs: how much of the machine's GEMM speed a step reaches.
+"""Measure how much of the machine's GEMM speed a step of each system of configs/cpu reaches.
 
-The peer is a yardstick: how long the FLOPs that the model needs for the step (3 x forward, causal
-products as triangles) would take at the speed of one large square GEMM in the same precision, which
-runs in turns with our steps. The ratio is the share of that speed, and compares the systems.
-Tokens per second are 4,096,000 / ms.
+All systems have equal FLOPs. The peer is a yardstick: the time that the step's needed FLOPs (3 x
+forward, causal products as triangles) would take at the speed of one large square GEMM in the same
+precision, which alternates with our steps. The ratio is the share of that speed, and compares the
+systems. Tokens per second are 4,096,000 / ms.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ FLAGS = """
 
 
 def yardstick() -> Callable[[], None]:
-    """CALLS bf16 GEMMs of WIDTH^3."""
+    """Return a function that runs CALLS bf16 GEMMs of WIDTH^3."""
     import torch
 
     left, right = (torch.randn(WIDTH, WIDTH, dtype=torch.bfloat16) for _ in range(2))
@@ -56,7 +56,7 @@ def flops_per_step(args: argparse.Namespace) -> float:
 
 
 def flags(case: str) -> str:
-    """The flags of a case."""
+    """Return the flags of a case."""
     return f"--config {ROOT}/configs/cpu/{case.split()[0]}.yaml {FLAGS}"
 
 

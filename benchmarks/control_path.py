@@ -1,20 +1,20 @@
 #!/usr/bin/env python3
-"""What the ranks tell each other beside gradients, in bytes and packets a rank, for 2 to 16 ranks.
+"""Measure what ranks exchange besides gradients, in bytes and packets per rank, for 2 to 16 ranks.
 
     .venv/bin/python benchmarks/control_path.py
 
-The kernel counts for each rank what its TCP connections send and how many packets that are, acks
-included, headers not (`ss`, of iproute2):
+The kernel counts the bytes and packets that each rank's TCP connections send, acks included,
+headers excluded (`ss`, of iproute2):
 
     start      the ranks connect: each finds the others' addresses in a store that rank 0 keeps
-    step       Megatron's agreement on signals: 4 bytes of each rank, to all
-    log line   own parts of a step and ways out of the machines, to all, and 64 KiB to a neighbour
-               (training/slow_hosts.py); here each rank is a machine
+    step       Megatron's agreement on signals: 4 bytes from each rank, to all
+    log line   each rank's part of a step and its machine's sending time, to all, and 64 KiB to a
+               neighbor (training/slow_hosts.py); here each rank is a machine
     restart    causes and host names, to all
 
-gloo sends all but the first around a ring, in which no rank has more to do than another; rank 0 is
-compared with the others. What 1,024 ranks need is extrapolated from the measured points, and not
-measured: by a line, and where all ask rank 0 for the addresses of all, by a parabola.
+gloo sends all but the first around a ring, which loads all ranks equally; rank 0 is compared with
+the others. The figures for 1,024 ranks are extrapolated from the measured points, not measured: by
+a line, or by a parabola where all ranks ask rank 0 for the addresses of all.
 """
 
 import multiprocessing
@@ -42,7 +42,7 @@ TIMES = 20
 
 
 def counters() -> tuple[int, int]:
-    """Bytes and packets that this process has sent by the connections that it has."""
+    """Return the bytes and packets that this process has sent over its connections."""
     command = ["ss", "--tcp", "--info", "--processes", "--numeric", "--oneline", "--no-header"]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     mine = [line for line in lines if f"pid={os.getpid()}," in line]
@@ -73,7 +73,7 @@ def work(rank: int, size: int, port: int, results: "multiprocessing.Queue[object
         part()
         torch.distributed.barrier()
         before = counters()
-        torch.distributed.barrier()  # nobody begins before all have looked
+        torch.distributed.barrier()  # nobody begins before all have read the counters
         for _ in range(TIMES):
             part()
         after = counters()
@@ -88,7 +88,7 @@ type Sent = tuple[float, float]  # bytes and packets
 
 
 def measured(size: int) -> list[dict[str, Sent]]:
-    """Of each rank, by its parts."""
+    """Return what each rank sent, by part."""
     context = multiprocessing.get_context("fork")
     results = context.Queue()
     ranks = [
@@ -104,7 +104,7 @@ def measured(size: int) -> list[dict[str, Sent]]:
 
 
 def far(sizes: Sequence[int], values: Sequence[float], *, degree: int) -> float:
-    """The value at FAR, of least squares."""
+    """Return the value of a least-squares fit at FAR."""
     return float(np.polyval(np.polyfit(sizes, values, degree), FAR))
 
 

@@ -1,14 +1,14 @@
-"""The copying task: which mixers can repeat what they read, and how long it may be.
+"""The copying task: which mixers can repeat what they read, and up to what length.
 
 A sample is n random symbols, a delimiter and the same symbols again, n random in every batch; the
-model is trained on the second half, and never sees a sample twice. Accuracy is the share of symbols
-of fresh samples that are right, at every n up to the longest of the training: positions of all
-systems here end at T.
+model is trained on the second half, and never sees a sample twice. Accuracy is the share of correct
+symbols in fresh samples, at every n up to the longest in training, as the positions of all systems
+here end at T.
 
 CausalRN is made for this (Cui et al., arXiv 2406.16168). It is compared with gMLP, whose weights
-depend on positions alone, and with the Transformer; all have the parameters of the Transformer
-within 2 %, by the width of their FFN or gate. The models are those of an export (megatron_smlp/hf),
-trained by AdamW on one thread.
+depend on positions alone, and with the Transformer. The width of their FFN or gate gives all of
+them the Transformer's number of parameters within 2 %. The models are those of an export
+(megatron_smlp/hf), trained with AdamW on one thread.
 
     python benchmarks/copying.py --output runs/copying
 """
@@ -55,13 +55,13 @@ SYSTEMS: dict[str, dict[str, Any]] = {
 
 
 def sample(batch: int, length: int) -> Tensor:
-    """<int64>[B, 2 n + 1]: n symbols, the delimiter, the symbols again."""
+    """Return <int64>[B, 2 n + 1]: n symbols, the delimiter, the symbols again."""
     symbols = torch.randint(SYMBOLS, (batch, length))
     return torch.cat([symbols, torch.full((batch, 1), DELIMITER), symbols], dim=1)
 
 
 def config(system: str, *, longest: int, width: int) -> SMLPConfig:
-    """Of a model whose FFN, or both halves of whose gate, have `width` features."""
+    """Return the config of a model with `width` features in its FFN, or in its gate's halves."""
     if "plugin" in SYSTEMS[system]:
         load(str(PLUGIN))
     return SMLPConfig(
@@ -80,7 +80,7 @@ def num_parameters(settings: SMLPConfig) -> int:
 
 
 def equal_config(system: str, *, longest: int) -> SMLPConfig:
-    """Of the width at which the system has as many parameters as the Transformer with 4 D."""
+    """Return the config of the width with as many parameters as the Transformer of width 4 D."""
     wanted = num_parameters(config("transformer", longest=longest, width=4 * WIDTH))
     small, large = (config(system, longest=longest, width=width) for width in (2, 102))
     per_unit = (num_parameters(large) - num_parameters(small)) / 100
@@ -89,7 +89,7 @@ def equal_config(system: str, *, longest: int) -> SMLPConfig:
 
 
 def copied(model: SMLPForCausalLM, samples: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits <fp32>[B, n, V] of the second half, and what it is, <int64>[B, n]."""
+    """Return the logits of the second half, <fp32>[B, n, V], and its symbols, <int64>[B, n]."""
     length = samples.shape[1] // 2
     return model(samples[:, :-1]).logits[:, length:], samples[:, length + 1 :]
 
@@ -124,14 +124,14 @@ def train(
 
 @torch.no_grad()
 def accuracy(model: SMLPForCausalLM, length: int) -> float:
-    """The share of symbols that are right, over 256 samples of one length."""
+    """Return the share of correct symbols over 256 samples of one length."""
     torch.manual_seed(length)
     logits, targets = copied(model, sample(256, length))
     return float((logits[..., :SYMBOLS].argmax(-1) == targets).float().mean())
 
 
 def plot(results: Mapping[str, Any], path: Path) -> None:
-    """Accuracy against length, a line a system."""
+    """Draw accuracy against length, one line per system."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.6), layout="constrained")

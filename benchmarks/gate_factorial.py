@@ -1,21 +1,21 @@
 #!/usr/bin/env python3
-"""Why BASE's gates close: sMLP by width, experts' width and rate, with a look at each expert.
+"""Study why BASE's gates close: sMLP by width, experts' width and rate, expert by expert.
 
     .venv/bin/python benchmarks/gate_factorial.py --data runs/study-data --csv gates.csv \\
         --run D256-Z1536-0.004 -- --hidden-size 256 --moe-ffn-hidden-size 1536 --lr 0.004
 
-trains configs/cpu's deterministic sMLP by the recipe of studies/cpu.yaml, with the flags after `--`
-over it, and adds rows to the file, one for each expert of each token router every 25 steps:
+trains configs/cpu's deterministic sMLP by the recipe of studies/cpu.yaml, overridden by the flags
+after `--`, and appends rows to the file, one per expert of each token router every 25 steps:
 
-    tokens    of the micro-batch that came to the expert
+    tokens    number of the micro-batch's tokens that came to the expert
     shift     c_e = w_e . mean of x over the micro-batch, part of the score of every token
     closed    share of the tokens whose gate is under 0.01
-    pull      mean over its tokens of <g_i, f_e(h_i)> = dL/dgate_i, in nats: over 0 it closes gates
+    pull      mean over its tokens of <g_i, f_e(h_i)> = dL/dgate_i, in nats: above 0 it closes gates
     tug       mean over its tokens of |<g_i, f_e(h_i)>|: |pull| / tug is how far they agree
     w_norm    |w_e|
     x_norm    root of the mean of |x|^2 over the micro-batch; mean_norm: |mean of x|
 
-x is what the router reads. The data are examples/study_data.sh's.
+x is what the router reads. The data are those of examples/study_data.sh.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ RECIPE = (
 
 
 class Looking(Listener):
-    """A listener of the training loop that looks at the token routers."""
+    """A listener of the training loop that records what the token routers do."""
 
     def __init__(self, run: str, path: Path) -> None:
         self.run, self.path = run, path
@@ -65,7 +65,7 @@ class Looking(Listener):
         self.write()
 
     def look(self, router: Any, inputs: Any, outputs: Any) -> None:
-        """After a router: keep what is known now, and read the pull when the backward has it."""
+        """After a router's forward, keep what is known; read the pull once the backward has it."""
         if router.training and self.iteration % EVERY == 0:
             x = inputs[0].detach().flatten(0, 1).float()
             probs, routing_map = outputs
@@ -79,7 +79,7 @@ class Looking(Listener):
     ) -> None:
         """x: <fp32>[N, D]; probs, pull: <fp32>[N, E]; sent: <bool>[N, E]."""
         mean, weight = x.mean(dim=0), router.weight.detach().float()
-        pull = pull.double() * len(x)  # of a token's own loss: the batch's is the mean
+        pull = pull.double() * len(x)  # of a token's own loss: the batch's loss is the mean
         for expert in range(router.num_experts):
             mine = sent[:, expert]
             gates, pulls = probs[mine, expert], pull[mine, expert]

@@ -1,4 +1,4 @@
-"""Times steps of our real training loop, in turns with something else."""
+"""Time steps of our real training loop, alternating with a peer."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ class _TakingTurns(Listener):
 def steps_in_turns(
     flags: str, make_peer: Callable[[argparse.Namespace], Callable[[], object]], *, repeats: int
 ) -> tuple[list[float], list[float]]:
-    """Train by `pretrain_smlp.py FLAGS` in this process, once per process.
+    """Train as `pretrain_smlp.py FLAGS` does, in this process; only once per process.
 
-    Everything that the loop does for a step is in our time.
+    Our time includes everything that the loop does for a step.
 
     Returns:
-        milliseconds of our steps and of the peer's calls, after a few that are not counted.
+        milliseconds of our steps and of the peer's calls, after a few uncounted ones.
     """
     from megatron_smlp.training.captured_output import CapturedOutput
 
@@ -69,13 +69,13 @@ def run(
     *,
     repeats: int = 6,
 ) -> None:
-    """The command line of a benchmark: every case in a process of its own.
+    """Run the command line of a benchmark, every case in a process of its own.
 
-    One that fails does not end the others; the benchmark ends with its name then.
+    A case that fails does not end the others; the benchmark then exits with its name.
 
     Args:
         measure: case, steps -> its record; called in that process.
-        repeats: steps per case and side, where the user names no other number.
+        repeats: steps per case and side by default.
     """
     parser = benchmark_parser(description, repeats=repeats, of="steps per case and side")
     add_only(parser, cases)
@@ -91,7 +91,7 @@ def run(
 
 
 def import_once() -> None:
-    """Megatron's imports take longer than the steps: the processes of the cases are forked."""
+    """Import Megatron before the cases' processes are forked: imports take longer than steps."""
     from megatron_smlp.library_logging import silence_libraries
     from megatron_smlp.megatron_patches.late_compile import late_compile
 
@@ -104,14 +104,14 @@ def import_once() -> None:
 def _in_a_process(
     case: str, measure: Callable[[str, int], Record], arguments: argparse.Namespace
 ) -> Record | int:
-    """Megatron keeps its state in modules, so that a process trains once.
+    """Measure a case in a new process: Megatron keeps state in modules, so it trains only once.
 
     Returns:
         the record, or the exit code of a process that failed.
     """
     import torch
 
-    # A process that has asked for CUDA devices cannot be forked into one that uses them.
+    # A process that has queried CUDA devices cannot be forked into one that uses them.
     method = "spawn" if torch.cuda.is_available() else "fork"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "record.json"

@@ -5,7 +5,7 @@
 
 trains dense Transformers of 4 layers and heads of 32 features at D = 64, 128 and 256, each at five
 rates, with --use-mup (whose base is D = 64) and without: 60 steps of 4 samples of 256 tokens in
-fp32. Rows that the file has are not trained again. The data are examples/study_data.sh's.
+fp32. Trials that the file has are not trained again. The data are those of examples/study_data.sh.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ DATA = """
 """
 
 type Trial = tuple[bool, int, float]
-"""Whether it has muP, D, and the rate."""
+"""Whether it uses muP, D, and the learning rate."""
 
 
 def flags(trial: Trial) -> str:
-    """Return the flags of pretrain_smlp.py that make a trial what it is."""
+    """Return the flags of pretrain_smlp.py for a trial."""
     uses_mup, width, rate = trial
     sizes = f"--hidden-size {width} --ffn-hidden-size {4 * width} --lr {rate}"
     heads = f"--num-attention-heads {width // HEAD}"
@@ -100,8 +100,8 @@ def curves(losses: Mapping[Trial, float]) -> dict[tuple[bool, int], list[tuple[f
 
 
 def best(curve: Sequence[tuple[float, float]]) -> float:
-    """Return the minimum of the parabola in log2(rate) through the lowest point and both beside it;
-    at an edge, the edge."""
+    """Return the minimum of the parabola in log2(rate) through the lowest point and its two
+    neighbors; at an edge, the edge."""
     place = min(range(len(curve)), key=lambda index: curve[index][1])
     if place in (0, len(curve) - 1):
         return curve[place][0]
@@ -113,7 +113,7 @@ def best(curve: Sequence[tuple[float, float]]) -> float:
 
 
 def plot(losses: Mapping[Trial, float], path: Path) -> None:
-    """Draw loss against rate, a line a width, and a line at each width's best rate."""
+    """Draw loss against rate, one curve per width, and a line at each width's best rate."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3.6), layout="constrained")

@@ -1,10 +1,10 @@
-"""Where the time of a training step goes, by kind of operation.
+"""Show where the time of a training step goes, by kind of operation.
 
     python benchmarks/profile_step.py --only "gmlp bf16"       of bench_step.py and bench_systems.py
 
-Operators' milliseconds are those of torch's profiler, their own time without what they call. `rest`
-lies between operators: Python, autograd, the data loader, and the profiler itself, with which a
-step takes some per cent longer than without.
+Operators' milliseconds are self times of torch's profiler, without what they call. `rest` is the
+time between operators: Python, autograd, the data loader, and the profiler itself, which makes a
+step a few percent longer.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ KINDS = {
 FLAGS_OF = dict.fromkeys(bench_step.CASES, bench_step.flags) | dict.fromkeys(
     bench_systems.CASES, bench_systems.flags
 )
-"""What gives the flags of each case."""
+"""The function that returns the flags of each case."""
 
 
 def kind_of(operator: str) -> str | None:
-    """The kind of an operator's name, as the profiler gives it; None for ranges of Python code."""
+    """Return the kind of an operator by its profiler name; None for ranges of Python code."""
     if not operator.startswith("aten::"):
         return None
     name = operator.removeprefix("aten::")
@@ -74,7 +74,7 @@ class _Profiling:
             self.profile.__exit__(None, None, None)
 
     def table(self) -> dict[str, float]:
-        """Milliseconds of a step by kind; they add up to the step."""
+        """Return the milliseconds of a step by kind; they add up to the step."""
         by_kind: Counter[str] = Counter()
         for event in self.profile.key_averages():
             kind = kind_of(event.key)

@@ -1,44 +1,44 @@
-"""An estimate of a step on one of eight H100s, from counts: configs/paper/regular.
+"""Estimate a step of configs/paper/regular on one of eight H100s, from counts.
 
     python benchmarks/roofline.py measure benchmarks/results/roofline.json    (minutes, on a CPU)
     python benchmarks/roofline.py table benchmarks/results/roofline.json
 
 Each GPU has SAMPLES x 1,024 tokens in each of the MICRO_BATCHES micro-batches of a step, and an
-eighth of the experts; the optimizer's state is spread over all.
+eighth of the experts; the optimizer's state is sharded over all.
 
-`measure` trains each system in small versions, of its own layers and T = 1,024, on the CPU that
+`measure` trains small versions of each system, with its own layers and T = 1,024, on a CPU that
 stands in for a GPU (tests/support/cuda_stand_in.py), and counts a step's operators and bytes:
 
     one       1 sample,  2 experts, width 64        each with one micro-batch, and with two
     other     2 samples, 4 experts, width 64
 
-What the second micro-batch adds is a micro-batch; the rest of a step is the update. Of each
+What the second micro-batch adds is one micro-batch; the rest of a step is the update. For each
 
     operators = n + m experts                       solved for n and m
     bytes     = a samples + p parameters            solved for a and p; an update has no a
 
-An operator reads and writes numbers of tokens, in proportion to samples and width, or of
-parameters. So at full size, with e experts and P parameters on a GPU, P' of them of its optimizer:
+An operator reads and writes elements of tokens, in proportion to samples and width, or of
+parameters. So at full size, with e experts and P parameters on a GPU, P' of them in its optimizer:
 
     micro-batch    n + m e operators, and 8 a (1,024 / 64) + p P bytes
     update         n' + m' e operators, and p' P' bytes
 
-Balanced assignment is taken out, and put in as the KERNELS operators that its kernels are, each
-over scores [N, E]. Each gate, too, counted alone, forward and backward: its kernels are
-GATE_OPERATORS and move GATE_UNITS of one gate-wide tensor (counted by
-tests/cuda_without_a_gpu/kernel_counts.py), and one head's dM is there in parts: 31 MB, 0.9 of a
-unit at these sizes, and one operator more. A function of Megatron's that is compiled on a GPU
-(roofline_counts.COMPILED) is one operator, which reads what goes in and writes what comes out.
+Balanced assignment is subtracted and replaced by the KERNELS operators of its kernels, each over
+scores [N, E]. So is each gate, counted alone, forward and backward: its kernels are GATE_OPERATORS
+and move GATE_UNITS of one gate-wide tensor (counted by tests/cuda_without_a_gpu/kernel_counts.py),
+and one head's dM exists in parts: 31 MB, 0.9 of a unit at these sizes, and one more operator. A
+Megatron function that is compiled on a GPU (roofline_counts.COMPILED) is one operator, which reads
+its inputs and writes its outputs.
 
     launches  operators x LAUNCH              the host, where nothing hides it
-    memory    bytes / BANDWIDTH               as if no operator found anything in a cache
+    memory    bytes / BANDWIDTH               as if every operator missed every cache
     compute   3 x forward FLOPs / PEAK        the needed ones, as accounting/costs.py counts them
     dispatch  tokens to experts, back, and their gradients / LINK, where experts are spread
-    time      the larger of launches and of all others, of MICRO_BATCHES and an update
+    time      the larger of launches and the sum of the others, for MICRO_BATCHES and an update
 
-Each of PEAK (by kind of product), BANDWIDTH and LINK is taken times an efficiency of
+PEAK (by kind of product), BANDWIDTH and LINK are each multiplied by an efficiency from
 results/efficiencies.json, which has a low, a likely and a high one, each with its source. MFU is
-against PEAK, as metrics.jsonl has it. Other messages between GPUs are not in it, and no time in it
+relative to PEAK, as in metrics.jsonl. Other messages between GPUs are left out, and no time here
 was measured.
 """
 
@@ -98,13 +98,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Row:
-    """Of the table: of a GPU."""
+    """A row of the table, for one GPU."""
 
     operators: float
     gigabytes: float
-    """Of a micro-batch, as the operators."""
+    """Per micro-batch, as are the operators."""
     teraflops: float
-    launches: float  # milliseconds, as all that follows
+    launches: float  # milliseconds, as is all that follows
     memory: float
     compute: float
     dispatch: float
@@ -135,13 +135,13 @@ def parts(counts: Sequence[Count]) -> tuple[Part, Part]:
 
 
 def efficiencies(which: str) -> dict[str, float]:
-    """Shares of PEAK, BANDWIDTH and LINK, by kind; which: one of RANGE."""
+    """Return the efficiencies of PEAK, BANDWIDTH and LINK, by kind; which: one of RANGE."""
     kinds = json.loads(EFFICIENCIES.read_text(encoding="utf-8"))
     return {kind: entry[which] for kind, entry in kinds.items()}
 
 
 def row_of(found: dict[str, Any], share: Mapping[str, float]) -> Row:
-    """Of one system of what `measure` returns; share: efficiencies."""
+    """Return the row of one system, as `measure` found it; share: efficiencies."""
     counts = [Count(**values) for values in found["small"]]
     one, experts = counts[0], found["experts"]
     micro_batch, update = parts(counts)
@@ -176,7 +176,7 @@ def row_of(found: dict[str, Any], share: Mapping[str, float]) -> Row:
 
 
 def table(found: dict[str, Any]) -> str:
-    """Markdown, one line a system: likely times, and MFU with its range."""
+    """Return a Markdown table, one line per system: likely times, and MFU with its range."""
     lines = [
         f"| {' | '.join(COLUMNS)} |",
         "|---" + "|---:" * (len(COLUMNS) - 1) + "|",

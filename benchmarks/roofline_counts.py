@@ -1,4 +1,4 @@
-"""Counts of small versions of each system on the stand-in, for roofline.py, which says how."""
+"""Count small versions of each system on the stand-in, for roofline.py, which explains how."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SYSTEMS = {
     "smlp_deterministic": 32,
     "smlp_partial": 32,
 }
-"""Experts of a layer."""
+"""Experts per layer."""
 SAMPLES, TOKENS, WIDTH, VOCABULARY = 8, 1024, 1024, 50304
 GPUS, MICRO_BATCHES = 8, 8  # --global-batch-size 512
 COMPILED = {
@@ -40,7 +40,7 @@ COMPILED = {
     ),
     "megatron.core.fusions.fused_bias_dropout": ("bias_dropout_add_fused_train",),
 }
-"""By `jit_fuser`. Autograd runs the backward of the last one, which is left as it is."""
+"""By `jit_fuser`. Autograd runs the last one's backward, which is counted as it is."""
 SMALL_WIDTH, STEPS = 64, 4
 RUN = f"""
     --mock-data --tokenizer-type NullTokenizer --num-workers 0 --no-resume --eval-iters 0
@@ -50,7 +50,7 @@ RUN = f"""
 
 @dataclass(frozen=True)
 class Count:
-    """Of a step of a small version: without balanced assignments and gates."""
+    """Counts of one step of a small version, without balanced assignments and gates."""
 
     samples: int
     experts: int
@@ -59,15 +59,15 @@ class Count:
     operators: float
     bytes: float
     assignments: int
-    """Calls of balanced assignment in a micro-batch."""
+    """Calls of balanced assignment per micro-batch."""
     gates: Mapping[str, int]
-    """Number of them, by kind."""
+    """Number of gates, by kind."""
 
 
 def changes(
     system: str, *, samples: int, experts: int, width: int, micro_batches: int = 1
 ) -> dict[str, Any]:
-    """What a version of this width has in place of the file's; the rest follows from the width."""
+    """Return what a version of this width overrides in the file; the rest follows from these."""
     changed = {
         "micro_batch_size": samples,
         "global_batch_size": samples * micro_batches,
@@ -85,7 +85,7 @@ def changes(
 
 
 def expected(system: str, **size: int) -> dict[str, Any]:
-    """What tools/estimate.py says; without a size of the file itself, on its GPUs."""
+    """Return what tools/estimate.py says; without a size, for the file itself, on its GPUs."""
     from megatron_smlp.accounting.estimate import estimate
     from megatron_smlp.flags.yaml_file import read_yaml
 
@@ -99,7 +99,7 @@ def expected(system: str, **size: int) -> dict[str, Any]:
 
 
 def products_of(system: str) -> dict[str, Any]:
-    """FLOPs of a micro-batch's products by kind, and how often its tokens go to an expert."""
+    """Return a micro-batch's FLOPs by kind of product, and how often its tokens go to an expert."""
     from megatron_smlp.accounting import costs
     from megatron_smlp.accounting.estimate import resolve
     from megatron_smlp.flags.yaml_file import read_yaml
@@ -124,18 +124,18 @@ def products_of(system: str) -> dict[str, Any]:
 
 
 def command_line(system: str, **size: int) -> str:
-    """Flags of pretrain_smlp.py for a small version."""
+    """Return the flags of pretrain_smlp.py for a small version."""
     changed = changes(system, **size)
     words = [f"--{name.replace('_', '-')} {value}" for name, value in changed.items()]
     if system == "hash":
-        words.append("--no-hash-table")  # which counts the tokens of a dataset
+        words.append("--no-hash-table")  # the table counts the tokens of a dataset
     return f"--config {CONFIGS / system}.yaml {RUN} {' '.join(words)}"
 
 
 def count_step(system: str, **size: int) -> Count:
     """Train four steps on the stand-in, and count one, without assignments and gates.
 
-    What COMPILED names counts as compiled. Once in a process, where Megatron is not imported yet.
+    What COMPILED names counts as compiled. Call once per process, before Megatron is imported.
     """
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     from support.cuda_stand_in import Tally, install, watch
@@ -150,7 +150,7 @@ def count_step(system: str, **size: int) -> Count:
     assign = base.priced_assignment
 
     def dealt(scores: Any) -> Any:
-        """Any balanced assignment makes the same layer."""
+        """Return any balanced assignment, as all make the same layer."""
         with watch() as tally:
             experts = torch.arange(len(scores), device=scores.device) % scores.shape[1]
             prices = torch.zeros(scores.shape[1], device=scores.device)
@@ -183,7 +183,7 @@ def count_step(system: str, **size: int) -> Count:
 
 @contextlib.contextmanager
 def compiled_functions() -> Iterator[list[tuple[Any, Any]]]:
-    """Count each call of what COMPILED names as it runs here, and as it is when it is compiled.
+    """Count each call of what COMPILED names as it runs here, and as it would run compiled.
 
     Yields:
         Both tallies of each call, filled as the model runs.
@@ -197,7 +197,7 @@ def compiled_functions() -> Iterator[list[tuple[Any, Any]]]:
     def counting(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def counted(*args: Any) -> Any:
-            size = _bytes(tree_leaves(args))  # before a function that works in place
+            size = _bytes(tree_leaves(args))  # before the call, which may work in place
             with watch() as tally:
                 answer = function(*args)
             whole = Tally(Counter({function.__name__: 1}), bytes=size + _bytes(tree_leaves(answer)))
@@ -219,9 +219,9 @@ def _bytes(leaves: Sequence[Any]) -> int:
 
 
 def measure(systems: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Of each system, the counts of its small versions, and what its full size is known to have.
+    """Yield each system's counts of its small versions, and the known figures of its full size.
 
-    Each version has a process of its own, which takes what is left of its matrices with it.
+    Each version runs in a process of its own, whose exit frees what is left of its matrices.
     """
     with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as processes:
         for system in systems:

@@ -1,8 +1,8 @@
-"""`make bench`: every benchmark of this folder, into benchmarks/results/<hardware>.md and .json.
+"""`make bench`: run this folder's benchmarks into benchmarks/results/<hardware>.md and .json.
 
-A figure is a ratio of two sides measured in one run, medians of calls in turns; figures of
-different runs or machines are not comparable. The load average at the time is written beside each
-table: above the number of threads, the machine was busy with something else.
+A figure is the ratio of two sides measured in one run, medians of alternating calls; figures of
+different runs or machines are not comparable. Each table states the load average at the time: above
+the number of threads, the machine was busy with something else.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ BENCHMARKS = {
     "bench_startup": "Start-up",
 }
 DRAWS = ("bench_scaling",)
-"""Those that make figures, which the table shows."""
+"""Benchmarks that draw figures, which the report shows."""
 PACKAGES = ("torch", "megatron-core", "transformers", "g-mlp-pytorch", "scipy")
 
 
 def hardware() -> str:
-    """The processor and how many of its cores are ours, as a file name."""
+    """Return the processor and how many of its cores we may use, as a file name."""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -52,7 +52,7 @@ def hardware() -> str:
 
 
 def environment() -> dict[str, Any]:
-    """What the figures depend on."""
+    """Return what the figures depend on."""
     return {
         "hardware": hardware(),
         "python": platform.python_version(),
@@ -62,7 +62,7 @@ def environment() -> dict[str, Any]:
 
 
 def measure(name: str, *, plots: Path) -> dict[str, Any]:
-    """Run one benchmark; its records, and the load of the machine before and after.
+    """Run one benchmark; return its records, and the load of the machine before and after.
 
     Args:
         plots: the folder for its figures.

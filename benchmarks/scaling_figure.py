@@ -1,4 +1,4 @@
-"""Draw costs against sizes: measured points, and the expected ones."""
+"""Draw costs against sizes: measured and expected points."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from megatron_smlp.plotting.figures import DPI, styles, tidy
 
 @dataclass(frozen=True)
 class Growth:
-    """One line: its sizes, ascending and over 0, and a cost for each."""
+    """One line: its sizes, ascending and above 0, and a cost for each."""
 
     sizes: Sequence[float]
     measured: Sequence[float]
     expected: Sequence[float]
 
     def exponent(self, *, expected: bool = False) -> float:
-        """p of cost = a size^p, by least squares over logarithms."""
+        """Return p of cost = a size^p, by least squares over logarithms."""
         costs = self.expected if expected else self.measured
         return float(np.polyfit(np.log(self.sizes), np.log(costs), 1)[0])
 
@@ -35,7 +35,7 @@ class Sweep:
 
 
 def scaling_figure(sweeps: Sequence[Sweep]) -> Figure:
-    """A panel a sweep, both axes logarithmic: dots measured, dashes expected."""
+    """Draw one panel per sweep, both axes logarithmic: dots measured, dashes expected."""
     figure = Figure(figsize=(4.6 * len(sweeps), 4.4), layout="constrained", dpi=DPI)
     panels = figure.subplots(1, len(sweeps), squeeze=False)[0]
     labels = list(dict.fromkeys(label for sweep in sweeps for label in sweep.lines))

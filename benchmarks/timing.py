@@ -1,4 +1,4 @@
-"""Fair timing of us against a peer: alternating calls, medians, one record a case."""
+"""Time us fairly against a peer: alternating calls, medians, one record per case."""
 
 import argparse
 import json
@@ -19,7 +19,7 @@ class Record(TypedDict):
     spread: NotRequired[tuple[float, float]]
     """Quartiles of the ratios of single pairs of calls."""
     unit: NotRequired[str]
-    """Of the two figures, where it is not milliseconds."""
+    """Unit of the two figures, if it is not milliseconds."""
 
 
 def _milliseconds(function: Callable[[], object]) -> float:
@@ -31,10 +31,10 @@ def _milliseconds(function: Callable[[], object]) -> float:
 def compare(
     case: str, ours: Callable[[], object], peer: Callable[[], object], *, repeats: int
 ) -> Record:
-    """Medians over `repeats` alternating calls, after two of each that are not counted.
+    """Return medians over `repeats` alternating calls, after two uncounted calls of each.
 
-    Alternating makes a slow phase of the machine fall on both. The functions must leave nothing
-    running: on a GPU they synchronise themselves.
+    Alternation makes a slow phase of the machine affect both. The functions must leave nothing
+    running: on a GPU they synchronize themselves.
     """
     for function in (ours, peer, ours, peer):
         function()
@@ -43,7 +43,7 @@ def compare(
 
 
 def paired(case: str, ours: Sequence[float], peer: Sequence[float]) -> Record:
-    """The record of milliseconds that were measured in turns, two of each side or more."""
+    """Return the record of milliseconds measured in turns, at least two per side."""
     ours_ms, peer_ms = statistics.median(ours), statistics.median(peer)
     ratios = [theirs / own for own, theirs in zip(ours, peer, strict=True)]
     low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
@@ -53,7 +53,7 @@ def paired(case: str, ours: Sequence[float], peer: Sequence[float]) -> Record:
 
 
 def quartiles(record: Record) -> str:
-    """The spread as text; empty where a case was measured once."""
+    """Return the spread as text; empty if a case was measured once."""
     return " to ".join(f"{ratio:.2f}" for ratio in record.get("spread", ()))
 
 
@@ -81,7 +81,7 @@ def benchmark_parser(
 
 
 def add_only(parser: argparse.ArgumentParser, cases: Iterable[str]) -> None:
-    """Add --only, which chooses of the cases: `arguments.cases` has their names, all by default."""
+    """Add --only, which selects cases: `arguments.cases` has their names, all by default."""
     names = list(cases)
 
     def chosen(only: str) -> list[str]:

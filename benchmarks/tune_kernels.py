@@ -1,11 +1,11 @@
-"""Times tiles of the causal gate's products on this GPU, and writes its row of the table.
+"""Time tiles of the causal gate's products on this GPU, and write its row of the table.
 
     python benchmarks/tune_kernels.py                      writes megatron_smlp/ops/tiles.json
     python benchmarks/tune_kernels.py --compile-only 90    prints what fits, on any machine
 
-Each product alone, at the sizes of configs/paper/regular with eight samples, in turns with the row
-that is there: by all tiles that spill nothing and fit into shared memory. Of a tile the result may
-lie as far from today's as its dtype rounds. A row changes where one is faster by MARGIN.
+Each product is timed alone, at the sizes of configs/paper/regular with eight samples, in turns with
+the current row, for all tiles that spill nothing and fit into shared memory. A tile's result may
+differ from the current one by its dtype's rounding. A row changes if one is faster by MARGIN.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from megatron_smlp.ops.triton_ready import SHARED_MEMORY  # noqa: E402
 PRODUCTS = ("gate", "values", "weights")
 SIDES, DEPTHS, WARPS, STAGES = (64, 128, 256), (32, 64), (4, 8), (3, 4)
 SUMS = range(32, 129)
-"""Registers of a thread for a tile's sums: more would spill, fewer leave the products waiting."""
+"""Registers per thread for a tile's sums: more would spill, fewer leave the products waiting."""
 WAVES = (1, 2, 3, 4)
-"""Programs of dM for each multiprocessor."""
+"""Programs of dM per multiprocessor."""
 MARGIN = 1.02
 CALLS = 20  # before the host waits
 
@@ -47,7 +47,7 @@ type Timed = Callable[..., Record]
 
 @dataclass(frozen=True)
 class Problem:
-    """Letters of megatron_smlp/ops/gated_mix.py; of `experts` matrices, where it is routed."""
+    """Sizes, as lettered in megatron_smlp/ops/gated_mix.py; with `experts` matrices if routed."""
 
     tokens: int
     batch: int
@@ -84,7 +84,7 @@ PROBLEMS = (Problem(1024, 8, 1, 2048), Problem(1024, 8, 16, 128), Problem(1024, 
 
 
 def call_of(product: str, operands: dict[str, Any]) -> Callable[[], Tensor]:
-    """The launches of one product; returns its result."""
+    """Return a function that launches one product and returns its result."""
     o, routing = operands, operands["routing"]
     if product == "gate":
         return lambda: launches.gate(o["u1"], o["values"], o["weight"], o["bias"], None, *routing)[
@@ -103,7 +103,7 @@ def candidates() -> list[Tile]:
 
 
 def compiled(product: str, tile: Tile, capability: int) -> dict[str, Any]:
-    """The most that a product's kernels take, plain and routed, and whether they are fit to run."""
+    """Return the most that a product's kernels use, plain and routed, and whether they can run."""
     from support.compiled_kernels import CASES, SHARED
     from support.compiled_kernels import compiled as by_compiler
 
@@ -111,7 +111,7 @@ def compiled(product: str, tile: Tile, capability: int) -> dict[str, Any]:
     cases = [case.with_tile(tile) for case in CASES.values() if case.product == product]
     try:
         taken = [by_compiler(case, capability) for case in cases]
-    except Exception as error:  # the compiler's own kinds, of a tile that it has no layout for
+    except Exception as error:  # the compiler's own kinds, for a tile that it has no layout for
         return {"fits": False, "why": f"{type(error).__name__}: {error}".splitlines()[0]}
     most = {name: max(used[name] for used in taken) for name in ("registers", "stack", "shared")}
     return most | {"fits": not most["stack"] and most["shared"] <= room}
@@ -119,7 +119,7 @@ def compiled(product: str, tile: Tile, capability: int) -> dict[str, Any]:
 
 @contextmanager
 def launched_with(row: Tiles) -> Iterator[None]:
-    """Let the products be launched by this row."""
+    """Launch the products with this row."""
     with patch.object(tiles, "for_device", lambda _: row):
         yield
 
@@ -133,10 +133,10 @@ def tuned(
     *,
     timed: Timed = compare,
 ) -> tuple[Tiles, float]:
-    """Return the fastest row of the choices, and how many times as fast its product is as today's.
+    """Return the fastest row of the choices, and its product's speedup over the current row.
 
     Raises:
-        ValueError: a result is another one.
+        ValueError: a result differs by more than rounding.
     """
     calls = [call_of(product, problem.operands(device)) for problem in problems]
     best, most = row, MARGIN
@@ -177,7 +177,7 @@ def _check(product: str, choice: Tiles, ours: Tensor, expected: Tensor) -> None:
 
 
 def choices_of(row: Tiles, product: str, capability: int, processors: int) -> Iterator[Tiles]:
-    """Rows that differ from this one in a product's tile, and of dM also in the programs."""
+    """Yield rows that differ from this one in a product's tile, and for dM also in the programs."""
     for tile in candidates():
         if compiled(product, tile, capability)["fits"]:
             waves = WAVES if product == "weights" else ()
@@ -186,13 +186,13 @@ def choices_of(row: Tiles, product: str, capability: int, processors: int) -> It
 
 
 def written(row: Tiles, **facts: Any) -> dict[str, Any]:
-    """A row as the table has it."""
+    """Return a row in the table's format."""
     sizes = {product: getattr(row, product)._asdict() for product in PRODUCTS}
     return {**sizes, "programs": row.programs, **facts}
 
 
 def write(rows: dict[str, Any], path: Path) -> None:
-    """A line a product."""
+    """Write the table, one line per product."""
     texts = []
     for name, row in rows.items():
         lines = ",\n".join(

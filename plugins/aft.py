@@ -4,15 +4,15 @@
     y_t = sigmoid(q_t) * sum over s <= t of exp(k_s + w_ts) v_s / sum over s <= t of exp(k_s + w_ts)
     out = y Wo
 
-AFT-full learns w, one T x T matrix a layer, as gMLP's M; AFT-simple is w = 0, a running average.
-Differences from the source (docs/decisions/0069): w is a whole matrix, not a product of two thin
-ones; w ~ U(-1e-3/T, 1e-3/T). Input positions are learned, as a Transformer's.
+AFT-full learns w, one T x T matrix per layer, like gMLP's M; AFT-simple has w = 0, a running
+average. Differences from the source (docs/decisions/0069): w is a full matrix, not a product of two
+thin ones; w ~ U(-1e-3/T, 1e-3/T). Input positions are learned, as in a Transformer.
 
 exp(k + w) = exp(k) exp(w): the sums are a triangular product of exp(w) with [exp(k) v | exp(k)]. No
-maximum is taken out: one over all tokens would let later ones reach earlier rows. Exponents up to
-20 fit into fp32 and bf16 with room for what the gradients divide by; sums with larger ones, up to
-300, are computed in double precision, those in which a large key is, so that earlier rows and other
-samples do not depend on it.
+maximum is subtracted: one over all tokens would leak later tokens into earlier rows. Exponents up
+to 20 fit into fp32 and bf16, with room for what the gradients divide by. Sums with larger ones, up
+to 300, are computed in double precision; with a large key, only the sums that contain it, so that
+earlier rows and other samples do not depend on it.
 
 Letters: B batch, T sequence, F features of this rank.
 """
@@ -25,7 +25,7 @@ from torch import Tensor
 from megatron_smlp.plugins import TokenMixer, option, register
 
 LARGEST = 20.0
-"""|k| and |w| up to which the precision of the operands will do."""
+"""The largest |k| and |w| for which the precision of the operands suffices."""
 
 
 def draw(weight: Tensor) -> None:
@@ -54,18 +54,18 @@ class AttentionFree(TokenMixer):
     def averages(self, key: Tensor, value: Tensor) -> Tensor:
         """key, value: <float>[B, T, F] -> their averages, in the precision of the values.
 
-        On a GPU the host waits for whether there are large exponents.
+        On a GPU the host waits to learn whether there are large exponents.
         """
         count = key.shape[1]
         weight = self.positions()[:count, :count].tril()
         large = key.detach().abs() > LARGEST
         in_weight = in_key = False
-        if not key.is_meta:  # which has no numbers
+        if not key.is_meta:  # a meta tensor has no values
             largest = weight.detach().abs().amax() > LARGEST
             in_weight, in_key = torch.stack([largest, large.any()]).tolist()
         if in_weight:
             return self._averages(key, value, weight, torch.float64)
-        usual = torch.promote_types(key.dtype, torch.bfloat16)  # fp16 ends at exp(11): then fp32
+        usual = torch.promote_types(key.dtype, torch.bfloat16)  # fp16 ends at exp(11): use fp32
         if not in_key:
             return self._averages(key, value, weight, usual)
         without = self._averages(key.masked_fill(large, 0), value, weight, usual)
@@ -73,7 +73,7 @@ class AttentionFree(TokenMixer):
         return torch.where(large.cumsum(dim=1) > 0, double, without)
 
     def _averages(self, key: Tensor, value: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """Average by sums of this precision."""
+        """Average with sums in this precision."""
         factors = weight.to(torch.promote_types(dtype, weight.dtype)).exp()
         return ratio(self.causal_product(factors, grown(key, value, dtype))).to(value.dtype)
 

@@ -1,4 +1,4 @@
-"""Attention and spatial gating in turns: layers of the package in an order of one's own."""
+"""Attention and spatial gating in alternation: the package's layers in a custom order."""
 
 from megatron_smlp.plugins import register
 

@@ -4,12 +4,12 @@
     linear      y_t = n( exp(a_t) * (1/t) sum over s <= t of exp(b_s) ) W3
     quadratic   y_t = n( (1/t) sum over s <= t of exp(n(a_t + b_s)) ) W3             t = 1, 2, ...
 
-The linear variant is the quadratic one without the inner n, whose sum then factorises: its cost
+The linear variant is the quadratic one without the inner n, so that the sum factorizes: its cost
 grows with T, not with T^2. It is computed as n(exp(z_t - max over features of z_t)), z_t = a_t +
-log of the mean: n takes a common factor out again.
+log of the mean: n removes a common factor again.
 
 Differences from the source (docs/decisions/0070): one head; the layer's LN has weights. W3 starts
-smaller by sqrt(2 layers), as all projections to the residual here; input positions are learned.
+smaller by sqrt(2 layers), like all projections to the residual here; input positions are learned.
 
 Letters: B batch, T sequence, F --relation-width.
 """
@@ -25,9 +25,9 @@ from megatron_smlp.plugins import TokenMixer, option, register
 
 EPS = 1e-5
 WIDEST = 6400
-"""F up to which a sum of a thousand exp(sqrt(F - 1)) fits into fp32."""
+"""The largest F for which a sum of a thousand exp(sqrt(F - 1)) fits into fp32."""
 BLOCK = 2**21
-"""Exponentials of one sample that exist at a time: 8 MiB."""
+"""Exponentials of one sample held at a time: 8 MiB."""
 
 
 def normed(x: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ class CausalRN(TokenMixer):
 
     @classmethod
     def cost(cls, *, features: int, length: int, values: Any) -> tuple[int, int]:
-        """Two multiply-adds a pair and feature: of the product that normalises it, of its sum."""
+        """Two multiply-adds per pair and feature: in the product that normalizes it, in its sum."""
         if values["causal_rn_kind"] == "linear":
             return 0, 0
         return 2 * length * (length + 1) * features, 4 * length * length * features
@@ -78,18 +78,18 @@ class CausalRN(TokenMixer):
 
 
 def _summed(a: Tensor, b: Tensor) -> Tensor:
-    """exp(a) times the mean of exp(b), up to a factor of each token's. Sums are in double, where
-    exp() holds what n makes: a maximum over tokens would let later ones reach earlier rows."""
+    """Return exp(a) times the mean of exp(b), up to a factor per token. Sums are in double, which
+    holds exp() of n's output: a maximum over tokens would leak later ones into earlier rows."""
     sums = b.double().exp().cumsum(dim=1)
     exponents = a + (sums / counts(sums)).log().to(a.dtype)
     return (exponents - exponents.amax(dim=-1, keepdim=True)).exp()
 
 
 def _pairwise(a: Tensor, b: Tensor) -> Tensor:
-    """The mean of exp(n(a_t + b_s)), up to a factor of each token's.
+    """Return the mean of exp(n(a_t + b_s)), up to a factor per token.
 
-    |a_t + b_s|^2 = |a_t|^2 + |b_s|^2 + 2 a_t b_s: the variance of a pair is a product. All pairs
-    would be a tensor [T, T, F] a sample: blocks of rows are computed, and again backward.
+    |a_t + b_s|^2 = |a_t|^2 + |b_s|^2 + 2 a_t b_s: the variances of pairs are one product. All pairs
+    would take a tensor [T, T, F] per sample: rows are computed in blocks, and again in backward.
     """
     a, b = (part - part.mean(-1, keepdim=True) for part in (a, b))
     rows, columns = (part.square().sum(-1) for part in (a, b))
@@ -107,7 +107,7 @@ def _pairwise(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _block(a: Tensor, b: Tensor, scales: Tensor, start: int, stop: int) -> Tensor:
-    """a, b: <fp32>[T, F]; scales: <fp32>[T, T] -> sums over s <= t, of the rows from start on."""
+    """a, b: <fp32>[T, F]; scales: <fp32>[T, T] -> sums over s <= t, for rows start to stop."""
     pairs = (a[start:stop, None] + b[None, :stop]) * scales[start:stop, :stop, None]
     later = torch.ones(pairs.shape[:2], dtype=torch.bool, device=a.device).triu(1 + start)
     return pairs.exp().masked_fill(later[..., None], 0.0).sum(dim=1)

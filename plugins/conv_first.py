@@ -1,5 +1,5 @@
-"""Attention behind a short convolution: the first layer mixes tokens by plugins/gated_conv.py, so
-that later ones need not attend for what stands just before a token."""
+"""Attention after a short convolution: the first layer mixes tokens with plugins/gated_conv.py, so
+later layers need not attend to what directly precedes a token."""
 
 from megatron_smlp.plugins import register
 

@@ -1,5 +1,5 @@
-"""Spatial gating behind a short convolution (plugins/gated_conv.py): gMLP's layers, of which the
-last two have an FFN, or experts of tokens (--moe-layer-freq)."""
+"""Spatial gating after a short convolution (plugins/gated_conv.py): gMLP's layers, the last two of
+which have an FFN or token experts (--moe-layer-freq)."""
 
 from megatron_smlp.plugins import register
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Check that a plugin does what the rest of the program takes for granted: docs/own-mixer.md.
+"""Check that a plugin does what the rest of the program relies on: docs/own-mixer.md.
 
 tools/check_plugin.py gated_conv.py
 """

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What a configuration costs: parameters, FLOPs, and the memory and traffic of one GPU.
+"""Estimate what a configuration costs: parameters, FLOPs, memory and traffic of one GPU.
 
     tools/estimate.py --config configs/cpu/smlp_deterministic.yaml
     tools/estimate.py --config configs/paper/large/transformer.yaml --json --vocab-size 50257 \\

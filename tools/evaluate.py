@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Zero-shot tasks and perplexity of a checkpoint, in any layout, or of an exported model.
+"""Evaluate zero-shot tasks or perplexity of a checkpoint, in any layout, or an exported model.
 
     tools/evaluate.py --checkpoint runs/first --tasks copa,piqa --data-dir tasks
     torchrun --nproc-per-node 4 tools/evaluate.py --checkpoint runs/first \\

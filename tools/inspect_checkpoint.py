@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Look into checkpoints, compare two, check one: one process, no GPU.
+"""Inspect checkpoints, compare two, verify one: one process, no GPU.
 
 tools/inspect_checkpoint.py show runs/first
 tools/inspect_checkpoint.py diff runs/first/iter_0000100 runs/second

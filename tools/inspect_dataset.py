@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Look into, check and cut the `.bin`/`.idx` pairs that Megatron trains on.
+"""Inspect, validate and split the `.bin`/`.idx` pairs that Megatron trains on.
 
     tools/inspect_dataset.py show data/books_text_document
     tools/inspect_dataset.py validate data/books_text_document

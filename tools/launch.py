@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Start a training on this machine, and again where it fails: what examples/*.sh call.
+"""Start a training on this machine, and restart it when it fails: what examples/*.sh call.
 
 tools/launch.py one-node pretrain_smlp.py --config configs/cpu/gmlp.yaml ...
 tools/launch.py several-nodes pretrain_smlp.py --config ...   # with NNODES, MASTER_ADDR, ... set

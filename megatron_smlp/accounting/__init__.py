@@ -1,1 +1,1 @@
-"""What a model costs by its flags alone: parameters, FLOPs, memory, traffic, GPU hours."""
+"""What a model costs, from its flags alone: parameters, FLOPs, memory and traffic."""

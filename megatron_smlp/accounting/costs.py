@@ -1,7 +1,7 @@
 """Parameters and FLOPs of every architecture: plain arithmetic, no torch, no GPU.
 
-FLOPs are 2 per multiply-add, forward, and training is 3 x forward. Two conventions, which differ
-only where a product is causal:
+FLOPs count 2 per multiply-add of the forward pass; training costs 3 x forward. Two conventions,
+which differ only for causal products:
 
     needed   the lower triangle with its diagonal: T (T + 1) / 2 of the T x T pairs of positions
     paper    the full square: 24 layers of width 1024 at T = 1024, V = 50,257 are 0.827 TFLOPs
@@ -37,39 +37,39 @@ PLUGIN_COST = "megatron_smlp.accounting.plugin_costs:plugin_cost"
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Parameters and FLOPs of one part of the model, and what of it lies where."""
+    """Parameters, FLOPs and saved activations of one part of the model, by how they are sharded."""
 
     sharded: int = 0
-    """Parameters that are split over the tensor parallel group."""
+    """Parameters sharded over the tensor parallel (TP) group."""
     replicated: int = 0
-    """Parameters that every rank of it holds."""
+    """Parameters that every rank of the TP group holds."""
     experts: int = 0
-    """Parameters of token experts: split over the expert parallel group, and within an expert."""
+    """Parameters of token experts, sharded over the expert parallel group and within an expert."""
     idle: int = 0
     """Parameters of the experts that one token does not visit."""
     zero_parameters: int = 0
-    """Those above the diagonals of spatial matrices, which stay zero and are never read."""
+    """Parameters above the diagonals of spatial matrices, which stay zero and are never read."""
     summed: int = 0
-    """Replicated parameters whose gradients each backward pass sums over that group."""
+    """Replicated parameters whose gradients each backward pass all-reduces over the TP group."""
     pairs: int = 0
-    """Pairs of split projections: that group sums their outputs, and the gradients of inputs."""
+    """Column-row projection pairs, whose outputs and input gradients the TP group sums."""
     flops: int = 0
-    """Forward FLOPs of one sequence, only the needed ones."""
+    """Forward FLOPs of one sequence, in the `needed` convention."""
     above_flops: int = 0
-    """Those above the diagonals of causal products, which full squares have as well."""
+    """FLOPs above the diagonals of causal products, which the full squares add."""
     kept: int = 0
-    """Numbers of a token, beside the slot's input and its norm, that the backward pass needs, split
-    over the tensor parallel group."""
+    """Elements per token saved for the backward pass, besides the slot's input and the norm's
+    output, sharded over the TP group."""
     recomputable: int = 0
-    """Those of them that --recompute-granularity selective gives up for another forward pass."""
+    """The part of `kept` that --recompute-granularity selective drops and recomputes."""
     kept_by_split_norm: int = 0
-    """The same of a norm whose one head is split over several ranks: once, and once in fp32."""
+    """As `kept`, for the norm of a single head split over ranks: once, and once in fp32."""
     kept_everywhere: int = 0
-    """The same of numbers that every rank of it keeps."""
+    """As `kept`, but replicated on every rank of the TP group."""
     kept_at_experts: int = 0
-    """The same of a token as an expert takes and gives it, whole on each rank of that expert."""
+    """As `kept`, for an expert's input and output tokens, whole on each rank of that expert."""
     kept_in_experts: int = 0
-    """The same of numbers that are split within an expert."""
+    """As `kept`, but sharded within an expert."""
 
     def __add__(self, other: Cost) -> Cost:
         names = (field.name for field in dataclasses.fields(self))
@@ -86,13 +86,13 @@ class Cost:
 
     @property
     def active_parameters(self) -> int:
-        """Parameters that one token's forward pass uses, with the zeros of spatial matrices."""
+        """Parameters that one token's forward pass uses, zeros of spatial matrices included."""
         return self.parameters - self.idle
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """The sizes that decide what a model costs; names as in Megatron's arguments."""
+    """The sizes that determine a model's cost; names follow Megatron's arguments."""
 
     slots: tuple[LayerSlots, ...]
     hidden_size: int
@@ -105,39 +105,39 @@ class ModelShape:
     """Width of the keys, and of the values: query groups * kv_channels."""
     num_experts: int = 0
     token_router: str = ModelOptions.token_router
-    """The rule that routes tokens; none: Megatron's own, under a bare `--spec`."""
+    """The token routing rule; `none` is Megatron's own, under a bare `--spec`."""
     moe_ffn_hidden_size: int = 0
     moe_router_topk: int = 1
     options: ModelOptions = dataclasses.field(default_factory=ModelOptions)
-    """Our flags of the model, for what a mixer alone reads."""
+    """Our model flags, for options that have no field here."""
     plugin_values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Of the options of plugins."""
+    """Values of the plugins' options, by name."""
     shared_expert_size: int = 0
-    """Width of the FFN that every token visits beside its experts; 0: there is none."""
+    """Width of the shared expert, the FFN that every token visits; 0: none."""
     prefix_length: int = 0
-    """P, tokens from which partial prediction routes; 0: no such routing."""
+    """P, the number of prefix tokens by which partial prediction routes; 0: no such routing."""
     num_feature_chunks: int = 0
-    """C, chunks of features that partial prediction routes."""
+    """C, the number of feature chunks that partial prediction routes."""
     num_positions: int = 0
-    """Rows of the table of learned positions; 0: there is none."""
+    """Rows of the learned position table; 0: none."""
     rotary_positions: bool = False
     normed_head_width: int = 0
-    """Width of a norm of the queries and one of the keys; 0: there are none."""
+    """Width of the query norm and of the key norm; 0: none."""
     tied_embeddings: bool = True
     linear_bias: bool = True
     norm_parameters: int = 2
     """Parameter vectors of a norm: 2 for LayerNorm, 1 for RMSNorm."""
     gated_mlp: bool = False
     kept_by_activation: int = 1
-    """Of each number of an FFN's hidden layer, those that are kept up to its activation."""
+    """Elements saved up to the activation, per element of an FFN's hidden layer."""
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> ModelShape:
-        """Read Megatron's namespace after validation, or any other object with the same names."""
+        """Read Megatron's validated arguments, or any other object with the same attributes."""
         width = args.kv_channels * args.num_attention_heads
         groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
         options = options_of(args)
-        # A namespace of Megatron's own script has experts and no rule of ours.
+        # Arguments of Megatron's own script may have experts, but no rule of ours.
         num_experts = None if getattr(args, "token_router", "") == "none" else args.num_experts
         is_partial = options.feature_router in BY_PREFIX
         positions = args.position_embedding_type
@@ -175,7 +175,7 @@ class ModelShape:
 
     @property
     def router_has_weights(self) -> bool:
-        """Return whether the token router scores tokens by a matrix."""
+        """Return whether the token router scores tokens with a weight matrix."""
         rule = TOKEN_ROUTERS.get(self.token_router)
         return rule is None or rule.has_weights
 
@@ -190,9 +190,9 @@ class ModelShape:
 
 
 def _kept_by_activation(args: argparse.Namespace) -> int:
-    """Return how many numbers are kept up to the activation, of each number behind it: 1 without a
-    gate; 2, the halves, by a fused SwiGLU; 4 by another, with both factors of the product; 5 by a
-    gated quick GELU, with its sigmoid."""
+    """Return the elements saved up to the activation, per element of its output: 1 without a gate;
+    2 (both halves) for a fused SwiGLU; 4 for an unfused one, which also saves both factors of the
+    product; 5 for a gated quick GELU, which also saves its sigmoid."""
     if args.quick_geglu:
         return 5
     if args.swiglu:
@@ -210,27 +210,27 @@ def total(costs: Iterable[Cost]) -> Cost:
 
 
 def forward_tflops_per_1024_tokens(cost: Cost, shape: ModelShape) -> tuple[float, float]:
-    """(paper convention, needed only), in TFLOPs."""
+    """Return the forward TFLOPs per 1024 tokens: (paper convention, needed only)."""
     scale = TOKENS_PER_REPORT / shape.seq_length / 1e12
     return cost.square_flops * scale, cost.flops * scale
 
 
 def training_flops_per_token(cost: Cost, shape: ModelShape) -> tuple[float, float]:
-    """(paper convention, needed only) of forward and backward for one token.
+    """Return the FLOPs of one token's forward and backward: (paper convention, needed only).
 
-    A token visits as many experts as its rule may send it to: what training drops, or GShard does
-    not draw, is of `choice_flops` less.
+    Each token counts as many experts as its rule may send it to. A choice that training drops, or
+    that GShard does not draw, saves 3 x `choice_flops`.
     """
     return 3 * cost.square_flops / shape.seq_length, 3 * cost.flops / shape.seq_length
 
 
 def choice_flops(shape: ModelShape) -> int:
-    """Forward FLOPs of one token in one of its experts."""
+    """Return the forward FLOPs of one token in one of its experts."""
     return 2 * _expert_parameters(shape)
 
 
 def choices_per_token(shape: ModelShape) -> int:
-    """Experts that a token may be sent to, over all layers."""
+    """Return how many experts a token may be sent to, over all layers."""
     layers = sum(slots.channel == "token_moe" for slots in shape.slots)
     return layers * shape.moe_router_topk
 
@@ -257,14 +257,14 @@ def input_cost(shape: ModelShape) -> Cost:
 
 
 def fingerprint_bytes(shape: ModelShape) -> int:
-    """Return the bytes of the minhash table, which is not trained: int32 values."""
+    """Return the size in bytes of the minhash table, whose int32 values are not trained."""
     options = shape.options
     is_hashed = options.input_projection == "minhash"
     return 4 * shape.padded_vocab_size * options.hash_count * is_hashed
 
 
 def token_table(shape: ModelShape) -> Cost:
-    """Return the cost of the token embeddings, or of an output layer that is not tied to them."""
+    """Return the cost of the token embeddings, or of an untied output layer."""
     return Cost(sharded=shape.padded_vocab_size * shape.hidden_size)
 
 
@@ -279,7 +279,7 @@ def norm_cost(shape: ModelShape) -> Cost:
 
 
 def layer_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
-    """Both slots of one layer, each with its norm."""
+    """Return the cost of both slots of one layer, each with its norm."""
     entry = MIXERS[slots.mixer]
     mixer: Cost = load(entry.cost)(shape, entry.plugin or slots)
     channels = {"mlp": mlp_cost, "token_moe": token_moe_cost, "none": lambda _: Cost()}
@@ -298,8 +298,8 @@ def mlp_cost(shape: ModelShape) -> Cost:
 
 
 def token_moe_cost(shape: ModelShape) -> Cost:
-    """Router and experts (without bias); a token visits k of E experts, nothing is dropped, and the
-    shared one."""
+    """Return the cost of the router, the experts (without bias) and the shared expert; each token
+    visits k of E experts, and none are dropped."""
     k, expert = shape.moe_router_topk, _expert_parameters(shape)
     router = shape.hidden_size * shape.num_experts if shape.router_has_weights else 0
     routed = Cost(
@@ -307,8 +307,8 @@ def token_moe_cost(shape: ModelShape) -> Cost:
         experts=shape.num_experts * expert,
         idle=(shape.num_experts - k) * expert,
         flops=2 * shape.seq_length * (k * expert + router),
-        # The dispatched token, and its output unless the weight is fixed; the hidden layer up to
-        # the activation and behind it. GShard's second expert is counted as if it always served.
+        # The dispatched token, and its output unless the weight is fixed; the hidden layer before
+        # and after the activation. GShard's second expert counts as always used.
         kept_at_experts=k * shape.hidden_size * (2 if shape.router_has_weights else 1),
         kept_in_experts=k * (1 + shape.kept_by_activation) * shape.moe_ffn_hidden_size,
     )
@@ -316,7 +316,7 @@ def token_moe_cost(shape: ModelShape) -> Cost:
 
 
 def shared_expert_cost(shape: ModelShape) -> Cost:
-    """Return the cost of an FFN without bias that every token visits, if there is one."""
+    """Return the cost of the shared expert, an FFN without bias, if there is one."""
     width = shape.shared_expert_size
     parameters = (2 + shape.gated_mlp) * shape.hidden_size * width
     return Cost(
@@ -333,19 +333,19 @@ def _expert_parameters(shape: ModelShape) -> int:
 
 
 def column(shape: ModelShape, outputs: int) -> Cost:
-    """Return the cost of a projection from D, whose outputs are split."""
+    """Return the cost of a column parallel projection from D: its outputs are sharded."""
     flops = 2 * shape.seq_length * shape.hidden_size * outputs
     return Cost(sharded=outputs * (shape.hidden_size + shape.linear_bias), flops=flops)
 
 
 def row(shape: ModelShape, inputs: int) -> Cost:
-    """Return the cost of a projection to D, whose inputs are split."""
+    """Return the cost of a row parallel projection to D: its inputs are sharded."""
     flops = 2 * shape.seq_length * inputs * shape.hidden_size
     bias = shape.hidden_size if shape.linear_bias else 0
     return Cost(sharded=inputs * shape.hidden_size, replicated=bias, pairs=1, flops=flops)
 
 
 def pairs(shape: ModelShape, columns: int) -> Cost:
-    """Return the cost of a causal product of T x T with `columns` columns."""
+    """Return the cost of a causal T x T matrix times `columns` columns."""
     above = shape.square - shape.triangle
     return Cost(flops=2 * shape.triangle * columns, above_flops=2 * above * columns)

@@ -1,4 +1,4 @@
-"""`tools/estimate.py`: what a configuration costs, before anything heavy is started."""
+"""`tools/estimate.py`: estimate what a configuration costs, before anything heavy starts."""
 
 from __future__ import annotations
 
@@ -75,12 +75,12 @@ _UNCOUNTED: dict[str, Any] = {
     "recompute_modules": ["core_attn"],
     "moe_token_dispatcher_type": "alltoall",
 }
-"""Flags that change memory or traffic in ways that are not counted, unless they have this value; so
-may all that a run takes as untested only."""
+"""Flags that change memory or traffic in uncounted ways unless they have this value. So may any
+flag that a run accepts only as untested."""
 _GATHERED_BYTES = 12
-"""Of a parameter: its fp32 value and Adam's two moments."""
+"""Bytes per parameter: its fp32 value and Adam's two moments."""
 _PINNED = 2
-"""Of a copy in pinned memory, whose blocks torch rounds up to powers of two: at most."""
+"""Upper bound on pinned bytes per byte copied: torch rounds blocks up to powers of two."""
 _DEFAULTS = {**model_defaults(), "token_router": None, "position_embedding_type": None} | _LAYOUT
 _CHOICES: dict[str, tuple[str, ...]] = {
     "normalization": ("LayerNorm", "RMSNorm"),
@@ -96,7 +96,7 @@ _SIZES = {
     *("expert_tensor_parallel_size", "world_size", "recompute_num_layers"),
     *(name for name, default in _DEFAULTS.items() if type(default) is int),
 } - {"rotary_base", "moe_layer_freq"}
-"""What has to be a whole number."""
+"""Flags whose value must be an integer."""
 _KNOWN = {*_DEFAULTS, *_REQUIRED, *(field.name for field in dataclasses.fields(TokenizerSpec))}
 EPILOG = """
 Flags are those of pretrain_smlp.py, whose command line may be given as it is; they win over the
@@ -105,20 +105,20 @@ file, and --no-KEY leaves out a key of it. The tokenizer says how many entries t
 
 
 def estimate(values: dict[str, Any]) -> dict[str, Any]:
-    """values: flags by name, with underscores; others than sizes and layouts are ignored.
+    """Return the cost of `values`: flags by name, with underscores; only sizes and layouts matter.
 
     Returns:
-        padded_vocab_size, total_parameters, active_parameters (per token), zero_parameters (those
-        of both that lie above the diagonals of spatial matrices), experts_per_token (that a rule
-        may send it to; training may send it to fewer), forward_tflops_per_1024_tokens (full
-        squares, the paper's convention), forward_needed_tflops_per_1024_tokens (causal products as
-        triangles), per_gpu (bytes; see footprint.Footprint; save_host_bytes is what its rank takes
-        of the host's memory at a save or a load, where it gathers the optimizer's state;
-        save_pinned_bytes what an --async-save of all that the rank holds takes of pinned memory, at
-        most, which torch keeps for the next one).
+        padded_vocab_size, total_parameters, active_parameters (per token), zero_parameters (part of
+        both, above the diagonals of spatial matrices), experts_per_token (the most that the rule
+        may send it to; training may use fewer), forward_tflops_per_1024_tokens (full squares, the
+        paper's convention), forward_needed_tflops_per_1024_tokens (causal products as triangles),
+        per_gpu (bytes; see footprint.Footprint. save_host_bytes: host memory that its rank uses at
+        a save or a load, if it gathers the optimizer's state. save_pinned_bytes: the most pinned
+        memory that an --async-save of everything on the rank uses, which torch keeps for the next
+        save).
 
     Raises:
-        ValueError: a size is missing, misspelt or does not fit the others.
+        ValueError: a size is missing, misspelled or does not fit the others.
     """
     args = resolve(values)
     shape = ModelShape.from_args(args)
@@ -145,7 +145,7 @@ def estimate(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def resolve(values: dict[str, Any]) -> argparse.Namespace:
-    """Fill in what Megatron and `pretrain_smlp.py` would."""
+    """Fill in the values that Megatron and `pretrain_smlp.py` would set."""
     _refuse_misspelt(values)
     missing = [name for name in _REQUIRED if not values.get(name)]
     if missing:
@@ -160,14 +160,14 @@ def resolve(values: dict[str, Any]) -> argparse.Namespace:
     args.num_attention_heads = args.num_attention_heads or 1
     args.kv_channels = args.kv_channels or args.hidden_size // args.num_attention_heads
     args.ffn_hidden_size = args.ffn_hidden_size or _default_width(args)
-    # Experts of nobody's rule are counted as those of the simplest one.
+    # Experts without a named rule are counted with the simplest one.
     args.token_router = args.token_router or ("switch" if args.num_experts else "none")
     args.untie_embeddings_and_output_weights |= args.input_projection == "minhash"
     args.add_bias_linear = not args.disable_bias_linear
     if args.position_embedding_type is None:
         args.position_embedding_type = ARCHITECTURES[args.architecture].positions
     args.max_position_embeddings = args.max_position_embeddings or args.seq_length
-    # The fused SwiGLU knows neither clamps nor offsets.
+    # The fused SwiGLU supports neither clamps nor offsets.
     plain = args.activation_func_clamp_value is None and not args.glu_linear_offset
     args.bias_swiglu_fusion = plain and not args.no_bias_swiglu_fusion
     multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
@@ -185,7 +185,7 @@ def resolve(values: dict[str, Any]) -> argparse.Namespace:
 
 
 def _layer_freq(value: Any) -> int | list[int]:
-    """Read --moe-layer-freq by Megatron's rule: a number, a list, or one made as [0,1]*3+[1]."""
+    """Parse --moe-layer-freq as Megatron does: a number, a list, or an expression, [0,1]*3+[1]."""
     with contextlib.suppress(SyntaxError, TypeError, IndexError):
         if isinstance(value, str) and re.fullmatch(r"(?!.*\*\*)[\d,\[\]()*+ ]+", value):
             value = eval(value, {})
@@ -195,8 +195,8 @@ def _layer_freq(value: Any) -> int | list[int]:
 
 
 def _default_width(args: argparse.Namespace) -> int:
-    """Return Megatron's --ffn-hidden-size, where a gated FFN has 2 / 3 of the width, in steps of
-    64; without attention flags/defaults.py gives the whole."""
+    """Return Megatron's default --ffn-hidden-size: 2 / 3 of the width for a gated FFN, in steps of
+    64. Without attention, flags/defaults.py sets the full width."""
     if args.swiglu and ARCHITECTURES[args.architecture].attends:
         return int((4 * args.hidden_size * 2 / 3) / 64) * 64
     return 4 * args.hidden_size
@@ -210,8 +210,8 @@ def _refuse_misspelt(values: dict[str, Any]) -> None:
 
 
 def _refuse_wrong(values: Mapping[str, Any]) -> None:
-    """Refuse what is not one of the choices, and what is no number where it has to be."""
-    # A plugin that a study names may have come since this file was imported.
+    """Refuse values outside a flag's choices, and non-numbers where a number is required."""
+    # A study may have loaded a plugin since this file was imported.
     ours = {field.name: choices_of(field) for field in dataclasses.fields(ModelOptions)}
     for name, value in values.items():
         choices = _CHOICES.get(name) or ours.get(name)
@@ -225,7 +225,7 @@ def _refuse_wrong(values: Mapping[str, Any]) -> None:
 
 
 def _refuse_impossible(args: argparse.Namespace) -> None:
-    """Refuse sizes that fit nothing; how a mixer's fit, its layers say when they are built."""
+    """Refuse sizes that cannot work; a mixer's layers check its own sizes when they are built."""
     kind = ARCHITECTURES[args.architecture]
     if kind.attends and args.num_attention_heads:
         check_attention(args)
@@ -239,7 +239,7 @@ def _refuse_impossible(args: argparse.Namespace) -> None:
 
 
 def uncounted(values: Mapping[str, Any]) -> list[str]:
-    """Return the names of flags with which memory and traffic are not those that are counted."""
+    """Return the names of flags whose effect on memory or traffic is not counted."""
     known, taken = {*_KNOWN, *OUR_FLAGS}, listed()
     return [
         name
@@ -250,8 +250,8 @@ def uncounted(values: Mapping[str, Any]) -> list[str]:
 
 
 def merged(file: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
-    """Return the flags of a file, by name, with those of a command line in their place; `--no-KEY`
-    leaves out a key of the file.
+    """Return a file's flags, by name, overridden by those of a command line; `--no-KEY` drops a key
+    of the file.
 
     Raises:
         ValueError: a word is neither a flag nor a value.
@@ -281,7 +281,7 @@ def merged(file: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
 
 
 def _value(key: str, word: str) -> Any:
-    """Read a word as a value of a file: 4, 1e-5, true, text, [0, 1]."""
+    """Parse a word as the YAML file would: 4, 1e-5, true, text, [0, 1]."""
     try:
         return yaml.load(word, StrictLoader)
     except yaml.YAMLError as error:
@@ -306,7 +306,7 @@ def _table(result: dict[str, Any]) -> str:
         f"  parameters                {gpu['parameters']:>16,}",
     ]
     names = ["weight", "gradient", "optimizer", "activation", "memory"]
-    if gpu["gradient_copy_bytes"]:  # which are there before or after the activations
+    if gpu["gradient_copy_bytes"]:  # never held together with the activations
         names.insert(3, "gradient_copy")
     lines += [f"  {name.replace('_', ' '):26}{giga[name + '_bytes']:>16}" for name in names]
     if gpu["save_host_bytes"]:

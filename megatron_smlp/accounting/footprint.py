@@ -1,7 +1,7 @@
 """Memory and traffic of one GPU in a parallel layout: plain arithmetic, no torch, no GPU.
 
-Weights, gradients and Adam's state are exact; activations are the tensors that autograd keeps with
-Megatron's local layers (no fused kernels), an estimate. Traffic: accounting/traffic.py.
+Weights, gradients and Adam's state are exact; activations are an estimate, the tensors that
+autograd saves with Megatron's local layers (no fused kernels). Traffic: accounting/traffic.py.
 
 Letters as in accounting/ranks.py.
 """
@@ -39,24 +39,24 @@ from megatron_smlp.systems import LayerSlots
 
 _ADAM_BYTES = 8
 _BUCKET, _BUCKET_PER_RANK = 40_000_000, 1_000_000
-"""Megatron's least size of a bucket of gradients that are reduced while others are computed."""
+"""Megatron's minimum gradient bucket for overlapped reduction, in all and per data rank."""
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """One GPU of the fullest pipeline stage; bytes."""
+    """Memory and traffic of one GPU of the fullest pipeline stage, in bytes."""
 
     parameters: int
     weight_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
     gradient_copy_bytes: int
-    """In fp32, of gradients that are not: from the end of the last backward pass to the step's."""
+    """fp32 copy of lower-precision gradients, from the last backward pass to the step's end."""
     activation_bytes: int
     save_gpu_bytes: int
-    """In use at a save, when the activations have gone; of the stage where it is most, at most."""
+    """Upper bound on memory in use at a save, without activations; of the stage with the most."""
     tensor_parallel_bytes: int
-    """Sent in a step, as are the next three."""
+    """Sent in one step, as are the next three."""
     pipeline_parallel_bytes: int
     expert_parallel_bytes: int
     data_parallel_bytes: int
@@ -77,7 +77,7 @@ class Footprint:
 
 
 def footprint(shape: ModelShape, layout: ParallelLayout) -> Footprint:
-    """Return the footprint of the GPU that holds most.
+    """Return the footprint of the GPU that uses the most memory.
 
     Raises:
         ValueError: the layers do not divide over the stages, or the experts over the ranks.
@@ -92,37 +92,37 @@ def footprint(shape: ModelShape, layout: ParallelLayout) -> Footprint:
 
 
 def activation_elements(shape: ModelShape, layout: ParallelLayout, slots: LayerSlots) -> float:
-    """Numbers kept for one token's backward pass through one layer, on one rank, without
+    """Return the elements per token saved for one layer's backward pass, on one rank, without
     recomputation."""
     cost = layer_cost(shape, slots)
     split = cost.kept + _of_split_norms(cost, layout)
-    # A rank dispatches its 1 / tp of the tokens, and an expert's etp ranks get what each of them
-    # would: etp / tp of all tokens, of which each rank has 1 / etp of the hidden layer.
+    # A rank dispatches its 1 / tp of the tokens. An expert's etp ranks each gather the tokens of
+    # all of them, etp / tp of all tokens, and hold 1 / etp of the hidden layer.
     split += cost.kept_at_experts * layout.expert_tensor + cost.kept_in_experts
     between = (2 if slots.channel == "none" else 4) * _slot_elements(shape, layout)
     return between + split / layout.tensor + cost.kept_everywhere
 
 
 def _of_split_norms(cost: Cost, layout: ParallelLayout) -> float:
-    """Numbers of one token, on all ranks; those of fp32 count as several of the run's precision."""
+    """Return elements per token, over all ranks; fp32 ones count as several in run precision."""
     if layout.tensor == 1:
         return 0
     return cost.kept_by_split_norm * (1 + FP32_BYTES / layout.value_bytes)
 
 
 def _slot_elements(shape: ModelShape, layout: ParallelLayout) -> float:
-    """Numbers of one token between two slots, on one rank."""
+    """Return the elements per token between two slots, on one rank."""
     return shape.hidden_size / (layout.tensor if layout.sequence_parallel else 1)
 
 
 def kept_elements(
     shape: ModelShape, layout: ParallelLayout, layers: Sequence[LayerSlots]
 ) -> tuple[float, float]:
-    """Numbers kept for one token's backward pass through a stage's layers, on one rank; and how
-    many more there are at the worst moment of a backward pass that recomputes."""
+    """Return the elements per token saved for a stage's backward pass, on one rank, and how many
+    more exist at the peak of a backward pass that recomputes."""
     parts = list(_recomputed_parts(shape, layout, layers))
     kept = sum(part for part, _ in parts)
-    # Where a part is recomputed, what is kept of the later ones has gone.
+    # By the time a part is recomputed, what the later ones saved has been freed.
     held = itertools.accumulate(part for part, _ in parts)
     worst = max(so_far + again for so_far, (_, again) in zip(held, parts, strict=True))
     return kept, max(0, worst - kept)
@@ -131,7 +131,7 @@ def kept_elements(
 def _recomputed_parts(
     shape: ModelShape, layout: ParallelLayout, layers: Sequence[LayerSlots]
 ) -> Iterator[tuple[float, float]]:
-    """Yield, for each part that is recomputed at once, what is kept of it and what comes again."""
+    """Yield, for each unit of recomputation, the elements kept, and those added to recompute it."""
     whole = [activation_elements(shape, layout, slots) for slots in layers]
     start = _slot_elements(shape, layout)
     if layout.recompute_granularity == "selective":
@@ -139,10 +139,10 @@ def _recomputed_parts(
             mixer = activation_elements(shape, layout, dataclasses.replace(slots, channel="none"))
             cost = layer_cost(shape, slots)
             again = (cost.recomputable + _of_split_norms(cost, layout)) / layout.tensor
-            yield kept - again, again - (kept - mixer)  # the channel mixer's pass is over
+            yield kept - again, again - (kept - mixer)  # the channel mixer's backward is over
     elif layout.recompute_granularity is None:
         yield sum(whole), 0
-    elif layout.recompute_method == "block":  # the first layers, each by itself
+    elif layout.recompute_method == "block":  # the first layers, one at a time
         count = len(layout.repeated(layers))
         yield from ((start, kept - start) for kept in whole[:count])
         yield sum(whole[count:]), 0
@@ -156,11 +156,11 @@ def _activation_bytes(shape: ModelShape, layout: ParallelLayout, stage: int) -> 
     kept, again = kept_elements(shape, layout, stage_slots(shape, layout, stage))
     if stage == 0:
         kept += input_cost(shape).kept_everywhere
-    # One forward, one backward at a time: earlier stages are ahead by the stages behind them.
+    # 1F1B: a stage has as many micro-batches in flight as there are stages from it to the last.
     in_flight = min(layout.num_micro_batches, layout.pipeline - stage)
     loss = 0.0
     if stage == layout.pipeline - 1:
-        # The logits, and their exponentials in fp32; they have gone when layers are recomputed.
+        # The logits, and their exponentials in fp32, both freed before layers are recomputed.
         loss = shape.padded_vocab_size / layout.tensor * (layout.value_bytes + FP32_BYTES)
     at_once = max(loss, again * layout.value_bytes)
     return round(tokens * (in_flight * kept * layout.value_bytes + at_once))
@@ -169,8 +169,8 @@ def _activation_bytes(shape: ModelShape, layout: ParallelLayout, stage: int) -> 
 def _gathered_bytes(
     shape: ModelShape, layout: ParallelLayout, stage: int, dense: int, experts: int
 ) -> int:
-    """Return the most that a save puts together at once: of one bucket a number of each parameter
-    in fp32, the parts of all ranks, and beside them this rank's own."""
+    """Return the most bytes that a save gathers at once: one fp32 value per parameter of a bucket,
+    the shards of all ranks, plus this rank's own shard."""
     if not layout.gathers_on_gpus:
         return 0
     expert = shape.hidden_size * shape.moe_ffn_hidden_size * (2 if shape.gated_mlp else 1)
@@ -182,7 +182,7 @@ def _gathered_bytes(
     for count, largest, ranks in buffers:
         bucket = count
         if layout.overlap_grad_reduce and stage == 0:
-            # It is closed by the parameter that makes it this large.
+            # The parameter that reaches the minimum size closes the bucket.
             bucket = min(count, max(_BUCKET, _BUCKET_PER_RANK * layout.data) + largest)
         most = max(most, FP32_BYTES * (bucket + bucket // ranks))
     return most

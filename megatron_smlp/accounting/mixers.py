@@ -8,7 +8,7 @@ from megatron_smlp.systems import FEATURE_ROUTERS, LayerSlots
 
 
 def attention_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
-    """q, k, v and output projections; scores and their product with v are causal."""
+    """Count the q, k, v and output projections, the causal scores and their product with v."""
     width, qkv = shape.attention_width, shape.attention_width + 2 * shape.key_value_width
     changes = shape.rotary_positions or shape.normed_head_width > 0
     changed = (width + shape.key_value_width) * changes
@@ -19,16 +19,16 @@ def attention_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
 
 
 def gating_cost(shape: ModelShape, slots: LayerSlots, *, everywhere: bool = False) -> Cost:
-    """Spatial gating: U, the heads' norm, M and b, V. FLOPs do not depend on the heads, nor on
-    whether M is Toeplitz: it is multiplied by blocks (ops/toeplitz_mix.py).
+    """Count spatial gating: U, the heads' norm, M and b, V. FLOPs depend neither on the heads nor
+    on whether M is Toeplitz, as it is multiplied in blocks (ops/toeplitz_mix.py).
 
     Args:
-        everywhere: whether every rank holds all matrices. It also does of a single head, which is
-            split over the whole group.
+        everywhere: whether every rank holds all matrices, as it always does for a single head,
+            which is split over the whole group.
     """
     gate_width, heads = shape.ffn_hidden_size // 2, slots.heads
-    # u behind the GELU; the normed gate and the mixed one. The norm of several heads keeps its
-    # result before the weight as well. Kept as well: u before the GELU, and the product.
+    # u after the GELU, the normed gate and the mixed one; the norm of several heads also keeps its
+    # result before the weight. Kept as well: u before the GELU, and the product.
     in_gate = shape.ffn_hidden_size + (3 if heads > 1 else 2) * gate_width
     return (
         norm_cost(shape)
@@ -43,7 +43,7 @@ def gating_cost(shape: ModelShape, slots: LayerSlots, *, everywhere: bool = Fals
 
 
 def _spatial(shape: ModelShape, count: int, *, everywhere: bool) -> Cost:
-    """Return the cost of so many spatial matrices with their biases, without their products."""
+    """Return the cost of `count` spatial matrices and their biases, without the products."""
     parameters = count * shape.matrix_parameters
     zeros = 0 if shape.options.toeplitz else count * (shape.square - shape.triangle)
     if everywhere:
@@ -52,7 +52,7 @@ def _spatial(shape: ModelShape, count: int, *, everywhere: bool) -> Cost:
 
 
 def gating_and_attention_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
-    """amlp: the attention head beside the gate reads the same norm, so it has none of its own."""
+    """Count aMLP's slot: the attention head shares the gate's norm, and has none of its own."""
     width, gate_width = shape.options.tiny_attention_width, shape.ffn_hidden_size // 2
     bias = int(shape.linear_bias)
     head = Cost(
@@ -60,14 +60,14 @@ def gating_and_attention_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
         sharded=gate_width * (width + bias),
         flops=2 * shape.seq_length * width * (3 * shape.hidden_size + gate_width),
         kept_everywhere=(4 + 2 * shape.rotary_positions) * width,
-        recomputable=-gate_width,  # what it adds to the gate is kept, as the gate's input
+        recomputable=-gate_width,  # its output is kept, as an input of the gate
     )
     return gating_cost(shape, slots) + head + pairs(shape, 2 * width)
 
 
 def feature_moe_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
-    """Spatial gating; with partial prediction also its router, any chunk may choose any expert, and
-    the first P rows are a product of their own, P x P, with its triangle."""
+    """Count spatial gating. With partial prediction, add the router: any chunk may choose any
+    expert, and the first P rows are a causal P x P product of their own."""
     prefix, gate_width = shape.prefix_length, shape.ffn_hidden_size // 2
     if not prefix:
         return gating_cost(shape, slots)
@@ -83,14 +83,14 @@ def feature_moe_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
 
 
 def prefix_router_cost(shape: ModelShape, num_experts: int) -> Cost:
-    """Partial prediction: one weight for each prefix position and expert."""
+    """Count partial prediction's router: one weight per prefix position and expert."""
     parameters = shape.prefix_length * num_experts
     flops = 2 * shape.num_feature_chunks * parameters
     return Cost(replicated=parameters, summed=parameters, flops=flops)
 
 
 def masked_mixer_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
-    """One or two matrices a head over the hidden dimension; a single head's are on every rank."""
+    """Count one or two matrices per head over D; those of a single head are on every rank."""
     heads, layers = slots.heads, 1 + shape.options.mixer_expansion
     return (
         norm_cost(shape)

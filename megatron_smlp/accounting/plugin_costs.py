@@ -1,4 +1,4 @@
-"""Parameters and FLOPs of a plugin's mixer: counted on the meta device, where it runs once."""
+"""Count the parameters and FLOPs of a plugin's mixer by running it once on the meta device."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ if TYPE_CHECKING:
 
 
 class Counted(NamedTuple):
-    """What one forward pass of a mixer is, of one sequence."""
+    """The cost of a mixer's forward pass over one sequence."""
 
     mixer: Mixer
-    """Without values."""
+    """The mixer on the meta device, without values."""
     flops: int
-    """Of its products, as torch counts them: full squares."""
+    """FLOPs of its products as torch counts them, in full squares."""
     above: int
-    """Those of them above the diagonals of `causal_product`."""
+    """The part of them above the diagonals of `causal_product`."""
     kept: int
-    """Numbers that the backward pass needs, parameters aside."""
+    """Elements saved for the backward pass, excluding parameters."""
 
 
 def counted(kind: type[Mixer], *, features: int, length: int, values: Mapping[str, Any]) -> Counted:
-    """Run a mixer on the meta device."""
+    """Run a mixer on the meta device and count its cost."""
     import torch
 
     from megatron_smlp.plugins import masked_product, mix
@@ -60,7 +60,7 @@ def counted(kind: type[Mixer], *, features: int, length: int, values: Mapping[st
 
 
 def feature_router_cost(shape: ModelShape, kind: type[FeatureRouter], *, num_experts: int) -> Cost:
-    """Return the cost of a plugin's rule, of the scores of all chunks; each rank has all of it."""
+    """Return the cost of a plugin's rule scoring all chunks; every rank holds the whole rule."""
     import torch
 
     with torch.device("meta"):
@@ -83,10 +83,10 @@ def values_of(shape: ModelShape, kind: type) -> dict[str, Any]:
 
 
 def _flops(what: str, run: Callable[[], Any]) -> int:
-    """Run something on the meta device, and return the FLOPs that torch counts.
+    """Call `run` on the meta device and return the FLOPs that torch counts.
 
     Raises:
-        ValueError: it cannot run without numbers.
+        ValueError: it cannot run without values.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -103,8 +103,8 @@ def _flops(what: str, run: Callable[[], Any]) -> int:
 
 
 def plugin_cost(shape: ModelShape, kind: type[Mixer]) -> Cost:
-    """Return the cost of a slot with a mixer of this class: norm, projections, and between them
-    what torch counts, or what the class's `cost` says."""
+    """Return the cost of a slot with a mixer of this class: norm, projections, and in between what
+    torch counts or what the class's `cost` returns."""
     from megatron_smlp.plugins import weights_of
 
     values = values_of(shape, kind)
@@ -117,7 +117,7 @@ def plugin_cost(shape: ModelShape, kind: type[Mixer]) -> Cost:
     weights = weights_of(mixer)
     cut = sum(it.weight.numel() for it in weights if it.cut is not None and not kind.whole)
     every = sum(it.weight.numel() for it in weights) - cut
-    # The last projection reads what was mixed.
+    # The output projection saves its input, the mixed features.
     numbers = kept // shape.seq_length + features
     return (
         norm_cost(shape)

@@ -1,7 +1,7 @@
-"""The parallel sizes of a run, and what of a model lies on which of its ranks.
+"""The parallel sizes of a run, and which part of a model each of its ranks holds.
 
-Letters as in accounting/costs.py, and: tp, pp, ep, dp tensor, pipeline, expert and data parallel
-size, etp tensor parallel size within an expert.
+Letters as in accounting/costs.py, and: tp, pp, ep, dp the tensor, pipeline, expert and data
+parallel size, etp the tensor parallel size within an expert.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _BYTES = {"fp32": FP32_BYTES, "fp16": 2, "bf16": 2}
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelLayout:
-    """The parallel sizes of a run; names and defaults as Megatron's flags."""
+    """The parallel sizes of a run; names and defaults follow Megatron's flags."""
 
     tensor: int = 1
     pipeline: int = 1
@@ -40,21 +40,21 @@ class ParallelLayout:
     sequence_parallel: bool = False
     distributed_optimizer: bool = False
     gathers_on_gpus: bool = False
-    """Whether a save puts the optimizer's state together there."""
+    """Whether a save gathers the optimizer's state in GPU memory."""
     overlap_grad_reduce: bool = False
     precision: str = "fp32"
     fp32_gradients: bool = True
-    """Whether they are added up and reduced in fp32; else in the precision of the weights."""
+    """Whether gradients are accumulated and reduced in fp32, not in the weights' precision."""
     recompute_granularity: str | None = None
     recompute_method: str | None = None
     recompute_num_layers: int | None = None
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> ParallelLayout:
-        """Read an object that has Megatron's names.
+        """Read Megatron's arguments, or any other object with the same attributes.
 
         Raises:
-            ValueError: sizes that do not fit together, with the flag and what would fit.
+            ValueError: sizes do not fit together; the message names the flag and what would fit.
         """
         tensor, pipeline = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
         data = quotient("--world-size", args.world_size, tensor * pipeline, "TP * PP")
@@ -89,7 +89,7 @@ class ParallelLayout:
 
     @property
     def expert_data(self) -> int:
-        """Replicas of one expert."""
+        """Number of replicas of each expert."""
         return self.world_size // (self.pipeline * self.expert * self.expert_tensor)
 
     @property
@@ -101,20 +101,20 @@ class ParallelLayout:
         return FP32_BYTES if self.fp32_gradients else self.value_bytes
 
     def repeated(self, layers: Sequence[LayerSlots]) -> Sequence[LayerSlots]:
-        """Return those of a stage's layers whose forward pass is computed twice."""
+        """Return the layers of a stage whose forward pass is recomputed."""
         if self.recompute_granularity != "full":
             return ()
         return layers[: self.recompute_num_layers] if self.recompute_method == "block" else layers
 
 
 def updates_by_layers(args: argparse.Namespace) -> bool:
-    """Return whether each data parallel rank updates some whole matrices: Muon's distributed
-    optimizer, for which Megatron's validation clears the flag of Adam's."""
+    """Return whether each data parallel rank updates whole matrices of its own: Muon's distributed
+    optimizer, for which Megatron's validation clears --use-distributed-optimizer."""
     return getattr(args, "use_layer_wise_distributed_optimizer", False)
 
 
 def gathers(args: argparse.Namespace) -> bool:
-    """Return whether each rank puts the optimizer's state of all data parallel ranks together."""
+    """Return whether each rank gathers the optimizer's state of all data parallel ranks."""
     return bool(args.use_distributed_optimizer and args.optimizer_checkpoint == "any_layout")
 
 
@@ -122,7 +122,7 @@ def quotient(flag: str, value: int, divisor: int, meaning: str) -> int:
     """Return value / divisor.
 
     Raises:
-        ValueError: it is not a whole number from 1 on.
+        ValueError: the result is not a positive integer.
     """
     if value < 1 or value % divisor:
         raise ValueError(f"{flag} {value} is not a multiple of {meaning} = {divisor}: choose one")
@@ -136,8 +136,8 @@ def stage_slots(shape: ModelShape, layout: ParallelLayout, stage: int) -> tuple[
 
 
 def stage_cost(shape: ModelShape, layout: ParallelLayout, stage: int) -> Cost:
-    """Return the cost of one stage's layers, with the first one's input and the last one's norm;
-    a tied output embedding is a copy on the last."""
+    """Return the cost of one stage's layers, plus the input on the first stage and the norm on the
+    last, which also holds its own copy of a tied output embedding."""
     cost = total(layer_cost(shape, slots) for slots in stage_slots(shape, layout, stage))
     table = token_table(shape)
     is_first, is_last = stage == 0, stage == layout.pipeline - 1
@@ -151,6 +151,6 @@ def stage_cost(shape: ModelShape, layout: ParallelLayout, stage: int) -> Cost:
 
 
 def parameters_on_rank(cost: Cost, layout: ParallelLayout) -> tuple[int, int]:
-    """Return how many parameters of a stage one rank holds: outside of experts, and in them."""
+    """Return how many parameters of a stage one rank holds: outside of experts, and in experts."""
     experts = cost.experts // (layout.expert * layout.expert_tensor)
     return cost.sharded // layout.tensor + cost.replicated, experts

@@ -1,8 +1,8 @@
 """The bytes that one GPU sends in one optimizer step, with ring algorithms: plain arithmetic.
 
-Of S bytes over n ranks each rank sends (n - 1) / n S in an all-gather, a reduce-scatter or an
-all-to-all, and twice that in an all-reduce. What is exchanged about tokens beside their hidden
-state is left out: scores of routers, sums behind norms and losses.
+For S bytes over n ranks, each rank sends (n - 1) / n S in an all-gather, a reduce-scatter or an
+all-to-all, and twice that in an all-reduce. Per-token data other than hidden states is left out:
+router scores, and the sums for norms and losses.
 
 Letters as in accounting/ranks.py.
 """
@@ -18,8 +18,8 @@ from megatron_smlp.systems import CHANNELS, MIXERS, LayerSlots
 
 
 def tensor_traffic(shape: ModelShape, layout: ParallelLayout, stage: int) -> int:
-    """Return what is sent for split projections, embeddings and logits, and for the gradients of
-    matrices that each rank holds and uses on features of its own."""
+    """Return the bytes sent for sharded projections, embeddings and logits, and for the gradients
+    of replicated matrices that each rank applies to features of its own."""
     layers = stage_slots(shape, layout, stage)
     sent = [_of_layer(shape, layout, slots) for slots in layers]
     again = [_of_layer(shape, layout, slots) for slots in layout.repeated(layers)]
@@ -32,8 +32,8 @@ def tensor_traffic(shape: ModelShape, layout: ParallelLayout, stage: int) -> int
 
 
 def pipeline_traffic(shape: ModelShape, layout: ParallelLayout, stage: int) -> int:
-    """Return what activations to the next stage and gradients to the one before take, and the sum
-    of a tied embedding's gradients over the first and the last stage."""
+    """Return the bytes of activations to the next stage and gradients to the previous one, and of
+    summing a tied embedding's gradients over the first and the last stage."""
     neighbours = (stage > 0) + (stage < layout.pipeline - 1)
     size = _hidden_bytes(shape, layout)
     if layout.sequence_parallel:
@@ -44,8 +44,8 @@ def pipeline_traffic(shape: ModelShape, layout: ParallelLayout, stage: int) -> i
 
 
 def expert_traffic(shape: ModelShape, layout: ParallelLayout, stage: int) -> int:
-    """Return what tokens to their experts and back take, and their gradients; where an expert is
-    split, its ranks first gather what each of them got, and scatter the sums of outputs in fp32."""
+    """Return the bytes of dispatching tokens to their experts and back, and of their gradients. The
+    ranks of a sharded expert also all-gather their tokens and reduce-scatter outputs in fp32."""
     layers = stage_slots(shape, layout, stage)
     passes = [2 * _count_moes(layers), _count_moes(layout.repeated(layers))]
     size = _hidden_bytes(shape, layout) * shape.moe_router_topk / layout.tensor
@@ -56,11 +56,11 @@ def expert_traffic(shape: ModelShape, layout: ParallelLayout, stage: int) -> int
 
 
 def data_traffic(layout: ParallelLayout, dense: int, experts: int) -> int:
-    """Return what gradients take; the distributed optimizer sends weights back in their place.
+    """Return the bytes to reduce gradients and, with the distributed optimizer, gather weights.
 
     Args:
-        dense: parameters of a rank outside of experts.
-        experts: those in experts.
+        dense: parameters on a rank outside of experts.
+        experts: parameters on a rank in experts.
     """
     back = layout.value_bytes if layout.distributed_optimizer else layout.gradient_bytes
     parameters = _sent(dense, layout.data) + _sent(experts, layout.expert_data)
@@ -81,23 +81,23 @@ def _count_moes(layers: Sequence[LayerSlots]) -> int:
 
 
 def _of_layer(shape: ModelShape, layout: ParallelLayout, slots: LayerSlots) -> tuple[float, float]:
-    """Return how many numbers of one token go through a gather or a scatter of the tensor parallel
-    group: in the forward pass, and in the backward pass."""
+    """Return how many elements per token the tensor parallel group gathers or scatters: in the
+    forward pass, and in the backward pass."""
     hidden, pairs = shape.hidden_size, layer_cost(shape, slots).pairs
-    # A sum over the ranks is both, and so is a gather of tokens with a scatter of sums; these also
-    # gather the input again for the gradient of the weights.
+    # An all-reduce is a gather and a scatter, and so is sequence parallelism's pair of the two,
+    # which also gathers the input again for the gradient of the weights.
     forward: float = 2 * pairs * hidden
     backward: float = (2 + layout.sequence_parallel) * pairs * hidden
-    if slots.mixer == "masked_mixer":  # other features in place of other tokens, and back
+    if slots.mixer == "masked_mixer":  # exchanges tokens for features, and back
         exchanged = 2 * hidden / layout.tensor if layout.sequence_parallel else hidden
         forward += exchanged
         backward += exchanged
-    if slots.mixer == "gating_and_attention":  # whose head every rank has, for all tokens
+    if slots.mixer == "gating_and_attention":  # every rank has its head, for all tokens
         backward += 2 * 3 * shape.options.tiny_attention_width
         forward += hidden * layout.sequence_parallel
     for kind in (MIXERS[slots.mixer].plugin, CHANNELS.get(slots.channel)):
         if kind is not None:
-            more = (len(kind.inner) - 1) * hidden  # each projection gathers the input by itself
+            more = (len(kind.inner) - 1) * hidden  # each projection gathers the input separately
             forward += more * layout.sequence_parallel
             backward += 2 * more
             if kind.whole:
@@ -109,12 +109,12 @@ def _of_layer(shape: ModelShape, layout: ParallelLayout, slots: LayerSlots) -> t
 
 
 def _of_ends(shape: ModelShape, layout: ParallelLayout, stage: int) -> int:
-    """Return the same, both passes, of the embedding on the first stage and the logits on the last
-    one."""
+    """Return the same, both passes summed, for the first stage's embedding and the last one's
+    logits."""
     hidden, is_sequence = shape.hidden_size, layout.sequence_parallel
     numbers = 0
     if stage == 0 and shape.options.input_projection == "embedding":
-        # Positions are added to the whole sums, which are cut after that.
+        # Positions are added to the full sums, which are scattered afterwards.
         numbers += 2 * hidden + hidden * (is_sequence and shape.num_positions > 0)
     if stage == layout.pipeline - 1:
         numbers += (2 + is_sequence) * hidden

@@ -1,1 +1,1 @@
-"""`smlp-check FILE`: whether a plugin does what the rest of the program takes for granted."""
+"""`smlp-check FILE`: check that a plugin does what the rest of the program relies on."""

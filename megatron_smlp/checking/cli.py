@@ -1,4 +1,4 @@
-"""`smlp-check FILE`: a table of what was compared, and exit code 1 at the first wrong row.
+"""`smlp-check FILE`: print a table of comparisons; exit with code 1 at the first wrong row.
 
 smlp-check gated_conv.py
 smlp-check gated_conv.py --quick     without trainings: seconds
@@ -36,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the checks of a file, and print a row for each as it ends."""
+    """Run the checks of the given files, and print a row for each as it ends."""
     options = build_parser().parse_args(argv)
     console = Console(highlight=False, soft_wrap=True)
     began = time.monotonic()
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def of_classes() -> Iterator[Check]:
-    """Yield the checks of every registered class by itself."""
+    """Yield the checks of each registered class on its own."""
     from megatron_smlp.checking import feature_routers, mixers, routers
     from megatron_smlp.plugins import register
 

@@ -1,4 +1,4 @@
-"""Checks of a feature router's class by itself, in one process.
+"""Checks of a feature router class on its own, in one process.
 
 Letters: B batch, P prefix length, C chunks, E experts.
 """
@@ -27,7 +27,7 @@ def _built(kind: type[FeatureRouter]) -> FeatureRouter:
     torch.manual_seed(1)
     rule = kind(num_experts=EXPERTS, prefix_length=PREFIX, values={})
     for weight in weights_of(rule.draw()):
-        torch.nn.init.normal_(weight.weight)  # first values near 0 would hide what they do
+        torch.nn.init.normal_(weight.weight)  # initial values near 0 would hide their effect
     return rule.double()
 
 
@@ -37,7 +37,7 @@ def _means() -> Tensor:
 
 
 def _chooses(name: str, kind: type[FeatureRouter]) -> Row:
-    """Look at the shapes, and whether choices are experts."""
+    """Check the shapes, and that choices are experts."""
     compared, advice = "scores: [B, P, C] -> [B, C, E]; choose and weigh: [B, C]", ""
     rule = _built(kind)
     scores = rule.scores(_means())
@@ -56,7 +56,7 @@ def _chooses(name: str, kind: type[FeatureRouter]) -> Row:
 
 @torch.no_grad()
 def _apart(name: str, kind: type[FeatureRouter]) -> Row:
-    """Look whether a sample and a chunk are scored alike alone and among others."""
+    """Check that a sample and a chunk get the same scores alone and among others."""
     rule = _built(kind).eval()
     means = _means()
     whole = rule.scores(means)

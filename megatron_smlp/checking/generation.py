@@ -1,7 +1,7 @@
-"""`python -m megatron_smlp.checking.generation FOLDER`: generate with a cache and without.
+"""`python -m megatron_smlp.checking.generation FOLDER`: generate with and without a cache.
 
-The folder's own code runs, as it does for who has torch and transformers alone: it was written by
-the check that starts this.
+The folder's own code runs, as it does for users who have only torch and transformers; the check
+that starts this has written it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ PROMPT, NEW = 8, 6
 
 
 def main() -> None:
-    """Compare tokens; exit with a line where they differ."""
+    """Compare the tokens; exit with an error message if they differ."""
     model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
     torch.manual_seed(1)
     prompt = torch.randint(0, 250, (2, PROMPT))

@@ -1,4 +1,4 @@
-"""Checks of a mixer's class by itself, in one process: no Megatron, no training.
+"""Checks of a mixer class on its own, in one process: no Megatron, no training.
 
 Letters: B batch, T sequence length, F features.
 """
@@ -21,7 +21,7 @@ BATCH, LENGTH, WIDTH = 2, 12, 8
 
 
 def checks(name: str, kind: type[Mixer]) -> Iterator[Check]:
-    """Yield the checks of one class, the cheapest to mend first."""
+    """Yield the checks of one class, those whose failures are easiest to fix first."""
     always = (_runs_alone, _repeats, _causal_in_training, _causal, _shorter, _gradients)
     split = () if kind.whole else (_split,)
     stateful = (_continues,) if keeps_state(kind) else ()
@@ -30,7 +30,7 @@ def checks(name: str, kind: type[Mixer]) -> Iterator[Check]:
 
 
 def built(kind: type[Mixer], *, width: int = WIDTH, dtype: torch.dtype = torch.float64) -> Mixer:
-    """Return a mixer with its options' defaults and drawn parameters."""
+    """Return a mixer with default options and randomly drawn parameters."""
     torch.manual_seed(1)
     mixer = kind(width=width, length=LENGTH, values={}).draw()
     # Zeros would hide what multiplies them.
@@ -43,14 +43,14 @@ def built(kind: type[Mixer], *, width: int = WIDTH, dtype: torch.dtype = torch.f
 def inputs(
     kind: type[Mixer], *, width: int = WIDTH, length: int = LENGTH, dtype: Any = torch.float64
 ) -> list[Tensor]:
-    """Return what the projections would give."""
+    """Return random tensors in place of the projections' outputs."""
     torch.manual_seed(2)
     shapes = ((BATCH, length, width, *([n] if n > 1 else [])) for n in kind.inner.values())
     return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
 
 
 def _runs_alone(name: str, kind: type[Mixer]) -> Row:
-    """Run forward, which gives [B, T, F]."""
+    """Check that forward returns [B, T, F]."""
     compared, advice = "forward: [B, T, F] -> [B, T, F]", ""
     shape = list(built(kind)(*inputs(kind)).shape)
     if shape != [BATCH, LENGTH, WIDTH]:
@@ -74,7 +74,7 @@ def _causal_in_training(name: str, kind: type[Mixer]) -> Row:
 
 
 def _causal(name: str, kind: type[Mixer], *, training: bool = False) -> Row:
-    """Change each position, and look at all outputs before it; of a channel mixer at all others."""
+    """Change each position; compare all outputs before it, or for a channel mixer all others."""
     mixer = built(kind).train(training)
     given = [part.detach() for part in inputs(kind)]
     torch.manual_seed(3)
@@ -114,7 +114,7 @@ def _shorter(name: str, kind: type[Mixer]) -> Row:
 
 
 def _continues(name: str, kind: type[Mixer]) -> Row:
-    """Go on by its state, a token or several at a time, and compare with all tokens at once."""
+    """Continue from the state, one or more tokens at a time; compare with all tokens at once."""
     mixer = built(kind).eval()
     given = inputs(kind)
     compared = f"3, 1, 1 and {LENGTH - 5} tokens by its state, and {LENGTH} at once"
@@ -133,7 +133,7 @@ def _continues(name: str, kind: type[Mixer]) -> Row:
 
 
 def _gradients(name: str, kind: type[Mixer]) -> Row:
-    """Gradients against differences, fp64, by inputs and parameters."""
+    """Compare gradients of inputs and parameters with finite differences, in fp64."""
     mixer = built(kind, width=3).train()
     given = inputs(kind, width=3, length=5)
     count = len(given)
@@ -150,7 +150,7 @@ def _gradients(name: str, kind: type[Mixer]) -> Row:
 
 
 def _split(name: str, kind: type[Mixer]) -> Row:
-    """Two ranks with half of the features each give the halves of the whole's output."""
+    """Check that two ranks with half of the features each compute halves of the full output."""
     whole = built(kind)
     given = inputs(kind)
     mixed = whole(*given)
@@ -180,7 +180,7 @@ def _split(name: str, kind: type[Mixer]) -> Row:
 
 
 def _half(name: str, kind: type[Mixer]) -> Row:
-    """Compare bf16 with fp32, by the size of what differs."""
+    """Compare bf16 with fp32, relative to the largest output."""
     single = built(kind, dtype=torch.float32)
     half = copy.deepcopy(single).to(torch.bfloat16)
     given = inputs(kind, dtype=torch.float32)
@@ -194,7 +194,7 @@ def _half(name: str, kind: type[Mixer]) -> Row:
 
 
 def _flops(name: str, kind: type[Mixer]) -> Row:
-    """Compare what `cost` says with what torch counts, which knows no triangles."""
+    """Compare the FLOPs of `cost` with those that torch counts, which are full squares."""
     values = {key: it.default for key, it in options_of(kind).items()}
     said = kind.cost(features=WIDTH, length=LENGTH, values=values)
     _, products, above, _ = counted(kind, features=WIDTH, length=LENGTH, values=values)

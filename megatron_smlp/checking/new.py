@@ -1,4 +1,4 @@
-"""`smlp-new mixer NAME`, `smlp-new router NAME`: a plugin's file to begin with, which trains."""
+"""`smlp-new mixer NAME`, `smlp-new router NAME`: write a starter plugin, which trains as it is."""
 
 from __future__ import annotations
 
@@ -67,10 +67,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    """Write the file into this folder, and say what comes next.
+    """Write the file to the current folder, and print what comes next.
 
     Raises:
-        UsageError: the name is none, or the file is there.
+        UsageError: the name is not an identifier, or the file exists.
     """
     options = build_parser().parse_args()
     path = Path(f"{options.name}.py")

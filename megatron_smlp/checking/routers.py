@@ -1,4 +1,4 @@
-"""Checks of a token router's class by itself, in one process.
+"""Checks of a token router class on its own, in one process.
 
 Letters: N tokens, E experts, k choices of a token.
 """
@@ -34,7 +34,7 @@ def _scores(dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def _chooses(name: str, kind: type[TokenRouter]) -> Row:
-    """Look whether choices are experts, distinct in a row, and visited unless it may skip."""
+    """Check that choices are experts, distinct in a row, and visited unless it may skip."""
     compared, advice = "choose: [N, E] -> experts [N, k]", ""
     rule = _built(kind).train()
     chosen, visited = rule.choices(_scores())
@@ -57,7 +57,7 @@ def _chooses(name: str, kind: type[TokenRouter]) -> Row:
 
 
 def _alone(name: str, kind: type[TokenRouter]) -> Row:
-    """Look whether in evaluation a token is routed alike alone and among others."""
+    """Check that in evaluation a token is routed the same alone and among others."""
     rule = _built(kind).eval()
     chosen, visited = rule.choices(_scores())
     differing = 0
@@ -78,6 +78,6 @@ def _gradients(name: str, kind: type[TokenRouter]) -> Row:
     rule = _built(kind).train()
     scores = _scores(torch.float64).requires_grad_()
     chosen, _ = rule.choices(scores.detach())
-    if not rule.weigh(scores, chosen).requires_grad:  # fixed weights, as those of HASH
+    if not rule.weigh(scores, chosen).requires_grad:  # fixed weights, such as HASH's
         return close(name, "weights, which have no gradient", 0.0, 0.0, "")
     return gradients(name, lambda x: rule.weigh(x, chosen), (scores,), "weigh")

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One check that was made."""
+    """The result of one check."""
 
     subject: str
     """The plugin's name."""
@@ -21,7 +21,7 @@ class Row:
     apart: str
     """How far apart, as text."""
     advice: str = ""
-    """What is wrong and what to do; empty: nothing."""
+    """What is wrong and how to fix it; empty if the check passed."""
 
     @property
     def passed(self) -> bool:
@@ -32,22 +32,22 @@ Check = Callable[[], Row]
 
 
 def checked(check: Callable[[str, Any], Row], name: str, kind: type) -> Row:
-    """Make a check of a class; what the class raises is what is wrong with it."""
+    """Run a check on a class; an exception that the class raises makes a failed row."""
     try:
         with DoubleStays():
             return check(name, kind)
-    except Exception as error:  # of any kind, as the class is the user's
+    except Exception as error:  # of any kind, as the class is a user's
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         return wrong(name, check.__name__.strip("_").replace("_", " "), f"it raises {reason}")
 
 
 def wrong(subject: str, compared: str, advice: str) -> Row:
-    """Return the row of what could not be compared."""
+    """Return a failed row for what could not be compared."""
     return Row(subject=subject, compared=compared, apart="-", advice=advice)
 
 
 def gradients(subject: str, function: Callable[..., Tensor], inputs: Any, advice: str) -> Row:
-    """Return the row of a function's gradients against finite differences."""
+    """Return the row that compares a function's gradients with finite differences."""
     compared = "gradients and finite differences, fp64"
     try:
         torch.autograd.gradcheck(function, inputs, atol=1e-6, rtol=1e-5)
@@ -57,18 +57,18 @@ def gradients(subject: str, function: Callable[..., Tensor], inputs: Any, advice
 
 
 def close(subject: str, compared: str, difference: float, limit: float, advice: str) -> Row:
-    """Return the row of two numbers or tensors, which may differ by so much at most."""
+    """Return the row of two numbers or tensors, which may differ by `limit` at most."""
     return Row(
         subject=subject,
         compared=compared,
         apart=f"{difference:.1e} (at most {limit:.0e})",
-        advice="" if difference <= limit else advice,  # a NaN is not
+        advice="" if difference <= limit else advice,  # False for NaN
     )
 
 
 class DoubleStays(TorchFunctionMode):
-    """Lets x.float() leave fp64 as it is: a plugin means "at least fp32" by it, and in fp64 a
-    rounded number would look like a fault."""
+    """Makes x.float() keep fp64: plugins use it to mean "at least fp32", and in an fp64 check the
+    rounding would look like an error."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

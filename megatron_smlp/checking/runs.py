@@ -1,7 +1,7 @@
-"""Checks by real runs: layouts, resumes, export, of a tiny model on made data.
+"""Checks by real runs of a tiny model on mock data: layouts, resumes, export.
 
-Each is a command that a user could give. A seed checkpoint of one process is gone on from in all
-layouts, by loss and gradient norm.
+Each run is a command that a user could type. One process writes a seed checkpoint; all layouts
+continue from it, and their losses and gradient norms are compared.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MODELS = {
         --num-feature-chunks 8 --prefix-fraction 0.25
     """,
 }
-"""Flags of a model with something of a plugin's, by what it is (plugins.Registry.tables)."""
+"""Flags of a model that uses a plugin's entry, by its kind (plugins.Registry.tables)."""
 STEPS, SAVED = 4, 2
 LAYOUTS = {
     "TP 2, sequence parallel": "--tensor-model-parallel-size 2 --sequence-parallel",
@@ -48,16 +48,16 @@ LAYOUTS = {
 }
 OF_EXPERTS = {"EP 2": "--expert-model-parallel-size 2"}
 LIMITS = {"loss": 2e-5, "grad_norm": 2e-4}
-"""Relative differences of fp32, whose sums are of another order in another layout."""
+"""Relative tolerances in fp32: another layout sums in another order."""
 ERROR = re.compile(r"(\[rank\d+\]: )?[\w.]*(Error|Exception): |error: ")
-"""The line of a traceback, or of a program that refuses, which says what is wrong."""
+"""Matches the line of a traceback, or of a program's refusal, that says what is wrong."""
 
 
 class Runs:
     """The runs of one architecture or router.
 
     Args:
-        plugins: what --plugin named.
+        plugins: the plugin files, each passed by --plugin.
         model: flags of the model.
     """
 
@@ -71,7 +71,7 @@ class Runs:
         self.metrics: dict[str, list[dict[str, float]]] = {}
 
     def checks(self) -> Iterator[Check]:
-        """Yield them in an order in which each has what it goes on from."""
+        """Yield the checks, each after the one whose checkpoint it continues from."""
         yield self._seed
         yield partial(self._layout, "exact resume", "", exact=True)
         layouts = LAYOUTS | (OF_EXPERTS if self.has_experts else {})
@@ -81,7 +81,7 @@ class Runs:
         yield self._import
 
     def _train(self, title: str, flags: Sequence[str]) -> str:
-        """Run a training, and note its metrics; return what it said if it failed."""
+        """Run a training and record its metrics; return its error, empty if it succeeded."""
         text = " ".join(flags)
         count = 2 if "parallel-size 2" in text or "distributed-optimizer" in text else 1
         logs = self.folder / title.replace(" ", "_").replace(",", "")
@@ -99,7 +99,7 @@ class Runs:
         return said
 
     def _command(self, argv: Sequence[str]) -> str:
-        """Run it; return its last line of an error, empty where it ended well."""
+        """Run a command; return its last error line, empty if it succeeded."""
         done = subprocess.run([sys.executable, *argv], capture_output=True, text=True, check=False)
         if not done.returncode:
             return ""

@@ -1,12 +1,11 @@
-"""Say where a loss lies: by position in the window, by the token's frequency, by what it repeats,
-and by document.
+"""Break a loss down by position in the window, token frequency, repetition, and document.
 
     repeat(t) = max over s < t of the length of the common run that ends at s and at t
 
-0: token t is new in its window; 1: it was there behind another token; n + 1: the last n tokens and
-it were there together, so that a model which looks them up can copy it. Positions are binned by
-powers of two; frequencies so that each bin has about as many tokens, the most frequent first.
-Documents, as books, are told apart where they are few.
+0: token t is new in its window; 1: it occurred before, after a different token; n + 1: it occurred
+before after the same n tokens, so a model that looks them up can copy it. Positions are binned by
+powers of two; frequencies into bins of about equally many tokens, the most frequent first.
+Documents, such as books, are reported separately if there are few.
 """
 
 from __future__ import annotations
@@ -33,8 +32,8 @@ class Breakdown:
     """Collects the scores of windows; `report` gives the mean loss of each kind of token.
 
     Args:
-        counts: int64[V], how often each id occurs in the text that is scored.
-        starts: int64[documents + 1], the place of each document's first token in that text.
+        counts: int64[V], how often each id occurs in the scored text.
+        starts: int64[documents + 1], the offset of each document's first token in that text.
     """
 
     def __init__(self, counts: Ints, starts: Ints) -> None:
@@ -52,7 +51,7 @@ class Breakdown:
         self._values: dict[str, list[Ints]] = {name: [] for name in kinds}
 
     def add(self, row: Row, score: RowScore, *, place: int) -> None:
-        """Take the scores of one window, the first of which is of the token at `place`."""
+        """Add the scores of one window, the first being that of the token at offset `place`."""
         tokens = np.asarray(row.tokens, dtype=np.int64)
         first = len(tokens) - 1 - row.scored
         self._losses.append(-np.asarray(score.logprobs))
@@ -60,10 +59,10 @@ class Breakdown:
             self._values[name].append(kind(tokens, first, place + np.arange(row.scored)))
 
     def report(self) -> dict[str, list[dict[str, Any]]]:
-        """Return the bins of `position`, `frequency`, `repeat` and `document` that have tokens.
+        """Return the non-empty bins of `position`, `frequency`, `repeat` and `document`.
 
-        Each has a label, its number of tokens, their mean loss and its standard deviation over them
-        (`sd`), in nats.
+        Each has a label, its number of tokens, and the mean and standard deviation (`sd`) of their
+        losses, in nats.
         """
         losses = np.concatenate(self._losses)
         values = {name: np.concatenate(arrays) for name, arrays in self._values.items()}
@@ -85,7 +84,7 @@ REPEAT_BINS = [
 
 
 def repeats(tokens: Ints) -> Ints:
-    """Return int64[len(tokens)]: the repeat that each token ends, at most LONGEST_REPEAT."""
+    """Return int64[len(tokens)]: repeat(t) of each token, at most LONGEST_REPEAT."""
     length = len(tokens)
     runs = np.zeros(length + 1, dtype=np.int64)  # runs[s + 1]: the common run that ends at s and t
     longest = np.zeros(length, dtype=np.int64)
@@ -96,7 +95,7 @@ def repeats(tokens: Ints) -> Ints:
 
 
 def frequency_bins(counts: Ints, bins: int) -> Ints:
-    """Return int64[V], the bin of each id: of about as many occurrences, frequent ids first."""
+    """Return int64[V], each id's bin: about equally many occurrences per bin, frequent first."""
     order = np.argsort(-counts, kind="stable")
     before = np.cumsum(counts[order]) - counts[order]
     result = np.empty(len(counts), dtype=np.int64)

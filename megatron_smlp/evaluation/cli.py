@@ -82,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Return our options, and the flags that are left for Megatron.
+    """Return our options, and the remaining flags, which are Megatron's.
 
     Raises:
         UsageError: flags that do not go together.
@@ -131,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         evaluate(options, megatron_flags)
         import torch
 
-        # A rank that left early would tear down what the others still communicate through.
+        # A rank that exited early would tear down what the others still communicate through.
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.barrier()
             torch.distributed.destroy_process_group()
@@ -175,17 +175,17 @@ def evaluate_text(options: argparse.Namespace, megatron_flags: Sequence[str]) ->
 
 
 def _suffix_from(given: float | None, facts: argparse.Namespace, *, longest: int) -> int:
-    """Return P of windows of `longest` tokens; partial prediction's own, unless one is given."""
+    """Return P for windows of `longest` tokens: `given`, else that of partial prediction."""
     from megatron_smlp.partial_prediction import prefix_length, suffix_start
 
     if given is not None:
         return suffix_start(argparse.Namespace(suffix_from=given, seq_length=longest))
     start = prefix_length(facts, seq_length=facts.seq_length)
-    return start if start < longest else 0  # its own, which nobody asked for of shorter windows
+    return start if start < longest else 0  # shorter windows have no default suffix
 
 
 def evaluate_tasks(options: argparse.Namespace, megatron_flags: Sequence[str]) -> None:
-    """Score zero-shot tasks, print a table, and write the files that were asked for."""
+    """Score zero-shot tasks, print a table, and write the requested files."""
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars are for terminals
     from megatron_smlp.evaluation.selection import select_tasks, split_names
@@ -210,12 +210,12 @@ def evaluate_tasks(options: argparse.Namespace, megatron_flags: Sequence[str]) -
 def _harness_model(
     options: argparse.Namespace, megatron_flags: Sequence[str]
 ) -> tuple[int | None, Any]:
-    """Return the iteration of --checkpoint, and the model."""
+    """Return the iteration of --checkpoint, None with --hf, and the model for the harness."""
     if options.hf:
         from megatron_smlp.evaluation.huggingface_model import ExportedModel
         from megatron_smlp.generation.language_model import usable_device
 
-        device = usable_device(options.device)  # another one lm-eval would replace, in silence
+        device = usable_device(options.device)  # lm-eval silently replaces an unusable one
         about = {"batch_size": options.batch_size, "device": device, "dtype": options.dtype}
         return None, ExportedModel(options.hf, **about)
     args, scorer, tokenizer = _scorer(options, megatron_flags)
@@ -227,7 +227,7 @@ def _harness_model(
 
 
 def _scorer(options: argparse.Namespace, megatron_flags: Sequence[str]) -> tuple[Any, Any, Any]:
-    """Return arguments, scorer and tokenizer of --checkpoint, in the layout of the flags."""
+    """Return the arguments, scorer and tokenizer of --checkpoint, in the layout of the flags."""
     from megatron_smlp.evaluation.megatron_loading import load_model, sequence_length
 
     args, stages, tokenizer = load_model(options.checkpoint, megatron_flags, dtype=options.dtype)
@@ -239,7 +239,7 @@ def _scorer(options: argparse.Namespace, megatron_flags: Sequence[str]) -> tuple
 
 
 def _exported_scorer(options: argparse.Namespace) -> tuple[argparse.Namespace, Any, Any]:
-    """Return what --suffix-from follows from, scorer and tokenizer of --hf, in one process."""
+    """Return the facts that --suffix-from needs, scorer and tokenizer of --hf, in one process."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("--hf with --data-path runs in one process: leave out torchrun")
     from megatron_smlp.evaluation.exported_scorer import ExportedScorer
@@ -265,7 +265,7 @@ def _exported_scorer(options: argparse.Namespace) -> tuple[argparse.Namespace, A
 
 
 def _report(options: argparse.Namespace, scored: Iterable[Any], *, iteration: int | None) -> None:
-    """Write the files that were asked for anew as each task ends: what fails later keeps those.
+    """Rewrite the requested files as each task ends, so that a later failure keeps its results.
 
     Raises:
         UsageError: no example of any task could be scored.

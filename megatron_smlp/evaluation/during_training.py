@@ -1,7 +1,7 @@
-"""Score zero-shot tasks between two steps of a training (--eval-tasks), in the layout of the run.
+"""Score zero-shot tasks between two training steps (--eval-tasks), in the layout of the run.
 
-The training must not notice: its random numbers, its counts of what routers did and its capacity
-factor are afterwards what they were.
+Scoring must not affect the training: random states, router statistics and the capacity factor are
+restored afterwards.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from megatron_smlp.routers.statistics import RouterStatistics
 
 
 def tasks_of(args: argparse.Namespace, statistics: RouterStatistics) -> TaskEvaluation | None:
-    """Return the tasks of --eval-tasks, where it is given."""
+    """Return the evaluation of --eval-tasks, or None without that flag."""
     return TaskEvaluation(args, statistics) if args.eval_tasks else None
 
 
 class TaskEvaluation:
-    """The tasks of a run; `scores` is collective.
+    """The zero-shot tasks of a run; `scores` is collective.
 
     Raises:
-        UsageError: lm-evaluation-harness, a task or its data is missing, or the tokenizer has no
-            texts.
+        UsageError: lm-evaluation-harness, a task or its data is missing, or the tokenizer does not
+            encode text.
     """
 
     def __init__(self, args: argparse.Namespace, statistics: RouterStatistics) -> None:
@@ -69,7 +69,7 @@ class TaskEvaluation:
             check_tasks(self._scored(), self.selection, limit=self.args.eval_tasks_limit)
 
     def _scored(self) -> Any:
-        """Return the model as one of the harness."""
+        """Return the model, wrapped for the harness."""
         from megatron_smlp.evaluation.harness import ScorerModel
         from megatron_smlp.evaluation.megatron_model import MegatronScorer
 
@@ -85,7 +85,7 @@ class TaskEvaluation:
         return bool(iteration == self.args.train_iters or (interval and iteration % interval == 0))
 
     def scores(self) -> tuple[dict[str, dict[str, float | None]], list[str]]:
-        """Score all tasks; return the same record and texts for the console on every rank."""
+        """Score all tasks; return the record and the console's texts, the same on every rank."""
         from megatron_smlp.evaluation.harness import run_tasks
 
         limit = self.args.eval_tasks_limit
@@ -94,17 +94,17 @@ class TaskEvaluation:
             _own_random_numbers(),
             _no_capacity(self.model),
         ):
-            self.statistics.begin(None)  # the choices of routers here are of no validation
+            self.statistics.begin(None)  # routing here is part of no validation
             results = list(run_tasks(self._scored(), self.selection, limit=limit))
             self.statistics.take(training=False)
-        # The harness has results on the first rank of each node alone, and curves are written on
-        # the last.
+        # The harness has results only on the first rank of each node; the last rank writes the
+        # curves.
         return from_first_rank((as_record(results), task_texts(results)))
 
 
 @contextlib.contextmanager
 def _own_random_numbers() -> Iterator[None]:
-    """Restore the random numbers afterwards: libraries draw, and some set a seed."""
+    """Restore all random states on exit: libraries draw numbers, and some set a seed."""
     ours, numpys = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng():

@@ -1,8 +1,8 @@
-"""Score rows of tokens with an exported model, or any other causal one of transformers.
+"""Score rows of tokens with an exported model, or any other causal transformers model.
 
-    log p(y) = log_softmax(l)_y,    l: the logits behind all tokens before y
+    log p(y) = log_softmax(l)_y,    l: the logits after all tokens before y
 
-Only rows of one length share a batch, so nothing is padded.
+Only rows of equal length share a batch, so nothing is padded.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ class ExportedScorer:
     """A transformers model that scores rows, in this process.
 
     Args:
-        model: of `AutoModelForCausalLM`, in evaluation mode.
+        model: from `AutoModelForCausalLM`, in evaluation mode.
         longest: T.
-        batch_size: rows at once; on a CPU it is one, as a matrix product there rounds by the
-            number of its rows.
+        batch_size: rows per batch; always one on a CPU, where the rounding of a matrix product
+            depends on its number of rows.
     """
 
     def __init__(self, model: Any, *, longest: int, batch_size: int) -> None:
@@ -31,7 +31,7 @@ class ExportedScorer:
         self.batch_size = 1 if model.device.type == "cpu" else batch_size
 
     def score(self, rows: Sequence[Row], *, progress: Progress | None = None) -> list[RowScore]:
-        """Return the score of each row, in their order."""
+        """Return the score of each row, in order."""
         scores: dict[int, RowScore] = {}
         waiting = sorted(range(len(rows)), key=lambda number: len(rows[number].tokens))
         while waiting:
@@ -45,7 +45,7 @@ class ExportedScorer:
 
     @torch.inference_mode()
     def _batch(self, rows: Sequence[Row]) -> list[RowScore]:
-        """Score rows of one length, whose input is all of their tokens but the last."""
+        """Score rows of equal length; the input is all of their tokens but the last."""
         tokens = torch.tensor([row.tokens for row in rows], device=self.model.device)
         logits = self.model(tokens[:, :-1], use_cache=False).logits.float()
         targets = tokens[:, 1:, None]

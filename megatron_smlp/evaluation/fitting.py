@@ -1,7 +1,7 @@
 """Find the examples of a task that a model cannot score, before any is scored.
 
-An option is scored as a whole behind one token or more, so its tokens have to fit into the model;
-contexts are cut. What an example needs is known from its requests, which the harness makes.
+An option is scored whole, after at least one token, so its tokens must fit into the model; contexts
+are truncated. The requests that the harness builds for an example show what it needs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Misfit:
     can_be_cut: bool = False
 
     def said(self, too_long: TooLong) -> str:
-        """Return what becomes of the example, and why."""
+        """Return what happens to the example, and why."""
         return f"{'cut' if self.is_cut(too_long) else 'left out'}: {self.reason}"
 
     def is_cut(self, too_long: TooLong) -> bool:
@@ -36,12 +36,12 @@ def misfits(task: Any, model: Any, *, limit: int | None) -> dict[int, Misfit]:
     """Return the examples that do not fit, by their number in the task's data.
 
     Args:
-        task: of the harness.
-        model: ours, which knows its `longest`; another one has no misfits.
-        limit: examples, the first ones; None: all.
+        task: one of the harness.
+        model: one of ours, with a `longest`; any other has no misfits.
+        limit: number of examples to check, from the first; None: all.
     """
     longest = getattr(model, "longest", None)
-    task.build_all_requests(limit=limit)  # of all ranks: they have to agree
+    task.build_all_requests(limit=limit)  # those of all ranks, which must agree
     result: dict[int, Misfit] = {}
     for request in task.instances:
         check = CHECKS.get(request.request_type)
@@ -65,7 +65,7 @@ def _option(model: Any, args: tuple[str, str], longest: int) -> Misfit | None:
 
 
 def option_tokens(model: Any, context: str, option: str) -> list[int]:
-    """Return the tokens that the harness scores of an option."""
+    """Return the tokens of an option that the harness scores."""
     if context:
         return list(model._encode_pair(context, option)[1])
     tokens = list(model.tok_encode(option, add_special_tokens=False))
@@ -87,4 +87,4 @@ CHECKS: dict[str, Callable[[Any, Any, int], Misfit | None]] = {
     "loglikelihood": _option,
     "generate_until": _generation,
 }
-"""By the kind of request; whole texts are scored in windows, which always fit."""
+"""Checks by request type; whole texts are scored in windows, which always fit."""

@@ -1,4 +1,4 @@
-"""Zero-shot tasks by lm-evaluation-harness, over a model of Megatron's."""
+"""Run lm-evaluation-harness's zero-shot tasks on a Megatron model."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from megatron_smlp.evaluation.rows import Row, RowScore
 from megatron_smlp.evaluation.selection import Selection
 
 Request = tuple[tuple[str, str], list[int], list[int]]
-"""(context, continuation), and the token ids of both."""
+"""(context, continuation), then the token ids of each."""
 
 
 def run_tasks(
     model: Any, selection: Selection, *, limit: int | None, too_long: TooLong = "skip"
 ) -> Iterator[TaskResult]:
-    """Score the examples of the tasks, zero-shot, one task or group after the other.
+    """Score the examples of the tasks zero-shot, one task or group after another.
 
     Args:
         model: a `lm_eval.api.model.LM`.
-        limit: examples per task, the first ones; None: all.
-        too_long: what becomes of examples that do not fit into the model; they are named either
-            way. truncate: an option loses its beginning; what cannot be cut is left out.
+        limit: number of examples per task, from the first; None: all.
+        too_long: what to do with examples that do not fit into the model; they are named in any
+            case. truncate: cut the beginning of an option; leave out what cannot be cut.
 
     Yields:
-        a result per task, as they end; nothing on ranks that the harness gives none.
+        a result per task, as each ends; nothing on ranks where the harness returns none.
 
     Raises:
         UsageError: an example does not fit and too_long is stop, or the requests of a task cannot
-            be made of its file.
+            be built from its file.
     """
     checked = check_tasks(model, selection, limit=limit)
     if too_long == "stop":
@@ -54,7 +54,7 @@ def run_tasks(
         chosen = item.chosen(limit, too_long)
         empty = [name for name, numbers in chosen.items() if not numbers]
         some = {name: numbers for name, numbers in chosen.items() if numbers}
-        # A group's own score would be of other tasks than it says where one of them has none.
+        # If one of its tasks is empty, a group's own score would not cover the tasks it names.
         scored = [item.tasks[name] for name in some] if empty else [item.item]
         results = _evaluated(model, scored, selection, some) if some else []
         results += [TaskResult(name, 0, {}, str(item.tasks[name].VERSION)) for name in empty]
@@ -65,23 +65,23 @@ def run_tasks(
 
 
 def check_tasks(model: Any, selection: Selection, *, limit: int | None) -> list[_Checked]:
-    """Look at all tasks, before hours of work on the first or in front of it.
+    """Check all tasks up front, before hours of scoring or training.
 
     Raises:
-        UsageError: a task is for models that generate text, or its requests cannot be made.
+        UsageError: a task needs a model that generates text, or its requests cannot be built.
     """
     return [_Checked.of(item, model, selection, limit) for item in selection.tasks]
 
 
 @dataclass(frozen=True)
 class _Checked:
-    """A task or a group, and what of it does not fit into the model."""
+    """A task or a group, and those of its examples that do not fit into the model."""
 
     item: Any
     tasks: Mapping[str, Any]
-    """It, or those of the group."""
+    """By name: the task itself, or the tasks of the group."""
     misfits: Mapping[str, Mapping[int, Misfit]]
-    """Of each task, by the number of the example."""
+    """By task, then by the number of the example."""
 
     @classmethod
     def of(cls, item: Any, model: Any, selection: Selection, limit: int | None) -> _Checked:
@@ -95,7 +95,7 @@ class _Checked:
                 unfit[name] = misfits(task, model, limit=limit)
             except UsageError:
                 raise
-            except Exception as error:  # of prompts and code that are not ours
+            except Exception as error:  # any kind: prompts and code are not ours
                 raise selection.broken(name, error) from error
         return cls(item, tasks, unfit)
 
@@ -104,13 +104,13 @@ class _Checked:
             yield from ((name, number, misfit) for number, misfit in numbered.items())
 
     def chosen(self, limit: int | None, too_long: TooLong) -> dict[str, Sequence[int]]:
-        """Return the numbers of the examples that are scored, of each task."""
+        """Return the numbers of the examples to score, by task."""
         chosen: dict[str, Sequence[int]] = {}
         for name, task in self.tasks.items():
             unfit, count = self.misfits[name], len(task.eval_docs)
             numbers = range(count if limit is None else min(limit, count))
             left_out = {number for number in unfit if not unfit[number].is_cut(too_long)}
-            # The harness looks each example up in what it gets: a range is quick at that.
+            # The harness looks up each example in this sequence, which is fast in a range.
             chosen[name] = [n for n in numbers if n not in left_out] if left_out else numbers
         return chosen
 
@@ -127,7 +127,7 @@ def _evaluated(
         task_manager=selection.manager,
         samples=dict(chosen),
         log_samples=True,
-        random_seed=None,  # nothing is drawn, and a training around this goes on with its seeds
+        random_seed=None,  # nothing is drawn, and a surrounding training keeps its seeds
         numpy_random_seed=None,
         torch_random_seed=None,
         bootstrap_iters=1000,
@@ -136,17 +136,17 @@ def _evaluated(
 
 
 class ScorerModel(TemplateLM):
-    """A scorer and a tokenizer as a model of the harness.
+    """Wraps a scorer and a tokenizer as a model of the harness.
 
     Every rank runs the whole harness with the same requests; the scorer distributes them.
 
     Args:
-        start: ids that stand before each text, as in the training and as the harness's `hf` model
-            puts them there; the last is also what a text without context follows.
+        start: ids to prepend to each text, as in training and as the harness's `hf` model does; a
+            text without context follows the last of them.
         shows_progress: whether this rank shows a progress bar.
 
     Raises:
-        UsageError: the tokenizer's ids stand for no text.
+        UsageError: the tokenizer does not encode text.
     """
 
     def __init__(
@@ -187,7 +187,7 @@ class ScorerModel(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Return the ids of a text as in the training data: behind `start`."""
+        """Return the ids of a text, preceded by `start` as in the training data."""
         ids: list[int] = self.encoder.encode_batch([string])[0].tolist()
         return ids if add_special_tokens is False else [*self.start, *ids]
 
@@ -207,7 +207,7 @@ class ScorerModel(TemplateLM):
         return answers
 
     def _row(self, context: Sequence[int], option: Sequence[int]) -> Row:
-        """Return the row of a request; what is too long loses its beginning."""
+        """Return the row of a request, without its beginning if it is too long."""
         tokens = (*context, *option)[-(self.scorer.longest + 1) :]
         return Row(tokens, min(len(option), len(tokens) - 1))
 
@@ -235,7 +235,7 @@ class ScorerModel(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Raise UsageError."""
+        """Raise UsageError: a scorer generates no text."""
         raise UsageError(
             "tasks that generate text are for exported models: convert the checkpoint "
             "(tools/convert_checkpoint.py --to hf), and evaluate that with --hf"

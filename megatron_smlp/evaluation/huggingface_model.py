@@ -1,4 +1,4 @@
-"""lm-evaluation-harness's own `hf` model over an exported folder."""
+"""lm-evaluation-harness's own `hf` model on an exported folder."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class ExportedModel(HFLM):
     """`--model hf` on a local folder.
 
     Args:
-        dtype: to compute in; "auto": what the weights are stored in.
+        dtype: the compute dtype; "auto": the dtype of the stored weights.
 
     Raises:
-        UsageError: the folder is not a model, or has no tokenizer.
+        UsageError: the folder contains no model or no tokenizer.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class ExportedModel(HFLM):
             dtype=dtype,
         )
         if not self.tokenizer.encode(""):
-            # Documents of the training began behind an end, not behind a token that is only named.
+            # Training documents followed an end of document, not a BOS that is merely defined.
             self.custom_prefix_token_id = self.tokenizer.eos_token_id
 
     @property
@@ -44,7 +44,7 @@ class ExportedModel(HFLM):
     def _loglikelihood_tokens(
         self, requests: list[Request], *args: Any, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """Score as the base class does, which cuts contexts, but no options."""
+        """Truncate options, then score as the base class does, which truncates only contexts."""
         most = self.longest
         cut = [
             (key, context, option)

@@ -1,4 +1,4 @@
-"""Load a checkpoint into Megatron's own model, in the layout that the command line asks for.
+"""Load a checkpoint into Megatron's own model, in the layout that the command line specifies.
 
 The flags that build the model and its tokenizer come from the checkpoint's own records.
 """
@@ -29,7 +29,7 @@ from megatron_smlp.data.tokenizers.folder import recorded_tokenizer
 from megatron_smlp.data.tokenizers.spec import READ_BY, Tokenizer, TokenizerSpec, named_or_moved
 from megatron_smlp.errors import NoGoodCheckpointError, UsageError
 
-# The flags that Megatron requires of a training, and those that stop it from loading one's state.
+# Flags that Megatron requires for training, and flags that keep it from loading training state.
 NO_TRAINING = """
     --mock-data --micro-batch-size 1 --train-iters 1 --lr 0 --eval-iters 0 --no-load-optim
     --no-load-rng --no-resume --hidden-dropout 0 --attention-dropout 0
@@ -39,19 +39,19 @@ NO_TRAINING = """
 def load_model(
     checkpoint: str, flags: Sequence[str], *, dtype: str = "auto"
 ) -> tuple[argparse.Namespace, list[Any], Tokenizer]:
-    """Start Megatron and load the checkpoint of a folder that --ckpt-step names, or the newest.
+    """Start Megatron and load a folder's checkpoint: that of --ckpt-step, or the newest.
     Collective.
 
     Args:
-        flags: Megatron's, from the command line: layout, another tokenizer.
-        dtype: to compute in; "auto": what the weights are stored in, as an exported model does.
+        flags: Megatron's flags from the command line: the layout, another tokenizer.
+        dtype: the compute dtype; "auto": that of the stored weights, as for an exported model.
 
     Returns:
-        the arguments, this rank's model chunks, the tokenizer of the texts to score.
+        the arguments, this rank's model chunks, and the tokenizer for the texts to score.
 
     Raises:
-        UsageError: no checkpoint, flags that contradict it, another vocabulary.
-        NoGoodCheckpointError: a file of it is damaged.
+        UsageError: there is no checkpoint, flags contradict it, or the vocabulary differs.
+        NoGoodCheckpointError: one of its files is damaged.
     """
     from megatron_smlp.flags.model_arguments import model_arguments
     from megatron_smlp.flags.parse import build_parser, parse_arguments
@@ -94,21 +94,21 @@ def load_model(
             *(("--ckpt-step", str(iteration)) if iteration else ()),
         ]
     )
-    # It notes a SIGTERM for a training loop, and none will look: the process would go on.
+    # The handler records SIGTERM for a training loop; without one, the process would ignore it.
     get_signal_handler().release()
-    args.load = str(folder)  # also where the run's tracker names another one
+    args.load = str(folder)  # even if the run's tracker names another one
     return args, _build_and_load(args, folder), tokenizer
 
 
 def sequence_length(args: argparse.Namespace, wanted: int | None) -> int:
-    """Return the number of tokens that go into the model at once.
+    """Return the number of tokens that the model reads at once.
 
     Args:
-        args: of the loaded model.
-        wanted: None for the length of the training.
+        args: the arguments of the loaded model.
+        wanted: the requested length; None: that of the training.
 
     Raises:
-        UsageError: the model has no weights for so many, or the layout cannot cut them evenly.
+        UsageError: the model has no weights for so many, or the layout cannot split them evenly.
     """
     if wanted is None:
         return int(args.seq_length)
@@ -129,7 +129,7 @@ def sequence_length(args: argparse.Namespace, wanted: int | None) -> int:
 
 
 def tokenizer_flags(spec: TokenizerSpec) -> list[str]:
-    """Return the command line of a tokenizer."""
+    """Return the command-line flags of a tokenizer."""
     flags: list[str] = []
     for field in dataclasses.fields(spec):
         value = getattr(spec, field.name)

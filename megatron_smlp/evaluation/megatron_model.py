@@ -1,17 +1,17 @@
 """Score rows of tokens with Megatron's own model, in any layout of tensor, pipeline, expert and
 data parallelism.
 
-A score belongs to its row alone: it does not depend on the rows beside it, on their order, or on
-how many go through the model at once. The rows are distributed over the data parallel ranks, go
-through the stages by Megatron's schedule, and are scored on the last one where the logits are,
-still cut over the vocabulary:
+A score depends on its row alone: not on other rows, their order, or how many go through the model
+at once. The rows are distributed over the data parallel ranks, pass through the stages by
+Megatron's schedule, and are scored on the last one, where the logits stay sharded over the
+vocabulary:
 
     log p(y) = l_y - m - log sum_v exp(l_v - m),    m = max_v l_v        both sums over the TP group
 
 Rows are padded on the right, so positions count from 0. On a CPU every row goes through the model
-by itself, without padding: a matrix product there rounds by the number of its rows, and a score
-would depend on its batch. GPUs take batches. Where experts are spread over data ranks, the rows
-that go through at one time are padded to one length everywhere.
+alone, without padding: the rounding of a matrix product there depends on its number of rows, and a
+score would depend on its batch. GPUs take batches. If experts are spread over data ranks, all of
+these pad the rows of one forward pass to the same length.
 
 Letters: B rows at once, T tokens, V vocabulary, n scored tokens.
 """
@@ -35,12 +35,12 @@ from megatron_smlp.evaluation.rows import Progress, Row, RowScore
 
 
 class MegatronScorer:
-    """A model of Megatron's that scores rows; collective: all ranks score the same rows.
+    """A Megatron model that scores rows. Collective: all ranks pass the same rows.
 
     Args:
-        stages: the model chunks of this rank, as Megatron's training has them.
+        stages: the model chunks of this rank, as in Megatron's training.
         longest: T.
-        batch_size: rows at once on a data parallel rank; on a CPU it is one, whatever is given.
+        batch_size: rows per batch on a data parallel rank; always one on a CPU.
     """
 
     def __init__(self, stages: Sequence[Any], *, longest: int, batch_size: int) -> None:
@@ -54,10 +54,10 @@ class MegatronScorer:
         """Return the score of each row, on every rank."""
         if not rows:
             return []
-        # Neighbours of one length need little padding; the longest come first, where memory ends.
+        # Sorted by length, rows need little padding; the longest first, to run out of memory early.
         order = sorted(range(len(rows)), key=lambda number: (-len(rows[number].tokens), number))
         size, rank = mpu.get_data_parallel_world_size(), mpu.get_data_parallel_rank()
-        # All data ranks make the same number of calls: their experts may live on each other.
+        # All data ranks make the same number of calls, as they may hold each other's experts.
         share = self.batch_size * -(-len(rows) // (size * self.batch_size))
         padded = [order[place % len(order)] for place in range(share * size)]
         scores: dict[int, RowScore] = {}
@@ -65,14 +65,14 @@ class MegatronScorer:
             for start in range(0, share, self.batch_size):
                 everyone = padded[start * size : (start + self.batch_size) * size]
                 batch = everyone[rank::size]
-                # Ranks that share experts gather each other's tokens, as many from each.
+                # Ranks that share experts gather each other's tokens, equally many from each.
                 beside = everyone if self.config.expert_model_parallel_size > 1 else batch
                 length = self._length([rows[number] for number in beside])
                 answers = self._forward([rows[number] for number in batch], length)
                 scores |= zip(batch, answers, strict=bool(answers))
                 if progress is not None:
                     progress(min(len(rows), (start + self.batch_size) * size))
-        # Of the ranks that hold one model, a single one sends its scores to everybody.
+        # Of the ranks that hold one replica of the model, a single one sends scores to all ranks.
         sends = mpu.is_pipeline_last_stage(ignore_virtual=True) and (
             mpu.get_tensor_model_parallel_rank() == 0
         )
@@ -83,11 +83,11 @@ class MegatronScorer:
 
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:
-        """Turn gradients, dropout and Megatron's timers off, and leave everything as it was."""
+        """Turn off gradients, dropout and Megatron's timers, and restore everything on exit."""
         training = [stage.training for stage in self.stages]
         config = self.config
         timers, config.timers = config.timers, None
-        sync, config.param_sync_func = config.param_sync_func, None  # the hooks of each module wait
+        sync, config.param_sync_func = config.param_sync_func, None  # each module's hooks wait
         for stage in self.stages:
             stage.eval()
         try:
@@ -103,7 +103,7 @@ class MegatronScorer:
         # The input of each row is all of its tokens but the last: <int64>[B, T].
         inputs = [[*row.tokens[:-1], *[0] * (length + 1 - len(row.tokens))] for row in rows]
         tokens = torch.tensor(inputs, device=self.device)
-        # The interleaved schedule wants as many micro-batches as there are stages.
+        # The interleaved schedule needs as many micro-batches as there are stages.
         interleaved = len(self.stages) > 1
         repeats = mpu.get_pipeline_model_parallel_world_size() if interleaved else 1
         outputs = get_forward_backward_func()(
@@ -120,7 +120,7 @@ class MegatronScorer:
         return outputs[0] if outputs else []
 
     def _length(self, rows: Sequence[Row]) -> int:
-        """Return the length of the longest input; sequence parallelism cuts it evenly."""
+        """Return the longest input's length, rounded up if sequence parallelism must split it."""
         length = max(len(row.tokens) for row in rows) - 1
         if self.config.sequence_parallel:
             size = mpu.get_tensor_model_parallel_world_size()

@@ -1,16 +1,16 @@
-"""Measure the perplexity of a .bin/.idx pair, or of its validation part: every token but the very
-first is predicted exactly once.
+"""Measure the perplexity of a .bin/.idx pair, or of its validation part: every token but the first
+is predicted exactly once.
 
     perplexity = exp(nll / tokens),   nll = - sum log p(token | up to T tokens before it)
 
-Windows of T tokens begin every `stride` tokens; each scores what no earlier one did, so with a
-stride under T every later token has at least T - stride tokens of context. Documents follow each
-other as in training. Per byte and per word the same nll is divided by those of the text that is
-predicted; of some windows alone, which cut words, it is divided by bytes only:
+Windows of T tokens begin every `stride` tokens; each scores the tokens that no earlier one did, so
+with a stride below T every later token has at least T - stride tokens of context. Documents follow
+each other as in training. Per-byte and per-word figures divide the same nll by the bytes and words
+of the predicted text; a subset of windows, which cuts words, has only per-byte figures:
 
     bits per byte = nll / (bytes ln 2)
 
-The pair is read as it is needed: memory holds some windows, whatever its size.
+The pair is read on demand: memory holds a few windows, whatever its size.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from megatron_smlp.evaluation.breakdown import DOCUMENT, Breakdown
 from megatron_smlp.evaluation.rows import Row, Scorer
 
 BEFORE = 16
-"""Tokens before a piece of text that are decoded with it: characters and words go over its edge."""
+"""Tokens decoded ahead of a piece of text, as characters and words may span its edge."""
 CHUNK = 256
-"""Windows that are scored in one call."""
+"""Windows scored in one call."""
 
 
 class Part(NamedTuple):
-    """Neighbouring sequences of a pair."""
+    """Consecutive sequences of a pair."""
 
     tokens: Any
     """<dtype>[tokens], on disk until it is read."""
     documents: Any
-    """int64[documents + 1]: the place in `tokens` of each document's first token."""
+    """int64[documents + 1]: the offset in `tokens` of each document's first token."""
 
     @classmethod
     def of(cls, index: Index, first: int, last: int) -> Part:
@@ -54,10 +54,10 @@ class Part(NamedTuple):
 
 
 def validation_part(index: Index, split: str | None) -> Part:
-    """Return the sequences that a run with that --split validates on; without one, all.
+    """Return the sequences that a run with this --split validates on; without one, all.
 
     Raises:
-        UsageError: Megatron cannot read it, or it leaves nothing.
+        UsageError: Megatron cannot parse it, or it leaves nothing for validation.
     """
     if split is None:
         return Part.of(index, 0, index.num_sequences)
@@ -84,12 +84,12 @@ def validation_part(index: Index, split: str | None) -> Part:
 
 @dataclass(frozen=True)
 class Window:
-    """Neighbouring tokens of a text, of which those from `scored` on are predicted."""
+    """Consecutive tokens of a text; those from `scored` on are predicted."""
 
     begin: int
     scored: int
     end: int
-    """Behind the last one."""
+    """One past the last token."""
 
     def row(self, tokens: Sequence[int]) -> Row:
         ids = tokens[self.begin : self.end]
@@ -97,11 +97,11 @@ class Window:
 
 
 def windows(count: int, *, longest: int, stride: int, limit: int | None = None) -> Iterator[Window]:
-    """Cut a text of so many tokens, two or more, into windows; see the top of the file.
+    """Cut a text of `count` tokens, two or more, into windows; see the top of the file.
 
     Args:
-        limit: leave out all but so many, unread. Those left are spread evenly over the text, and
-            the first scores no more than the others: with a short stride it would outweigh them.
+        limit: read only so many, spread evenly over the text. The first of them scores no more than
+            the others: with a short stride it would outweigh them.
     """
     last = count - 1
     all_of_them = 1 + max(0, -(-(last - longest) // stride))
@@ -109,21 +109,21 @@ def windows(count: int, *, longest: int, stride: int, limit: int | None = None) 
     for number in range(chosen):
         begin = number * all_of_them // chosen * stride
         scores_all = begin == 0 and chosen == all_of_them
-        done = 0 if scores_all else begin - stride + longest  # by the window before
+        done = 0 if scores_all else begin - stride + longest  # scored by the previous window
         yield Window(begin, done + 1, min(begin + longest, last) + 1)
 
 
 def measure(
     scorer: Scorer, tokenizer: Tokenizer, options: argparse.Namespace, *, suffix_from: int
 ) -> dict[str, Any]:
-    """Return the perplexity of --data-path, and the numbers that it is made of. Collective.
+    """Return the perplexity of --data-path, and the numbers it is computed from. Collective.
 
     Args:
         options: those of the group `perplexity` in cli.py, and --limit.
-        suffix_from: P, to report what positions from there on predict too; 0: do not.
+        suffix_from: P, to also report what positions from P on predict; 0: do not.
 
     Raises:
-        UsageError: no such pair, one of another vocabulary, or too little text.
+        UsageError: there is no such pair, its vocabulary differs, or it has too little text.
     """
     stride = options.stride or scorer.longest
     if stride > scorer.longest:
@@ -169,7 +169,7 @@ def measure(
 
 
 class _Sum:
-    """-log p of tokens, a sum per window."""
+    """Accumulates -log p of tokens, as one sum per window."""
 
     def __init__(self) -> None:
         self.count, self._sums = 0, list[float]()
@@ -184,7 +184,7 @@ class _Sum:
 
 
 def _part(tokenizer: Tokenizer, options: argparse.Namespace) -> Part:
-    """Open what is read of a pair, which holds two tokens or more."""
+    """Open the part of a pair to read, and check that it has two tokens or more."""
     prefix = strip_suffix(options.data_path)
     try:
         identity = None if options.allow_tokenizer_mismatch else tokenizer.identity
@@ -204,7 +204,7 @@ def _per_byte(nll: float, num_bytes: int) -> dict[str, Any]:
 
 
 class _Text:
-    """The text of a part: what its ids say without those that begin and end documents."""
+    """The decoded text of a part, without the ids that begin and end documents."""
 
     def __init__(self, part: Part, tokenizer: Tokenizer) -> None:
         self._encoder, self._end = tokenizer.build(), tokenizer.eod
@@ -212,10 +212,10 @@ class _Text:
         self._tokens = part.tokens
         self._documents = part.documents
         self.bytes = np.zeros(len(self._documents) - 1, dtype=np.int64)
-        """Those of each document that were predicted so far."""
+        """Bytes of each document predicted so far."""
 
     def count(self, window: Window) -> None:
-        """Count the bytes that a window predicts; a character counts where its last token is."""
+        """Count the bytes that a window predicts; a character counts with its last token."""
         first = max(0, int(np.searchsorted(self._documents, window.scored, side="right")) - 1)
         bounds = itertools.pairwise(self._documents[first:].tolist())
         for document, (begin, end) in enumerate(bounds, start=first):
@@ -228,7 +228,7 @@ class _Text:
                 self.bytes[document] += self._size(before, high) - self._size(before, low)
 
     def words(self) -> int:
-        """Return the words of the whole part, without a first token that is not predicted."""
+        """Return the number of words of the whole part, without its unpredicted first token."""
         bounds = itertools.pairwise(self._documents.tolist())
         spans = ((max(1, self._behind_start(begin, end)), end) for begin, end in bounds)
         return sum(len(self._decoded(begin, end).split()) for begin, end in spans)

@@ -1,7 +1,7 @@
-"""The harness's results: as scores, on the console, and in JSON, markdown and metrics.jsonl.
+"""Report the harness's results: as scores, on the console, in JSON, markdown and metrics.jsonl.
 
-The markdown report puts the figures of the paper under the measured ones. They are from arXiv
-2203.06850 and its public leaderboards, and were never measured by this program.
+The markdown report puts the paper's figures below the measured ones. They are from arXiv 2203.06850
+and its public leaderboards, and were never measured by this program.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PAPER_METRICS = {
     "hellaswag": "acc_norm",
     "record": "em",
 }
-"""The harness's metric that stands beside each column of the paper."""
+"""The harness's metric that corresponds to each column of the paper."""
 PAPER_FIGURES = {
     "BASE 10B": ("63.0", "63.8", "n/a", "51.0", "n/a", "60.7"),
     "HASH 10B": ("64.0", "63.8", "n/a", "51.7", "33.0", "67.2"),
@@ -34,11 +34,11 @@ PAPER_FIGURES = {
     "Switch 9B": ("75.0", "n/a", "n/a", "53.4", "52.5", "79.9"),
     "sMLP-deterministic 9.4B": ("79.0", "73.0", "n/a", "54.3", "54.5", "73.4"),
 }
-"""Accuracy in %, of ReCoRD exact match; n/a: a figure that we have no source for."""
+"""Accuracy in %, for ReCoRD exact match; n/a: a figure that we have no source for."""
 
 
 SHARES = {"acc", "acc_norm", "exact_match"}
-"""Metrics that are shares of 1 in every task; all those of the paper's tasks are too."""
+"""Metrics that are fractions in every task, as all metrics of the paper's tasks are."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Score:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """A task's metrics, over so many examples."""
+    """A task's metrics over its examples."""
 
     task: str
     examples: int
@@ -61,7 +61,7 @@ class TaskResult:
     samples: list[dict[str, Any]] = field(repr=False, default_factory=list)
     """Each example: document id, target, and the options' log-likelihoods."""
     unfit: Mapping[int, str] = field(default_factory=dict)
-    """Examples that did not fit into the model, by document id: what became of each, and why."""
+    """Examples that did not fit into the model, by document id: what happened to each, and why."""
 
     def as_json(self) -> dict[str, Any]:
         scores = {name: asdict(score) for name, score in self.scores.items()}
@@ -69,7 +69,7 @@ class TaskResult:
 
 
 def from_harness(results: Mapping[str, Any]) -> list[TaskResult]:
-    """Return a result per task, and per group with scores, of what `lm_eval.simple_evaluate`
+    """Return a result per task, and per group with scores, from what `lm_eval.simple_evaluate`
     returned, in its order."""
     return [
         TaskResult(
@@ -99,7 +99,7 @@ def _scores(values: Mapping[str, Any]) -> dict[str, Score]:
 
 
 def _sample(task: str, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return one example; a generation has its texts where others have log-likelihoods."""
+    """Return one example: the texts of a generation, the log-likelihoods of any other."""
     answers = [answer[0] for answer in sample["resps"]]
     record: dict[str, Any] = {"task": task, "doc_id": sample["doc_id"], "target": sample["target"]}
     if sample["filter"] != "none":
@@ -170,7 +170,7 @@ def print_table(results: Sequence[TaskResult], file: TextIO, *, title: str) -> N
 
 def write_json(path: Path, *, model: dict[str, Any], results: Sequence[TaskResult]) -> None:
     """Write `{"model", "results": {task: {"examples", "version", "metrics"}}, "unfit": {task: {doc:
-    why}}}`; a task of which no example fits is in `unfit` alone."""
+    why}}}`; a task without any fitting example is only in `unfit`."""
     record = {
         "model": model,
         "results": {result.task: result.as_json() for result in results if result.scores},
@@ -180,7 +180,7 @@ def write_json(path: Path, *, model: dict[str, Any], results: Sequence[TaskResul
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Write a file, or a device as /dev/stdout; a crash leaves what was in a file before."""
+    """Write a file, or a device such as /dev/stdout; a crash leaves a file's previous content."""
     if path.exists() and not path.is_file():
         path.write_text(text, encoding="utf-8")
     else:
@@ -198,7 +198,7 @@ def write_samples(path: Path, results: Sequence[TaskResult]) -> None:
 
 
 def as_markdown(results: Sequence[TaskResult], *, model: str) -> str:
-    """Return a table of what was measured and, apart and marked as such, the paper's figures."""
+    """Return a table of the measured scores and, separately and marked as such, the paper's."""
     lines = [
         f"# Zero-shot evaluation of {model}",
         "",
@@ -220,7 +220,7 @@ def as_markdown(results: Sequence[TaskResult], *, model: str) -> str:
 
 
 def _task_of_the_paper(name: str) -> str | None:
-    """Return the paper's name of a task of the harness; None: the paper does not have it."""
+    """Return the paper's name for a task of the harness, or None if the paper lacks it."""
     base = "storycloze" if name.startswith("storycloze") else name.removesuffix("_paper")
     return base if base in PAPER_METRICS else None
 

@@ -17,12 +17,12 @@ class Row:
     tokens: tuple[int, ...]
     """At most T + 1: the last one is only predicted."""
     scored: int
-    """Number of last tokens that are scored; at least one token comes before them."""
+    """Number of trailing tokens to score; at least one token precedes them."""
 
 
 @dataclass(frozen=True)
 class RowScore:
-    """Scores of a row's scored tokens, in their order."""
+    """Scores of a row's scored tokens, in order."""
 
     logprobs: tuple[float, ...]
     """log p of each token, given all tokens before it; natural logarithms."""
@@ -35,7 +35,7 @@ class Scorer(Protocol):
 
     @property
     def longest(self) -> int:
-        """T: the most tokens that it reads at once."""
+        """T, the most tokens that the model reads at once."""
 
     def score(self, rows: Sequence[Row], *, progress: Progress | None = None) -> list[RowScore]:
-        """Return the score of each row, which does not depend on the rows beside it."""
+        """Return the score of each row, which does not depend on the other rows."""

@@ -23,23 +23,23 @@ PromptStyle = Literal["lm_eval", "paper"]
 
 @dataclass(frozen=True)
 class Selection:
-    """Loaded tasks, in the order that they were asked for."""
+    """Loaded tasks, in the requested order."""
 
     tasks: list[Any]
-    """And groups of tasks, which have scores of their own."""
+    """Tasks, and groups of tasks, which have scores of their own."""
     manager: Any
     """The TaskManager that loaded them."""
 
     def broken(self, name: str, error: Exception) -> UsageError:
-        """Return what to say of a task whose prompts cannot be made."""
+        """Return the error for a task whose prompts cannot be built."""
         return UsageError(f"--tasks {name}: {_file_of(name, self.manager)}: {_in_words(error)}")
 
 
 def split_names(text: str, *, flag: str = "--tasks") -> list[str]:
-    """`copa, piqa` -> ["copa", "piqa"], each once.
+    """Split `copa, piqa` into ["copa", "piqa"], each name once.
 
     Raises:
-        UsageError: there is no name in it.
+        UsageError: the text contains no name.
     """
     names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     if not names:
@@ -57,7 +57,7 @@ def select_tasks(
     """Load tasks.
 
     Args:
-        data_dir: folder with the tasks' files; no network is used then. None: the hub.
+        data_dir: folder with the tasks' files, read without a network; None: the hub.
         prompt_style: how COPA asks; the other tasks have one style.
         include_path: folder of a user's own task files, in the harness's format.
 
@@ -105,10 +105,10 @@ def _load(names: Sequence[str], manager: Any, *, remedy: str) -> Selection:
     for name in names:
         try:
             loaded = _outermost(manager.load([name]))
-            manager.load([*built, *loaded])  # which refuses one that is there twice
+            manager.load([*built, *loaded])  # refuses one that is there twice
         except UsageError:
             raise
-        except Exception as error:  # of files and code that are not ours, and of the network
+        except Exception as error:  # any kind: files, code and network are not ours
             raise UsageError(
                 f"--tasks {name} cannot be loaded ({_in_words(error)}): check "
                 f"{_file_of(name, manager)}, {remedy}"
@@ -118,14 +118,14 @@ def _load(names: Sequence[str], manager: Any, *, remedy: str) -> Selection:
 
 
 def _outermost(loaded: Any) -> list[Any]:
-    """Return the groups and tasks that are in no group."""
+    """Return the groups and tasks that belong to no group."""
     inner = set(itertools.chain.from_iterable(loaded["group_map"].values()))
     both = loaded["groups"] | loaded["tasks"]
     return [item for name, item in both.items() if name not in inner]
 
 
 def _file_of(name: str, manager: Any) -> Path | None:
-    """Return the YAML file of a task or group; None: it is not known."""
+    """Return the YAML file of a task or group, or None if it is unknown."""
     entry = manager.task_index.get(name)
     return entry and entry.yaml_path
 
@@ -135,7 +135,7 @@ def _in_words(error: Exception) -> str:
 
 
 def _check_known(name: str, known: Sequence[str], *, include_path: str | None) -> None:
-    """Raise `UsageError` where a task is unknown, with near names."""
+    """Raise `UsageError` with similar names if a task is unknown."""
     if name in known:
         return
     hint = did_you_mean(name, known, most=3, cutoff=0.5)

@@ -1,1 +1,1 @@
-"""Texts that a checkpoint continues, and the model behind them, which serving shares."""
+"""Text generation from a checkpoint, and the model behind it, which serving shares."""

@@ -24,7 +24,7 @@ message on stderr."""
 
 
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that name a model, and what it computes in and on."""
+    """Add the flags that name a model, its dtype and its device."""
     model = parser.add_argument_group("model (one of the first two)")
     model.add_argument(
         "--checkpoint",
@@ -41,7 +41,7 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that name a model, its tokenizer, and the device that it runs on."""
+    """Add the flags that name a model, its tokenizer, and the device it runs on."""
     from megatron_smlp.data.tokenizers.spec import add_tokenizer_arguments
 
     add_source_arguments(parser)
@@ -55,8 +55,8 @@ def check_model_arguments(options: argparse.Namespace) -> None:
     """Check the flags of `add_model_arguments`, before torch is imported.
 
     Raises:
-        UsageError: not exactly one model, a folder that does not exist, or a flag that --hf would
-            not read.
+        UsageError: not exactly one model is given, its folder does not exist, or --hf would ignore
+            a flag.
     """
     if bool(options.checkpoint) == bool(options.hf):
         raise UsageError("give one model: --checkpoint DIR (of a run) or --hf DIR (exported)")
@@ -188,10 +188,10 @@ def _run_file(
 ) -> None:
     from megatron_smlp.generation.completion import complete, encode_prompt
 
-    # All of them first: a wrong line is found before hours of work, not after them.
+    # Encode all prompts first, to find a wrong line before hours of work, not after them.
     encoded = [(prompt, encode_prompt(lm, prompt, where=where)) for where, prompt in prompts]
     room = lm.longest - options.max_new_tokens
-    # A prompt that will reach position T goes alone, so that it stops no other.
+    # A prompt that will reach position T runs alone, so that it does not stop others early.
     for ends_early, group in itertools.groupby(encoded, key=lambda pair: len(pair[1]) > room):
         for batch in itertools.batched(group, 1 if ends_early else options.batch_size):
             texts, ids = zip(*batch, strict=True)
@@ -220,7 +220,7 @@ def _report_the_end(lm: LanguageModel, done: Completion) -> None:
 
 
 def _converse(lm: LanguageModel, options: argparse.Namespace) -> None:
-    """Continue lines of the terminal or a pipe; a wrong one does not end the conversation."""
+    """Continue lines from a terminal or a pipe; a wrong one does not end the conversation."""
     sign = "> " if sys.stdin.isatty() else ""
     while True:
         try:

@@ -1,4 +1,4 @@
-"""Continue prompts by transformers' own `generate`."""
+"""Continue prompts with transformers' own `generate`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Completion:
     """Without the token that ended it."""
     num_tokens: int
     reached_the_end: bool
-    """Whether it stopped because the model has no further positions."""
+    """Whether it stopped because the model has no more positions."""
 
 
 def encode_prompt(lm: LanguageModel, prompt: str, *, where: str) -> list[int]:
@@ -34,7 +34,7 @@ def encode_prompt(lm: LanguageModel, prompt: str, *, where: str) -> list[int]:
         where: the prompt's name in messages.
 
     Raises:
-        UsageError: it is empty, or leaves no position to generate at.
+        UsageError: it cannot be encoded, is empty, or leaves no position to generate at.
     """
     try:
         ids = lm.encode(prompt)
@@ -51,7 +51,7 @@ def encode_prompt(lm: LanguageModel, prompt: str, *, where: str) -> list[int]:
 
 
 def sampling_of(options: argparse.Namespace) -> dict[str, Any]:
-    """Return how tokens are chosen, as arguments of `generate`."""
+    """Return the arguments of `generate` that decide how tokens are chosen."""
     common = {"num_beams": options.num_beams, "num_return_sequences": options.num_samples}
     if options.temperature < COLDEST:
         return {"do_sample": False, **common}
@@ -62,12 +62,12 @@ def sampling_of(options: argparse.Namespace) -> dict[str, Any]:
 def complete(
     lm: LanguageModel, prompts: Sequence[Sequence[int]], options: argparse.Namespace
 ) -> Iterator[Completion]:
-    """Continue `encode_prompt`'s ids in one batch; sampling draws from torch's global generator.
+    """Continue prompts as one batch; sampling draws from torch's global generator.
 
-    The longest prompt decides where position T is: no sample goes on when that one has to stop.
+    The longest prompt reaches position T first, and all samples stop with it.
 
     Args:
-        prompts: token ids, at least one each, fewer than T.
+        prompts: token ids from `encode_prompt`, at least one each, fewer than T.
         options: those of the group `sampling` in cli.py.
     """
     padding = lm.end or 0

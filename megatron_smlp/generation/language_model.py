@@ -14,8 +14,8 @@ from megatron_smlp.data.tokenizers.spec import Encoder, Tokenizer, TokenizerSpec
 from megatron_smlp.errors import UsageError
 
 COLDEST = 1e-30
-"""Temperature: logits over less than this overflow; so close to 0 the likeliest token is drawn
-anyway."""
+"""Lowest temperature: logits divided by less than this overflow, and so close to 0 the likeliest
+token is drawn anyway."""
 
 
 @dataclass(frozen=True)
@@ -29,16 +29,16 @@ class LanguageModel:
     """Id of the end-of-document token."""
     name: str
     start: tuple[int, ...] = ()
-    """Ids before each text, as the model was trained with."""
+    """Ids to prepend to each text, as in training."""
 
     @property
     def longest(self) -> int:
-        """T: positions that the model has."""
+        """T, the number of positions that the model has."""
         return int(self.model.config.max_position_embeddings)
 
     @property
     def ends(self) -> list[int]:
-        """Ids that generation stops at: `end`, and what else the model's folder names."""
+        """Ids that end generation: `end`, and any others that the model's folder names."""
         named = self.model.generation_config.eos_token_id
         others = named if isinstance(named, list) else [named]
         return sorted({number for number in (self.end, *others) if number is not None})
@@ -50,21 +50,21 @@ class LanguageModel:
 
     @property
     def padding_ids(self) -> list[int]:
-        """Ids of the vocabulary's padding, which no text has."""
+        """Ids of the vocabulary's padding, which occur in no text."""
         from megatron_smlp.conversion.huggingface import padding_of
 
         suppressed = self.model.generation_config.suppress_tokens or []
         return sorted({*padding_of(self.model.config), *suppressed})
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of a text, behind `start`."""
+        """Return the ids of a text, preceded by `start`."""
         return [*self.start, *self.tokenizer.encode_batch([text])[0].tolist()]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids)
 
     def continuation(self, prompt: Sequence[int], new: Sequence[int]) -> str:
-        """Return the text of `new` after `prompt`; some tokenizers write a blank between."""
+        """Return the text of `new` after `prompt`; some tokenizers put a space between them."""
         return self.decode([*prompt, *new])[len(self.decode(prompt)) :]
 
 
@@ -72,7 +72,7 @@ def load(options: argparse.Namespace) -> LanguageModel:
     """Load the model that --checkpoint or --hf names, on --device and in --dtype.
 
     Raises:
-        UsageError: a folder that is neither, or a tokenizer that is missing or not the model's.
+        UsageError: the folder is neither, or the tokenizer is missing or not the model's.
     """
     model, tokenizer, start = model_and_tokenizer(options)
     folder = Path(options.hf or options.checkpoint)
@@ -81,7 +81,7 @@ def load(options: argparse.Namespace) -> LanguageModel:
 
 
 def model_and_tokenizer(options: argparse.Namespace) -> tuple[Any, Tokenizer, tuple[int, ...]]:
-    """Load what `load` does: a tokenizer that is not at work yet, and the ids before a text."""
+    """Load as `load` does: the model, a tokenizer not yet built, and the ids before a text."""
     device = usable_device(options.device)
     model, spec, source = _exported(options) if options.hf else _trained(options)
     spec = named_or_moved(options, spec)
@@ -121,7 +121,7 @@ def model_of(checkpoint: Any) -> Any:
     plan = huggingface.TENSORS.export_plan(checkpoint.specs, checkpoint.flags)
     expected = huggingface.expected_shapes(model)
     converted = Converted(plan, checkpoint, expected, where=str(checkpoint.folder))
-    # `Converted` has compared the names; only a tied output layer is not among them.
+    # `Converted` has checked the names; only a tied output layer is not among them.
     tensors = {name: converted.read(name) for name in converted.specs}
     model.load_state_dict(tensors, assign=True, strict=False)
     model.tie_weights()
@@ -146,7 +146,7 @@ def _exported(options: argparse.Namespace) -> tuple[Any, TokenizerSpec | None, s
         )
     if missing := sorted(loaded["missing_keys"]):
         raise UsageError(f"--hf {folder} has no weights for {missing[0]}, which its model has.")
-    # Others of its settings, as a repetition penalty, would be taken where none is asked for.
+    # Its other settings, such as a repetition penalty, would apply without being asked for.
     names = ("eos_token_id", "suppress_tokens")
     model.generation_config = GenerationConfig(
         **{name: getattr(model.generation_config, name) for name in names}
@@ -163,10 +163,10 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def check_with_tokenizer(folder: Path) -> None:
-    """Check an exported folder where no other tokenizer can be given.
+    """Check an exported folder that must provide its own tokenizer.
 
     Raises:
-        UsageError: it is not a model, or has no tokenizer.
+        UsageError: it contains no model or no tokenizer.
     """
     from megatron_smlp.conversion.huggingface import check_folder
 
@@ -186,7 +186,7 @@ def default_device() -> str:
 
 
 def usable_device(name: str | None) -> str:
-    """Return --device, or the default, if a tensor can be there.
+    """Return --device, or the default, after checking that it can hold a tensor.
 
     Raises:
         UsageError: it cannot.

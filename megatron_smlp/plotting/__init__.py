@@ -1,1 +1,1 @@
-"""Figures of finished and of running trainings."""
+"""Figures of finished and running trainings."""

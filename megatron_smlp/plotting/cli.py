@@ -1,4 +1,4 @@
-"""The command line of tools/plot_runs.py: read runs, and write their figures as files."""
+"""The command line of tools/plot_runs.py: read runs and write their figures to files."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool.
 
     Raises:
-        UsageError: matplotlib is not there, a run cannot be read, or --output not be made.
+        UsageError: matplotlib is missing, a run cannot be read, or --output cannot be created.
     """
     args = build_parser().parse_args(argv)
     require_package("matplotlib", purpose="a plot", extra="'megatron-smlp[plots]'")

@@ -1,4 +1,4 @@
-"""Draw losses, heat maps of expert load, and router curves, by matplotlib, without a display."""
+"""Draw losses, heat maps of expert load, and router curves with matplotlib, without a display."""
 
 from __future__ import annotations
 
@@ -34,26 +34,26 @@ from megatron_smlp.plotting.series import (
 )
 from megatron_smlp.routers.collapse import COLLAPSED
 
-# Paul Tol's "muted", which colour-blind readers tell apart, and three more, so that each of a
-# study's twelve systems has its own; line styles help where two are near.
+# Paul Tol's "muted", which color-blind readers can tell apart, and three more, so that each of a
+# study's twelve systems has its own; line styles help where two colors are close.
 COLORS = (
     "#332288", "#CC6677", "#117733", "#DDAA33", "#88CCEE", "#AA4499", "#882255", "#44AA99",
     "#999933", "#EE7733", "#000000", "#999999",
 )  # fmt: skip
 STYLES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)))
-SMOOTHED = 50  # a curve averages over so small a part of its points, where nobody says
-EXTREME = 4.0  # times an even share, where the colours of a heat map end
+SMOOTHED = 50  # a curve averages over 1 / SMOOTHED of its points by default
+EXTREME = 4.0  # multiple of an even share at which the colors of a heat map end
 DPI = 150
 
 
 def loss_figure(
     runs: Sequence[Run], *, axes: Sequence[str], window: int | None, suffix: bool = False
 ) -> Figure:
-    """Draw the loss of training (lines) and validation (dots) against each of `axes`, of AXES.
+    """Draw the loss of training (lines) and validation (dots) against each of `axes`, from AXES.
 
     Args:
         window: logged lines that a training curve averages over; None: a fiftieth.
-        suffix: the loss of the targets behind a prefix, of the runs that have it; else of all.
+        suffix: draw the loss of targets after a prefix, for runs that have it; else of all targets.
     """
     columns = min(2, len(axes))
     rows = -(-len(axes) // columns)
@@ -97,11 +97,11 @@ def legend(
     has_dots: bool = False,
     note: str | None = None,
 ) -> None:
-    """Draw a legend of names and their styles below the panels, where it never lies on a curve.
+    """Draw a legend of names and their styles below the panels, where it never covers a curve.
 
     Args:
-        has_dots: whether dots are validations.
-        note: its title.
+        has_dots: whether to explain dots as validations.
+        note: the title of the legend.
     """
     handles = [Line2D([], [], linewidth=1.8, label=name, **style) for name, style in pairs]
     if has_dots:
@@ -119,16 +119,16 @@ def styles() -> Iterator[dict[str, Any]]:
     """Yield the color and the line style of each run."""
     for number in itertools.count():
         turn, place = divmod(number, len(COLORS))
-        style = STYLES[(place + turn) % len(STYLES)]  # a color comes back with another one
+        style = STYLES[(place + turn) % len(STYLES)]  # a color recurs with another style
         yield {"color": COLORS[place], "linestyle": style}
 
 
 def load_figure(run: Run, *, evaluation: bool = False) -> Figure | None:
-    """Draw the load of every expert over time, a panel a router; None: the run has no routers."""
+    """Draw each expert's load over time, one panel per router; None if the run has no routers."""
     histories = router_histories(run, evaluation=evaluation)
     if not histories:
         return None
-    # With routers of both kinds, a row a layer.
+    # With routers of both kinds, one row per layer.
     columns = 2 if len({history.kind for history in histories}) > 1 else min(3, len(histories))
     rows = -(-len(histories) // columns)
     figure = Figure(figsize=(4.2 * columns + 1, 2.5 * rows + 0.7), layout="constrained", dpi=DPI)
@@ -148,7 +148,7 @@ def load_figure(run: Run, *, evaluation: bool = False) -> Figure | None:
 
 
 def _draw_load(panel: Axes, history: RouterHistory) -> Any:
-    """Draw cells that end halfway between logged lines; no load has the lowest colour."""
+    """Draw cells that end halfway between logged lines; zero load has the lowest color."""
     load = np.maximum(history.load.T, 1e-3)
     experts = np.arange(load.shape[0] + 1) - 0.5
     norm = LogNorm(1 / EXTREME, EXTREME)
@@ -167,7 +167,7 @@ def router_figure(runs: Sequence[Run]) -> Figure | None:
     """Draw entropy and drop rate over time: lines for the worst layer, bands for all layers, dots
     for the worst layer in each validation.
 
-    None where no run has routers.
+    Return None if no run has routers.
     """
     routed = [
         (run, style, histories)
@@ -232,14 +232,14 @@ def _draw_dots(
 
 
 def tidy(panel: Axes) -> None:
-    """Draw a faint grid behind the curves, and no frame above and at the right."""
+    """Draw a faint grid behind the curves, and no frame at the top and right."""
     panel.grid(color="0.9", linewidth=0.6)
     panel.set_axisbelow(True)
     panel.spines[["top", "right"]].set_visible(False)
 
 
 def plain_log(panel: Axes, axes: str = "xy") -> None:
-    """Make axes logarithmic, with plain numbers, also where they span less than a decade."""
+    """Make axes logarithmic, with plain numbers even where they span less than a decade."""
     for name in axes:
         panel.set(**{f"{name}scale": "log"})
         axis = panel.xaxis if name == "x" else panel.yaxis

@@ -1,4 +1,4 @@
-"""The data behind the figures, of metrics.jsonl: curves of losses, and histories of routers.
+"""The data behind the figures, from metrics.jsonl: loss curves and router histories.
 
 Letters: S logged lines, L layers, E experts.
 """
@@ -23,7 +23,7 @@ Floats = NDArray[np.float64]
 class Run:
     label: str
     training: list[Record]
-    """Lines with a `loss`, one an iteration, ascending."""
+    """Lines with a `loss`, one per iteration, ascending."""
     validation: list[Record]
     """Lines with a `validation_loss`, likewise."""
 
@@ -32,10 +32,10 @@ def read_runs(paths: Sequence[Path], *, labels: Sequence[str] | None = None) -> 
     """Read the runs in these folders or files.
 
     Args:
-        labels: one a run; default: the part in which their paths differ.
+        labels: one per run; default: the part in which their paths differ.
 
     Raises:
-        UsageError: another number of labels, or an error of `read_run`.
+        UsageError: the number of labels is wrong, or `read_run` raises it.
     """
     names = list(labels) if labels else default_labels(paths)
     if len(names) != len(paths):
@@ -44,7 +44,7 @@ def read_runs(paths: Sequence[Path], *, labels: Sequence[str] | None = None) -> 
 
 
 def default_labels(paths: Sequence[Path]) -> list[str]:
-    """Return the part in which paths differ: `switch`, `base` of `switch/log base/log`."""
+    """Return the part in which paths differ: `switch` and `base` for `switch/log base/log`."""
     folders = [(path.parent if path.suffix == ".jsonl" else path).resolve() for path in paths]
     for part in range(1, max(len(folder.parts) for folder in folders)):
         names = [folder.parts[-part] if part < len(folder.parts) else "" for folder in folders]
@@ -57,7 +57,7 @@ def read_run(path: Path, *, label: str) -> Run:
     """Read one run.
 
     Raises:
-        UsageError: no such file, a line that is not a record, or no step in it.
+        UsageError: there is no such file, a line is not a record, or no step is recorded.
     """
     file = path / FILE_NAME if path.is_dir() else path
     present = read_records(file)
@@ -68,12 +68,12 @@ def read_run(path: Path, *, label: str) -> Run:
 
 
 def _by_iteration(records: Sequence[Record], name: str) -> list[Record]:
-    """Return the records that have this number, the last one of each iteration."""
+    """Return the records that have this field, the last one of each iteration."""
     return list({record["iteration"]: record for record in records if name in record}.values())
 
 
 def number(record: Record, name: str) -> float:
-    """Return a field as a number, also from a text such as "nan"; NaN where it is missing."""
+    """Return a field as a number, also from a text such as "nan"; NaN if it is missing."""
     value = record.get(name)
     return math.nan if value is None else float(value)
 
@@ -85,7 +85,7 @@ class Axis:
     field: str
     """Its name in metrics.jsonl."""
     label: str
-    """Its name under the axis, with a place for that of the unit."""
+    """Its name under the axis, with a placeholder for the unit's."""
     units: tuple[tuple[float, str], ...] = ((1.0, ""),)
     """Size, in the field's own unit, and name of each unit; ascending."""
 
@@ -111,11 +111,11 @@ AXES = {
 
 
 def loss_fields(run: Run, *, suffix: bool) -> tuple[str, str]:
-    """Return the fields of training and validation that have the losses of all targets of a run, or
-    of those behind a prefix.
+    """Return the training and validation fields that have a run's losses over all targets, or over
+    those after a prefix.
 
-    The `loss` of a step is of what is trained on: the suffix with partial prediction, whose lines
-    then have a `whole_loss`.
+    A step's `loss` is over the targets trained on. With partial prediction these are the suffix,
+    and its lines also have a `whole_loss`.
     """
     if suffix:
         return "suffix_loss", "validation_suffix_loss"
@@ -124,20 +124,20 @@ def loss_fields(run: Run, *, suffix: bool) -> tuple[str, str]:
 
 
 def has_losses(run: Run, *, suffix: bool) -> tuple[bool, bool]:
-    """Return whether there are losses of training, and of validation, to draw."""
+    """Return whether there are training losses, and validation losses, to draw."""
     training, validation = loss_fields(run, suffix=suffix)
     trained = any(training in record for record in run.training)
     return trained, any(validation in record for record in run.validation)
 
 
 def common_unit(runs: Sequence[Run], axis: Axis) -> tuple[float, str]:
-    """Return the largest unit of which the largest value of the runs has one or more."""
+    """Return the largest unit that the largest value of the runs reaches."""
     values = [number(record, axis.field) for run in runs for record in run.training]
     return unit_for(axis, max((value for value in values if np.isfinite(value)), default=0.0))
 
 
 def unit_for(axis: Axis, largest: float) -> tuple[float, str]:
-    """Return the largest unit of which there is one or more, else the smallest."""
+    """Return the largest unit that `largest` reaches, else the smallest."""
     return [axis.units[0], *(unit for unit in axis.units if largest >= unit[0])][-1]
 
 
@@ -158,7 +158,7 @@ def curve(records: Sequence[Record], *, axis: Axis, unit: float, field: str) -> 
 
 
 def smoothed(line: Curve, *, window: int) -> Curve:
-    """Return the mean of the last `window` points, of fewer at the start."""
+    """Return the running mean over the last `window` points, over fewer at the start."""
     if window < 2 or not len(line.y):
         return line
     sums = np.concatenate(([0.0], np.cumsum(line.y)))
@@ -174,9 +174,9 @@ class RouterHistory:
     iterations: Floats
     """<float64>[S]."""
     load: Floats
-    """<float64>[S, E], share of each expert times E: 1 is even."""
+    """<float64>[S, E], each expert's share times E: 1 is even."""
     entropy: Floats
-    """<float64>[S], of log E."""
+    """<float64>[S], as a fraction of log E."""
     drop_rate: Floats
     """<float64>[S]."""
 
@@ -186,7 +186,7 @@ class RouterHistory:
 
 
 def router_histories(run: Run, *, evaluation: bool = False) -> list[RouterHistory]:
-    """Return all routers of a run, in training or in its validations, first layer first."""
+    """Return the history of each router of a run, in training or validation, in layer order."""
     records = run.validation if evaluation else run.training
     field = "validation_routers" if evaluation else "routers"
     by_layer: dict[tuple[int, str], list[tuple[int, Record]]] = {}

@@ -1,1 +1,1 @@
-"""A checkpoint behind an HTTP server with OpenAI's completions."""
+"""An HTTP server that answers OpenAI's completions API from a checkpoint."""

@@ -1,9 +1,9 @@
-"""Admit requests: JSON, to a host that is this one, with the key if there is one.
+"""Admit requests that are JSON, address this host, and carry the API key if there is one.
 
-A web page can send requests to a server on the machine of whoever reads it. A browser sends a
-page's request of another type than JSON unasked (for JSON it asks first, and gets no leave), and
-one to a name that the page's owner points at 127.0.0.1 (DNS rebinding) as if it were for the page's
-own server; so both are refused.
+A web page can send requests to a server on its reader's machine. A browser sends a page's non-JSON
+request right away (before JSON it sends a preflight request, which this server does not grant), and
+treats a name that the page's owner points at 127.0.0.1 (DNS rebinding) as the page's own server.
+Both kinds of request are refused.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ class Admission:
     """Requirements on a request's headers, and the server's limits."""
 
     hosts: Collection[str] = ()
-    """Names in `Host`, in any case, beside this machine's own and numeric addresses, which nobody
-    points elsewhere."""
+    """Case-insensitive names accepted in `Host`, besides this machine's own and numeric addresses,
+    which nobody can point elsewhere."""
     api_key: str | None = None
     max_body_bytes: int
     max_waiting: int
-    """Requests that may be there at a time."""
+    """The most requests that may be queued or running at a time."""
 
     def check(self, headers: Mapping[str, str], *, has_body: bool) -> None:
         """Check a request's headers, before its body is read.

@@ -1,7 +1,7 @@
-"""Answer OpenAI's /v1/completions and /v1/models over HTTP, from one model.
+"""Serve OpenAI's /v1/completions and /v1/models over HTTP, from one model.
 
-Requests wait in a queue for one thread, which runs them one at a time: what a client gets depends
-on its own request alone.
+Requests queue for a single thread, which runs them one at a time: an answer depends on its own
+request alone.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 Choices = asyncio.Future[list[dict[str, Any]]]
 Pieces = asyncio.Queue[dict[str, Any] | None]
 POLL_SECONDS = 0.2
-"""Time between two looks of a waiting request at whether its client is still connected."""
+"""How often a waiting request checks that its client is still connected."""
 FAILURE = error_body("the server failed at this request; its log says why", "server_error")
 
 
@@ -92,29 +92,29 @@ class Service:
                 await asyncio.wait({done}, timeout=POLL_SECONDS)
                 if await request.is_disconnected():
                     work.cancelled.set()
-        finally:  # also where the server ends
+        finally:  # also when the server shuts down
             work.cancelled.set()
         return JSONResponse({**head, "choices": done.result(), "usage": work.usage()})
 
     async def _started(self, body: bytes, pieces: Pieces) -> tuple[Work, Choices]:
-        """Parse a request and queue it for the model's thread; a stream goes to `pieces`.
+        """Parse a request and queue it for the model's thread; streamed pieces go to `pieces`.
 
         Raises:
-            RequestError: it is not possible, or too many are waiting already.
+            RequestError: it is invalid, or too many are waiting already.
         """
         if self.num_waiting >= self.admission.max_waiting:
             raise RequestError(
                 f"{self.num_waiting} requests are waiting already (--max-waiting): try again later",
                 status=429,
             )
-        self.num_waiting += 1  # before anything is awaited, so that a burst finds no more places
+        self.num_waiting += 1  # before the first await, so that a burst stays within the limit
         loop = asyncio.get_running_loop()
 
         def send(piece: dict[str, Any]) -> None:
             loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
         try:
-            # Tokenizing a megabyte would keep the others waiting, were it done here.
+            # In a thread, as tokenizing a megabyte would block all other requests.
             asked = await asyncio.to_thread(parse, body, self.lm)
             work = Work(self.lm, asked, send if asked.stream else None)
             done = loop.run_in_executor(self.thread, work.run)
@@ -137,7 +137,7 @@ async def _events(
     try:
         while (piece := await pieces.get()) is not None:
             yield _event({**head, "choices": [piece]})
-    finally:  # also where they are read no more
+    finally:  # also when nobody reads them anymore
         work.cancelled.set()
     error = done.exception()
     if error is not None:
@@ -160,7 +160,7 @@ def build_app(lm: LanguageModel, admission: Admission) -> FastAPI:
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         try:
             yield
-        finally:  # also where a second Ctrl-C skips the rest of the shutdown
+        finally:  # also when a second Ctrl-C skips the rest of the shutdown
             service.close()
 
     app = FastAPI(lifespan=lifespan, openapi_url=None)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from megatron_smlp.generation.language_model import LanguageModel
 
 SHUTDOWN_SECONDS = 3
-"""Time that requests may go on after Ctrl-C."""
+"""How long running requests may continue after Ctrl-C."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def server_config(app: FastAPI) -> uvicorn.Config:
-    """Return how uvicorn serves the application."""
+    """Return uvicorn's configuration for the application."""
     import uvicorn
 
     return uvicorn.Config(
@@ -96,22 +96,22 @@ def _serve(lm: LanguageModel, options: argparse.Namespace, listening: socket.soc
     host, port = listening.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     print(f"serving {lm.name!r} at http://{shown}:{port}/v1 (Ctrl-C ends)", flush=True)
-    with contextlib.suppress(KeyboardInterrupt):  # uvicorn has shut down, and raises it again
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn re-raises it after its shutdown
         uvicorn.Server(config).run(sockets=[listening])
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Whether a message is more than that Ctrl-C cancelled what was running."""
+    """Return whether a message says more than that Ctrl-C cancelled running requests."""
     error = record.exc_info[1] if record.exc_info else None
     is_cancelled = isinstance(error, asyncio.CancelledError)
     return not (is_cancelled or record.getMessage().rstrip().endswith("CancelledError"))
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Listen before the model is loaded: a port that is taken is found at once."""
+    """Listen before the model is loaded, so that a port in use is found at once."""
     try:
         family = socket.getaddrinfo(host, None)[0][0]
-        # Clients that come before the model is loaded wait in the backlog.
+        # Clients that connect before the model is loaded wait in the backlog.
         return socket.create_server((host, port), family=family, backlog=2048)
     except (OSError, OverflowError) as error:
         raise UsageError(f"--host {host} --port {port} cannot be used: {error}") from error

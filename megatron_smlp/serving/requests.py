@@ -1,4 +1,4 @@
-"""Check the bodies of /v1/completions, and word the errors that a client gets as JSON."""
+"""Validate bodies of /v1/completions, and format the errors that clients get as JSON."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from megatron_smlp.data.tokenizers.spec import UnencodableTextError
 from megatron_smlp.generation.language_model import LanguageModel
 
 MOST_ANSWERS = 128
-"""Prompts times `n` of one request."""
+"""Limit on the prompts times `n` of one request."""
 MOST_LOGPROBS = 20
 MOST_STOPS = 16
 DEFAULT_MAX_TOKENS = 16
 
 
 def error_body(message: str, kind: str, name: str | None = None) -> dict[str, Any]:
-    """Return an error as OpenAI words it."""
+    """Return an error in OpenAI's format."""
     return {"error": {"message": message, "type": kind, "param": name, "code": None}}
 
 
@@ -34,7 +34,7 @@ class RequestError(Exception):
 
 
 class CompletionRequest(BaseModel):
-    """A request's fields; null is the default of each."""
+    """A request's fields; null stands for a field's default."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
@@ -57,7 +57,7 @@ class CompletionRequest(BaseModel):
     stream_options: dict[Literal["include_usage"], bool] = {}
     stop: str | Annotated[list[str], Field(max_length=MOST_STOPS)] = []
     user: Any = None
-    """The name of the client; it changes nothing."""
+    """The client's name, which has no effect."""
 
 
 class Asked(CompletionRequest):
@@ -71,7 +71,7 @@ class Asked(CompletionRequest):
 
 
 def check_model(name: str, lm: LanguageModel) -> None:
-    """Raise RequestError where this server has no such model."""
+    """Raise RequestError if this server has no such model."""
     if name != lm.name:
         raise RequestError(
             f"the model {name[:100]!r} does not exist; this server has {lm.name!r}",
@@ -84,7 +84,7 @@ def parse(body: bytes, lm: LanguageModel) -> Asked:
     """Check a request's body.
 
     Raises:
-        RequestError: it is not a JSON object, or a value in it is not possible.
+        RequestError: it is not a JSON object, or a value in it is invalid.
     """
     try:
         values = from_json(body, allow_inf_nan=False)
@@ -95,7 +95,7 @@ def parse(body: bytes, lm: LanguageModel) -> Asked:
     try:
         given = CompletionRequest.model_validate(values)
     except ValidationError as error:
-        wrong = error.errors()[-1]  # of a union, its last member
+        wrong = error.errors()[-1]  # for a union, that of its last member
         name = str(wrong["loc"][0]) if wrong["loc"] else None
         raise RequestError(f"{name or 'the body'}: {wrong['msg']}", name=name) from error
     if given.model is not None:
@@ -119,7 +119,7 @@ def parse(body: bytes, lm: LanguageModel) -> Asked:
 
 
 def _several(prompt: str | list[int] | list[str | list[int]]) -> list[str | list[int]]:
-    """Return a prompt as the first of a list, unless it is a list of several."""
+    """Return a list of prompts, wrapping a single one."""
     if isinstance(prompt, str):
         return [prompt]
     ids = [part for part in prompt if isinstance(part, int)]
@@ -142,7 +142,7 @@ def _ids(prompts: list[str | list[int]], lm: LanguageModel) -> list[list[int]]:
 
 
 def _max_tokens(asked: int | None, prompts: list[list[int]], lm: LanguageModel) -> int:
-    """Return as many as were asked for, or the default as far as it fits.
+    """Return the requested number of new tokens, or as much of the default as fits.
 
     Raises:
         RequestError: more were asked for than fit.

@@ -1,4 +1,4 @@
-"""Run one request through `generate`, and report its tokens with log-probabilities as they come."""
+"""Run one request through `generate`, reporting tokens with log-probabilities as they come."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Token:
     logprob: float | None
     """Log-probability; None for the first token of a prompt, which nothing predicts."""
     top: dict[int, float] | None
-    """Log-probabilities of the likeliest ids in its place."""
+    """Log-probabilities of the likeliest ids at its position."""
 
 
 OnToken = Callable[[int, Token], bool]
@@ -39,7 +39,7 @@ OnToken = Callable[[int, Token], bool]
 def _tokens(ids: Sequence[int], logprobs: Tensor, count: int) -> list[Token]:
     """Return the tokens of n ids, each with `count` alternatives.
 
-    logprobs: <fp32>[n, V] of all that could have stood in their places.
+    logprobs: <fp32>[n, V] over the vocabulary at their positions.
     """
     chosen = logprobs.gather(1, torch.tensor(ids, device=logprobs.device)[:, None])[:, 0].tolist()
     values, tops = logprobs.topk(min(count, logprobs.shape[-1]), dim=-1)
@@ -48,7 +48,7 @@ def _tokens(ids: Sequence[int], logprobs: Tensor, count: int) -> list[Token]:
     return [Token(*fields) for fields in zip(ids, chosen, likeliest, strict=True)]
 
 
-# Classes of our own: transformers would move its own ones in front of `_Seen`.
+# Subclasses, as transformers would move its own classes in front of `_Seen`.
 class _Repetition(RepetitionPenaltyLogitsProcessor): ...
 
 
@@ -56,7 +56,7 @@ class _NoPadding(SuppressTokensLogitsProcessor): ...
 
 
 class _Seen(LogitsProcessor):
-    """Keeps the model's own log-probabilities: before the temperature, of the whole vocabulary."""
+    """Keeps the model's own log-probabilities: before temperature, over the whole vocabulary."""
 
     logprobs: Tensor
 
@@ -66,7 +66,7 @@ class _Seen(LogitsProcessor):
 
 
 class _Reporting(StoppingCriteria):
-    """Reports the new token of each row, and ends the rows that `on_token` says have ended."""
+    """Reports the new token of each row, and ends the rows for which `on_token` returns True."""
 
     def __init__(
         self, asked: Asked, seen: _Seen, on_token: OnToken, cancelled: threading.Event
@@ -94,9 +94,9 @@ def answer(
     on_token: OnToken,
     cancelled: threading.Event,
 ) -> None:
-    """Report every new token of the answers to a prompt, in this thread, which no other may share.
+    """Generate the answers to a prompt in this thread, reporting every new token.
 
-    The random numbers are torch's global ones, seeded for this request.
+    No other thread may run this meanwhile: it seeds torch's global generator for this request.
     """
     if asked.max_tokens == 0 or cancelled.is_set():
         return
@@ -127,7 +127,7 @@ def answer(
 
 @torch.inference_mode()
 def score(lm: LanguageModel, prompt: list[int], logprobs: int | None) -> list[Token]:
-    """Return the prompt's own tokens, as `echo` wants them."""
+    """Return the prompt's own tokens, as `echo` requests."""
     if logprobs is None:
         return [Token(number, None, None) for number in prompt]
     ids = torch.tensor([prompt], device=lm.model.device)

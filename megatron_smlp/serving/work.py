@@ -1,4 +1,4 @@
-"""A request on its way through the model's thread: its prompts, one after another, to `choices`."""
+"""Run a request in the model's thread: its prompts, one after another, into `choices`."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from megatron_smlp.serving.sampling import Token, answer, score
 
 Send = Callable[[dict[str, Any]], object]
 CONTEXT = 16
-"""Tokens of the prompt that are decoded with an answer, for blanks and split characters."""
+"""Prompt tokens that are decoded with an answer, for spaces and split characters."""
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
-"""Shown by tokenizers for bytes that are not a whole character yet."""
+"""What tokenizers decode the bytes of an incomplete character to."""
 
 
 class Work:
-    """A request on its way through the model's thread.
+    """A request that runs in the model's thread.
 
     Args:
-        send: called with each piece of an answer as it comes; None: pieces are not wanted.
+        send: called with each piece of an answer as it comes; None: do not stream.
     """
 
     def __init__(self, lm: LanguageModel, request: Asked, send: Send | None) -> None:
@@ -31,10 +31,10 @@ class Work:
         self.cancelled = threading.Event()
         self.num_new = 0
         self.offsets: Counter[int] = Counter()
-        """Of each answer, the length of the tokens' texts that were sent."""
+        """By answer, the total length of the tokens' texts sent so far."""
 
     def run(self) -> list[dict[str, Any]]:
-        """Return the answers to all prompts, `n` each; to fewer if it is cancelled."""
+        """Return the answers to all prompts, `n` each; to fewer if cancelled."""
         choices: list[dict[str, Any]] = []
         for number, prompt in enumerate(self.request.prompts):
             if self.cancelled.is_set():  # nobody reads the answers, nor the scores of `echo`
@@ -45,7 +45,7 @@ class Work:
     def _answers(self, prompt: list[int], number: int) -> list[dict[str, Any]]:
         asked, lm = self.request, self.lm
         first = number * asked.n
-        # What was put before a text is not part of it.
+        # The ids prepended to a text are not part of it.
         given = len(lm.start) if isinstance(asked.prompt[number], str) else 0
         echoed = score(lm, prompt, asked.logprobs)[given:] if asked.echo else []
         echo = lm.decode(prompt[given:]) if asked.echo else ""
@@ -85,7 +85,7 @@ class Work:
             self.send(piece)
 
     def usage(self) -> dict[str, int]:
-        """Return the numbers of tokens, as the API has them."""
+        """Return the token counts in the API's format."""
         num_prompt = sum(map(len, self.request.prompts))
         return {
             "prompt_tokens": num_prompt,
@@ -95,7 +95,7 @@ class Work:
 
 
 class Answer:
-    """Tokens of one answer, as text up to the first stop text."""
+    """The tokens of one answer, and their text up to the first stop text."""
 
     def __init__(self, lm: LanguageModel, prompt: Sequence[int], stops: Sequence[str]) -> None:
         self.lm, self.prompt, self.stops = lm, prompt[-CONTEXT:], stops
@@ -110,7 +110,7 @@ class Answer:
         if token.id in self.lm.ends:
             self.finish_reason = "stop"
             return True
-        # An unfinished character may be shown as several, one for each byte.
+        # An incomplete character may decode to several replacements, one per byte.
         before = max(0, len(self.text.rstrip(UNFINISHED)) - self.held_back - 1)
         self.ids.append(token.id)
         self.text = self.lm.continuation(self.prompt, self.ids)
@@ -120,7 +120,7 @@ class Answer:
         return bool(places)
 
     def news(self, *, ended: bool) -> str:
-        """Return the text that has not been sent yet and that no later token changes."""
+        """Return the text that has not been sent yet and that no later token can change."""
         safe = len(self.text)
         if not ended:
             safe = len(self.text.rstrip(UNFINISHED)) - self.held_back
@@ -130,10 +130,10 @@ class Answer:
 
 
 def logprobs_of(lm: LanguageModel, tokens: Sequence[Token], *, offset: int) -> dict[str, Any]:
-    """Return the API's four lists, an entry per token; offsets count the tokens' own texts, from
-    that of the first on.
+    """Return the API's four lists, one entry per token; offsets count the tokens' own texts,
+    starting from `offset`.
 
-    The end-of-document token has its entry, though the text is without it.
+    The end-of-document token has an entry, although the text omits it.
     """
     names = [lm.decode([token.id]) for token in tokens]
     return {
@@ -145,7 +145,7 @@ def logprobs_of(lm: LanguageModel, tokens: Sequence[Token], *, offset: int) -> d
 
 
 def _named(lm: LanguageModel, top: dict[int, float] | None) -> dict[str, float] | None:
-    """Name tokens by their texts; of two with one text, parts of a character, the second by id."""
+    """Key tokens by text; if two share one, as parts of a character do, key the second by id."""
     if top is None:
         return None
     named: dict[str, float] = {}

@@ -1,8 +1,8 @@
-"""Read local files of the six tasks into the documents that lm-evaluation-harness has from the hub.
+"""Read local files of the six tasks into the documents that lm-evaluation-harness has on the hub.
 
-The YAML files beside this one name these functions as `custom_dataset`; the harness calls them with
-its metadata, of which `data_dir` is ours. FILES has the names of the files. Labels are checked, and
-that there are texts: without, the harness would give a score that means nothing.
+The YAML files in this folder name these functions as `custom_dataset`; the harness passes them its
+metadata, including our `data_dir`. FILES has the names of the files. Labels, and that texts are not
+empty, are checked: otherwise the harness would return a meaningless score.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Document = dict[str, Any]
 
 @dataclass(frozen=True)
 class Source:
-    """The data of a task: its file in --data-dir, and the place where a user gets it."""
+    """The data of a task: its file in --data-dir, and where users can get it."""
 
     patterns: tuple[str, ...]
     origin: str
@@ -78,11 +78,11 @@ def find_file(task: str, data_dir: str | Path) -> Path:
 def read_documents(
     task: str, data_dir: str | Path, convert: Callable[[Document], Iterable[Document]]
 ) -> dict[str, Any]:
-    """Return the documents that `convert` makes of each row of a task's file, JSON lines or CSV.
+    """Return the documents that `convert` makes from each row of a task's file, JSON lines or CSV.
 
     Raises:
-        UsageError: a line is not a JSON object, lacks a name, or holds a value that is not allowed
-            there; with file and line.
+        UsageError: a line is not a JSON object, lacks a key, or holds a value that is not allowed
+            there; the message names file and line.
     """
     from datasets import Dataset
 
@@ -105,7 +105,7 @@ def read_documents(
 
 
 def _texts(row: Document, *names: str) -> Document:
-    """Return these entries of a row, which are texts."""
+    """Return these entries of a row, after checking that they are non-empty texts."""
     for name in names:
         if not isinstance(row[name], str) or not row[name].strip():
             raise ValueError(f"{name!r} is {row[name]!r:.60}; expected is text that is not empty")
@@ -113,7 +113,7 @@ def _texts(row: Document, *names: str) -> Document:
 
 
 def _choice(row: Document, name: str, allowed: Iterable[int | str]) -> str:
-    """Return an entry that is one of these; a number may be written as text."""
+    """Return an entry, after checking that it is allowed; a number may be written as text."""
     texts = list(map(str, allowed))
     if str(row[name]) not in texts:
         raise ValueError(f"{name!r} is {row[name]!r:.60}; expected is {' or '.join(texts)}")
@@ -121,9 +121,9 @@ def _choice(row: Document, name: str, allowed: Iterable[int | str]) -> str:
 
 
 def _rows(path: Path) -> Iterator[tuple[int, Document | str]]:
-    """Yield the number of each line that is not blank, and its columns of CSV, or its JSON."""
+    """Yield the number of each non-blank line, and its CSV columns or its JSON text."""
     is_csv = path.suffix == ".csv"
-    # JSON's lines end in a line feed: other characters that end lines are data within a string.
+    # JSON lines end in a line feed: other line-ending characters are data within a string.
     with path.open(encoding="utf-8-sig", newline="" if is_csv else "\n") as file:
         if is_csv:
             reader = csv.DictReader(file, strict=True)
@@ -133,7 +133,7 @@ def _rows(path: Path) -> Iterator[tuple[int, Document | str]]:
 
 
 def copa(data_dir: str | None = None, **metadata: Any) -> dict[str, Any]:
-    """Load COPA from a local file, or from the hub where there is no folder."""
+    """Load COPA from a local file, or from the hub if no folder is given."""
     if data_dir is None:
         from datasets import load_dataset
 
@@ -189,7 +189,7 @@ def hellaswag(data_dir: str, **metadata: Any) -> dict[str, Any]:
 
 
 def record(data_dir: str, **metadata: Any) -> dict[str, Any]:
-    """Load a document per query: entities are spans of the passage, the end included."""
+    """Load a document per query; entities are spans of the passage, ends inclusive."""
 
     def convert(row: Document) -> Iterator[Document]:
         text, spans = row["passage"]["text"], row["passage"]["entities"]

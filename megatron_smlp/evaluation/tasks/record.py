@@ -1,7 +1,7 @@
 """ReCoRD's prompt and metrics, as lm-evaluation-harness 0.4 has them.
 
 Its own module needs `transformers.data.metrics`, which transformers 5 no longer has, so prompt and
-metrics are stated here: the passage, its highlights as a list, and as the options the query with
+metrics are reimplemented here: the passage, its highlights as a list, and as options the query with
 each entity in place of `@placeholder`.
 """
 
@@ -44,7 +44,7 @@ def options(doc: Document) -> list[str]:
 
 
 def process_results(doc: Document, results: Sequence[tuple[float, bool]]) -> dict[str, float]:
-    """Score the likeliest entity against the best of the answers."""
+    """Score the likeliest entity against the answer that matches it best."""
     scores = [loglikelihood for loglikelihood, _ in results]
     prediction = doc["entities"][scores.index(max(scores))]
     metrics: dict[str, Callable[[str, str], float]] = {"f1": token_f1, "em": exact_match}
@@ -55,7 +55,7 @@ def process_results(doc: Document, results: Sequence[tuple[float, bool]]) -> dic
 
 
 def normalised(text: str) -> str:
-    """Normalise as SQuAD does: lower case, no punctuation, no articles, single spaces."""
+    """Normalize as SQuAD does: lower case, no punctuation, no articles, single spaces."""
     text = "".join(letter for letter in text.lower() if letter not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
@@ -65,7 +65,7 @@ def exact_match(prediction: str, answer: str) -> float:
 
 
 def token_f1(prediction: str, answer: str) -> float:
-    """Return the harmonic mean of the shares of common words, as SQuAD does."""
+    """Return F1 over common words, the harmonic mean of precision and recall, as SQuAD does."""
     ours, theirs = normalised(prediction).split(), normalised(answer).split()
     if not ours or not theirs:
         return float(ours == theirs)
