@@ -1,4 +1,4 @@
-"""The experts of a vocabulary, balanced by what a run trains on (--hash-table balanced)."""
+"""Assign token ids to experts, balanced over a run's training data (--hash-table balanced)."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from megatron_smlp.routers.hash_table import balanced_table
 
 
 def experts_of_training_data(args: argparse.Namespace) -> Tensor:
-    """Return --hash-table balanced's table, of what the run trains on: each rank counts a part of
-    it, or the others would wait for longer than a collective may last. Collective.
+    """Return the table of --hash-table balanced for the run's training data. Collective.
 
-    With --split the validation's documents are counted too.
+    Each rank counts a part of the data: waiting for a single rank could exceed the timeout of a
+    collective. With --split, the validation documents are counted too.
 
     Returns:
         <int64>[ids of the tokenizer].

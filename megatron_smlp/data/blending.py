@@ -1,7 +1,7 @@
-"""Megatron's data flags as checked blends: which datasets, with which weights, for which split.
+"""Parse Megatron's data flags into checked blends: datasets and their weights for each split.
 
-Megatron takes a flat list. An odd one, or one that mixes numbers and names, it silently reads as
-names alone; here it is refused with the entry that is wrong.
+Megatron takes a flat list. If its length is odd, or if it mixes numbers and names, Megatron
+silently reads names only; here it is refused with the entry that is wrong.
 """
 
 import argparse
@@ -28,12 +28,12 @@ class Blend(NamedTuple):
 
     prefixes: list[str]
     weights: list[float] | None
-    """Shares of the samples, of any sum; None: each dataset once, by its size."""
+    """Shares of the samples, with any sum; None reads each dataset once, by its size."""
 
 
 @dataclass(frozen=True)
 class Blends:
-    """All that a run reads: one blend that `--split` cuts, or one for each split."""
+    """All data that a run reads: one blend that `--split` divides, or one blend per split."""
 
     whole: Blend | None = None
     per_split: list[Blend | None] | None = None
@@ -53,7 +53,7 @@ def blends_from_arguments(args: argparse.Namespace) -> Blends:
     """Return the blends of `--data-path`, `--data-args-path`, `--train-data-path` and so on.
 
     Raises:
-        UsageError: flags that exclude one another, an unreadable file, or no blend.
+        UsageError: mutually exclusive flags, an unreadable file, or an invalid blend.
     """
     given = [name for name in (*WHOLE_FLAGS, *PER_SPLIT_FLAGS) if getattr(args, name, None)]
     if len(given) > 1 and not set(given) <= set(SPLIT_FLAGS):
@@ -73,7 +73,7 @@ def blends_from_arguments(args: argparse.Namespace) -> Blends:
 
 
 def has_data(args: argparse.Namespace, split: str) -> bool:
-    """Return whether the flags leave something for `split`, of SPLITS.
+    """Return whether the flags give any data to `split`, one of SPLITS.
 
     Raises:
         UsageError: see `blends_from_arguments`.
@@ -118,13 +118,13 @@ def _three_blends(
 
 
 def parse_blend(entries: Sequence[str], *, source: str) -> Blend:
-    """Read a list of prefixes, or of weight and prefix in turns; `.bin` or `.idx` is cut off.
+    """Parse a list of prefixes, or of alternating weights and prefixes; strip `.bin` and `.idx`.
 
     Args:
-        source: the flag or file, for the message.
+        source: the flag or file that error messages name.
 
     Raises:
-        UsageError: neither of the two, or a weight that is not a positive number.
+        UsageError: the list is neither of the two, or a weight is not a positive number.
     """
     entries = [str(entry).strip() for entry in entries]
     if not entries:

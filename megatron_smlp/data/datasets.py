@@ -1,6 +1,6 @@
-"""Megatron's GPT datasets, built under a cache lock, and the part of each that a run will read.
+"""Build Megatron's GPT datasets under a cache lock, and list the part of each that a run will read.
 
-The one module of `data` that imports Megatron: training calls it, the tools do not.
+This module imports Megatron: training calls it, the tools do not.
 """
 
 import hashlib
@@ -33,22 +33,22 @@ class DatasetUse:
     split: str
     prefix: str
     samples: int
-    """Samples drawn, of seq_length tokens."""
+    """Samples drawn, of seq_length tokens each."""
     tokens: int
-    """Tokens that the split has of this dataset: one epoch."""
+    """Tokens of this dataset in the split: one epoch."""
     epochs: float
-    """Samples drawn over samples in an epoch."""
+    """Samples drawn divided by samples in an epoch."""
 
 
 class WatchedGPTDataset(GPTDataset):
     """Megatron's dataset, with the content of the pair in the names of its caches.
 
-    Megatron names them by the path alone, so that a dataset that grew would be read through the
-    index of the old one. And every sample is read from the bytes that the run began with.
+    Megatron names caches by the path alone, so that it would read a dataset that has grown through
+    the old index. This class also makes sure that the pair is still what the run began with.
     """
 
     def __getitem__(self, idx: int | None) -> dict[str, Any]:
-        """Sample `idx`.
+        """Return sample `idx`.
 
         Raises:
             ChangedDataError: the pair is not what it was when the run began.
@@ -57,7 +57,7 @@ class WatchedGPTDataset(GPTDataset):
         return super().__getitem__(idx)
 
     def _build_document_sample_shuffle_indices(self) -> tuple[Any, Any, Any]:
-        """Megatron's, after what it names the caches by has been completed."""
+        """Add the pair's content to the cache names, then do as Megatron does."""
         self.watch = Watch(self.dataset.path_prefix)
         self.unique_identifiers["content"] = self.watch.content
         self.unique_description = json.dumps(
@@ -70,7 +70,7 @@ class WatchedGPTDataset(GPTDataset):
 
 
 class UnhurriedBuilder(BlendedMegatronDatasetBuilder):
-    """Megatron's builder without its barriers, for ranks that first_rank_first has put in order."""
+    """Megatron's builder without its barriers, for ranks that `first_rank_first` has ordered."""
 
     def _build_megatron_datasets_parallel(
         self, prefixes: list[str], split: Any, sizes_per_dataset: list[list[int]]
@@ -92,7 +92,7 @@ class UnhurriedBuilder(BlendedMegatronDatasetBuilder):
     def build_generic_dataset(
         cls: Any, is_built_on_rank: Callable[[], bool], _: bool, *args: Any
     ) -> Any:
-        """`cls(*args)` where this rank reads it."""
+        """Return `cls(*args)` on ranks that read it."""
         return BlendedMegatronDatasetBuilder.build_generic_dataset(
             cls, is_built_on_rank, False, *args
         )
@@ -107,19 +107,19 @@ def build_datasets(
     silence: float = 60.0,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[Any]:
-    """Build the train, valid and test dataset (None: not wanted); call on every rank.
+    """Build the train, valid and test datasets (None if not wanted); call on every rank.
 
     Args:
-        num_samples: samples wanted of each split.
-        config: with the blends in it, as `Blends.as_megatron` gives them.
-        rank: the global rank; the first one holds the caches for the others, which wait.
-        silence: seconds after which they give up a machine of rank 0 that does not answer.
-        say: tells the user on rank 0 that it takes long.
+        num_samples: number of samples wanted from each split.
+        config: includes the blends, as returned by `Blends.as_megatron`.
+        rank: the global rank; rank 0 locks the caches and builds first, while the others wait.
+        silence: seconds without an answer after which they give up on rank 0's machine.
+        say: tells the user on rank 0 that the build takes long.
 
     Raises:
-        DataError: a split without a document, a cache that cannot be written, unweighted datasets
-            that do not suffice, or of which one is shorter than a sample, or weighted ones that
-            are rounded to too few samples.
+        DataError: a split has no document, a cache cannot be written, unweighted datasets do not
+            suffice or include one shorter than a sample, or weighted ones are rounded to too few
+            samples.
     """
     _check_splits(config, num_samples)
     builder = UnhurriedBuilder(WatchedGPTDataset, list(num_samples), is_built_on_rank, config)
@@ -152,8 +152,8 @@ def build_datasets(
 
 
 def _check_splits(config: GPTDatasetConfig, num_samples: Sequence[int | None]) -> None:
-    """Megatron repeats a dataset until it is long enough: for ever, where a part of it is empty.
-    One that it reads once, whole or without weights, must not be shorter than a sample."""
+    """Refuse a dataset with an empty part, which Megatron would repeat forever to fill a split, and
+    one shorter than a sample that Megatron reads only once: whole, or without weights."""
     wanted = dict(zip(SPLITS, num_samples, strict=True))
     for name, blend, share in _splits(config):
         for prefix in blend.prefixes:
@@ -180,7 +180,7 @@ def _check_splits(config: GPTDatasetConfig, num_samples: Sequence[int | None]) -
 
 
 def _splits(config: GPTDatasetConfig) -> Iterator[tuple[str, Blend, tuple[float, float]]]:
-    """Yield the name of each split that is built, its blend, and the share of each dataset."""
+    """Yield the name of each split that is built, its blend, and its share of each dataset."""
     if config.blend is not None:
         for name, share in zip(SPLITS, config.split_matrix, strict=True):
             if share is not None:
@@ -192,13 +192,13 @@ def _splits(config: GPTDatasetConfig) -> Iterator[tuple[str, Blend, tuple[float,
 
 
 def _is_read_once(name: str, blend: Blend, config: GPTDatasetConfig) -> bool:
-    """Return whether Megatron joins datasets by their sizes, each whole."""
+    """Return whether Megatron joins datasets by size, and so reads each of them once."""
     is_apart = name == "valid" and config.multiple_validation_sets and config.blend is None
     return blend.weights is None and len(blend.prefixes) > 1 and not is_apart
 
 
 def _check_suffices(split: str, dataset: Any, wanted: int | None) -> None:
-    """Megatron reads unweighted datasets once; a longer run would end in the middle."""
+    """Refuse a run that is longer than its unweighted datasets, which Megatron reads only once."""
     if not isinstance(dataset, BlendedDataset) or wanted is None or len(dataset) >= wanted:
         return
     tokens = [member._get_num_tokens_per_epoch() for member in dataset.datasets]
@@ -211,7 +211,7 @@ def _check_suffices(split: str, dataset: Any, wanted: int | None) -> None:
 
 
 def dataset_uses(datasets: Sequence[Any], *, sequence_length: int) -> list[DatasetUse]:
-    """Return what is read of every dataset, from the built datasets of a rank that has them."""
+    """Return what a run reads of every dataset, from the built datasets of a rank that has them."""
     uses = []
     for split, dataset in zip(SPLITS, datasets, strict=True):
         for member, samples in _members(dataset):
@@ -222,7 +222,7 @@ def dataset_uses(datasets: Sequence[Any], *, sequence_length: int) -> list[Datas
 
 
 def _members(dataset: Any) -> list[tuple[Any, int]]:
-    """Return (dataset, samples drawn from it) of a blend, of a single dataset, or of none."""
+    """Return (dataset, samples drawn from it) pairs for a blend, a single dataset, or none."""
     if dataset is None:
         return []
     if isinstance(dataset, list):  # --multiple-validation-sets
@@ -232,7 +232,7 @@ def _members(dataset: Any) -> list[tuple[Any, int]]:
         wanted = dataset.num_samples
         return [(dataset, len(dataset) if wanted is None else int(wanted))]
     drawn = np.zeros(len(dataset.datasets), dtype=np.int64)
-    for part in in_parts(dataset.dataset_index):  # of which a copy of 8 bytes a sample is made
+    for part in in_parts(dataset.dataset_index):  # bincount copies it, 8 bytes per sample
         drawn += np.bincount(part, minlength=len(drawn))
     return list(zip(dataset.datasets, drawn.tolist(), strict=True))
 

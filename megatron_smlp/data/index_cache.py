@@ -1,7 +1,7 @@
-"""Megatron's sample index caches, safe for two jobs that start at once and after a crash.
+"""Make Megatron's sample index caches safe for jobs that start at the same time and after a crash.
 
 Megatron writes its `.npy` files under their final names and trusts every file that exists. Here
-one job at a time builds in a cache folder, and what a killed job left unfinished is removed first.
+only one job at a time builds in a cache folder, after removing what a killed job left unfinished.
 """
 
 import fcntl
@@ -22,7 +22,7 @@ INDICES = ("*-WatchedGPTDataset-*_index.npy", "*-BlendedDataset-*_index.npy")
 
 
 def cache_folders(prefixes: Sequence[str], *, path_to_cache: str | None) -> list[Path]:
-    """Return where Megatron puts their caches: `--data-cache-path`, or beside each dataset."""
+    """Return where Megatron puts their caches: `--data-cache-path`, or next to each dataset."""
     if path_to_cache is not None:
         return [Path(path_to_cache)]
     return sorted({Path(prefix) / "cache" / CLASS_FOLDER for prefix in prefixes})
@@ -30,12 +30,12 @@ def cache_folders(prefixes: Sequence[str], *, path_to_cache: str | None) -> list
 
 @contextmanager
 def exclusive_caches(folders: Sequence[Path]) -> Iterator[None]:
-    """Hold the cache folders while Megatron builds or loads; call on one rank of a job.
+    """Lock the cache folders while Megatron builds or loads; call on one rank of a job.
 
-    A folder that is there and cannot be written is left as it is: nobody builds in it.
+    A folder that exists but is not writable is left alone: nobody builds in it.
 
     Raises:
-        DataError: a folder that is not there cannot be made, or one cannot be locked or cleared.
+        DataError: a missing folder cannot be created, or a folder cannot be locked or cleaned up.
     """
     with ExitStack() as stack:
         for folder in folders:
@@ -54,8 +54,8 @@ def exclusive_caches(folders: Sequence[Path]) -> Iterator[None]:
 
 
 def _open_lock(path: Path) -> IO[bytes]:
-    """Open the lock for all who may write into its folder: on NFS only they can lock it, elsewhere
-    whoever may read it."""
+    """Open the lock, writable for all who may write into its folder: NFS requires that to lock it;
+    elsewhere read permission is enough."""
     with suppress(PermissionError):  # it is another user's
         path.touch()
         path.chmod(path.parent.stat().st_mode & 0o666)
@@ -65,8 +65,8 @@ def _open_lock(path: Path) -> IO[bytes]:
 def remove_unfinished(folder: Path) -> list[Path]:
     """Remove indices that are shorter than their headers say, and return them.
 
-    Megatron builds all files of a dataset again where one of them is missing. Other files may lie
-    in the folder.
+    Megatron rebuilds all files of a dataset if one of them is missing. The folder may contain other
+    files.
     """
     indices = sorted(path for pattern in INDICES for path in folder.glob(pattern))
     broken = [path for path in indices if not _is_whole(path)]
@@ -78,10 +78,10 @@ def remove_unfinished(folder: Path) -> list[Path]:
 def _is_whole(path: Path) -> bool:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    # An empty file, a cut header, or fewer bytes than the header says.
+    # An empty file, a truncated header, or fewer bytes than the header says.
     except (ValueError, EOFError):
         return False
-    # Another user's, or a disk's fault for a moment: it may be whole, and in use.
+    # Another user's file, or a transient disk error: it may be complete and in use.
     except OSError:
         return True
     return bool(os.path.getsize(path) >= array.nbytes)  # noqa: PTH202

@@ -1,4 +1,4 @@
-"""Counts of the token ids of a corpus."""
+"""Count the token ids of a corpus."""
 
 import operator
 from functools import reduce
@@ -15,10 +15,10 @@ Counts = NDArray[np.int64]
 
 
 def counts_of_datasets(blend: Blend, *, vocab_size: int, part: int = 0, parts: int = 1) -> Counts:
-    """Count each id in one of as many equal parts of every dataset.
+    """Count each id in part number `part` of every dataset, cut into `parts` equal parts.
 
     Returns:
-        <int64>[datasets, V]; without weights [1, V], the sum of them.
+        <int64>[datasets, V]; without weights [1, V], their sum.
 
     Raises:
         DataError: a dataset is missing or damaged, or holds an id outside the vocabulary.
@@ -30,7 +30,7 @@ def counts_of_datasets(blend: Blend, *, vocab_size: int, part: int = 0, parts: i
 
 
 def mixture(blend: Blend, parts: Counts) -> Counts:
-    """Weigh what `counts_of_datasets` gives of whole datasets: -> <int64>[V]."""
+    """Mix the counts of whole datasets, from `counts_of_datasets`, by their weights: <int64>[V]."""
     if blend.weights is None:
         return np.sum(parts, axis=0, dtype=np.int64)
     total = int(parts.sum())
@@ -49,7 +49,7 @@ def counts_in(tokens: Any, *, vocab_size: int, prefix: str) -> Counts:
     """Count each id in the tokens of a dataset, read part by part.
 
     Raises:
-        DataError: one is outside the vocabulary.
+        DataError: an id is outside the vocabulary.
     """
     counts = np.zeros(vocab_size, dtype=np.int64)
     for part in in_parts(tokens):

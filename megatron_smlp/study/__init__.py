@@ -1,1 +1,1 @@
-"""Comparisons of systems: planned, run by workers, told by a report with verdicts."""
+"""Compare systems: plan the runs, train them with workers, and report verdicts."""

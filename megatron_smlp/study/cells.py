@@ -1,4 +1,4 @@
-"""What a report says of a number: cells and rows of its tables."""
+"""Format numbers as the cells and rows of a report's tables."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def visible(comparison: Comparison) -> str:
 
 
 def mean_of(estimate: Difference, losses: Sequence[float]) -> str:
-    """Return a mean with its interval, of these losses."""
+    """Format the mean of these losses with its interval, or say why there is none."""
     if not losses:
         return "missing"
     if not math.isfinite(estimate.mean):
@@ -30,13 +30,13 @@ def mean_of(estimate: Difference, losses: Sequence[float]) -> str:
 
 
 def seeds(cells: Sequence[Mapping[int, float]]) -> str:
-    """Return of how many seeds the means in a row are."""
+    """Return how many seeds the means in a row are taken over, as a number or a range."""
     least, most = (bound(map(len, cells)) for bound in (min, max))
     return f"{least}" if least == most else f"{least} to {most}"
 
 
 def deviation(losses: Mapping[int, float]) -> float:
-    """Return that of the seeds that did not diverge; NaN of fewer than two."""
+    """Return the standard deviation over seeds that did not diverge; NaN for fewer than two."""
     finite = [loss for loss in losses.values() if math.isfinite(loss)]
     return float(np.std(finite, ddof=1)) if len(finite) > 1 else math.nan
 
@@ -52,7 +52,7 @@ def number(value: float, form: str = ".3g") -> str:
 
 
 def listed(titles: Iterable[str]) -> str:
-    """Return titles, which may have commas, as a list in a sentence."""
+    """Join titles for use in a sentence; italics set them apart, since they may contain commas."""
     return ", ".join(f"*{title}*" for title in titles)
 
 
@@ -66,12 +66,12 @@ def row(*cells: object) -> str:
 
 
 def not_reached(comparison: Comparison) -> str:
-    """Return of how many seeds no speed-up is known: without them it would be of the fast ones."""
+    """Say how many seeds have no speed-up: a mean would be of the fast ones only."""
     return f"not reached by {comparison.unreached} of {comparison.found.n} seeds"
 
 
 def speedup(comparison: Comparison) -> tuple[float, float, float]:
-    """Return the inverse of a ratio of costs, and its interval; 0: never reached."""
+    """Return a speed-up (the inverse of a cost ratio) and its interval; 0 means never reached."""
     difference = comparison.found
     return _inverse(difference.mean), _inverse(difference.high), _inverse(difference.low)
 

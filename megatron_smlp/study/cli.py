@@ -95,15 +95,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the tool; return its exit code: 1 where runs failed.
+    """Run the tool; return its exit code, 1 if runs failed.
 
     Raises:
-        UsageError: the study or its data are missing, wrong or not fair.
+        UsageError: the study or its data are missing or invalid, or the comparison is not fair.
     """
     args = build_parser().parse_args(argv)
     for package in ("pandas", "scipy", "matplotlib"):
         require_package(package, purpose="a study", extra="'megatron-smlp[study]'")
-    # Leases are given back at the end, for the next one to have them at once.
+    # Exit normally on SIGTERM, which releases leases, so that the next worker gets them at once.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     states = read_states(args)
     if args.command == "report":
@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if len(states) == 1:
         return work(args, *states[0])
     if args.command == "run" and not args.speed:
-        for known, results in states:  # other workers are waited for once no size has a free run
+        for known, results in states:  # wait for other workers only once no size has a free run
             print(f"== {known.study.name}", flush=True)
             _run(args, known, results, waits=False)
     codes = []
@@ -126,11 +126,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def read_states(args: argparse.Namespace) -> list[tuple[State, Results]]:
-    """Read the study, or each of its sizes, what was kept of it, and with which data its runs were
-    begun.
+    """Read the study, or each of its sizes, with its kept results and the data its runs began with.
 
     Raises:
-        UsageError: see `read_studies`, `read_systems` and `check_fair`; or the study changed.
+        UsageError: see `read_studies`, `read_systems` and `check_fair`; or the study has changed.
     """
     from megatron_smlp.study.results import default_folder
 
@@ -143,7 +142,7 @@ def read_states(args: argparse.Namespace) -> list[tuple[State, Results]]:
 
 
 def _read_state(args: argparse.Namespace, name: str, study: Study) -> tuple[State, Results]:
-    """Read a study, or a size of the study `name`, which has a folder in that one's results."""
+    """Read a study, or one size of study `name`, with a subfolder in that study's results."""
     from megatron_smlp.study.results import Results, default_folder
 
     systems = read_systems(study, folder=args.study.parent)
@@ -170,10 +169,10 @@ def _read_state(args: argparse.Namespace, name: str, study: Study) -> tuple[Stat
 
 @contextlib.contextmanager
 def _alone(known: State, what: str) -> Iterator[None]:
-    """Be the only process that does this for a study.
+    """Hold a lease on this work, so that only one process at a time does it for a study.
 
     Raises:
-        UsageError: another one is at it.
+        UsageError: another process holds it.
     """
     folder = known.folder / what
     folder.mkdir(parents=True, exist_ok=True)
@@ -232,7 +231,7 @@ def _time(args: argparse.Namespace, known: State, results: Results) -> int:
     from megatron_smlp.study.speed import time_systems
 
     with _alone(known, "speed"):
-        # Round by round, as one of many systems takes minutes: what is stopped has those before it.
+        # Save after each round, which takes minutes with many systems: a stop keeps earlier ones.
         for lines in time_systems(known, StudyData(args.data), processes=args.processes):
             results.add_speed(lines)
     print(results.folder / "speed.csv")
@@ -247,7 +246,7 @@ def _reuse(args: argparse.Namespace, known: State, results: Results) -> int:
         if other.runs.empty:
             raise UsageError(f"--of {other.folder}: no runs.csv with a run is there.")
     had = len(results.runs)
-    # Trials make known which runs come after them.
+    # Repeat, since only the results of trials determine which runs follow them.
     while any(results.take_over(_with(known, results), other) for other in others):
         pass
     known = _with(known, results)
@@ -258,7 +257,7 @@ def _reuse(args: argparse.Namespace, known: State, results: Results) -> int:
 
 
 def _with(known: State, results: Results) -> State:
-    """Return what is known with all runs that the results have."""
+    """Return `known` updated with the endings of all runs in the results."""
     return dataclasses.replace(known, kept=results.endings())
 
 

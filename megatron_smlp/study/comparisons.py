@@ -1,4 +1,4 @@
-"""What a report says of verdicts: claims, their comparisons, deviations, and the primary looks."""
+"""Report sections on verdicts: claims, their comparisons, deviations, and the primary looks."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The data of a study: one folder that `examples/study_data.sh` makes, and its checksums.
+"""The data of a study: one folder, made by `examples/study_data.sh`, and its checksums.
 
-tokenizer/                        of Hugging Face's kind
-train_text_document.bin, .idx     what is trained on
-valid_text_document.bin, .idx     what every evaluation reads; no document of it is in the other
+tokenizer/                        a Hugging Face tokenizer
+train_text_document.bin, .idx     the training data
+valid_text_document.bin, .idx     read by every evaluation; has no document of the training data
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TOKENIZER = "tokenizer"
 
 @dataclass(frozen=True)
 class StudyData:
-    """The folder; its files are looked at when they are asked for."""
+    """The data folder, whose files are read lazily."""
 
     folder: Path
 
@@ -35,10 +35,10 @@ class StudyData:
         return [*named, *kind]
 
     def check_vocabulary(self, size: int) -> None:
-        """Check that the tokenizer has as many entries as the study counts FLOPs for.
+        """Check that the tokenizer has the vocabulary size that the study counts FLOPs for.
 
         Raises:
-            UsageError: with both numbers.
+            UsageError: they differ; the message has both numbers.
         """
         from tokenizers import Tokenizer
 
@@ -53,7 +53,7 @@ class StudyData:
         """Return the checksum of each dataset and of the tokenizer.
 
         Raises:
-            UsageError: something is missing.
+            UsageError: a file is missing or cannot be read.
         """
         try:
             content = {split: content_of(self.prefix(split)) for split in SPLITS}

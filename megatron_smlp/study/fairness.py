@@ -1,4 +1,4 @@
-"""Fairness: the same data, batches and trials for all systems of a study, and as many FLOPs."""
+"""Fairness: all systems of a study get the same data, batches, number of trials, and FLOPs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from megatron_smlp.errors import UsageError
 from megatron_smlp.study.study_file import Study
 from megatron_smlp.study.systems import System
 
-# What may not differ between systems: the data and its order, the batch, what is evaluated, and of
-# the optimizer and the regularization all but the learning rate, which alone is tuned.
+# Flags that may not differ between systems: the data and its order, the batch, the evaluation, and
+# all of the optimizer and regularization except the learning rate, the only thing that is tuned.
 COMMON_FLAGS = (
     *("seq_length", "micro_batch_size", "global_batch_size"),
     *("dataloader_type", "reset_position_ids", "reset_attention_mask", "eod_mask_loss"),
@@ -35,11 +35,11 @@ CONVENTIONS = {
 
 
 def check_fair(study: Study, systems: Mapping[str, System]) -> None:
-    """Check that nothing but what is compared differs between the systems.
+    """Check that the systems differ only in what the study compares.
 
     Raises:
-        UsageError: flags of data, batches or optimizer, numbers of trials, or FLOPs differ too
-            much.
+        UsageError: they differ in flags of data, batches or optimizer, in the number of trials, or
+            by too many FLOPs.
     """
     _check_common_flags(study, systems)
     _check_decays(systems)
@@ -61,7 +61,7 @@ def _check_common_flags(study: Study, systems: Mapping[str, System]) -> None:
 
 
 def _check_decays(systems: Mapping[str, System]) -> None:
-    """Check what share of its rate each system ends with: `min_lr` is scaled with `lr`."""
+    """Check that all systems decay to the same share of `lr`; trials scale `min_lr` with it."""
     shares = {}
     for name, system in systems.items():
         first, last = system.flags.get("lr"), system.flags.get("min_lr") or 0.0
@@ -98,19 +98,19 @@ def _check_flops(study: Study, systems: Mapping[str, System]) -> None:
 
 
 def flops_spread(systems: Mapping[str, System], convention: str) -> float:
-    """Return by which share the dearest system is over the cheapest."""
+    """Return by what fraction the most expensive system exceeds the cheapest in FLOPs per token."""
     costs = [system.costs[convention] for system in systems.values()]
     return float(max(costs) / min(costs) - 1)
 
 
 def convention_titles(study: Study) -> list[str]:
-    """Return the names of both; the paper counts by the first."""
+    """Return the titles of both FLOP conventions; the paper uses the first."""
     squares, needed = (title for title, _ in CONVENTIONS.values())
     return [squares + " (paper)" * study.paper, needed]
 
 
 def flops_table(study: Study, systems: Mapping[str, System]) -> str:
-    """Return the FLOPs of every system in both conventions, as lines."""
+    """Return a text table of every system's FLOPs in both conventions."""
     titles = convention_titles(study)
     lines = [f"{'TFLOPs forward per 1024 tokens':32}{titles[0]:>22}{titles[1]:>22}"]
     lines += [

@@ -33,20 +33,20 @@ ALWAYS_ALIKE = (
     *("smlp_deterministic", "smlp_partial"),
     *("gmlp_token_moe", "feature_moe_only", "smlp_2_experts"),  # micro's ablations
 )
-LEAST_LOAD = 0.01  # of an even share; the scale is logarithmic
-MANY_LABELS = 8  # of an axis: more would touch one another
+LEAST_LOAD = 0.01  # of an even share: the lower end of the logarithmic axis
+MANY_LABELS = 8  # on an axis: more would touch unless rotated
 ENOUGH_FOR_BANDS = 3  # seeds: the interval of two is wider than any figure
 
 
 class Drawing:
-    """The figures of one study, with one style for each system in all of them."""
+    """The figures of one study; a system has the same style in all of them."""
 
     def __init__(self, measured: Measured, factors: Mapping[str, float]) -> None:
         self.measured = measured
         self.study, self.systems, self.tables = measured.study, measured.systems, measured.tables
         self.factors = factors
         self.styles = _styles(self.systems)
-        self.styles[self.study.subject]["zorder"] = 3  # over the others
+        self.styles[self.study.subject]["zorder"] = 3  # on top of the others
 
     def figures(self, speedups: Sequence[Comparison]) -> Iterator[tuple[str, Figure]]:
         asked = (VALIDATION_LOSS, self.measured.field(*self.systems))
@@ -64,9 +64,9 @@ class Drawing:
             yield "where-the-loss-lies", self.breakdown(kinds)
 
     def losses(self, field: str, what: str) -> Figure:
-        """Draw the converged points against tokens, FLOPs and, where it was measured, time.
+        """Plot the converged points against tokens, FLOPs and, where it was measured, time.
 
-        A study of one horizon has no curves: its losses are drawn system by system.
+        A study with one horizon has no curves: its losses are plotted system by system.
         """
         if len(self.study.horizons) == 1:
             return self._losses_at_the_end(field, what)
@@ -77,7 +77,7 @@ class Drawing:
         for panel, (label, scale) in zip(panels, axes.items(), strict=True):
             for name in names:
                 self._draw_seeds(panel, name, field, scale(name))
-            limits = panel.get_ylim()  # A band may be much wider than the seeds are apart.
+            limits = panel.get_ylim()  # Keep those of the seeds: bands may be much wider.
             for name in names:
                 self._draw_band(panel, name, field, scale(name))
             panel.set_ylim(limits)
@@ -104,7 +104,7 @@ class Drawing:
                 panel.plot([mean], [line], "|", markersize=14, color=color)
                 panel.plot([low, high], [line, line], linewidth=2, color=color)
         labels = panel.set_yticks(range(len(names)), [self.systems[name].title for name in names])
-        if self.study.subject in names:  # not where its losses are of another part of the window
+        if self.study.subject in names:  # absent if its losses cover another part of the window
             labels[names.index(self.study.subject)].label1.set_fontweight("bold")
         panel.invert_yaxis()  # the lowest loss on top
         panel.set_xlabel(f"validation loss{what} (nats per token)")
@@ -116,7 +116,7 @@ class Drawing:
         return figure
 
     def _axes(self) -> dict[str, Callable[[str], float]]:
-        """Return what losses are drawn against: a label, and the factor from tokens of a system."""
+        """Map the label of each x-axis to a function from a system to its factor from tokens."""
         longest = self.study.longest
         tokens, token_name = unit_for(AXES["tokens"], longest)
         flops = {
@@ -149,7 +149,7 @@ class Drawing:
         panel.plot(x, mean, "o", markersize=3.5, color=style["color"])
 
     def _width(self, name: str, others: float) -> float:
-        """Return the width of a line, which is twice that of others for the subject."""
+        """Return the width of a system's line: `others`, doubled for the subject."""
         return 2 * others if name == self.study.subject else others
 
     def _draw_band(self, panel: Axes, name: str, field: str, scale: float) -> None:
@@ -159,8 +159,8 @@ class Drawing:
         panel.fill_between(x, low, high, color=color, alpha=0.12, linewidth=0)
 
     def _means(self, name: str, field: str) -> Floats:
-        """Return <float64>[horizons, 4]: tokens, the mean over seeds or minimum over rates, ends of
-        its interval; none that diverged."""
+        """Return <float64>[horizons, 4]: tokens, the mean over seeds or minimum over rates, and the
+        ends of its interval; horizons that diverged are left out."""
         points = []
         for horizon in sorted(self.study.horizons):
             estimate = self.measured.at(horizon, field).mean(name)
@@ -171,17 +171,17 @@ class Drawing:
         return np.array(points, dtype=np.float64).reshape(-1, 4)
 
     def _trials(self) -> pandas.DataFrame:
-        """Return runs at several rates; of a design they are those that count."""
+        """Return the runs at several rates: the trials or, for a design, its longest runs."""
         if self.study.design is None:
             return self.tables.trials
         runs = self.tables.converged
         return runs[runs["horizon"] == self.study.longest]
 
     def learning_rates(self) -> Figure:
-        """Draw all trials of the learning rate; a ring is around the chosen one, or around the
-        minimum of a design.
+        """Plot all trials of the learning rate, with a ring around the chosen one or, for a design,
+        the fitted minimum.
 
-        The trials of systems with partial prediction are by the loss behind the prefix, and say so.
+        Trials of systems with partial prediction show the loss behind the prefix, and say so.
         """
         figure, panel = _single(7.4, 5.2)
         trials = self._trials()
@@ -217,17 +217,17 @@ class Drawing:
         return figure
 
     def _chosen(self, name: str, trials: pandas.DataFrame) -> tuple[Sequence[float], ...]:
-        """Return rates and losses, at most one of each."""
+        """Return the chosen rate and its loss, as lists of at most one item."""
         fit = self.measured.at_end(self.measured.field(name))
         if isinstance(fit, Rates):
             rate, estimate = self.systems[name].flags["lr"] * fit.best(name), fit.mean(name)
             return [rate], [estimate.mean]
-        # Rates are written with fewer digits than they have.
+        # The CSV files round factors.
         chosen = trials[np.isclose(trials["factor"], self.factors.get(name, math.nan))]
         return list(chosen["lr"]), list(chosen["loss"])
 
     def speedups(self, comparisons: Sequence[Comparison]) -> Figure:
-        """Draw how many times sooner the subject comes to the loss at which each other one ends."""
+        """Plot the subject's speed-up to the final loss of each other system."""
         shown = [comparison for comparison in comparisons if comparison.found.n]
         figure, panel = _single(6.8, 0.5 * len(shown) + 1.8)
         for place, comparison in enumerate(reversed(shown)):
@@ -265,7 +265,7 @@ class Drawing:
         return lines[lines[VALIDATION_LOSS].notna()]
 
     def load(self, loads: Mapping[str, pandas.DataFrame]) -> Figure:
-        """Draw the greatest and the least load of any expert in the evaluations."""
+        """Plot the highest and lowest load of any expert in the evaluations."""
         figure, panel = _single(7.4, 4.6)
         unit, unit_name = unit_for(AXES["tokens"], self.study.longest)
         for name, lines in loads.items():
@@ -285,8 +285,8 @@ class Drawing:
         return figure
 
     def breakdown(self, kinds: Sequence[str]) -> Figure:
-        """Draw the loss of each kind of token, less that of the subject in the same seeds, of the
-        systems with the most of these: those of fewer would differ by their seeds as well."""
+        """Plot each kind of token's loss minus the subject's on the same seeds, for the systems
+        that share the most seeds with it: those with fewer would differ by their seeds as well."""
         figure = Figure(figsize=(4.6 * len(kinds), 4.4), layout="constrained", dpi=DPI)
         panels = figure.subplots(1, len(kinds), squeeze=False)[0]
         first = self.study.subject
@@ -316,7 +316,7 @@ class Drawing:
         return figure
 
     def _looked_at(self, kind: str, name: str) -> set[int]:
-        """Return the seeds of a system whose final checkpoints were looked at."""
+        """Return the seeds of a system whose final checkpoints have this breakdown."""
         return set(self.tables.values(kind, self.tables.labels(kind)[0], name))
 
     def _against(self, first: str, name: str, kind: str, label: str) -> float:
@@ -341,8 +341,8 @@ def _single(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def _styles(names: Collection[str]) -> dict[str, dict[str, Any]]:
-    """Return colors and lines: the paper's systems have their own, the same in every study, and
-    others those of the paper's that are not there, from the last on."""
+    """Return a style per system. Those in ALWAYS_ALIKE have the same one in every study; others use
+    the styles of those that are absent, from the last on."""
     every = styles()
     own = dict(zip(ALWAYS_ALIKE, every, strict=False))
     absent = [style for name, style in own.items() if name not in names]

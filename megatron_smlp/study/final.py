@@ -1,7 +1,7 @@
-"""The final checkpoints of a study: zero-shot tasks, where in a text the loss lies, and exports.
+"""Evaluate a study's final checkpoints (zero-shot tasks, loss by kind of token), and export them.
 
-Every line of evaluations.csv is one number of one checkpoint: of a task, of a kind of token, or of
-another way to route tokens.
+Each line of evaluations.csv is one number of one checkpoint: for a task, a kind of token, a
+document, or a rule of routing tokens.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from megatron_smlp.study.results import DOCUMENT, ROUTING, TASK, Results
 from megatron_smlp.study.state import CHECKPOINTS, State
 
 WINDOWS = 2000
-"""Windows of the validation documents that are scored for the breakdown."""
+"""Number of windows of the validation documents to score for the breakdown."""
 
 Line = dict[str, Any]
 
@@ -40,14 +40,14 @@ def evaluate_finals(
     tasks: Sequence[str],
     data_dir: Path | None,
 ) -> list[Path]:
-    """Evaluate what has come to the longest horizon; return the folders of what was new.
+    """Evaluate runs that reached the longest horizon; return the folders of those that were new.
 
-    What is in evaluations.csv is not done again: the text of a checkpoint, and each of its tasks.
-    A task is scored by all of its examples, for one that is known by some would count as scored.
+    Skip what is already in evaluations.csv: the text of a checkpoint, and each of its tasks. Tasks
+    are scored on all of their examples, since one scored on a subset would count as done.
 
     Args:
-        tasks: of lm-evaluation-harness; none: only the loss is looked at.
-        data_dir: local files of the tasks; None: from the hub.
+        tasks: tasks of lm-evaluation-harness; if empty, only the loss is evaluated.
+        data_dir: local files of the tasks; None loads them from the Hub.
 
     Raises:
         UsageError: an evaluation failed.
@@ -70,7 +70,7 @@ def evaluate_finals(
 def what_is_missing(
     evaluations: pandas.DataFrame, key: str, tasks: Sequence[str]
 ) -> tuple[bool, list[str]]:
-    """Return whether a checkpoint's text has to be looked at, and which of the tasks."""
+    """Return whether a checkpoint's text remains to be scored, and which of the tasks do."""
     known = evaluations[evaluations["key"] == key]
     scored = set(known["label"][known["kind"] == TASK])
     text = not (known["kind"] == ROUTING).any()
@@ -83,10 +83,10 @@ def _is_final(known: State, run: PlannedRun) -> bool:
 
 
 def export_best(known: State, system: str, folder: Path, more: Sequence[str]) -> None:
-    """Write the final checkpoint of a system with the lowest loss, as one for transformers.
+    """Convert a system's final checkpoint with the lowest loss to Hugging Face's format.
 
     Args:
-        more: words for tools/convert_checkpoint.py.
+        more: further arguments of tools/convert_checkpoint.py.
 
     Raises:
         UsageError: none of its runs to the longest horizon has a checkpoint on this machine, or
@@ -154,7 +154,7 @@ def _line(kind: str, label: str, value: float, *, count: int, stderr: float | No
 def _evaluated(
     known: State, run: PlannedRun, flags: Sequence[str], watch: Callable[[], None], *, name: str
 ) -> Any:
-    """Return what tools/evaluate.py writes with these words.
+    """Run tools/evaluate.py with these flags, and return the JSON that it writes.
 
     Args:
         watch: called about once a second.

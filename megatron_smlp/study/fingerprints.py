@@ -1,8 +1,8 @@
-"""Fingerprints: the losses and gradient norms of a system's first steps, to the bit, as a hash.
+"""Fingerprints: a hash of the bit-exact losses and gradient norms of a system's first steps.
 
-Where anything is left to train, one is made of each system that has none of the present sources on
-this kind of machine with as many processes and threads: others round differently, and can tell
-nothing.
+While runs are left to train, one is made for each system that has none yet for the current sources,
+this kind of machine, and this number of processes and threads. Fingerprints from other setups round
+differently, so that they say nothing here.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LOGGED = ("loss", "grad_norm", VALIDATION_LOSS, SUFFIX_LOSS)
 
 
 def make_fingerprints(known: State, data: StudyData, results: Results, *, processes: int) -> None:
-    """Make those that are not there yet, for runs by these sources to be compared with others."""
+    """Make the missing fingerprints, so that runs of these sources can be compared with others."""
     now = made_by_next(processes)
     threads = os.environ.get("OMP_NUM_THREADS", "all")
     machine = f"{hardware()}, {processes} x {threads} threads"
@@ -50,7 +50,7 @@ def make_fingerprints(known: State, data: StudyData, results: Results, *, proces
                 known.systems[name], data, folder=folder, processes=processes, stop=lease.lost,
                 train_iters=STEPS, log_interval=1, eval_interval=STEPS, eval_iters=1,
             )  # fmt: skip
-            if not code:  # else the runs themselves will say why
+            if not code:  # on failure, the runs themselves will say why
                 record = {
                     **about,
                     "commit": now["commit"],
@@ -73,7 +73,7 @@ def _digest(content: Any) -> str:
 
 
 def lines_on_sources(known: State, results: Results, *, processes: int = 1) -> Iterator[str]:
-    """Yield in a line how many of the runs that are over are not as of the present sources."""
+    """Yield a note on how many finished runs have sources that may compute other results now."""
     now = str(made_by_next(processes)["sources"])
     fingerprints = results.fingerprints_of(known)
     same = {name: alike(fingerprints, name, now) for name in known.systems}

@@ -1,6 +1,6 @@
-"""Measure the speed of a large matrix product, which a training is compared with.
+"""Measure the speed of a large matrix product, as a reference for training speed.
 
-python -m megatron_smlp.study.gemm bfloat16   prints TFLOP/s of one process, and its threads
+python -m megatron_smlp.study.gemm bfloat16   prints TFLOP/s and number of threads of one process
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ REPEATS = 7
 
 
 def main(dtype: str) -> None:
-    """Print the speed of the fastest of some products of square matrices, and their threads."""
+    """Print the TFLOP/s of the fastest of REPEATS square matrix products, and the thread count."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -23,7 +23,7 @@ def main(dtype: str) -> None:
     for _ in range(REPEATS):
         begin = time.perf_counter()
         product = a @ b
-        product[0, 0].item()  # it is there
+        product[0, 0].item()  # wait for the result
         seconds.append(time.perf_counter() - begin)
     print(2 * size**3 / min(seconds) / 1e12, torch.get_num_threads())
 

@@ -1,4 +1,4 @@
-"""The name of a machine's kind, by its processor and GPUs."""
+"""Name a kind of machine by its processor and GPUs."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from pathlib import Path
 
 @functools.cache  # a driver may take a second to answer
 def hardware() -> str:
-    """Return a name of this machine's processor, and of its GPUs, for a folder."""
+    """Return a folder name that describes this machine's processor and GPUs."""
     return "-".join([_processor(), *_gpus()])
 
 
 def _gpus() -> list[str]:
-    """Return `8x` and the name in words; nothing where there is none, or none may be used."""
+    """Return `8x` and the words of the GPU's name; empty if there is no GPU or none is visible."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible in ("", "-1") or not shutil.which("nvidia-smi"):
         return []

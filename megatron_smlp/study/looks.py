@@ -1,13 +1,14 @@
-"""The one comparison that a study names before it begins, looked at as its seeds come in.
+"""Sequential test of a study's primary comparison, named before it begins, as its seeds come in.
 
-A look is at the first n seeds of both systems, n of LOOKS, by Student's test of two samples with
-one deviation, whatever other systems and later seeds there are: made again, it ends the same. By
-n seeds there is spent of alpha, as Lan and DeMets did after O'Brien and Fleming, two-sided,
+A look at n seeds, n in LOOKS, is Student's two-sample t-test with pooled variance on the first n
+seeds of both systems. It ignores other systems and later seeds, so that repeating it gives the same
+result. The alpha spent by n seeds is that of Lan and DeMets' O'Brien-Fleming function, two-sided,
 
     spent(n) = 4 (1 - Phi(z(1 - alpha/4) / sqrt(n / 8)))
 
-and a look may take what is spent since the one before. That is Bonferroni's bound over looks, which
-holds for Student's test of any n; boundaries of joint normal values would use more of alpha.
+and a look may use what was spent since the previous one. That is Bonferroni's bound over looks,
+which holds for Student's test at any n; boundaries from a joint normal distribution would use more
+of alpha.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from megatron_smlp.study.statistics import (
 )
 
 LOOKS = (3, 5, 8)
-"""Seeds of each of the two systems."""
+"""Numbers of seeds per system at which to look."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,22 +42,19 @@ class Look:
 
     found: Difference
     spent: float
-    """Of alpha, by the end of this look."""
+    """Alpha spent up to and including this look."""
     alpha: float
-    """What this look may take of it."""
+    """Alpha that this look alone may use."""
     verdict: str
 
 
 def spent(n: int) -> float:
-    """Return how much of ALPHA is spent by the looks at up to so many seeds."""
+    """Return how much of ALPHA the looks at up to n seeds spend."""
     return float(4 * stats.norm.sf(stats.norm.isf(ALPHA / 4) / math.sqrt(n / LOOKS[-1])))
 
 
 def looks(left: Sequence[float], right: Sequence[float]) -> list[Look]:
-    """Return the looks that were made, of losses in the order of the seeds; the last one decides.
-
-    None follows one that decides, unless that is at the last.
-    """
+    """Return the looks at losses in the order of the seeds, up to the first look that decides."""
     made: list[Look] = []
     for n in LOOKS:
         if len(left) < n or len(right) < n or (made and made[-1].verdict != UNDECIDED):
@@ -68,7 +66,7 @@ def looks(left: Sequence[float], right: Sequence[float]) -> list[Look]:
 
 
 def look(difference: Difference, *, alpha: float, spent: float) -> Look:
-    """Return how a comparison ends at a look; level only at the last, when all is spent."""
+    """Return the result of a look; only the last, with all of ALPHA spent, can be level."""
     if difference.p < alpha:
         said = CONFIRMED if difference.mean < 0 else REFUTED
     else:
@@ -81,7 +79,7 @@ def look(difference: Difference, *, alpha: float, spent: float) -> Look:
 
 
 def _student(left: Sequence[float], right: Sequence[float]) -> Difference:
-    """Return `left` minus `right`, of as many values."""
+    """Return the mean of `left` minus that of `right`, two samples of equal size."""
     n, sides = len(left), np.array([left, right], dtype=np.float64)
     mean = float(np.subtract(*sides.mean(axis=1)))
     if not np.isfinite(sides).all():

@@ -1,9 +1,9 @@
-"""By which sources the runs of a study were made, and which of them can be compared.
+"""Track which sources produced the runs of a study, and which runs can therefore be compared.
 
-A run's folder notes the sources at each start of its training, runs.csv has them beside its key,
-and fingerprints.csv what a system's first steps are under given sources on a given machine (see
-fingerprints.py). Sources of which a system has one fingerprint on one machine are alike for it. All
-runs that are compared must be such that one state of the sources could have made them all.
+A run's folder records the sources at each start of its training. runs.csv stores them with its key;
+fingerprints.csv stores a system's first steps under given sources on a given machine (see
+fingerprints.py). Sources that give a system the same fingerprint on one machine are alike for it.
+Runs can be compared only if a single version of the sources could have produced all of them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import pandas  # of an extra, which --help does without
+    import pandas  # an optional extra that --help does not need
 
 NOTE = "made-by.jsonl"
 NOT_KNOWN = ""
@@ -24,14 +24,14 @@ FINGERPRINT_COLUMNS = ("system", "commit", "sources", "machine", "fingerprint")
 
 
 def note(folder: Path, made_by: Mapping[str, str | None]) -> None:
-    """Note what a training is made by that is about to start."""
+    """Append the commit and sources of a training that is about to start to its folder's notes."""
     with (folder / NOTE).open("a", encoding="utf-8") as file:
         file.write(json.dumps(dict(made_by)) + "\n")
 
 
 def noted(folder: Path) -> dict[str, str]:
-    """Return commit and sources, each once with a space between where a run has several; empty
-    where nobody noted them."""
+    """Return a run's commit and sources, each without repeats and separated by spaces if there are
+    several; empty if none were noted."""
     if not (folder / NOTE).exists():
         return {"commit": NOT_KNOWN, "sources": NOT_KNOWN}
     lines = [json.loads(line) for line in (folder / NOTE).read_text("utf-8").splitlines()]
@@ -42,7 +42,7 @@ def noted(folder: Path) -> dict[str, str]:
 
 
 def alike(fingerprints: pandas.DataFrame, system: str, sources: str) -> set[str]:
-    """Return the sources that compute the same for a system, these among them."""
+    """Return all sources that compute the same as `sources` for a system, including itself."""
     own = fingerprints[fingerprints["system"] == system]
     reached: set[str] = set()
     more = {sources}
@@ -54,21 +54,21 @@ def alike(fingerprints: pandas.DataFrame, system: str, sources: str) -> set[str]
 
 
 def listed(sources: object) -> list[str]:
-    """Return the sources of a cell of runs.csv, or of `noted`."""
+    """Split the sources in a cell of runs.csv, or from `noted`, into a list."""
     return (sources.split() if isinstance(sources, str) else []) or [NOT_KNOWN]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Versions:
-    """The sources that most runs could have been made by, and the runs that they cannot."""
+    """The sources that could have produced the most runs, and the runs that they could not."""
 
     sources: str
     others: pandas.DataFrame
-    """Of runs.csv."""
+    """Lines of runs.csv."""
 
     @classmethod
     def of(cls, runs: pandas.DataFrame, fingerprints: pandas.DataFrame) -> Versions:
-        """Look at the runs that count; a trial only decided on a learning rate."""
+        """Consider only main runs, since a trial merely decides on a learning rate."""
         main = runs[runs["phase"] == "main"]
         by_key = {line["key"]: line for _, line in runs.iterrows()}
         alike_to = cache(partial(alike, fingerprints))
@@ -87,7 +87,7 @@ class Versions:
 
 
 def _all_of(runs: Mapping[str, pandas.Series], key: str) -> Sequence[str]:
-    """Return the sources of a run and of those that it continues."""
+    """Return the sources of a run and of all runs that it continues."""
     sources: list[str] = []
     while key in runs:
         sources += listed(runs[key]["sources"])

@@ -1,5 +1,5 @@
-"""What was measured of a study's systems, and what they are compared by: means over seeds, or, of a
-design, minima over rates."""
+"""Measurements of a study's systems, and the estimates that compare them: means over seeds or, for
+a design, minima over rates."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_smlp.study.systems import System
 from megatron_smlp.study.tables import Tables
 
 FITTED = 0
-"""In place of a seed: the curve of a system's fitted minima."""
+"""Stands in for a seed in `curves`, for the curve of a system's fitted minima."""
 
 
 class Measured:
@@ -27,14 +27,14 @@ class Measured:
         self.systems = systems
         self.tables = tables
         self.at = functools.cache(self._at)
-        """(horizon, field) -> the losses of all systems that are trained on these positions."""
+        """(horizon, field) -> the losses of all systems that train on these positions."""
 
     def _at(self, horizon: int, field: str) -> Spread | Rates:
         names = self.trained_on(field)
         return self.compared({name: self.tables.losses(name, horizon, field) for name in names})
 
     def compared(self, numbers: Mapping[str, Mapping[int, float]]) -> Spread | Rates:
-        """Return what systems are compared by: a number of each seed, as its loss."""
+        """Return the estimates that compare systems by one number per seed, such as its loss."""
         design = self.study.design
         if design is None:
             return Spread.of({name: list(own.values()) for name, own in numbers.items()})
@@ -50,8 +50,8 @@ class Measured:
         return self.at(self.study.longest, field)
 
     def slope(self, system: str, rival: str) -> Difference:
-        """Return by how much `system` minus `rival` grows per doubling of the tokens, by the runs
-        that have a finite loss at every horizon."""
+        """Return how much `system` minus `rival` grows per doubling of tokens, over the runs with a
+        finite loss at every horizon."""
         horizons, field = sorted(self.study.horizons), self.field(system, rival)
         x = [math.log2(self.tables.tokens(horizon)) for horizon in horizons]
         losses = {}
@@ -79,12 +79,12 @@ class Measured:
         return Rates.slope(fits, x, system, rival)
 
     def field(self, *names: str) -> str:
-        """Return the loss that these are compared by: of what all are trained to predict."""
+        """Return the loss to compare these systems by: over the positions all of them train on."""
         behind = any(self.systems[name].predicts_suffix for name in names)
         return SUFFIX_LOSS if behind else VALIDATION_LOSS
 
     def trained_on(self, field: str) -> list[str]:
-        """Return the systems for which a loss is not of positions that they never trained on."""
+        """Return the systems that train on all positions which the loss `field` covers."""
         return [
             name
             for name, system in self.systems.items()
@@ -92,8 +92,8 @@ class Measured:
         ]
 
     def rivals(self) -> list[str]:
-        """Return the systems that the subject is compared with: all others, of which the paper's
-        claims are about those that are not an sMLP."""
+        """Return the systems that the subject is compared with: all others or, for the paper's
+        claims, those that are not an sMLP."""
         return [
             name
             for name, system in self.systems.items()
@@ -101,8 +101,8 @@ class Measured:
         ]
 
     def curves(self, name: str, field: str) -> dict[int, tuple[list[float], list[float]]]:
-        """Return the tokens and losses of a system's horizons by seed, ascending; of a design one
-        curve, of minima."""
+        """Return tokens and losses over a system's horizons, ascending, by seed; for a design, a
+        single curve of minima under the key FITTED."""
         if self.study.design is None:
             return {seed: self.tables.curve(name, seed, field) for seed in self.tables.seeds(name)}
         points = [
@@ -113,13 +113,13 @@ class Measured:
         return {FITTED: ([x for x, _ in known], [y for _, y in known])} if known else {}
 
     def lacking(self, name: str) -> list[int]:
-        """Return the seeds that are planned of a system and have no end yet."""
+        """Return a system's planned seeds that have no final loss yet."""
         losses = self.tables.losses(name, self.study.longest, VALIDATION_LOSS)
         return [seed for seed in self.study.seeds_of(name) if seed not in losses]
 
     def gaps(self, names: Iterable[str]) -> Iterator[str]:
-        """Yield in words what was planned of these systems for the longest horizon and is missing
-        or diverged."""
+        """Describe which of these systems' planned runs to the longest horizon are missing or
+        diverged."""
         for name in sorted({*names}, key=list(self.systems).index):
             losses = self.tables.losses(name, self.study.longest, VALIDATION_LOSS)
             diverged = [seed for seed, loss in losses.items() if math.isinf(loss)]

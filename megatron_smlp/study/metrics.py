@@ -10,18 +10,18 @@ from megatron_smlp import metrics_records
 from megatron_smlp.metrics_records import FILE_NAME, Record
 
 VALIDATION_LOSS, SUFFIX_LOSS = "validation_loss", "validation_suffix_loss"
-"""Names of the losses over all tokens, and over those behind the prefix of partial prediction."""
+"""Names of the losses over all tokens, and over those after the prefix of partial prediction."""
 TAIL_BYTES = 1 << 16
 
 
 def read_records(folder: Path) -> list[Record]:
-    """Return all records; none where the run has not begun."""
+    """Return all records; none if the run has not begun."""
     file = folder / FILE_NAME
     return metrics_records.read_records(file) if file.exists() else []
 
 
 def validation_at(folder: Path, iteration: int) -> Record | None:
-    """Return the evaluation at an iteration; None: the run did not come so far."""
+    """Return the evaluation at an iteration; None if the run did not get that far."""
     values = [
         record
         for record in read_records(folder)
@@ -31,9 +31,9 @@ def validation_at(folder: Path, iteration: int) -> Record | None:
 
 
 def last_step(folder: Path) -> tuple[int, float]:
-    """Return iteration and loss of the last step that was logged; 0 and NaN before the first.
+    """Return iteration and loss of the last logged step; 0 and NaN before the first.
 
-    It is asked for once a second: only the end of the file is read.
+    Reads only the end of the file, since it is called once a second.
     """
     file = folder / FILE_NAME
     if not file.exists():
@@ -44,7 +44,7 @@ def last_step(folder: Path) -> tuple[int, float]:
     for line in reversed(lines):
         try:
             record = json.loads(line)
-        except ValueError:  # half a line, at either end
+        except ValueError:  # a partial line, at either end
             continue
         if "loss" in record:
             return record["iteration"], float(record["loss"])

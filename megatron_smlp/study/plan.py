@@ -1,13 +1,13 @@
 """Plan the runs of a study, as a function of the study, the data and the losses known so far.
 
-A seed of a system trains on one trunk at a constant learning rate. For every horizon a branch
-leaves it, in which the learning rate decays; the longest one's is the end of the trunk itself:
+Each seed of a system trains one trunk at a constant learning rate. For each horizon a branch leaves
+the trunk, in which the learning rate decays; the longest horizon's decay ends the trunk itself:
 
     0 ---- trunk ----+---- trunk ----+---- trunk and decay to the longest horizon
                      +- decay, h1    +- decay, h2
 
-Every piece is one command of pretrain_smlp.py, that goes on from the last checkpoint of its parent.
-All of them read the data in the order of the longest horizon's.
+Each piece is one command of pretrain_smlp.py, which resumes from its parent's last checkpoint. All
+pieces read the data in the order of a run to the longest horizon.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from megatron_smlp.study.study_file import Study
 from megatron_smlp.study.systems import System
 
 FIRST = (1, {"megatron-smlp": "0.1.0"})
-"""What keys had of the project while no run noted its sources (made_by.py), and have for ever."""
+"""The project's part of all run keys: frozen, since runs now note their sources (made_by.py)."""
 HASH_DIGITS = 12
-DIGITS = 3  # of a multiple of the learning rate that a trial at an edge gets
+DIGITS = 3  # significant digits of the factor of a trial that is added at an edge
 
 Losses = Mapping[str, float]
 """Final validation losses of finished runs, by their hash; infinite where a run diverged."""
@@ -43,23 +43,23 @@ class PlannedRun:
     system: str
     phase: Literal["tuning", "main"]
     factor: float
-    """The learning rate, as a multiple of that of the system's file."""
+    """The learning rate, as a multiple of the one in the system's file."""
     seed: int
     horizon: int | None
-    """Tokens that it is a result for; None: a piece of the trunk."""
+    """The horizon, in tokens, that it is a result for; None for a piece of the trunk."""
     start: int
-    """Iterations that its parent has made."""
+    """Iteration at which its parent ends; 0 without a parent."""
     end: int
     flags: Mapping[str, Any]
-    """All that is given to pretrain_smlp.py, without paths."""
+    """All flags of pretrain_smlp.py except paths."""
     parent: PlannedRun | None = None
     identity: str = field(repr=False)
-    """Identifies the data and the versions."""
+    """Identifies the data and the package versions."""
 
     @cached_property
     def key(self) -> str:
-        """The hash over flags, data, versions and parent: two runs of one hash are the same. The
-        texts of plugins are among a run's sources (made_by.py), beside the key."""
+        """Hash over flags, data, versions and parent: runs with equal hashes are the same. The code
+        of plugins is not part of it, but of a run's sources (made_by.py)."""
         parent = self.parent.key if self.parent else None
         flags = {name: value for name, value in self.flags.items() if name != PLUGIN}
         content = json.dumps([flags, self.identity, parent], sort_keys=True)
@@ -67,7 +67,7 @@ class PlannedRun:
 
     @property
     def parents(self) -> Iterator[PlannedRun]:
-        """The runs that it continues, the nearest first."""
+        """The runs that it continues, nearest first."""
         run = self.parent
         while run is not None:
             yield run
@@ -91,16 +91,15 @@ class Plan:
     runs: tuple[PlannedRun, ...]
     """Parents before children."""
     factors: Mapping[str, float]
-    """The learning rate of each system whose tuning is done; 1 where there is none, also where a
-    design has several."""
+    """Chosen learning-rate factor of each tuned system; 1 without tuning, also for a design."""
     pending: tuple[PlannedRun, ...]
-    """Stand-ins for the runs of systems whose tuning is not done, or of which a trial failed: as
-    many, and as long."""
+    """Stand-ins for the runs of systems whose tuning is unfinished or had a failed trial: of the
+    same number and length."""
 
     @property
     def at_edge(self) -> list[str]:
-        """Return the systems whose chosen learning rate is the lowest or the highest of their
-        trials, all of which were made: a better one may lie beyond."""
+        """Return the systems whose chosen learning rate is the lowest or highest of all their
+        trials: a better one may lie beyond."""
         tried: dict[str, list[float]] = {}
         for run in self.runs:
             if run.phase == "tuning":
@@ -113,7 +112,7 @@ class Plan:
 
 
 def identity_of(contents: Mapping[str, str]) -> str:
-    """Return what all runs of a study share beside their flags: data, versions of packages.
+    """Return what all runs of a study share besides their flags: data and package versions.
 
     Args:
         contents: the checksum of each dataset and of the tokenizer.
@@ -131,15 +130,15 @@ def make_plan(
     losses: Losses,
     failed: Collection[str],
 ) -> Plan:
-    """Return the tuning's runs, and the others of systems whose learning rate is chosen.
+    """Return the tuning's runs, and the main runs of systems whose learning rate is chosen.
 
     Args:
-        failed: hashes of runs that ended without a loss.
+        failed: hashes of runs that failed, and so have no loss.
     """
     make = functools.partial(_run, study, identity=identity)
     tuning, factors = _tuning(study, systems, make, losses=losses, failed=failed)
-    # The subject and its rivals come before what only an ablation needs, and of these the first
-    # seed of every system: a study that is not whole can decide most claims, or compares them all.
+    # The subject and its rivals come before systems that only ablations need, and in each group the
+    # first seeds of all systems: an unfinished study can decide most claims, or compare them all.
     needed = [name for name in systems if name == study.subject or not systems[name].is_smlp]
     pairs = {
         name: list(zip(study.seeds_of(name), study.rates_of(name), strict=True)) for name in systems
@@ -171,10 +170,11 @@ def _tuning(
     losses: Losses,
     failed: Collection[str],
 ) -> tuple[list[PlannedRun], dict[str, float]]:
-    """Return all trials that are known, and the chosen learning rates of systems that are done.
+    """Return all known trials, and the chosen learning rates of systems whose tuning is done.
 
-    A system of which a trial failed has none yet, and the others do not wait for it; nor for each
-    other once there can be no more trials, which all get where one's best is at an edge.
+    When any system's best is at an edge, all systems get another trial. Once no more trials can
+    follow, systems no longer wait for one another. A system with a failed trial has no rate yet,
+    and the others do not wait for it.
     """
     tuning = study.tuning
     if tuning is None:
@@ -216,9 +216,9 @@ def _best(factors: Sequence[float], losses: Sequence[float | None]) -> float:
 
 
 def next_factor(factors: Sequence[float], losses: Sequence[float]) -> float:
-    """Return where one more trial tells most: beyond the edge that is best, or beside the best.
+    """Return the most useful factor for one more trial: beyond a best edge, or next to the best.
 
-    Every system gets one where any system's best is at an edge, so that all have as many.
+    If any system's best is at an edge, every system gets a trial, so that all have equally many.
     """
     pairs = sorted(zip(factors, losses, strict=True))
     place = min(range(len(pairs)), key=lambda index: pairs[index][1])
@@ -239,11 +239,11 @@ def _rounded(factor: float) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Calendar:
-    """Horizons in iterations, all of them multiples of the distance between evaluations."""
+    """Horizons in iterations, rounded to multiples of the evaluation interval."""
 
     evaluation: int
     batch: int
-    """Tokens of an iteration."""
+    """Tokens per iteration."""
     decay: float
 
     @classmethod
@@ -258,7 +258,7 @@ class Calendar:
         return max(1, round(horizon / self.batch / self.evaluation)) * self.evaluation
 
     def start(self, horizon: int) -> int:
-        """Return the iteration from which its learning rate decays."""
+        """Return the iteration at which the learning rate begins to decay to the horizon."""
         end = self.end(horizon)
         return end - max(1, round(end * self.decay))
 
@@ -286,14 +286,14 @@ def _run(
     is_trunk: bool = False,
     parent: PlannedRun | None = None,
 ) -> PlannedRun:
-    """Make a run to `horizon`, or the trunk to where the decay to it begins."""
+    """Make a run to `horizon`, or the piece of the trunk up to where its decay begins."""
     calendar = Calendar.of(study, system)
     last = calendar.end(study.longest)
     end = calendar.start(horizon) if is_trunk else calendar.end(horizon)
     decay_end = last if is_trunk else end
     flags = dict(system.flags) | {
         "seed": seed,
-        # Megatron's order of the samples is that of a run of this length.
+        # Megatron orders the samples for a run of this length, so all runs share it.
         "train_iters": last,
         "lr_decay_style": "WSD",
         "lr_decay_iters": decay_end,

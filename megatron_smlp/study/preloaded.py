@@ -1,7 +1,7 @@
-"""Imports what a training needs, in the process that those of a study are forked from (process.py).
+"""Import what a training needs, in the server that forks a study's trainings (process.py).
 
-That takes longer than many of them. Importing this module does it; a fork server preloads modules
-and calls nothing.
+The imports take longer than many trainings. They run when this module is imported, because a fork
+server preloads modules and calls nothing.
 """
 
 import signal
@@ -10,10 +10,10 @@ from megatron_smlp.library_logging import quiet_libraries
 from megatron_smlp.megatron_patches.late_compile import late_compile
 from megatron_smlp.provenance import software
 
-signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the worker's, which ends its runs
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # the worker handles Ctrl-C, and ends its runs
 
 with quiet_libraries(), late_compile():
-    # What the first run of a process imports late: a second of each run otherwise.
+    # Imported lazily by the first run of a process, which would cost every run a second.
     import torch._dynamo  # noqa: F401
     from megatron.core.tokenizers.text.libraries import huggingface_tokenizer  # noqa: F401
 
@@ -25,4 +25,4 @@ with quiet_libraries(), late_compile():
     import megatron_smlp.training.loop  # noqa: F401
     import pretrain_smlp  # noqa: F401
 
-software()  # of these texts, whatever becomes of them while runs are forked
+software()  # cache it for the sources as they are now: files may change while runs are forked

@@ -21,13 +21,13 @@ EVAL_ITERS = 100  # Megatron's default
 def price_lines(
     study: Study, systems: Mapping[str, System], runs: Sequence[PlannedRun], tables: Tables
 ) -> Iterator[str]:
-    """Yield a table of what the runs of each system cost.
+    """Yield the lines of a table of what each system's runs cost.
 
     Args:
-        runs: those that are left to do.
+        runs: the runs that are left to do.
 
     Raises:
-        UsageError: a system cannot be laid out on so many GPUs.
+        UsageError: a system cannot be partitioned over this many GPUs.
     """
     if study.cluster is None:
         yield from _hours_of_a_worker(systems, runs, tables, study)
@@ -38,7 +38,7 @@ def price_lines(
     yield f"  {'':24}{'GPU hours':>12}{'hours':>9}{'memory/GPU':>14}"
     total = 0.0
     for name, system in systems.items():
-        # By needed FLOPs, as the `mfu` of a training that may stand in `utilization`.
+        # In needed FLOPs, like a training's logged `mfu`, which may be given as `utilization`.
         tflops = BACKWARD * system.costs["forward_needed_tflops_per_1024_tokens"] / 1024
         tokens = _tokens(study, system, runs)
         hours = tflops * tokens / (cluster.tflops * cluster.utilization) / 3600
@@ -73,7 +73,7 @@ def _hours_of_a_worker(
 
 
 def _tokens(study: Study, system: System, runs: Sequence[PlannedRun]) -> float:
-    """Return the tokens of a system's runs, and as many more as their evaluations cost."""
+    """Return the tokens of a system's runs, plus the cost of their evaluations in such tokens."""
     calendar = Calendar.of(study, system)
     iterations = sum(run.end - run.start for run in runs if run.system == system.name)
     evaluated = system.flags.get("eval_iters", EVAL_ITERS) / BACKWARD / calendar.evaluation

@@ -1,9 +1,9 @@
-"""One command of pretrain_smlp.py: how it is spelt, started, watched and ended.
+"""Build, start, watch and end one command of pretrain_smlp.py.
 
-A training of one process on a CPU is a fork of one that has imported Megatron, and trains after a
-second; its losses are those of the command. A process that has started CUDA cannot be forked, and
-the agent of several ranks starts them: where there is a GPU, or a run has more processes, it is a
-program of its own.
+A single-process training on a CPU is forked from a process that has imported Megatron, and trains
+after a second; its losses are those of the command. A run on a GPU or with several processes is a
+program of its own, because a process that has initialized CUDA cannot be forked, and because
+several ranks are started by an agent.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ FLAGS = "flags.yaml"
 POLL_SECONDS = 1.0
 LAST_LINES = 12
 LAUNCH = "from megatron_smlp.commands import launch; launch()"
-"""Starts the project's agent, which ends with the code of the rank that failed (torchrun with 1):
-that of a loss that is not finite tells a run that diverged from one that failed."""
-PATIENCE = 60.0  # seconds, for a run that saves before it ends
+"""Start the project's agent, which exits with the code of the failed rank (torchrun exits with 1):
+the code for a nonfinite loss tells a diverged run from a failed one."""
+PATIENCE = 60.0  # seconds for a run to save before it is killed
 
 
 def training_command(
     folder: Path, flags: Mapping[str, Any], *, paths: Sequence[str], processes: int
 ) -> list[str]:
-    """Write the flags of a run to its folder, and return the command that trains by them."""
+    """Write the flags of a run to its folder, and return the command that trains with them."""
     folder.mkdir(parents=True, exist_ok=True)
     spelt = {name.replace("_", "-"): value for name, value in sorted(flags.items())}
     if plugins := plugin_paths(flags):
@@ -67,7 +67,7 @@ def training_command(
 
 
 def plugin_paths(flags: Mapping[str, Any]) -> list[str]:
-    """Return the files of a run's plugins, which its flags have by name."""
+    """Return the paths of a run's plugins, which its flags list by name."""
     return [str(LOADED[Path(name).stem].path) for name in flags.get(KEY, ())]
 
 
@@ -81,7 +81,7 @@ def _script() -> str:
 def run_command(
     command: Sequence[str], *, folder: Path, stop: threading.Event, watch: Callable[[], None]
 ) -> int:
-    """Run a command, its output in the folder's log; return its exit code.
+    """Run a command, with its output appended to the folder's log; return its exit code.
 
     Args:
         stop: ends the command when it is set.
@@ -107,11 +107,11 @@ def train_shortly(
     stop: threading.Event,
     **flags: int,
 ) -> tuple[int, list[Record]]:
-    """Train a system anew, without its schedule of the learning rate and without a checkpoint, for
-    its speed or its first steps; return the exit code, and what was logged.
+    """Train a system briefly from scratch, without learning-rate schedule or checkpoint, to measure
+    its speed or its first steps; return the exit code and the logged records.
 
     Args:
-        flags: of the training, over the system's.
+        flags: flags of the training, which override the system's.
     """
     (folder / FILE_NAME).unlink(missing_ok=True)
     own = {name: value for name, value in system.flags.items() if not name.startswith("lr_")}
@@ -132,8 +132,8 @@ def _is_on_cpu() -> bool:
 
 
 def made_by_next(processes: int) -> dict[str, str | None]:
-    """Return by what the next training is made: the texts as they are now, or as they were when
-    what it is forked from read them."""
+    """Return the commit and sources of the next training: those on disk now or, for a fork, those
+    that the process it is forked from has read."""
     return _made_by_forks() if processes == 1 and _is_on_cpu() else made_by()
 
 
@@ -148,14 +148,14 @@ def _program(command: Sequence[str], log: BinaryIO) -> subprocess.Popen[bytes]:
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,
-        process_group=0,  # Ctrl-C is the worker's, which ends the run so that it saves
-        # Two must not train one run, where a worker is killed and its run goes on.
+        process_group=0,  # the worker handles Ctrl-C, and ends the run so that it saves
+        # If the run outlived a killed worker, two processes might train it.
         preexec_fn=partial(end_with_parent, signal.SIGTERM),
     )
 
 
 class _Fork(ForkServerProcess):
-    """A training, with the methods of Popen that are used here."""
+    """A forked training, with the methods of Popen that are used here."""
 
     @classmethod
     def of(cls, command: Sequence[str], log: BinaryIO) -> _Fork:
@@ -175,7 +175,7 @@ class _Fork(ForkServerProcess):
 
 
 def _train(argv: Sequence[str], log: str) -> None:
-    """Be the program that `_program` starts: of these words, and ended as it is."""
+    """Act as the program that `_program` starts: with these arguments, and ended the same way."""
     import pretrain_smlp
 
     os.setpgid(0, 0)
@@ -183,7 +183,7 @@ def _train(argv: Sequence[str], log: str) -> None:
     with Path(log).open("ab") as output:
         for stream in (1, 2):
             os.dup2(output.fileno(), stream)
-    end_with_parent(signal.SIGTERM)  # the server's; what it is forked for has another
+    end_with_parent(signal.SIGTERM)  # the fork server's end; the worker is watched below
     threading.Thread(target=_end_with_worker, daemon=True).start()
     sys.argv = ["pretrain_smlp.py", *argv]
     pretrain_smlp.run()

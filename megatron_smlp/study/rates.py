@@ -1,15 +1,15 @@
-"""Losses of runs at several rates, each with a seed of its own: a parabola for each system.
+"""Fit a parabola per system to the losses of runs at several rates, each with its own seed.
 
     loss = a_i + b_i x + c x^2 + e,    x = log2(rate / the rate of system i's file)
 
-with one curvature c for all systems. The number of a system is the minimum, at x = -b_i / 2c,
+with one curvature c for all systems. A system is compared by its minimum, at x = -b_i / 2c,
 
     m_i = a_i - b_i^2 / 4c,    dm_i/da_i = 1,  dm_i/db_i = -b_i / 2c,  dm_i/dc = b_i^2 / 4c^2
 
-whose error, and that of differences, follow from these and the covariance of the least squares,
-with as many degrees of freedom as there are runs over coefficients. The choice of the rate is so in
-the interval. So is that curvatures are not quite the same, independently by BENDS c: the minimum
-moves by the influences of a system's runs times that times their (x - best)^2.
+whose error, and that of differences, follows from these derivatives and the least-squares
+covariance, with runs minus coefficients degrees of freedom. The interval thus covers the choice of
+the rate. It also covers that curvatures differ, independently by BENDS c: the minimum then moves by
+the sum over a system's runs of their influence times BENDS c (x - best)^2.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from megatron_smlp.study.statistics import Difference, of_error, unknown, with_e
 from megatron_smlp.study.study_file import LEAST_RATES
 
 BENDS = 0.25
-"""Deviation of systems' curvatures, as a share of the mean one: 0.30 in the trials of `cpu`, from
+"""Standard deviation of the systems' curvatures over their mean: 0.30 in the trials of `cpu`, from
 0.028 to 0.064 nats per octave squared, of which a part is the trials' noise."""
 Point = tuple[float, float]
-"""A multiple of the rate of a system's file, and the loss at it."""
+"""A multiple of the rate in a system's file, and the loss at it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,26 +37,26 @@ class Rates:
     """The minima of some systems at one horizon."""
 
     points: Mapping[str, Sequence[Point]]
-    """Of systems with LEAST_RATES finite losses and more; the others are in none of the fits."""
+    """Only systems with at least LEAST_RATES finite losses; the others are not fitted."""
     curvature: float
-    """In nats per octave squared; a minimum takes more than 0."""
+    """In nats per octave squared; there are minima only if it is positive."""
     sd: float
-    """Of a run around its parabola; NaN where no degree of freedom is left."""
+    """Standard deviation of runs around their parabola; NaN if no degree of freedom is left."""
     df: int
     p: float
-    """Bartlett's, of equal deviations of all systems; NaN where there is no more than one."""
+    """p-value of Bartlett's test of equal deviations of all systems; NaN for fewer than two."""
     solution: Floats
     """<float64>[2 systems + 1]: each system's a and b, then c."""
     rows: Floats
-    """<float64>[runs, 2 systems + 1], of the equations."""
+    """<float64>[runs, 2 systems + 1]: the design matrix of the least squares."""
     inverse: Floats
-    """The covariance of the solution over sd squared."""
+    """Covariance of the solution divided by sd squared."""
     residuals: Floats
     """<float64>[runs]"""
 
     @classmethod
     def of(cls, groups: Mapping[str, Sequence[Point]]) -> Rates:
-        """Fit all systems at once; losses that are not finite are left out."""
+        """Fit all systems jointly, leaving out losses that are not finite."""
         finite = {
             name: [point for point in points if math.isfinite(point[1])]
             for name, points in groups.items()
@@ -70,7 +70,7 @@ class Rates:
         residuals = losses - rows @ solution
         sd = math.sqrt(residuals @ residuals / df) if df > 0 else math.nan
         ends = np.cumsum([len(own) for own in points.values()])[:-1]
-        # Each system's two coefficients take two degrees of freedom, and all share the curvature.
+        # Each system's own coefficients take two degrees of freedom; all share the curvature's.
         parts = [
             (float(own @ own), len(own) - 2 - 1 / len(points))
             for own in np.split(residuals, ends)
@@ -84,7 +84,7 @@ class Rates:
 
     @property
     def outside(self) -> list[str]:
-        """Return the systems whose best rate lies outside of those that were trained at."""
+        """Return the systems whose best rate lies outside the range of rates that were trained."""
         return [
             name
             for name, points in self.points.items()
@@ -93,7 +93,7 @@ class Rates:
         ]
 
     def best(self, name: str) -> float:
-        """Return the fitted best multiple of the rate of a system's file; NaN: there is none."""
+        """Return the fitted best rate as a multiple of that in a system's file; NaN if none."""
         if name not in self.points or self.curvature <= 0:
             return math.nan
         exponent = -self.solution[self._place(name) + 1] / (2 * self.curvature)
@@ -103,21 +103,21 @@ class Rates:
         return self._weighted({name: 1})
 
     def difference(self, system: str, rival: str) -> Difference:
-        """Return `system` minus `rival`; its `n` is the runs of the one that has fewer."""
+        """Return `system` minus `rival`; its `n` is the smaller number of runs of the two."""
         return self._weighted({system: 1, rival: -1})
 
     @classmethod
     def slope(
         cls, fits: Sequence[Rates], x: Sequence[float], system: str, rival: str
     ) -> Difference:
-        """Return the slope over x of `system` minus `rival`, of the same runs at each x.
+        """Return the slope over x of `system` minus `rival`, from the same runs at each x.
 
-        What a run deviates by at one x it does at the next as well, so that with the covariance S
-        of the residuals, the gradients G of the differences and the weights w of least squares
+        A run's deviations at different x are correlated, so that with the covariance S of the
+        residuals, the gradients G of the differences and the least-squares weights w
 
             slope = sum w_h d_h,    error^2 = sum w_h w_k S_hk (G_h inverse G_k)
 
-        and a system's curvature is another by the same share at all x.
+        and a system's curvature deviates by the same fraction at all x.
         """
         gaps = [fit.difference(system, rival) for fit in fits]
         if not all(math.isfinite(gap.error) for gap in gaps):
@@ -145,8 +145,8 @@ class Rates:
         return with_error(estimate, float(np.linalg.norm(self._bent(gradient))))
 
     def _bent(self, gradient: Floats) -> Floats:
-        """Return <float64>[systems], by how much what has this gradient is another where a system's
-        curvature is, by BENDS."""
+        """Return <float64>[systems]: how much the estimate with this gradient changes when the
+        curvature of one system deviates by BENDS."""
         octaves = [
             np.log2([rate for rate, _ in own]) - math.log2(self.best(name))
             for name, own in self.points.items()
@@ -156,7 +156,7 @@ class Rates:
         return BENDS * self.curvature * np.add.reduceat(moved, self._starts())
 
     def _starts(self) -> list[int]:
-        """Return the first run of each system."""
+        """Return the position of each system's first run."""
         return [0, *np.cumsum([len(own) for own in self.points.values()])[:-1]]
 
     def _place(self, name: str) -> int:
@@ -174,7 +174,7 @@ class Rates:
 
 
 def _equations(points: Mapping[str, Sequence[Point]]) -> tuple[Floats, Floats]:
-    """Return the equations' coefficients and their right-hand side, a row for each run."""
+    """Return the least-squares design matrix and right-hand side, one row per run."""
     size, rows, losses = 2 * len(points) + 1, [], []
     for place, own in enumerate(points.values()):
         for rate, loss in own:

@@ -60,7 +60,7 @@ def _figures_of(report: Path) -> list[str]:
 
 
 class Page:
-    """report.md and report.json, by the files of the results; figures are the caller's to draw."""
+    """report.md and report.json, made from the files of results; the caller draws the figures."""
 
     def __init__(
         self, known: State, results: Results, *, accept_other_sources: bool = False
@@ -118,7 +118,7 @@ class Page:
         ])  # fmt: skip
 
     def json(self) -> str:
-        """Return report.json; numbers that JSON lacks are texts."""
+        """Return report.json, with numbers that are not finite as strings."""
         measured = self.measured
         lists: dict[str, Sequence[Any]] = {
             "primary": self.looks, "claims": self.claims, "others": self.others.comparisons,
@@ -138,7 +138,7 @@ class Page:
         return json.dumps(finite(content), indent=1) + "\n"
 
     def _other_sources(self) -> Iterator[str]:
-        """Yield which runs are of other sources than the rest, and whether they count."""
+        """Say which runs have other sources than the rest, and whether they count."""
         others = self.versions.others.fillna({"commit": "", "sources": ""})
         if not len(others):
             return
@@ -169,7 +169,7 @@ NOT_COMPARABLE = (
 
 
 def _lacking(known: State, plan: Plan) -> Iterator[str]:
-    """Yield what a study that is not whole lacks, in words."""
+    """Describe what an incomplete study lacks."""
     endings = (known.ending(run) for run in plan.runs)
     over = sum(ending is not None and ending["status"] != FAILED for ending in endings)
     planned = len(plan.runs) + len(plan.pending)

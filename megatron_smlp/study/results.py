@@ -1,4 +1,4 @@
-"""The results of a study that are kept in git: CSV files, a line a run and a line a logged step."""
+"""The results of a study that are kept in git: CSV files with one line per run or logged step."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ CURVE_COLUMNS = (
     *("load_min", "load_max", "entropy", "drop_rate", "closed_rate"),
 )
 MACHINE = ("hardware", "processes", "threads", "steps")
-"""Of a timing: rounds that differ in one of these are not put together."""
+"""Conditions of a timing: rounds that differ in any of these are not combined."""
 SPEED_COLUMNS = (
     *("system", "round", "seconds_per_iteration", "tokens_per_second", "tflops", "gemm_tflops"),
     *MACHINE,
 )
 EVALUATION_COLUMNS = ("key", "system", "seed", "kind", "label", "value", "stderr", "count")
 FINGERPRINTS, FOUND = "fingerprints", "fingerprint.json"
-"""A folder of a study's, and the file of one of its own (fingerprints.py)."""
+"""A study's folder of fingerprints, and the file that each of them is in (fingerprints.py)."""
 TASK, ROUTING, DOCUMENT = "task", "routing", "document"
-"""Kinds of numbers in evaluations.csv; the others are those of evaluation/breakdown.py too. What is
-kept of a document is its bits per byte."""
+"""Kinds of numbers in evaluations.csv, besides the other kinds of evaluation/breakdown.py. A
+document's number is its bits per byte."""
 OF_RUN = ("system", "phase", "factor", "seed", "horizon", "start", "end")
 OF_ENDING = ("status", "loss", "reason", "attempts", "hardware")
 RENAMED = {
@@ -51,42 +51,42 @@ RENAMED = {
     "consumed_square_flops": "square_flops",
 }
 SIGNIFICANT = "%.7g"
-TEXTS = ("key", "parent", "commit", "sources", "fingerprint")  # some of which look like numbers
+TEXTS = ("key", "parent", "commit", "sources", "fingerprint")  # strings that may look like numbers
 
 
 class Results:
-    """runs.csv, curves.csv, speed.csv and evaluations.csv of one folder, and study.json."""
+    """CSV files of one folder (runs, curves, speed, evaluations, fingerprints) and study.json."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     @cached_property
     def runs(self) -> pandas.DataFrame:
-        """A line a run that is over."""
+        """One line per run that is over."""
         return self._read("runs.csv", RUN_COLUMNS)
 
     @cached_property
     def curves(self) -> pandas.DataFrame:
-        """A line a logged step or evaluation of such a run."""
+        """One line per logged step or evaluation of such a run."""
         return self._read("curves.csv", CURVE_COLUMNS)
 
     @cached_property
     def speed(self) -> pandas.DataFrame:
-        """A line a system and round of the quiet timing."""
+        """One line per system and round of the quiet timing."""
         return self._read("speed.csv", SPEED_COLUMNS)
 
     @cached_property
     def evaluations(self) -> pandas.DataFrame:
-        """A line a number that was found of a final checkpoint, see study/final.py."""
+        """One line per number that was measured on a final checkpoint; see study/final.py."""
         return self._read("evaluations.csv", EVALUATION_COLUMNS)
 
     @cached_property
     def fingerprints(self) -> pandas.DataFrame:
-        """A line a system, sources and machine of which a fingerprint was made."""
+        """One line per system, sources and machine for which a fingerprint was made."""
         return self._read("fingerprints.csv", FINGERPRINT_COLUMNS)
 
     def _read(self, name: str, columns: tuple[str, ...]) -> pandas.DataFrame:
-        """Read a file; the columns that files of earlier versions lack are empty."""
+        """Read a file; columns that are missing in files of earlier versions are left empty."""
         path = self.folder / name
         if not path.exists():
             return pandas.DataFrame(columns=list(columns))
@@ -109,7 +109,7 @@ class Results:
         }
 
     def collect(self, known: state.State) -> None:
-        """Add what the folders of the runs have and these files lack, and write them."""
+        """Add the finished runs that are missing here from their folders, and write the files."""
         if len(fingerprints := self.fingerprints_of(known)):
             self._write_fingerprints(fingerprints)
         kept = set(self.runs["key"][self.runs["status"] != state.FAILED])
@@ -155,17 +155,17 @@ class Results:
         all_runs = _joined(self.runs, runs, RUN_COLUMNS).astype({"horizon": "Int64"})
         all_curves = _joined(self.curves, curves, CURVE_COLUMNS)
         self.folder.mkdir(parents=True, exist_ok=True)
-        # In an order in which git shows what is new.
+        # Sorted so that git diffs show what is new.
         order = ["phase", "system", "factor", "seed", "end", "key"]
         self._write("runs.csv", all_runs.sort_values(order))
         self._write("curves.csv", all_curves.sort_values(["key", "iteration"], kind="stable"))
         begun = state.description(known.study, known.systems, known.identity)
         write_durably(self.folder / state.BEGUN, json.dumps(begun, indent=1) + "\n")
         for table in ("runs", "curves"):
-            del self.__dict__[table]  # what is reported is what the files say, with their digits
+            del self.__dict__[table]  # reread them: reports use the rounded numbers in the files
 
     def fingerprints_of(self, known: state.State) -> pandas.DataFrame:
-        """Return those of fingerprints.csv, and those that were made since."""
+        """Return the fingerprints in fingerprints.csv and those made since."""
         records = map(state.read_json, known.folder.glob(f"{FINGERPRINTS}/*/*/{FOUND}"))
         new = pandas.DataFrame(records, columns=list(FINGERPRINT_COLUMNS))
         return _merged(self.fingerprints, new)
@@ -176,19 +176,19 @@ class Results:
         del self.__dict__["fingerprints"]
 
     def add_speed(self, lines: list[dict[str, Any]]) -> None:
-        """Write the rounds of a quiet timing behind those of this machine's earlier ones.
+        """Append the rounds of a quiet timing to earlier ones of this machine.
 
-        All of them count, so that nobody chooses among repeated timings. Only another machine than
-        theirs, which may be another than the runs', or another number of processes, of threads or
-        of steps begins the file anew: the flags of a folder's systems never change (state.py).
-        Remove speed.csv before a timing of other code.
+        All of them count, so that nobody can choose among repeated timings. Only another machine
+        (which need not be that of the runs) or another number of processes, threads or steps starts
+        the file anew: the flags of a folder's systems never change (state.py). Remove speed.csv
+        before timing other code.
 
         Args:
-            lines: of all rounds of this timing so far, numbered from 1.
+            lines: the lines of all rounds of this timing so far, numbered from 1.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         new = pandas.DataFrame(lines).assign(hardware=hardware())
-        before = self.speed  # read once: as the file was before this timing
+        before = self.speed  # cached: the file as it was before this timing
         before = before[(before[list(MACHINE)] == new[list(MACHINE)].iloc[0]).all(axis=1)]
         if len(before):
             new["round"] += int(before["round"].max())
@@ -196,7 +196,7 @@ class Results:
         self._write("speed.csv", new[list(SPEED_COLUMNS)])
 
     def add_evaluations(self, lines: list[dict[str, Any]]) -> None:
-        """Add numbers of one checkpoint to those that it has; one found again is replaced."""
+        """Add the numbers of one checkpoint, replacing those that it already has."""
         self.folder.mkdir(parents=True, exist_ok=True)
         new = pandas.DataFrame(lines, columns=list(EVALUATION_COLUMNS))
         known = self.evaluations
@@ -221,14 +221,14 @@ def _joined(
     lines: list[dict[str, Any]] | pandas.DataFrame,
     columns: tuple[str, ...],
 ) -> pandas.DataFrame:
-    """Put new lines behind those of other runs."""
+    """Append new lines, dropping older ones of the same runs."""
     new = pandas.DataFrame(lines, columns=list(columns))
     others = table[~table["key"].isin(new["key"])]
     return pandas.concat([others, new], ignore_index=True) if len(others) else new
 
 
 def _records(known: state.State, run: PlannedRun) -> list[Record]:
-    """Return what a run logged up to its end, beyond which a killed one may have been trained."""
+    """Return what a run logged up to its end; a killed one may have trained beyond it."""
     records = read_records(known.folder_of(run))
     return [record for record in records if record["iteration"] <= run.end]
 

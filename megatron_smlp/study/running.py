@@ -1,6 +1,6 @@
-"""A worker: takes one run after another until nothing of the study is left for it to do.
+"""A study's worker, which takes one run after another until nothing is left for it to do.
 
-The order is that of plan.py; state.py says which are free.
+plan.py decides their order; state.py says which of them are free.
 """
 
 from __future__ import annotations
@@ -31,8 +31,7 @@ from megatron_smlp.study.state import CHECKPOINTS, DIVERGED, DONE, FAILED, State
 ATTEMPTS = 2
 WAIT_SECONDS = 2.0
 IDLE_SCANS = 2
-"""Consecutive scans that must find no work: a run that ended after the first may have unlocked
-others."""
+"""Consecutive scans that must find no work: a run that ends after the first may unlock others."""
 
 
 @dataclass(kw_only=True)
@@ -45,8 +44,8 @@ class Worker:
     """Processes of one run."""
 
     def work(self, *, waits: bool = True) -> None:
-        """Work until every run is over, or waits for one that failed, or, unless it `waits`, for
-        one that another worker has."""
+        """Work until every run is over or blocked by a failed one; unless `waits`, also stop when
+        only runs remain that other workers hold or must finish first."""
         first = self.state.plan()
         total = _iterations((*first.runs, *first.pending))
         with Progress(total) as progress:
@@ -74,8 +73,8 @@ class Worker:
                 lease = self.state.take(self.state.folder_of(run))
                 if lease is not None:
                     with lease:
-                        # Another worker may have ended it since the plan was made. Its checkpoints
-                        # do not tell: those that nothing goes on from are removed at its end.
+                        # Another worker may have ended it since the plan was made. Checkpoints do
+                        # not show that: those that no run continues are removed at its end.
                         still_to_do = self.state.to_do(self.state.plan())
                         if any(run.key == other.key for other in still_to_do):
                             self._make(run, lease, plan, progress)
@@ -100,11 +99,11 @@ class Worker:
             done, where = _reached(run, folder)
             progress.show(over + done, f"{counts}; {where}")
 
-        # A worker that was killed may have left one that is whole. Trained again, it would go on
+        # A killed worker may have left a complete run. If it were trained again, it would go on
         # past its end, to the next multiple of --exit-interval.
         attempts = failures = code = 0
         while failures < ATTEMPTS and not self._is_whole(run):
-            if holder := holder_of(folder / CHECKPOINTS):  # what it has left saves before it ends
+            if holder := holder_of(folder / CHECKPOINTS):  # a training that saves as it ends
                 progress.show(over, f"{counts}; {run.title}: waiting for {holder}, which saves")
                 if lease.lost.wait(WAIT_SECONDS):
                     return
@@ -153,14 +152,14 @@ class Worker:
             self._remove_checkpoints(run)
 
     def _is_whole(self, run: PlannedRun) -> bool:
-        """Return whether a run that ended well came to its end, and has what it was made for."""
+        """Return whether a run reached its end and, unless part of a trunk, was evaluated there."""
         folder = self.state.folder_of(run)
         reached = latest_iteration(folder / CHECKPOINTS) or 0
         is_evaluated = run.horizon is None or validation_at(folder, run.end) is not None
         return reached >= run.end and is_evaluated
 
     def _remove_checkpoints(self, run: PlannedRun) -> None:
-        """Keep those of the longest horizon, and of trunks that others have to go on from."""
+        """Remove checkpoints except at the longest horizon and of trunks that runs still need."""
         if run.horizon and (run.phase == "tuning" or run.horizon < self.state.study.longest):
             shutil.rmtree(self.state.folder_of(run) / CHECKPOINTS, ignore_errors=True)
         if run.parent is None:
@@ -169,13 +168,13 @@ class Worker:
         children = [
             child for child in plan.runs if child.parent and child.parent.key == run.parent.key
         ]
-        # Not where the plan has changed meanwhile and knows none of them.
+        # Not if the plan has changed meanwhile and no longer has this run.
         is_known = run.key in {child.key for child in children}
         if is_known and all(self.state.status(child) in (DONE, DIVERGED) for child in children):
             shutil.rmtree(self.state.folder_of(run.parent) / CHECKPOINTS, ignore_errors=True)
 
     def _counts(self, plan: Plan) -> tuple[int, str]:
-        """Return iterations that are over, and the runs in each state, in words."""
+        """Return the iterations of runs that are over, and a summary of the runs in each state."""
         statuses = [self.state.status(run) for run in plan.runs]
         pairs = zip(plan.runs, statuses, strict=True)
         over = _iterations(run for run, status in pairs if status in (DONE, DIVERGED, FAILED))
@@ -190,7 +189,7 @@ def _iterations(runs: Iterable[PlannedRun]) -> int:
 
 
 def _reached(run: PlannedRun, folder: Path) -> tuple[int, str]:
-    """Return iterations that a run has made since its start, and where it is, in words."""
+    """Return how many iterations a run has made since its start, and describe where it is."""
     iteration, loss = last_step(folder)
     where = f"iteration {iteration} of {run.end}, loss {loss:.3f}" if iteration else "starting"
     return max(0, iteration - run.start), f"{run.title}: {where}"

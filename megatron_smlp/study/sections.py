@@ -1,4 +1,4 @@
-"""What a report says of systems: sizes and speed, losses, times, crossings, final checkpoints."""
+"""Report sections on systems: sizes and speed, losses, times, crossings, final checkpoints."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _about_systems(measured: Measured, plan: Plan) -> Iterator[str]:
         f"{spreads[1]}. GEMM speed is that of a large square product in the same dtype, timed in "
         "turns."
     )
-    # Files of earlier versions do not say it.
+    # Empty in files of earlier versions.
     trained = measured.tables.runs["hardware"].dropna().value_counts()
     if len(trained):
         text = " and ".join(f"{name} ({count})" for name, count in sorted(trained.items()))
@@ -69,7 +69,7 @@ def _about_systems(measured: Measured, plan: Plan) -> Iterator[str]:
     if len(speed):
         count = speed["processes"].max()
         processes = f", by {count:.0f} processes" if count > 1 else ""
-        count = speed["threads"].max()  # files of earlier versions do not say it
+        count = speed["threads"].max()  # NaN in files of earlier versions
         threads = f", {'1 thread' if count == 1 else f'{count:.0f} threads'} a process"
         threads = "" if math.isnan(count) else threads
         timed = " and ".join(sorted(set(speed["hardware"]))) + processes + threads
@@ -91,7 +91,7 @@ def _about_systems(measured: Measured, plan: Plan) -> Iterator[str]:
 
 
 def _rate(measured: Measured, plan: Plan, name: str) -> str:
-    """Return the learning rate, which is chosen before a run of it is over."""
+    """Format the learning rate, or for a design their range; it is known before any run is over."""
     study, lr = measured.study, measured.systems[name].flags["lr"]
     if study.design:
         rates = [lr * rate for rate in study.rates_of(name)]
@@ -124,7 +124,7 @@ def trial_lines(measured: Measured) -> Iterator[str]:
 
 
 def expert_lines(measured: Measured) -> Iterator[str]:
-    """Yield how full experts are at the end of the longest runs, and what reaches none."""
+    """Yield the load of experts at the end of the longest runs, and the shares that reach none."""
     longest, runs = measured.study.longest, measured.tables.converged
     last = runs["key"][runs["horizon"] == longest]
     every = {name: measured.tables.loads(name, longest) for name in measured.systems}
@@ -178,7 +178,7 @@ def _best(measured: Measured, rates: Rates, name: str) -> str:
 
 
 def time_lines(measured: Measured, times: Sequence[Comparison]) -> Iterator[str]:
-    """Yield how much sooner the subject is at each other system's final loss."""
+    """Yield how much sooner the subject reaches each other system's final loss."""
     unit = times[0].what if times else TOKENS
     what = "less time" if unit == SECONDS else "fewer tokens (no quiet timing yet)"
     yield (
@@ -208,7 +208,7 @@ def crossing_lines(measured: Measured) -> Iterator[str]:
 
 
 def crossing(measured: Measured, name: str) -> str:
-    """Return at which tokens the subject's mean curve crosses a system's, or how it ends."""
+    """Return the tokens where the subject's mean curve crosses a system's, or which ends lower."""
     subject, horizons = measured.study.subject, sorted(measured.study.horizons)
     field = measured.field(name, subject)
     whole = [
@@ -261,7 +261,7 @@ def task_lines(measured: Measured) -> Iterator[str]:
 
 
 def breakdown_lines(measured: Measured) -> Iterator[str]:
-    """Yield the loss by kinds of tokens, and by BASE's rules of evaluation."""
+    """Yield the loss by kind of token, and by BASE's rules of evaluation."""
     tables = measured.tables
     kinds = [kind for kind in BREAKDOWN if tables.labels(kind)]
     if not kinds:
@@ -290,8 +290,8 @@ def breakdown_lines(measured: Measured) -> Iterator[str]:
 
 
 def document_lines(measured: Measured) -> Iterator[str]:
-    """Yield bits per byte, and the subject's differences by seeds and by documents, if there are
-    any of them."""
+    """Yield bits per byte and the differences from the subject, over seeds and over documents, if
+    documents were scored."""
     tables, subject = measured.tables, measured.study.subject
     labels, names = tables.labels(DOCUMENT), measured.trained_on(VALIDATION_LOSS)
     if not labels or subject not in names:
@@ -338,7 +338,7 @@ def _means(
 
 
 def _at_all_positions(measured: Measured, name: str) -> str:
-    """Return a system's name beside numbers of all positions, also of those that partial
-    prediction never trains on."""
+    """Return a system's title for numbers over all positions, marked if partial prediction never
+    trains on some of them."""
     system = measured.systems[name]
     return f"{system.title} (also in the prefix)" if system.predicts_suffix else system.title

@@ -1,12 +1,12 @@
-"""What a study says over its sizes: differences against tokens, ranks, and predictions.
+"""Report on a study across its sizes: differences against tokens, ranks, and predictions.
 
-Each size is a study of its own, with its own report. Over them nothing is fitted but the line that
-predicts a size from the two before it, of widths D_1 and D_2, and nothing is said beyond the data:
+Each size is a study of its own, with its own report. Across sizes, the only fit is the line that
+predicts a size from the two before it, of widths D_1 and D_2; nothing else goes beyond the data:
 
     d(D) = d_2 + (d_2 - d_1) log(D / D_2) / log(D_2 / D_1)
 
-It is to be written before that size is trained, and holds if differences go on so: its interval is
-of the runs of those two, not of whether they do.
+Write the prediction before that size is trained. It holds if the trend continues: its interval
+covers the runs of those two sizes, not whether the trend does continue.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from megatron_smlp.study.report import Page
 from megatron_smlp.study.statistics import ALPHA, Difference, of_error, unknown, welch
 
 PANELS = 3
-"""In a row of the figure."""
+"""Panels per row of the figure."""
 
 
 def write_sizes(name: str, pages: Sequence[Page], folder: Path) -> list[Path]:
-    """Write report.md over the sizes of a study, and its figure; return the files."""
+    """Write report.md across the sizes of a study, and its figure; return their paths."""
     sizes = Sizes(name, pages)
     folder.mkdir(parents=True, exist_ok=True)
     report, figure = folder / "report.md", folder / "differences.png"
@@ -42,7 +42,7 @@ def write_sizes(name: str, pages: Sequence[Page], folder: Path) -> list[Path]:
 
 
 class Sizes:
-    """The sizes of a study, the narrowest first; its subject is in all of them."""
+    """The sizes of a study, narrowest first; all of them contain its subject."""
 
     def __init__(self, name: str, pages: Sequence[Page]) -> None:
         self.name, self.file = name, pages[0].file
@@ -60,14 +60,14 @@ class Sizes:
         return int(size.systems[self.subject].flags["hidden_size"])
 
     def difference(self, size: Measured, rival: str, horizon: int) -> Difference:
-        """Return the subject's loss minus a rival's; unknown where a size lacks one of them."""
+        """Return the subject's loss minus a rival's; unknown without that rival or horizon."""
         if rival not in size.systems or horizon not in size.study.horizons:
             return unknown(math.nan, 0)
         field = size.field(self.subject, rival)
         return size.at(horizon, field).difference(self.subject, rival)
 
     def text(self) -> str:
-        """Return report.md, beside the folders of the sizes."""
+        """Return the text of report.md, which lies next to the folders of the sizes."""
         names = [size.study.name for size in self.sizes]
         reports = ", ".join(f"[{name}]({name}/report.md)" for name in names)
         return "\n".join([
@@ -149,7 +149,7 @@ class Sizes:
         yield from table("size", "against", "tokens", "predicted", "observed", "error", "within")
         for three in zip(self.sizes, self.sizes[1:], self.sizes[2:], strict=False):
             for rival in self.rivals:
-                # Two sizes of one width, as of several lengths, give no line in the width.
+                # Sizes of equal width, such as those that differ in length, define no line.
                 if rival in three[-1].systems and self.width(three[0]) != self.width(three[1]):
                     for horizon in sorted(three[-1].study.horizons):
                         yield self._predicted(three, rival, horizon)
@@ -172,7 +172,7 @@ class Sizes:
         )  # fmt: skip
 
     def figure(self) -> Figure:
-        """Draw differences against tokens, a panel a rival, with the band of 95 %."""
+        """Plot differences against tokens, one panel per rival, with 95 % bands."""
         rows, columns = -(-len(self.rivals) // PANELS), min(PANELS, len(self.rivals))
         area = (4.4 * columns, 3.8 * rows + 0.6)
         figure = Figure(figsize=area, layout="constrained", dpi=DPI)
@@ -205,7 +205,7 @@ class Sizes:
 
 
 def prediction(sides: Sequence[Difference], widths: Sequence[int]) -> Difference:
-    """Return the difference at the last of three widths, on the line in log(D) through two."""
+    """Extrapolate the difference to the last of three widths, linearly in log(D)."""
     before, last = sides
     step = math.log(widths[2] / widths[1]) / math.log(widths[1] / widths[0])
     parts = [(step * before.error, before.df), ((1 + step) * last.error, last.df)]

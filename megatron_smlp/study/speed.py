@@ -1,4 +1,4 @@
-"""Time the steps of all systems in turns, on a machine where nothing else runs."""
+"""Time the steps of all systems in turn, on an otherwise idle machine."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from megatron_smlp.study.process import last_lines, train_shortly
 from megatron_smlp.study.state import State
 from megatron_smlp.study.systems import System
 
-PARTS = 10  # of a sample, each timed as a whole: a step may be shorter than what logging it takes
+PARTS = 10  # of a run, each timed as a whole: logging may take longer than a single step
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def time_systems(
     known: State, data: StudyData, *, processes: int
 ) -> Iterator[list[dict[str, Any]]]:
-    """Yield after each round a line for each system and round so far.
+    """Yield, after each round, a line for each system and round so far.
 
-    Each round begins with another system, and each system with a matrix product: how fast the
-    machine is at that time.
+    Each round begins with a different system, and each system with a matrix product, which shows
+    how fast the machine is at that time.
 
     Raises:
         UsageError: a run failed.
@@ -48,8 +48,8 @@ def time_systems(
 
 
 def _product(system: System) -> dict[str, float]:
-    """Return the speed of a large product, in the dtype of the trainings, and its threads, which
-    are as many as those of a training's process."""
+    """Return the speed of a large matrix product in the training's dtype, and its thread count,
+    which is that of a training process."""
     dtype = next((name for name in DTYPES if system.flags.get(name)), "fp32")
     command = [sys.executable, "-m", "megatron_smlp.study.gemm", DTYPES[dtype]]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
@@ -57,8 +57,8 @@ def _product(system: System) -> dict[str, float]:
 
 
 def _time(known: State, system: System, data: StudyData, *, processes: int) -> dict[str, float]:
-    """Return the fastest part of the second half of a short run: others that share the machine's
-    memory slow it down for seconds at a time, which a median may be all of."""
+    """Return the fastest part of the second half of a short run: other users of the machine's
+    memory slow it down for seconds at a time, which may affect even the median."""
     folder = known.folder / "speed" / system.name
     steps = known.study.speed.steps
     code, logged = train_shortly(

@@ -1,11 +1,11 @@
-"""Differences of systems by seeds that are not paired, with one deviation for all but outliers.
+"""Compare systems over unpaired seeds, with one pooled deviation for all but outliers.
 
-    s^2 = sum (n_i - 1) s_i^2 / sum (n_i - 1)            over the systems that are no outliers
+    s^2 = sum (n_i - 1) s_i^2 / sum (n_i - 1)            over the systems that are not outliers
     one - other:  m_1 - m_2 +- t(1 - alpha/2, df) sqrt(s^2 / n_1 + s^2 / n_2),  df = sum (n_i - 1)
 
-While the largest deviation is over that of the others together, by an F test at AGREE over their
-number, its system is named an outlier and keeps its own; a pair with one has Welch's degrees of
-freedom. None is an outlier for seeds that lie close: three may do so by luck.
+While the largest deviation exceeds the pooled one of the others, by an F test at AGREE over their
+number, its system is marked as an outlier and keeps its own deviation; a pair with an outlier has
+Welch's degrees of freedom. Seeds that lie close make no outlier: three may do so by luck.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from scipy import stats
 from megatron_smlp.study.statistics import ALIKE, Difference, of_error, welch
 
 AGREE = 0.2
-"""Of p: higher than alpha, as an outlier that is missed costs more than one too many."""
+"""Threshold of p: above alpha, since a missed outlier costs more than a false one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """The losses of some systems at one horizon, and how far seeds of a system lie apart."""
+    """The losses of some systems at one horizon, and how much they vary between seeds."""
 
     groups: Mapping[str, tuple[float, ...]]
     pooled: tuple[str, ...]
     """Systems that share one deviation."""
     outliers: tuple[str, ...]
     sd: float
-    """Of the pooled ones; NaN where no system has two seeds."""
+    """Standard deviation of the pooled systems; NaN if no system has two seeds."""
     df: int
     p: float
-    """Bartlett's, of equal deviations of all systems; NaN where fewer than two have one."""
+    """p-value of Bartlett's test of equal deviations; NaN if fewer than two systems have one."""
 
     @classmethod
     def of(cls, groups: Mapping[str, Sequence[float]]) -> Spread:
-        """Return it of each system's losses, of which infinite ones tell nothing of deviations."""
+        """Build it from each system's losses; infinite ones say nothing about deviations."""
         several = {
             name: np.asarray(losses, dtype=np.float64)
             for name, losses in groups.items()
@@ -62,7 +62,7 @@ class Spread:
         return of_error(mean, error, df=df, n=len(losses))
 
     def difference(self, system: str, rival: str) -> Difference:
-        """Return `system` minus `rival`; its `n` is that of the one with fewer seeds."""
+        """Return `system` minus `rival`; its `n` is the smaller number of seeds of the two."""
         sides = [self.mean(name) for name in (system, rival)]
         mean, n = sides[0].mean - sides[1].mean, min(side.n for side in sides)
         errors = [self._error(name) for name in (system, rival)]
@@ -71,7 +71,7 @@ class Spread:
         return of_error(mean, error, df=welch(errors) if own else self.df, n=n)
 
     def _error(self, name: str) -> tuple[float, float]:
-        """Return standard error and degrees of freedom of a mean."""
+        """Return the standard error and degrees of freedom of a system's mean."""
         losses = np.asarray(self.groups.get(name, ()), dtype=np.float64)
         if not len(losses) or not np.isfinite(losses).all():
             return math.nan, math.nan
@@ -92,7 +92,7 @@ def _agreeing(groups: Mapping[str, np.ndarray]) -> list[str]:
 
 
 def _p_of_more(groups: Mapping[str, np.ndarray], name: str, rest: Sequence[str]) -> float:
-    """Return the p-value of as large a deviation as this one's, by that of the rest together."""
+    """Return the p-value of a deviation this large, given the pooled deviation of the rest."""
     df, squares = _sum_of_squares(groups, rest)
     variance = _variance(groups[name])
     if variance == 0:
@@ -101,14 +101,14 @@ def _p_of_more(groups: Mapping[str, np.ndarray], name: str, rest: Sequence[str])
 
 
 def _sum_of_squares(groups: Mapping[str, np.ndarray], names: Sequence[str]) -> tuple[int, float]:
-    """Return degrees of freedom, and squares around each system's mean."""
+    """Return the degrees of freedom and the sum of squares around each system's mean."""
     sizes = {name: len(groups[name]) - 1 for name in names}
     return sum(sizes.values()), sum(_variance(groups[name]) * size for name, size in sizes.items())
 
 
 def bartlett(parts: Sequence[tuple[float, float]]) -> float:
-    """Return the p-value of equal deviations, of sums of squares and their degrees of freedom, by
-    Bartlett's test; NaN of fewer than two, and 0 if one deviation of several is none at all."""
+    """Return the p-value of Bartlett's test of equal deviations, from sums of squares and their
+    degrees of freedom; NaN for fewer than two, and 0 if some but not all deviations are zero."""
     if len(parts) < 2:
         return math.nan
     squares, dfs = np.array(parts, dtype=np.float64).T

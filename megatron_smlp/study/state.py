@@ -1,6 +1,6 @@
 """The state of a study: the folders of its runs, and the CSV files that are kept in git.
 
-runs/study/<name>/study.json says with which study file and data the runs were begun. A run's own
+runs/study/<name>/study.json records the study file and data that the runs began with. A run's own
 folder has flags.yaml, metrics.jsonl, output.log, checkpoints/, and ended.json once it is over.
 """
 
@@ -29,7 +29,7 @@ from megatron_smlp.study.systems import System
 CHECKPOINTS = "checkpoints"
 ENDED = "ended.json"
 RETRIED = "failed.json"
-"""What ENDED was of a run that failed and is tried once more: its system waits, and no other."""
+"""The renamed ENDED of a failed run that is being retried: its system waits, and no other does."""
 BEGUN = "study.json"
 EXPIRY = 120.0  # seconds
 DONE, DIVERGED, FAILED = "done", "diverged", "failed"
@@ -37,8 +37,8 @@ MAY_CHANGE = (
     *("cluster", "flops_tolerance", "may_differ", "needed_flops_tolerance", "paper", "titles"),
     *("base", "fixed", "variants"),
 )
-"""Keys of a study that no run depends on, and no number of a verdict; what the last three come to
-are the flags."""
+"""Keys of a study that affect no run and no number in a verdict; the last three only determine the
+flags, which are compared themselves."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,18 +47,18 @@ class State:
 
     study: Study
     file: Path
-    """The study's."""
+    """The study file."""
     systems: Mapping[str, System]
     identity: str
     folder: Path
     kept: Mapping[str, dict[str, Any]]
     """How each run in the results ended, by its hash."""
     expiry: float = EXPIRY
-    """Seconds without a heartbeat after which the worker of a run is taken for dead."""
+    """Seconds without a heartbeat after which the worker of a run is presumed dead."""
     observer: Observer = field(default_factory=Observer, compare=False, repr=False)
 
     def plan(self) -> Plan:
-        """Return the runs that are known by now."""
+        """Return the plan of the runs that are known so far."""
         endings = self._endings()
         losses = {
             key: float(ending["loss"])
@@ -76,7 +76,7 @@ class State:
         return {**self.kept, **{ending["key"]: ending for ending in endings if ending}}
 
     def failure(self, plan: Plan) -> str:
-        """Return which runs failed and how many wait for them, in a line; empty: none did."""
+        """Say in a line which runs failed and how many wait for them; empty if none failed."""
         keys = _failed(self._endings())
         failed = [run for run in plan.runs if run.key in keys]
         untuned = {run.system for run in failed if run.phase == "tuning"}
@@ -91,8 +91,8 @@ class State:
         return self.folder / run.folder
 
     def ending(self, run: PlannedRun) -> dict[str, Any] | None:
-        """Return how a run ended, here or in the results; None: it has not ended, or it failed on
-        another machine and may be tried again."""
+        """Return how a run ended, here or in the results; None if it has not ended, or if it failed
+        on another machine and may be tried again."""
         kept = self.kept.get(run.key)
         return self._ending_here(run) or (None if kept and kept["status"] == FAILED else kept)
 
@@ -100,7 +100,7 @@ class State:
         return read_json(self.folder_of(run) / ENDED)
 
     def made_by(self, run: PlannedRun) -> dict[str, str]:
-        """Return commit and sources of a run that is over; empty where they are not known."""
+        """Return the commit and sources of a run that is over; empty if they are not known."""
         if self._ending_here(run):
             return noted(self.folder_of(run))
         kept = self.kept.get(run.key, {})
@@ -114,12 +114,12 @@ class State:
         return "running" if holder_of(self.folder_of(run)) else "waiting"
 
     def is_held(self, run: PlannedRun) -> bool:
-        """Return whether a living worker has a run."""
+        """Return whether a live worker holds a run."""
         folder = self.folder_of(run)
         return folder.exists() and self.observer.is_held(folder, expiry=self.expiry)
 
     def take(self, folder: Path) -> Lease | None:
-        """Take the folder of a run, or of other work; None: another worker has it."""
+        """Take the lease of a run's or other work's folder; None if another worker holds it."""
         folder.mkdir(parents=True, exist_ok=True)
         return take(folder, expiry=self.expiry, observer=self.observer)
 
@@ -131,7 +131,7 @@ class State:
                     (self.folder_of(run) / ENDED).replace(self.folder_of(run) / RETRIED)
 
     def to_do(self, plan: Plan) -> list[PlannedRun]:
-        """Return what is not over, and parents whose checkpoint it needs and that lie elsewhere."""
+        """Return unfinished runs, each after the parents whose checkpoints it needs and lacks."""
         needed: dict[str, PlannedRun] = {}
         for run in plan.runs:
             if self.ending(run) is None:
@@ -140,7 +140,7 @@ class State:
         return list(needed.values())
 
     def _lacking(self, run: PlannedRun) -> list[PlannedRun]:
-        """Return a run and the parents that are to be made first, the nearest first."""
+        """Return a run and the parents that have to be trained first, nearest first."""
 
         def is_lacking(parent: PlannedRun) -> bool:
             return not self.has_checkpoint(parent) and not self.is_lost(parent)
@@ -148,18 +148,18 @@ class State:
         return [run, *itertools.takewhile(is_lacking, run.parents)]
 
     def is_lost(self, run: PlannedRun) -> bool:
-        """Return whether a run ended so that no other can go on from it."""
+        """Return whether a run ended in such a way that no other can continue from it."""
         ending = self.ending(run)
         return ending is not None and ending["status"] != DONE
 
     def has_checkpoint(self, run: PlannedRun) -> bool:
-        """Return whether a run is done, and what others go on from is there."""
+        """Return whether a run is done, and the checkpoint that others continue from is here."""
         is_done = (self._ending_here(run) or {}).get("status") == DONE
-        # It may be trained a second time, for one that goes on from it and is tried again.
+        # It may be in the middle of being retrained, for a child that is tried again.
         return is_done and (latest_iteration(self.folder_of(run) / CHECKPOINTS) or 0) >= run.end
 
     def end(self, run: PlannedRun, **ending: Any) -> None:
-        """Write how a run ended, and that it did so on this machine."""
+        """Record how a run ended, and that it did so on this machine."""
         content = {"key": run.key, "title": run.title, "hardware": hardware(), **ending}
         write_durably(self.folder_of(run) / ENDED, json.dumps(content, indent=2) + "\n")
 
@@ -169,7 +169,7 @@ def _failed(endings: Mapping[str, dict[str, Any]]) -> set[str]:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """Return a JSON object; None: there is no such file."""
+    """Read a JSON object; None if there is no such file."""
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -178,7 +178,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def description(study: Study, systems: Mapping[str, System], identity: str) -> dict[str, Any]:
-    """Return all that the runs of a study are decided by, as plain JSON."""
+    """Return everything that determines the runs of a study, as plain JSON."""
     asked = dataclasses.asdict(study)
     del asked["speed"]  # More rounds may be added at any time.
     content = {
@@ -191,10 +191,10 @@ def description(study: Study, systems: Mapping[str, System], identity: str) -> d
 
 
 def begin(folder: Path, now: dict[str, Any]) -> None:
-    """Write down what the study is, and check that it still is what it was begun as.
+    """Check that a study is still the one that was begun in a folder, and record it there.
 
     Raises:
-        UsageError: with the difference.
+        UsageError: the study has changed; the message has the differences.
     """
     before = read_json(folder / BEGUN)
     if before == now:
@@ -206,19 +206,18 @@ def begin(folder: Path, now: dict[str, Any]) -> None:
 
 
 def check_unchanged(before: dict[str, Any], now: dict[str, Any], *, where: Path) -> None:
-    """Check that a study is the one whose runs or results lie in a folder.
+    """Check that a study is the one whose runs or results are in a folder.
 
-    Systems may be added, and seeds after the others, and the keys in MAY_CHANGE may change:
-    existing runs keep their hashes. Where a system's flags are written does not matter, only what
-    they are.
+    Systems may be added, seeds may be appended, and the keys in MAY_CHANGE may change: existing
+    runs keep their hashes. The values of a system's flags matter, but not where they are written.
 
     Raises:
-        UsageError: with the difference.
+        UsageError: the study has changed; the message has the differences.
     """
     names = before["study"]["systems"]
     old, new = (_of_systems(side, names) for side in (before, now))
     for name, seeds in old["study"]["seeds"].items():
-        if new["study"]["seeds"][name][: len(seeds)] == seeds:  # looks are at the first of them
+        if new["study"]["seeds"][name][: len(seeds)] == seeds:  # looks use the first ones
             new["study"]["seeds"][name] = seeds
     changes = differences(old, new)
     if changes:
@@ -230,7 +229,7 @@ def check_unchanged(before: dict[str, Any], now: dict[str, Any], *, where: Path)
 
 
 def _of_systems(content: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Return what may not change of what a study is, as far as it is of these systems."""
+    """Return the parts of a study's description that may not change, for these systems."""
     study, flags = content["study"], content["flags"]
     seeds = study["seeds"]
     kept = {name: value for name, value in study.items() if name not in MAY_CHANGE}
@@ -245,7 +244,7 @@ def _of_systems(content: dict[str, Any], names: Sequence[str]) -> dict[str, Any]
 
 
 def differences(before: Any, now: Any, *, path: Sequence[str] = ()) -> list[str]:
-    """Return `where: before -> now` of everything in which two JSON values differ."""
+    """Return `where: before -> now` for every difference between two JSON values."""
     if isinstance(before, dict) and isinstance(now, dict):
         names = [*before, *(name for name in now if name not in before)]
         return [

@@ -1,23 +1,23 @@
-"""Statistics of a study: intervals of means, what n of them can see, and how comparisons end.
+"""Statistics of a study: confidence intervals, smallest detectable differences, and verdicts.
 
-Losses are compared by spread.py and rates.py. What is measured in pairs, as times to a loss by seed
-and step times by round, with n pairs, m and sd the mean and deviation of their differences d_s:
+spread.py and rates.py compare losses. Paired measurements, such as times to a loss by seed or step
+times by round, have with n pairs and the mean m and deviation sd of their differences d_s:
 
     interval  m +- t(1 - alpha/2, n - 1) sd / sqrt(n), Student's
     p         Student's, two-sided
     visible   delta sd / sqrt(n), with P(T(df, delta) > t(1 - alpha/2k, df)) = power, T being
               noncentral Student's: the smallest true difference that as many seeds with this sd
-              would find with this power; k is 1 in a claim of several comparisons, which is
+              would find with this power; k is 1 in a claim that all comparisons hold, which is
               confirmed at plain alpha, and else their number, for the first of Holm's steps
     level     both one-sided tests, of more than -MARGIN and of less than MARGIN, reject (TOST)
 
-A sum of two independent means, as a ratio of tokens by seeds times one of step times by rounds is
-of logarithms, has Welch's interval, and so has a mean over seeds that answer the same questions:
+A sum of two independent means has Welch's interval, such as the log of a token ratio over seeds
+plus that of a step-time ratio over rounds; so has a mean over seeds that share their questions:
 
     se^2 = se_1^2 + se_2^2,    df = se^4 / (se_1^4 / (n_1 - 1) + se_2^4 / (n_2 - 1))
 
-With three seeds it covers 92 to 95 times in 100, least where the second error is a third of the
-first; with two, down to 87 times.
+With three seeds its coverage is 92 to 95 %, lowest when the second error is a third of the first;
+with two seeds, as low as 87 %.
 
 docs/decisions/0079-intervals-of-a-study.md says why there is no bootstrap, 0082 why verdicts
 are as they are.
@@ -36,9 +36,9 @@ from scipy import optimize, stats
 ALPHA = 0.05
 POWER = 0.8
 MOST_DF = 1e6  # as good as infinity
-ALIKE = 1e-14  # of the mean: a deviation that is rounding alone
+ALIKE = 1e-14  # of the mean: smaller deviations are rounding alone
 MARGIN = 0.03
-"""Nats that make no difference: two systems within them are level."""
+"""Largest difference in nats that is negligible: two systems within it are level."""
 LEAST_FOR_VERDICT = 3  # seeds: two that agree by chance would be called significant
 CONFIRMED, REFUTED, UNDECIDED, LEVEL = "confirmed", "refuted", "undecided", "level"
 
@@ -53,20 +53,20 @@ class Difference:
     p: float
     """p-value of no difference; 1 if there are too few seeds."""
     n: int
-    """Seeds, of the one that has fewer."""
+    """Number of seeds of the system that has fewer."""
     error: float
-    """Standard error of the mean, or of a ratio's logarithm; NaN where it is not known."""
+    """Standard error of the mean, or of a ratio's logarithm; NaN if it is not known."""
     df: float
     """Degrees of freedom of its interval."""
     visible: float | None = None
-    """The smallest difference that as many seeds can see, infinite for one seed. It depends on how
-    many comparisons a claim has: of `with_holm`, None before."""
+    """The smallest difference that this many seeds can detect, infinite for one seed. It depends on
+    how many comparisons a claim has, so `with_holm` sets it; None before."""
     holm: float = 1.0
-    """p after Holm's steps over the comparisons of a claim: of `with_holm`, 1 before."""
+    """p after Holm's steps over the comparisons of a claim, set by `with_holm`; 1 before."""
 
 
 def paired(left: Mapping[int, float], right: Mapping[int, float]) -> Difference:
-    """Return `left` minus `right`, a value a seed; an infinite one leaves nothing to decide."""
+    """Return `left` minus `right` over their common seeds; `unknown` if a value is infinite."""
     seeds = sorted(set(left) & set(right))
     values = np.array([left[seed] - right[seed] for seed in seeds], dtype=np.float64)
     n = len(values)
@@ -85,8 +85,8 @@ def unknown(mean: float, n: int) -> Difference:
 
 
 def visible(difference: Difference, *, comparisons: int = 1) -> float:
-    """Return the smallest difference that as many seeds with this deviation find with POWER; of a
-    claim of so many comparisons, whose first must have ALPHA over that number."""
+    """Return the smallest difference that as many seeds with this deviation detect with POWER, at
+    ALPHA over the number of comparisons, as Holm's first step requires."""
     if not math.isfinite(difference.error):
         return math.inf
     critical = stats.t.ppf(1 - ALPHA / comparisons / 2, difference.df)
@@ -105,10 +105,10 @@ def plus(left: Difference, right: Difference) -> Difference:
 
 
 def with_error(difference: Difference, error: float, *, df: float = math.inf) -> Difference:
-    """Return a mean that has another, independent error as well.
+    """Add another, independent error to that of a mean.
 
     Args:
-        error: standard error; NaN, where it is not known, leaves nothing to decide.
+        error: standard error; NaN, if it is not known, makes the result `unknown`.
         df: its degrees of freedom.
     """
     if not math.isfinite(difference.high - difference.low + error):
@@ -119,14 +119,14 @@ def with_error(difference: Difference, error: float, *, df: float = math.inf) ->
 
 
 def welch(parts: Sequence[tuple[float, float]]) -> float:
-    """Return degrees of freedom of a sum whose parts have these standard errors and degrees."""
+    """Return the degrees of freedom of a sum, given each part's standard error and degrees."""
     spread = sum(error**4 / df for error, df in parts if error > 0)
     whole = sum(error**2 for error, _ in parts) ** 2
     return min(MOST_DF, whole / spread) if spread else MOST_DF
 
 
 def of_error(mean: float, error: float, *, df: float, n: int, alpha: float = ALPHA) -> Difference:
-    """Return a mean with its standard error; one that is not finite leaves nothing to decide."""
+    """Return a mean's interval and p by its standard error; `unknown` if either is not finite."""
     if not math.isfinite(mean + error):
         return unknown(mean, n)
     if error == 0:
@@ -137,7 +137,7 @@ def of_error(mean: float, error: float, *, df: float, n: int, alpha: float = ALP
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Return p-values that hold for all comparisons together, in the order of the given ones."""
+    """Return Holm-adjusted p-values, which hold for all comparisons jointly, in the given order."""
     order = np.argsort(p_values)
     factors = len(p_values) - np.arange(len(p_values))
     adjusted = np.maximum.accumulate(np.minimum(1.0, np.asarray(p_values)[order] * factors))
@@ -149,8 +149,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def with_holm[K](
     differences: Mapping[K, Difference], *, is_conjunction: bool = True
 ) -> dict[K, Difference]:
-    """Return the comparisons of one claim with p-values that hold for all of them together, and
-    with what is visible: at plain alpha if the claim is that all hold, else at Holm's first step.
+    """Return the comparisons of one claim with p-values that hold for all of them jointly, and with
+    what is visible: at plain alpha if the claim is that all hold, else at Holm's first step.
     """
     adjusted = holm([difference.p for difference in differences.values()])
     count = 1 if is_conjunction else len(differences)
@@ -161,9 +161,9 @@ def with_holm[K](
 
 
 def verdict(difference: Difference, *, null: float = 0.0) -> str:
-    """Return what a claim of less than `null` ends as, by p itself.
+    """Return the verdict on a claim of less than `null`, by the unadjusted p.
 
-    Fewer than three seeds leave it undecided, whatever they say.
+    With fewer than three seeds it is always undecided.
     """
     if difference.p >= ALPHA or difference.n < LEAST_FOR_VERDICT:
         return UNDECIDED
@@ -177,13 +177,13 @@ def verdicts[K](
     is_conjunction: bool = True,
     margin: float = 0.0,
 ) -> dict[K, str]:
-    """Return how each of `with_holm`'s comparisons ends.
+    """Return the verdict on each of `with_holm`'s comparisons.
 
-    That all hold is an intersection-union test: each at plain alpha, and then each is confirmed. If
-    not all do, those that hold, or are the other way, are told by Holm's steps.
+    A claim that all hold is an intersection-union test: if each passes at plain alpha, each is
+    confirmed. Otherwise Holm's steps decide which ones are confirmed or refuted.
 
     Args:
-        margin: within which two are level, where less is not shown; 0: never.
+        margin: within which two systems are level if otherwise undecided; 0 for never.
     """
     plain = {name: verdict(difference, null=null) for name, difference in differences.items()}
     if is_conjunction and set(plain.values()) == {CONFIRMED}:
@@ -202,7 +202,7 @@ def _or_level(said: str, difference: Difference, margin: float) -> str:
 
 
 def level(difference: Difference, *, margin: float = MARGIN) -> float:
-    """Return the p-value of a difference of `margin` or more, either way: two one-sided tests."""
+    """Return the p-value of a difference of `margin` or more either way: two one-sided tests."""
     if not math.isfinite(difference.error):
         return 1.0
     room = margin - abs(difference.mean)
@@ -212,7 +212,7 @@ def level(difference: Difference, *, margin: float = MARGIN) -> float:
 
 
 def why_undecided(difference: Difference, *, null: float, unit: str = "seeds") -> str:
-    """Return in words why `verdicts` leaves a comparison of so many seeds, or rounds, undecided."""
+    """Explain why `verdicts` leaves a comparison undecided; `unit` is what its `n` counts."""
     if difference.n < LEAST_FOR_VERDICT:
         return f"{difference.n} of the {LEAST_FOR_VERDICT} {unit} that a verdict takes"
     if not math.isfinite(difference.high):
@@ -224,7 +224,7 @@ def why_undecided(difference: Difference, *, null: float, unit: str = "seeds") -
 
 
 def verdict_of_all(verdicts: Sequence[str]) -> str:
-    """Return the verdict on a claim of several comparisons: each must hold, and one can refute."""
+    """Return the verdict on a claim of several comparisons: all must hold; any can refute it."""
     if REFUTED in verdicts:
         return REFUTED
     if not verdicts or UNDECIDED in verdicts:
@@ -233,14 +233,14 @@ def verdict_of_all(verdicts: Sequence[str]) -> str:
 
 
 def cost_to_reach(costs: Sequence[float], losses: Sequence[float], target: float) -> float:
-    """Return at which cost a curve first reaches the target, by linear interpolation.
+    """Return the cost at which a curve first reaches the target, by linear interpolation.
 
     Args:
-        costs: ascending; what a point cost, as tokens or seconds.
-        losses: of converged points, one a cost.
+        costs: the cost of each point, such as tokens or seconds, ascending.
+        losses: losses of converged points, one per cost.
 
     Returns:
-        infinity where no point is at the target; the cost of the first that is where nothing finite
+        infinity if no point reaches the target; the cost of the first that does if nothing finite
         lies before it, see `is_upper_bound`.
     """
     for place, loss in enumerate(losses):
@@ -253,23 +253,23 @@ def cost_to_reach(costs: Sequence[float], losses: Sequence[float], target: float
 
 
 def is_upper_bound(losses: Sequence[float], target: float) -> bool:
-    """Return whether a curve may have been at the target before its first point that is: that is
-    the curve's first, or behind one that diverged."""
+    """Return whether a curve may have reached the target before its first point there, because that
+    point is the curve's first, or follows one that diverged."""
     first = next((place for place, loss in enumerate(losses) if loss <= target), None)
     return first is not None and (first == 0 or not math.isfinite(losses[first - 1]))
 
 
 def log_ratio(left: Mapping[int, float], right: Mapping[int, float]) -> Difference:
-    """Return the mean logarithm of `left` / `right` by seed; `exponential` makes a ratio of it.
+    """Return the mean over seeds of log(`left` / `right`); `exponential` turns it into a ratio.
 
-    A seed that is infinite leaves the interval open.
+    With an infinite value the interval is unbounded.
     """
     logs = [{seed: math.log(value) for seed, value in side.items()} for side in (left, right)]
     return paired(logs[0], logs[1])
 
 
 def exponential(logarithms: Difference) -> Difference:
-    """Return a ratio, as a geometric mean; `error`, and so `visible`, is that of the logarithms."""
+    """Return a ratio, as a geometric mean; `error`, and so `visible`, remain of the logarithms."""
     mean, low, high = (math.exp(x) for x in (logarithms.mean, logarithms.low, logarithms.high))
     return replace(logarithms, mean=mean, low=low, high=high)
 
@@ -277,8 +277,8 @@ def exponential(logarithms: Difference) -> Difference:
 def crossings(own: Sequence[float], rival: Sequence[float], costs: Sequence[float]) -> list[float]:
     """Return the costs at which two curves over the same costs cross, by linear interpolation.
 
-    Points where either is not finite are left out. Curves that touch cross there if they part on
-    the other side.
+    Points where either curve is not finite are left out. Curves that touch cross there if they part
+    on the other side.
     """
     gaps = np.asarray(own, dtype=np.float64) - np.asarray(rival, dtype=np.float64)
     points = [pair for pair in zip(costs, gaps, strict=True) if math.isfinite(pair[1])]

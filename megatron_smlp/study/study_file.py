@@ -15,14 +15,14 @@ from megatron_smlp.errors import UsageError
 from megatron_smlp.flags.yaml_file import load_strictly, spelling
 
 OTHERS = "others"
-"""The key that stands for every system which a mapping does not name."""
+"""The key that stands for all systems that a mapping does not name."""
 LEAST_RATES = 3
-"""Of a system in a design, for a parabola whose curvature is that of all systems."""
+"""Fewest rates per system in a design, to fit a parabola whose curvature all systems share."""
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 
 
 def key(parse: Callable[[Any], Any], default: Any = dataclasses.MISSING) -> Any:
-    """Make a field that is read from a file; `parse` raises ValueError for what is not allowed."""
+    """Make a field that is read from a file; `parse` raises ValueError for a value not allowed."""
     metadata = {"parse": parse}
     if isinstance(default, dict):
         return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
@@ -75,10 +75,10 @@ _pair = _given(
 
 
 def tokens(value: Any) -> int:
-    """Return a number of tokens: 500000, 0.5M and 500K are the same.
+    """Parse a number of tokens: 500000, 0.5M and 500K are the same.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the value is not a number of tokens.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMB]?)", str(value).strip())
     if not match or not float(match[1]):
@@ -99,7 +99,7 @@ def _list(parse: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]]:
 
 
 def _by_system(parse: Callable[[Any], Any]) -> Callable[[Any], dict[str, Any]]:
-    """Read one list for all systems, or a mapping of systems, and of `others`, to lists."""
+    """Read one list for all systems, or a mapping from systems, and `others`, to lists."""
 
     def read(value: Any) -> dict[str, Any]:
         if not isinstance(value, dict):
@@ -111,15 +111,15 @@ def _by_system(parse: Callable[[Any], Any]) -> Callable[[Any], dict[str, Any]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """Trials of the learning rate, before and apart from the runs that count."""
+    """Trials of the learning rate, before the main runs and separate from them."""
 
     seed: int = key(_whole)
     horizon: int = key(tokens)
-    """Tokens of a trial."""
+    """Tokens per trial."""
     lr: dict[str, tuple[float, ...]] = key(_by_system(_list(_positive)))
-    """Multiples of the --lr of a system's file."""
+    """Multiples of the --lr in a system's file."""
     extend_at_edge: int = key(_whole, 0)
-    """Further trials of every system, one at a time, while the best of any system is at an edge."""
+    """Most extra trials per system, added one by one while any system's best is at an edge."""
 
     def factors(self, system: str) -> tuple[float, ...]:
         return _of_system(self.lr, system)
@@ -127,12 +127,12 @@ class Tuning:
 
 @dataclass(frozen=True, kw_only=True)
 class Design:
-    """Whole runs at several rates, each with a seed of its own, in place of trials and seeds."""
+    """Full runs at several rates, each with its own seed, instead of trials and seeds."""
 
     lr: dict[str, tuple[float, ...]] = key(_by_system(_list(_positive)))
-    """Multiples of the --lr of a system's file."""
+    """Multiples of the --lr in a system's file."""
     seeds: tuple[int, ...] = key(_list(_whole))
-    """One for each rate, in their order; the same for all systems."""
+    """One per rate, in the same order; the same for all systems."""
 
     def factors(self, system: str) -> tuple[float, ...]:
         return _of_system(self.lr, system)
@@ -140,70 +140,70 @@ class Design:
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """Timing apart from the training, on a quiet machine."""
+    """Timing separate from training, on a quiet machine."""
 
     rounds: int = key(_whole, 5)
-    """How often all systems are timed in turns."""
+    """Number of rounds, each of which times all systems in turn."""
     steps: int = key(_whole, 40)
-    """Steps of a system in a round."""
+    """Steps per system and round."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """The machines that `plan` prices a study on; no run knows of them."""
+    """The machines that `plan` estimates the cost of a study on; no run depends on them."""
 
     gpus: int = key(_whole)
     tflops: float = key(_positive)
-    """Peak of a GPU in the runs' dtype, TFLOP/s."""
+    """Peak TFLOP/s of one GPU in the runs' dtype."""
     utilization: float = key(_share)
-    """Share of the peak that a training is assumed to have, by needed FLOPs, as `mfu` is logged."""
+    """Fraction of the peak that trainings are assumed to reach in needed FLOPs, as logged `mfu`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
     name: str = key(_text)
     base: str = key(str)
-    """Folder of <system>.yaml, from the study file's own."""
+    """Folder of <system>.yaml, relative to the study file's folder."""
     systems: tuple[str, ...] = key(_list(_text))
     variants: dict[str, dict[str, Any]] = key(_variants, {})
-    """Systems made of another one's file (`from`) and other flags."""
+    """Systems made from another system's file (`from`) with other flags."""
     fixed: dict[str, Any] = key(_flags, {})
-    """Flags of every run, over those of the files."""
+    """Flags of every run, which override those of the files."""
     vocab_size: int = key(_whole)
     horizons: tuple[int, ...] = key(_list(tokens))
     """Tokens at which the systems are compared; each has its own decay of the learning rate."""
     decay: float = key(_share, 0.2)
-    """Share of a horizon in which its learning rate decays."""
+    """Fraction of a horizon over which its learning rate decays."""
     evaluations: int = key(_whole, 5)
-    """Evaluations in the shortest horizon; they keep this distance to the end."""
+    """Evaluations in the shortest horizon; their interval stays the same to the end."""
     seeds: dict[str, tuple[int, ...]] = key(_by_system(_list(_whole)), {})
     tuning: Tuning | None = key(lambda value: _read(Tuning, value), None)
     design: Design | None = key(lambda value: _read(Design, value), None)
-    """In place of tuning and seeds."""
+    """Replaces tuning and seeds."""
     may_differ: tuple[str, ...] | None = key(_list(lambda name: spelling(_text(name))), None)
-    """Flags of the optimizer or the batches that are compared, and so differ between systems."""
+    """Flags of the optimizer or batches that are compared, and so may differ between systems."""
     subject: str = key(_text)
     """The system whose claims are tested."""
     paper: bool = key(_yes_or_no, False)
-    """Whether the claims are the paper's, C1 to C5; else the subject's loss is compared alone."""
+    """Whether the claims are the paper's, C1 to C5; if not, only the subject's loss is compared."""
     titles: dict[str, str] = key(_titles, {})
-    """What tables and figures call a system, where that is not its name."""
+    """Titles of systems in tables and figures, where they differ from the names."""
     ablations: tuple[tuple[str, str], ...] = key(_list(_pair), ())
-    """Pairs of a system with and without something: for claim C5 where it is a MoE of sMLP."""
+    """Pairs of a system with and without something; if that is a MoE of sMLP, for claim C5."""
     primary: tuple[str, str] | None = key(_pair, None)
-    """The one comparison that is looked at with alpha of its own: a system and its rival."""
+    """The primary comparison, which has its own alpha: a system and its rival."""
     speed: Speed = key(lambda value: _read(Speed, value), Speed())
     cluster: Cluster | None = key(lambda value: _read(Cluster, value), None)
     flops_tolerance: float = key(_share, 0.03)
-    """Largest difference of the systems' FLOPs per token in the paper's convention."""
+    """Largest relative difference in FLOPs per token between systems, in the paper's convention."""
     needed_flops_tolerance: float = key(_share, 0.03)
-    """The same with causal products as triangles."""
+    """The same, counting causal products as triangles."""
 
     def seeds_of(self, system: str) -> tuple[int, ...]:
         return self.design.seeds if self.design else _of_system(self.seeds, system)
 
     def rates_of(self, system: str) -> tuple[float | None, ...]:
-        """Return the multiple of the rate for each of `seeds_of`; None: what the tuning chooses."""
+        """Return the multiple of the rate for each of `seeds_of`; None for the tuned one."""
         if self.design:
             return self.design.factors(system)
         return (None,) * len(self.seeds_of(system))
@@ -219,7 +219,7 @@ def _of_system(lists: dict[str, tuple[Any, ...]], system: str) -> tuple[Any, ...
 
 
 def read_studies(path: Path) -> tuple[str, list[Study]]:
-    """Read a study file; return its name, and the study, or a study NAME-SIZE for each of `sizes`.
+    """Read a study file; return its name and the study, or a study NAME-SIZE per entry of `sizes`.
 
     Raises:
         UsageError: it cannot be read, a key is unknown or missing, or a value is not allowed.
@@ -259,15 +259,15 @@ _sizes = _given(
 
 
 def _of_size(content: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """Return the keys of a study of one size: its own in place of the file's, but for `fixed` and
-    the `variants` of each system, to which it adds; null: without the key."""
+    """Return the keys of a study of one size: its own override the file's, except that `fixed` and
+    each system's `variants` are merged; null removes a key."""
     content, own = ({spelling(str(key)): value for key, value in side.items()}
                     for side in (content, own))  # fmt: skip
     merged = content | own
     merged["fixed"] = {**_flags(content.get("fixed", {})), **_flags(own.get("fixed", {}))}
     variants, more = (_variants(side.get("variants", {})) for side in (content, own))
     titles, systems = _titles(merged.get("titles") or {}), merged.get("systems") or ()
-    # Of a size that has some of the systems, those of the others are left out.
+    # Drop the titles and variants of systems that this size does not have.
     merged["titles"] = {name: title for name, title in titles.items() if name in systems}
     merged["variants"] = more | {
         name: flags | more.get(name, {}) for name, flags in variants.items() if name in systems
@@ -305,7 +305,7 @@ def _refuse(name: str, known: list[str]) -> Any:
 
 
 def _check(study: Study) -> None:
-    """Check what a single key cannot say."""
+    """Check what involves more than a single key."""
     tuning, design = study.tuning, study.design
     named = {study.subject, *study.variants, *study.titles, *(study.primary or ()), *study.seeds}
     named |= {name for names in study.ablations for name in names}

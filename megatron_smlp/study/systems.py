@@ -17,7 +17,7 @@ from megatron_smlp.systems import ARCHITECTURES, BY_PREFIX
 
 Flags = Mapping[str, Any]
 
-# What a study sets itself, for every run.
+# Flags that a study sets itself, for every run.
 OWN_FLAGS = (
     *("seed", "train_iters", "train_samples", "exit_interval", "exit_duration_in_mins"),
     *("lr_decay_style", "lr_wsd_decay_iters", "lr_decay_iters", "eval_interval"),
@@ -68,7 +68,7 @@ class System:
 
     @property
     def evaluation(self) -> str:
-        """Return in words how an evaluation routes tokens."""
+        """Describe how an evaluation routes tokens."""
         rule = self.flags.get("token_router")
         if rule == "base":
             priced = self.flags.get("base_gate") == "price"
@@ -83,7 +83,7 @@ def read_systems(study: Study, *, folder: Path) -> dict[str, System]:
     """Read the flags of every system.
 
     Args:
-        folder: the study file's.
+        folder: the folder of the study file.
 
     Raises:
         UsageError: a file is missing or wrong.
@@ -102,7 +102,7 @@ def _system(study: Study, name: str, *, folder: Path) -> System:
     settings = read_settings([file])
     flags = {spelling(key): setting.value for key, setting in settings.items()}
     if plugins := [plugin_files.load(path) for path in plugin_files.named_in(settings)]:
-        # Names alone: a run is the same on another machine. Its sources have the texts.
+        # Names only: a run is the same on another machine. Its sources cover the code.
         flags[plugin_files.KEY] = [plugin.path.name for plugin in plugins]
     given = {*study.fixed, *own}
     if plugin_files.KEY in given:
@@ -116,7 +116,7 @@ def _system(study: Study, name: str, *, folder: Path) -> System:
         )
     flags = {key: value for key, value in flags.items() if key not in OWN_FLAGS}
     for layer in (study.fixed, own):
-        # As a YAML file's over those of the files that it includes.
+        # Override as a YAML file does the files that it includes.
         flags = {key: value for key, value in flags.items() if key not in _replaced_by(layer)}
         flags |= layer
     flags = {key: value for key, value in flags.items() if value is not None}
@@ -125,7 +125,7 @@ def _system(study: Study, name: str, *, folder: Path) -> System:
             f"{' and '.join(sorted(warm_ups))} of study {study.name!r}, {name}, exclude one "
             "another: give one of them."
         )
-    # The loss of a capacity system is that of its model, not of the tokens that found no slot.
+    # A system with a capacity is evaluated without it: its loss is not that of dropped tokens.
     flags.pop("moe_eval_capacity_factor", None)
     try:
         costs = estimate(flags | {"vocab_size": study.vocab_size})

@@ -1,4 +1,4 @@
-"""The claims that a study tests, each by comparisons of systems, and how each of them ends."""
+"""The claims that a study tests, the comparisons that decide them, and their verdicts."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ Pair = tuple[str, str]
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """A system, mostly the study's subject, against another one."""
+    """A system, usually the study's subject, against another one."""
 
     one: str
     other: str
     what: str
     """loss, loss behind the prefix, wrong answers in %, seconds, tokens, step time."""
     found: Difference
-    """Losses differ in nats and answers in percent; everything else is a ratio, where 1 is no
+    """A difference in nats for losses and in percent for answers; else a ratio, where 1 means no
     difference."""
     verdict: str
     is_bound: bool = False
-    """Whether the first one's cost may be even lower: a seed is at the target at its first horizon,
-    or at the one behind a horizon that diverged. The interval's lower end is then 0."""
+    """Whether the first one's cost may be even lower, because a seed is at the target at its first
+    horizon, or at one after a horizon that diverged. The interval's lower end is then 0."""
     unreached: int = 0
-    """Seeds of the first that never come to the target, each of which makes the mean infinite."""
+    """Seeds of the first that never reach the target, each of which makes the mean infinite."""
 
     @property
     def is_ratio(self) -> bool:
@@ -75,7 +75,7 @@ def claims_of(measured: Measured) -> list[Claim]:
         and (pair in parts or not (study.paper and systems[pair[0]].is_smlp))
     }
     claims = []
-    # Else C5 asks the same, or of a subject that is no sMLP the other comparisons do.
+    # Otherwise C5, or the other comparisons if the subject is no sMLP, ask the same.
     if not {*measured.rivals()} <= asked:
         claims.append(_lower_loss(measured))
     if study.paper and any(system.is_sparse_transformer for system in systems.values()):
@@ -87,15 +87,15 @@ def claims_of(measured: Measured) -> list[Claim]:
 
 
 def others_of(measured: Measured) -> Claim:
-    """Return the study's pairs that are of no claim, with a verdict on each and none on all."""
+    """Return the study's pairs that belong to no claim, with a verdict on each and none overall."""
     pairs = [pair for pair in measured.study.ablations if not _is_of_a_part(measured, pair)]
     claim = _claim_of_losses(measured, pairs, name="other", text="", is_conjunction=False)
     return replace(claim, verdict="")
 
 
 def _is_of_a_part(measured: Measured, pair: Pair) -> bool:
-    """Return whether the second is the first without a MoE, which is a claim of the paper: sMLP
-    without any is gMLP."""
+    """Return whether the second system is the first one without a MoE, which the paper makes a
+    claim about: sMLP without any MoE is gMLP."""
     system, rival = (measured.systems[name] for name in pair)
     is_gated = rival.flags.get("architecture") in ("smlp", "gmlp")
     return measured.study.paper and system.is_smlp and is_gated and rival.moes < system.moes
@@ -136,7 +136,7 @@ def _claim(
     is_conjunction: bool = True,
     margin: float = 0.0,
 ) -> Claim:
-    """Make a claim of comparisons in which less is better."""
+    """Make a claim from comparisons in which less is better."""
     adjusted = with_holm(
         {pair: difference for pair, (_, difference) in differences.items()},
         is_conjunction=is_conjunction,
@@ -152,8 +152,8 @@ def _claim(
 
 
 def _best_moe(measured: Measured) -> str | None:
-    """Return the sparse Transformer with the lowest mean loss at the longest horizon, of those with
-    the most seeds: the one seed of another may be its luckiest."""
+    """Return the sparse Transformer with the lowest mean loss at the longest horizon, among those
+    with the most seeds: another one's single seed may be its luckiest."""
     at_end = measured.at_end(VALIDATION_LOSS)
     names = [name for name, system in measured.systems.items() if system.is_sparse_transformer]
     means = {name: mean for name in names if (mean := at_end.mean(name)).n}
@@ -163,7 +163,7 @@ def _best_moe(measured: Measured) -> str | None:
 
 
 def _less_time(measured: Measured) -> Claim:
-    """C2: the time to the loss at which the best sparse Transformer ends; tokens for comparison."""
+    """Make claim C2: the time to the final loss of the best sparse Transformer, or else tokens."""
     text = "less wall-clock to the loss at which the best sparse Transformer ends (paper: half)"
     best = _best_moe(measured)
     if best is None:
@@ -193,16 +193,16 @@ def _less_time(measured: Measured) -> Claim:
 
 
 def cost_ratio(measured: Measured, pair: Pair, *, unit: str) -> Comparison:
-    """Return the first one's cost over the second's, to the loss at which the second's seed ends,
-    without a verdict.
+    """Return the first system's cost over the second's, to the final loss of the second's same
+    seed, without a verdict.
 
-    Its logarithm is that of the tokens, over seeds, and for seconds that of the step times, over
-    rounds of the timing. A seed of the first that never comes there costs an infinite amount. One
-    that is not at the longest horizon yet is left out, also if it is there: it would count among
-    the fast ones, and those that are still on their way nowhere.
-    Where one is there at its first horizon, or the one behind one that diverged, the ratio is at
-    most this, so that it can confirm a claim but not refute one: its interval begins at 0, and p is
-    1 if it then holds 1.
+    Its logarithm is that of the token ratio, over seeds, plus for seconds that of the step-time
+    ratio, over rounds of the timing. A seed of the first system that never reaches the target costs
+    an infinite amount. One that has not come to the longest horizon is left out even if it has
+    reached the target: it would count as fast, while slower unfinished ones would not count at all.
+    If a seed is at the target at its first horizon, or at one after a horizon that diverged, the
+    ratio is an upper bound. It can then confirm a claim but not refute one: its interval begins at
+    0, and p is 1 if the interval contains 1.
     """
     system, rival = pair
     end = measured.tables.tokens(measured.study.longest)
@@ -231,7 +231,7 @@ def _log_step_ratio(measured: Measured, system: str, rival: str) -> Difference:
 
 
 def times_to_losses(measured: Measured) -> list[Comparison]:
-    """Return the subject's cost over each rival's, to the loss at which that one ends."""
+    """Return the subject's cost over each rival's, to the rival's final loss."""
     study, tables = measured.study, measured.tables
     unit = SECONDS if tables.has_speed(*measured.systems) else TOKENS
     return [
@@ -242,14 +242,14 @@ def times_to_losses(measured: Measured) -> list[Comparison]:
 
 
 def _better_at_tasks(measured: Measured) -> Claim:
-    """C4: the share of wrong answers, in percent, as a mean over the tasks that both have.
+    """Make claim C4: the percentage of wrong answers, averaged over the tasks that both have.
 
-    Seeds are asked the same questions: the interval is also over which ones were asked.
+    All seeds are asked the same questions, so the interval also covers the choice of questions.
     """
     subject, systems = measured.study.subject, measured.systems
     others = [name for name in measured.rivals() if systems[name].is_sparse_transformer]
     tasks = measured.tables.labels(TASK)
-    # A rival that was not scored is compared as well: above it, nothing is known.
+    # Rivals that were not scored are compared too: whether it is above them is unknown.
     differences = {
         (subject, name): ("wrong answers in %", _fewer_wrong(measured, subject, name))
         for name in others
@@ -283,8 +283,8 @@ def _faster_steps(measured: Measured) -> Claim:
 
 
 def primary_looks(measured: Measured) -> list[Look]:
-    """Return the looks at the study's primary comparison, if it has one; a design is looked at
-    once, whole."""
+    """Return the looks at the study's primary comparison, if it has one; a design gets one look,
+    when it is complete."""
     study = measured.study
     if study.primary is None:
         return []
@@ -297,7 +297,7 @@ def primary_looks(measured: Measured) -> list[Look]:
 
 
 def _in_order(measured: Measured, name: str, field: str) -> list[float]:
-    """Return the losses of a system's seeds, to before the first that is missing."""
+    """Return the losses of a system's seeds in order, stopping at the first that is missing."""
     losses = measured.tables.losses(name, measured.study.longest, field)
     there = itertools.takewhile(losses.__contains__, measured.study.seeds_of(name))
     return [losses[seed] for seed in there]

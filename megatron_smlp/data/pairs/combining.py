@@ -1,4 +1,4 @@
-"""Pairs from pairs: merge several into one, split one by documents. Ids are copied in parts."""
+"""Merge several pairs into one, with helpers that splitting.py shares. Ids are copied in parts."""
 
 import contextlib
 import sys
@@ -26,16 +26,16 @@ COPY_DOCUMENTS = 1 << 16
 
 
 def find_pairs(inputs: Sequence[str], *, output_prefix: str) -> list[str]:
-    """Return the prefixes of folders (every pair in them, sorted) and of prefixes, in this order.
+    """Return the prefixes that `inputs` name, in order; a folder stands for its pairs, sorted.
 
-    A pair that is found again, perhaps through a link, is left out, as the user is told.
+    A pair that is found again, perhaps through a link, is left out, and the user is told.
 
     Raises:
-        DataError: a folder without a pair, or the output as its own input.
+        DataError: a folder has no pair, or the output is one of the inputs.
     """
     prefixes: dict[Path, str] = {}
     for name in inputs:
-        # Training keeps its cache in a folder of the pair's own name.
+        # Training keeps its cache in a folder with the pair's name.
         is_folder = Path(name).is_dir() and not idx_path(name).is_file()
         for prefix in _pairs_in(Path(name)) if is_folder else [strip_suffix(name)]:
             first = prefixes.setdefault(bin_path(prefix).resolve(), prefix)
@@ -57,14 +57,14 @@ def _pairs_in(folder: Path) -> list[str]:
 def merge(prefixes: Sequence[str], *, output_prefix: str, allow_mismatch: bool = False) -> None:
     """Concatenate pairs, in order, into `output_prefix.bin/.idx`, and their manifests.
 
-    uint16 and int32 pairs merge into int32. Without a manifest for every input, or with tokenizers
-    that differ and are allowed to, the result has no manifest.
+    uint16 and int32 pairs merge into int32. If an input has no manifest, or if tokenizers differ
+    and are allowed to, the result has no manifest.
 
     Raises:
-        DataError: a damaged pair, or half of one, tokenizers that differ, or another file that
-            the manifest would replace.
+        DataError: a pair is damaged or incomplete, tokenizers differ, or the manifest would replace
+            another file.
     """
-    # One pair is open at a time: each map of a file counts as an open one, which are limited.
+    # Open one pair at a time: each memory map counts as an open file, whose number is limited.
     dtypes = {open_index(prefix).dtype for prefix in prefixes}
     origins = [origin_of(prefix) for prefix in prefixes]
     tokenizer_agrees = _check_tokenizers(prefixes, origins, allow_mismatch)
@@ -89,10 +89,10 @@ def merge(prefixes: Sequence[str], *, output_prefix: str, allow_mismatch: bool =
 
 
 def origin_of(prefix: str) -> Origin | None:
-    """Return the manifest that lists the pair, if there is one, once the fingerprint agrees.
+    """Return the manifest that lists the pair, if there is one, after checking the fingerprint.
 
     Raises:
-        DataError: the pair is not what it describes.
+        DataError: the pair is not what its manifest describes.
     """
     origin = find_manifest(prefix)
     if origin and not is_unchanged(prefix, origin.pair):
@@ -119,7 +119,7 @@ def _check_tokenizers(
 
 
 def _without_name(record: TokenizerRecord) -> TokenizerRecord:
-    """Leave out the type, which does not matter where the vocabulary is known."""
+    """Drop the type, which does not matter if the vocabulary is known."""
     return replace(record, type="") if record.identity else record
 
 
@@ -129,12 +129,12 @@ def _joined(origins: list[Origin], name: str) -> str:
 
 @contextlib.contextmanager
 def scratch_folder(output_prefix: str) -> Iterator[Path]:
-    """Make a folder beside the output, empty but for its lock, which is gone afterwards.
+    """Create a folder next to the output, empty but for its lock, and remove it afterwards.
 
     Raises:
-        DataError: another process writes there.
+        DataError: another process is writing there.
     """
-    folder = Path(output_prefix + ".merging")  # `.partial` is a preprocessing's, to be resumed
+    folder = Path(output_prefix + ".merging")  # `.partial` belongs to a resumable preprocessing
     lock = lock_output(folder, output_prefix)
     try:
         empty_locked(folder)
@@ -144,7 +144,7 @@ def scratch_folder(output_prefix: str) -> Iterator[Path]:
 
 
 def copy_documents(index: Index, writer: PairWriter, first: int, last: int) -> None:
-    """Append documents `first` to `last` (without it) of `index`, a bounded number at a time."""
+    """Append documents `first` to `last` (exclusive) of `index`, a bounded number at a time."""
     for begin in range(first, last, COPY_DOCUMENTS):
         starts = index.documents[begin : min(begin + COPY_DOCUMENTS, last) + 1]
         sequences = int(starts[0]), int(starts[-1])

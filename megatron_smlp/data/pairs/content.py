@@ -1,7 +1,7 @@
-"""The content of a pair as one checksum: its name and its dates do not tell it.
+"""Identify the content of a pair by one checksum, since its name and dates do not.
 
-Megatron's caches, the checkpoints and a running job know a dataset by it, so that another one under
-the same name is never read as the one that they were made for.
+Megatron's caches, checkpoints and a running job use it to recognize a dataset, so that another one
+under the same name is never mistaken for the one that they were made for.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from megatron_smlp.data.pairs.manifest import sha256_of
 from megatron_smlp.errors import DataError
 
 WHOLE_BYTES = 256 << 20
-"""A `.bin` up to this size is read whole, which takes less than a second."""
+"""A `.bin` up to this size is read in full, which takes less than a second."""
 NUM_BLOCKS = 64
 BLOCK_BYTES = 1 << 20
 
@@ -21,17 +21,17 @@ State = tuple[int, ...]
 
 
 class ChangedDataError(DataError):
-    """A dataset is no longer what a run began with. Any rank may be the only one that sees it."""
+    """A dataset is no longer what a run began with. Any rank may be the only one to notice."""
 
     speaker = ""
 
     def __init__(self, text: str) -> None:
-        # A data loader's worker passes its traceback on, the last line of which is the message.
+        # A data loader's worker passes on its traceback, whose last line is the message.
         super().__init__(text.rpartition(f"{type(self).__name__}: ")[2])
 
 
 def content_of(prefix: str) -> str:
-    """Return SHA-256 over all of `.idx`, and over all of `.bin` or 64 MiB spread over a larger one.
+    """Return a SHA-256 over `.idx` and `.bin`, or only 64 MiB spread over a large `.bin`.
 
     Raises:
         OSError: a file is missing or unreadable.
@@ -40,7 +40,7 @@ def content_of(prefix: str) -> str:
 
 
 def state_of(prefix: str) -> tuple[State, ...]:
-    """Return device, number, size and time of change of both files, equal until somebody writes.
+    """Return device, inode, size and modification time of both files, equal until one is written.
 
     Raises:
         OSError: a file is missing.
@@ -54,11 +54,11 @@ def _state(path: Path) -> State:
 
 
 def sha256_once(path: Path) -> str:
-    """Return SHA-256 of a file, which a process reads once until somebody writes to it."""
+    """Return the SHA-256 of a file, which a process reads only once unless it is written to."""
     return _sha256(path, _state(path))
 
 
-# `state` is there to be a part of the cache's key.
+# `state` only serves as part of the cache key.
 @cache
 def _sha256(path: Path, state: State) -> str:
     return sha256_of(path)
@@ -81,13 +81,13 @@ def _content(prefix: str, state: tuple[State, ...]) -> str:
 
 
 def block_starts(size: int) -> list[int]:
-    """Return the bytes at which the blocks begin that stand for a `.bin` of that size."""
+    """Return the byte offsets of the blocks that represent a `.bin` of this size."""
     return [number * (size - BLOCK_BYTES) // (NUM_BLOCKS - 1) for number in range(NUM_BLOCKS)]
 
 
 class Watch:
-    """Sees whether a pair changes while it is read. Memory maps show what is written to a file, and
-    a process that reads beyond the end of one that was cut short is killed.
+    """Detects whether a pair changes while it is read. Memory maps show what is written to a file,
+    and a process that reads beyond the end of a truncated one is killed.
     """
 
     def __init__(self, prefix: str) -> None:
@@ -96,10 +96,10 @@ class Watch:
         self.content = content_of(prefix)
 
     def look(self) -> None:
-        """Compare; takes microseconds while nobody has written to the pair.
+        """Check that the pair is unchanged; takes microseconds unless somebody has written to it.
 
         Raises:
-            ChangedDataError: it is gone, cut short, or holds something else.
+            ChangedDataError: it is gone, truncated, or has other content.
         """
         try:
             state = state_of(self.prefix)
@@ -110,7 +110,7 @@ class Watch:
             raise self._changed(f"{error.filename}: {error.strerror}") from None
         if not is_same:
             raise self._changed("its files hold something else than at the start")
-        self.state = state  # copied anew, or touched
+        self.state = state  # same content: copied again, or touched
 
     def _changed(self, what: str) -> ChangedDataError:
         return ChangedDataError(

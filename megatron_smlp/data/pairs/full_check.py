@@ -1,4 +1,4 @@
-"""Every rule that a pair must keep, checked over all of its bytes, in parts."""
+"""Check every rule that a pair must satisfy over all of its bytes, in parts."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -24,7 +24,7 @@ Array = NDArray[Any]
 
 
 def validate(prefix: str, *, vocab_size: int | None = None) -> Iterator[tuple[str, str | None]]:
-    """Yield each rule when it is checked, and what is wrong; None: it holds.
+    """Yield each rule once it is checked, with what is wrong, or None if it holds.
 
     Args:
         vocab_size: entries of the vocabulary; None takes it from the manifest.
@@ -54,7 +54,7 @@ def validate(prefix: str, *, vocab_size: int | None = None) -> Iterator[tuple[st
 
 
 def require_sound_index(index: Index) -> None:
-    """Raise `DataError` at the first rule that `.idx` breaks."""
+    """Raise `DataError` at the first rule that `.idx` violates."""
     for check in INDEX_RULES.values():
         try:
             check(index)
@@ -70,7 +70,7 @@ def check_lengths(index: Index) -> None:
 
 
 def check_pointers(index: Index) -> None:
-    """Raise `DataError` at the first pointer that is not the end of the sequence before it."""
+    """Raise `DataError` at the first pointer that is not where the sequence before it ends."""
     size = index.dtype.itemsize
 
     def is_wrong(at: int, lengths: Array) -> Array:
@@ -86,7 +86,7 @@ def check_pointers(index: Index) -> None:
 
 
 def check_documents(index: Index) -> None:
-    """Raise `DataError` where document starts go backwards."""
+    """Raise `DataError` at the first document that starts before the previous one."""
     starts = index.documents
     before = _first(starts, lambda at, part: np.diff(starts[at : at + len(part) + 1]) < 0)
     if before is not None:
@@ -104,10 +104,10 @@ INDEX_RULES: dict[str, Callable[[Index], None]] = {
 
 
 def check_ids(index: Index, vocab_size: int | None, *, blocks: Sequence[slice] = ()) -> None:
-    """Raise `DataError` at the first id outside of 0 to `vocab_size` - 1.
+    """Raise `DataError` at the first id outside 0 to `vocab_size` - 1.
 
     Args:
-        blocks: the tokens to look at; none: all.
+        blocks: the tokens to check; if empty, all of them.
     """
     limit = np.iinfo(index.dtype).max + 1 if vocab_size is None else vocab_size
     tokens = index.tokens
@@ -123,7 +123,7 @@ def check_ids(index: Index, vocab_size: int | None, *, blocks: Sequence[slice] =
 
 
 def _check_checksums(index: Index, pair: PairRecord) -> None:
-    """Raise `DataError` where SHA-256 of a file is not that of the manifest."""
+    """Raise `DataError` if the SHA-256 of a file is not that in the manifest."""
     for path, expected in (
         (idx_path(index.prefix), pair.idx_sha256),
         (bin_path(index.prefix), pair.bin_sha256),
@@ -133,7 +133,7 @@ def _check_checksums(index: Index, pair: PairRecord) -> None:
 
 
 def _first(array: Array, is_wrong: Callable[[int, Array], Array]) -> int | None:
-    """Return the first entry that is wrong, as told of each part and the position of its first."""
+    """Return the first entry that `is_wrong(position of the part's first entry, part)` marks."""
     for at, part in _numbered(array):
         if len(wrong := np.flatnonzero(is_wrong(at, part))):
             return at + int(wrong[0])

@@ -4,8 +4,8 @@
            lengths int32[S] | byte pointers int64[S] | document starts int64[D]
     .bin   the token ids, one after another
 
-S = sequences, D = documents + 1. All numbers are little-endian. The pairs are held to Megatron's
-`IndexedDatasetBuilder`, byte for byte, by tests/unit/data/prepare/test_same_bytes.py.
+S = sequences, D = documents + 1. All numbers are little-endian. Pairs equal those of Megatron's
+`IndexedDatasetBuilder` byte for byte, as tests/unit/data/prepare/test_same_bytes.py checks.
 """
 
 import os
@@ -35,14 +35,14 @@ def optimal_dtype(vocab_size: int) -> np.dtype[Any]:
 
 @dataclass(frozen=True)
 class Index:
-    """A pair opened for reading; arrays are memory maps, so a huge pair opens at once."""
+    """A pair opened for reading; arrays are memory maps, so that even a huge pair opens at once."""
 
     prefix: str
     dtype: np.dtype[Any]
     lengths: NDArray[np.int32]
-    """<int32>[S], tokens."""
+    """<int32>[S], tokens of each sequence."""
     pointers: NDArray[np.int64]
-    """<int64>[S], bytes into `.bin`."""
+    """<int64>[S], byte offsets into `.bin`."""
     documents: NDArray[np.int64]
     """<int64>[D], index of the first sequence of each document, then S."""
 
@@ -60,7 +60,7 @@ class Index:
 
     @property
     def expected_bin_bytes(self) -> int:
-        """Size of `.bin` by the last index entry: end of the last sequence."""
+        """Size of `.bin` according to the index: the end of the last sequence."""
         if self.num_sequences == 0:
             return 0
         return int(self.pointers[-1]) + int(self.lengths[-1]) * self.dtype.itemsize
@@ -71,7 +71,7 @@ class Index:
         return mapped(bin_path(self.prefix), self.dtype)
 
     def tokens_of(self, first: int, last: int) -> NDArray[Any]:
-        """Return <dtype>[tokens] of sequences from `first` to before `last`, on disk."""
+        """Return <dtype>[tokens] of sequences `first` to `last` (exclusive), as a memory map."""
         if first == last:
             return self.tokens[:0]
         begin = int(self.pointers[first]) // self.dtype.itemsize
@@ -97,7 +97,7 @@ def strip_suffix(name: str) -> str:
 
 
 def refuse_existing(prefixes: Iterable[str], *, output_prefix: str, why: str = "") -> None:
-    """Raise DataError where one of the pairs that a tool is to write is there already."""
+    """Raise DataError if one of the pairs that a tool is about to write already exists."""
     for prefix in prefixes:
         if bin_path(prefix).exists() or idx_path(prefix).exists():
             raise DataError(
@@ -112,7 +112,7 @@ def damage(path: Path, what: str) -> DataError:
 
 
 def in_parts(array: NDArray[Any]) -> Iterator[NDArray[Any]]:
-    """Cut `array` into views of at most COPY_ITEMS entries, to keep memory flat."""
+    """Cut `array` into views of at most COPY_ITEMS entries, to bound memory."""
     for start in range(0, len(array), COPY_ITEMS):
         yield array[start : start + COPY_ITEMS]
 
@@ -171,10 +171,10 @@ def _read_header(path: Path) -> tuple[np.dtype[Any], int, int]:
 def mapped(
     path: Path, dtype: str | np.dtype[Any], *, offset: int = 0, count: int | None = None
 ) -> NDArray[Any]:
-    """Return <dtype>[count] of a file, by default all of it, on disk until it is read."""
+    """Return <dtype>[count] as a memory map of a file, by default all of it."""
     if count is None:
         count = path.stat().st_size // np.dtype(dtype).itemsize
-    if count == 0:  # of which there is no map
+    if count == 0:  # which cannot be mapped
         return np.empty(0, dtype=dtype)
     return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=(count,))
 
@@ -217,7 +217,7 @@ def write_index(
         stream.write(struct.pack("<q", 0))
         _write_running_sums(stream, sequences_per_document, inclusive=True)
         stream.flush()
-        os.fsync(stream.fileno())  # What it is made of is deleted when it has its name.
+        os.fsync(stream.fileno())  # Its sources are deleted once it has its name.
 
 
 def _write_running_sums(

@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _open(args: argparse.Namespace) -> "Index":
-    """Open the pair, whose index is checked over all of its entries."""
+    """Open the pair, and check all entries of its index."""
     from megatron_smlp.data.pairs.full_check import require_sound_index
     from megatron_smlp.data.pairs.indexed import open_index, strip_suffix
 
@@ -138,7 +138,7 @@ def _split(args: argparse.Namespace) -> int:
     from megatron_smlp.data.pairs.indexed import open_index, refuse_existing, strip_suffix
     from megatron_smlp.data.pairs.splitting import NAMES, split
 
-    signal.signal(signal.SIGTERM, interrupt)  # removes what is unfinished, as Ctrl-C does
+    signal.signal(signal.SIGTERM, interrupt)  # removes unfinished output, as Ctrl-C does
     prefix = strip_suffix(args.prefix)
     output = args.output_prefix or prefix
     if not args.overwrite:

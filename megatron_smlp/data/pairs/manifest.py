@@ -1,7 +1,7 @@
-"""The manifest `PREFIX.json` beside a dataset: what it was made from, with which tokenizer.
+"""The manifest `PREFIX.json` next to a dataset: what it was made from, and with which tokenizer.
 
-One manifest describes the pairs of one run (one pair for each JSON key). It holds no date and no
-duration, so that a resumed run writes the same bytes as an uninterrupted one.
+One manifest describes the pairs of one run (one pair per JSON key). It contains no dates and no
+durations, so that a resumed run writes the same bytes as an uninterrupted one.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ class TokenizerRecord:
 
     type: str
     identity: str | None
-    """SHA-256 of the vocabulary (`tokenizers.spec.WithTexts`); None: ids without a text."""
+    """SHA-256 of the vocabulary (`tokenizers.spec.WithTexts`); None if ids stand for no text."""
     vocab_size: int
     eod: int | None
     append_eod: bool
@@ -52,7 +52,7 @@ class PairRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The whole file."""
+    """The content of a manifest file."""
 
     tokenizer: TokenizerRecord
     pairs: dict[str, PairRecord]
@@ -61,13 +61,13 @@ class Manifest:
     counts: dict[str, Any] = field(default_factory=dict)
 
     def write(self, path: Path) -> None:
-        """Write to `path` at once: a reader sees the old file or the whole new one."""
+        """Write to `path` atomically: a reader sees the old file or the whole new one."""
         body = {"format": FORMAT, "version": VERSION, **asdict(self)}
         write_durably(path, json.dumps(body, indent=2, ensure_ascii=False) + "\n")
 
 
 class Origin(NamedTuple):
-    """A pair's manifest, and its own record in that."""
+    """A pair's manifest, and the pair's record in it."""
 
     path: Path
     manifest: Manifest
@@ -97,9 +97,9 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def find_manifest(prefix: str) -> Origin | None:
-    """Return the manifest that lists the pair at `prefix`; None: there is none.
+    """Return the manifest that lists the pair at `prefix`; None if there is none.
 
-    `P_text_document` is described by `P.json`; a key may hold underscores, so each cut is tried.
+    `P.json` describes `P_text_document`; a key may contain underscores, so every cut is tried.
     """
     pair = Path(prefix)
     stem = pair.name
@@ -114,10 +114,10 @@ def find_manifest(prefix: str) -> Origin | None:
 
 
 def check_output_prefix(prefix: str) -> None:
-    """Refuse a prefix without a name of its own, whose files would be hidden and nameless.
+    """Refuse a prefix that does not end in a name, so that its files would be hidden and nameless.
 
     Raises:
-        DataError: it is empty, or ends with the name of a folder.
+        DataError: it is empty, or names a folder.
     """
     if prefix.rpartition("/")[2] in ("", ".", ".."):
         raise DataError(
@@ -127,13 +127,13 @@ def check_output_prefix(prefix: str) -> None:
 
 
 def check_manifest_path(path: Path, *, pairs: Iterable[str]) -> None:
-    """Refuse to write a manifest over another file: `books.json` may be the corpus itself.
+    """Refuse to overwrite another file with a manifest: `books.json` may be the corpus itself.
 
     Args:
-        pairs: the names of those that it will describe.
+        pairs: the names of the pairs that it will describe.
 
     Raises:
-        DataError: the file is there and is not ours, or it describes other pairs.
+        DataError: the file exists and is no manifest, or it describes other pairs that exist.
     """
     if not path.exists():
         return
@@ -151,13 +151,13 @@ def check_manifest_path(path: Path, *, pairs: Iterable[str]) -> None:
 
 
 def is_unchanged(prefix: str, pair: PairRecord) -> bool:
-    """Return whether both files are there, and have the fingerprint of the record."""
+    """Return whether both files exist and have the record's fingerprint."""
     files = [Path(f"{prefix}.{suffix}") for suffix in ("bin", "idx")]
     return all(path.is_file() for path in files) and fingerprint_of(*files) == pair.fingerprint
 
 
 def is_manifest(path: Path) -> bool:
-    """Return True for a manifest: of all JSON files, only it names the format first."""
+    """Return True for a manifest: only manifests name the format at the start of the file."""
     with path.open("rb") as stream:
         return FORMAT.encode() in stream.read(200)
 
@@ -168,7 +168,7 @@ def sha256_of(path: Path) -> str:
 
 
 def fingerprint_of(*paths: Path) -> str:
-    """Return SHA-256 over size, first and last MiB of each file."""
+    """Return the SHA-256 over the size, first MiB and last MiB of each file."""
     digest = hashlib.sha256()
     for path in paths:
         size = path.stat().st_size

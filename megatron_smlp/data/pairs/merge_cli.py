@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from megatron_smlp.data.pairs.indexed import open_index, refuse_existing, strip_suffix
     from megatron_smlp.data.pairs.manifest import find_manifest
 
-    signal.signal(signal.SIGTERM, interrupt)  # removes what is unfinished, as Ctrl-C does
+    signal.signal(signal.SIGTERM, interrupt)  # removes unfinished output, as Ctrl-C does
     output = strip_suffix(args.output_prefix)
     if not args.overwrite:
         refuse_existing([output], output_prefix=args.output_prefix)

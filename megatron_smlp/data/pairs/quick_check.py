@@ -1,4 +1,4 @@
-"""The check of a dataset before training: quick at any size, one readable line on failure."""
+"""Check a dataset before training: quick at any size, with one readable line on failure."""
 
 from megatron_smlp.data.pairs.content import BLOCK_BYTES, WHOLE_BYTES, block_starts, sha256_once
 from megatron_smlp.data.pairs.full_check import check_ids, require_sound_index
@@ -16,8 +16,8 @@ def verify_for_training(
     """Refuse a dataset that training would misread.
 
     Reads all of the index, and the manifest if there is one (data from other tools has none, which
-    is not an error). A `.bin` of up to 256 MiB is checked whole, a larger one by the manifest's
-    fingerprint of its first and last MiB; without a manifest, the ids of 64 MiB spread over it.
+    is not an error). A `.bin` of up to 256 MiB is checked in full; a larger one by the manifest's
+    fingerprint of its first and last MiB or, without one, by the ids of 64 MiB spread over it.
 
     Args:
         prefix: path of the pair without `.bin`/`.idx`.
@@ -26,8 +26,8 @@ def verify_for_training(
         vocab_size: entries of the training vocabulary, before padding; None skips the check.
 
     Raises:
-        DataError: (a ValueError) missing or damaged files, changed since they were written,
-            another tokenizer, or ids outside of the vocabulary.
+        DataError: (a ValueError) files are missing, damaged, or changed since they were written,
+            the tokenizer is another one, or ids are outside the vocabulary.
     """
     index = open_index(prefix)
     if index.num_sequences == 0:
@@ -66,8 +66,8 @@ def _check_tokenizer(index: Index, origin: Origin, identity: str | None) -> None
 
 
 def _check_vocabulary(index: Index, origin: Origin | None, vocab_size: int) -> None:
-    """Check by the largest id that the manifest knows, else by the ids: of a large dataset, those
-    in some places."""
+    """Check the largest id in the manifest or, without one, the ids themselves; of a large dataset,
+    only those in some blocks."""
     if origin is None:
         size, item = index.expected_bin_bytes, index.dtype.itemsize
         starts = block_starts(size) if size > WHOLE_BYTES else []

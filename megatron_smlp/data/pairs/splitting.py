@@ -1,4 +1,4 @@
-"""One pair into train, valid and test, cut between documents."""
+"""Split one pair into train, valid and test, between documents."""
 
 import math
 from collections.abc import Sequence
@@ -22,13 +22,13 @@ NAMES = ("train", "valid", "test")
 def split(
     prefix: str, *, output_prefix: str, weights: Sequence[float], by: str, seed: int | None = None
 ) -> dict[str, int]:
-    """Write `OUTPUT_train`, `OUTPUT_valid` and `OUTPUT_test`; return the documents in each.
+    """Write `OUTPUT_train`, `OUTPUT_valid` and `OUTPUT_test`; return the document count of each.
 
     Args:
-        weights: shares of the three, of any sum; 0 leaves one out.
+        weights: shares of the three, with any sum; 0 leaves one out.
         by: what the shares count, "documents" or "tokens".
-        seed: None cuts the documents in their order; a number picks them at random, and keeps
-            their order within each part.
+        seed: None cuts the documents in order; a number picks them at random, but keeps their
+            order within each part.
 
     Raises:
         DataError: bad weights, a pair that is damaged or not what its manifest describes, or too
@@ -73,15 +73,15 @@ def _assign(index: Index, shares: list[float], *, by: str, seed: int | None) -> 
     middles = np.cumsum(sizes[order]) - sizes[order] / 2
     borders = np.cumsum(shares)[:-1] * sizes.sum()
     part_of = np.empty(count, dtype=np.int8)
-    # Behind the last border lies no part without a share, though empty documents end there.
+    # Empty documents at the end must not fall into a part without a share, beyond the last border.
     last = np.flatnonzero(shares)[-1]
     part_of[order] = np.minimum(np.searchsorted(borders, middles, side="right"), last)
     return part_of
 
 
 def _write_parts(index: Index, part_of: NDArray[np.int8], output_prefix: str) -> None:
-    """Write all parts, and only then replace those of an older split: a mix of both would hold
-    documents twice, in training and in validation."""
+    """Write all parts before replacing those of an older split: a mix of both could have documents
+    twice, in training and in validation."""
     origin = origin_of(index.prefix)
     with scratch_folder(output_prefix) as folder:
         finished = {}

@@ -24,10 +24,10 @@ def document_lengths(index: Index) -> Lengths:
 
 
 def histogram(lengths: Lengths) -> tuple[Lengths, NDArray[Any], NDArray[Any]]:
-    """Return the edges of bins, powers of two, and documents and tokens in each.
+    """Return the edges of power-of-two bins, and the documents and tokens in each bin.
 
     Returns:
-        <int64>[bins + 1] (a bin holds its lower edge), <int64>[bins], <float64>[bins].
+        <int64>[bins + 1] (a bin includes its lower edge), <int64>[bins], <float64>[bins].
     """
     longest = int(lengths.max(initial=1))
     edges = np.concatenate(([0], 1 << np.arange(longest.bit_length() + 1, dtype=np.int64)))
@@ -37,7 +37,7 @@ def histogram(lengths: Lengths) -> tuple[Lengths, NDArray[Any], NDArray[Any]]:
 
 
 def statistics_lines(lengths: Lengths) -> Iterator[str]:
-    """Yield a summary, quantiles, and a line for each bin that holds documents."""
+    """Yield a summary, quantiles, and a line for each bin that contains documents."""
     yield (
         f"{len(lengths):,} documents, {lengths.sum():,} tokens, "
         f"{lengths.sum() / max(len(lengths), 1):,.1f} a document, {(lengths == 0).sum():,} empty"
@@ -57,7 +57,7 @@ def save_histogram(lengths: Lengths, path: Path, *, title: str) -> None:
     """Draw the histogram into a PNG.
 
     Raises:
-        DataError: matplotlib is not there.
+        UsageError: matplotlib is not installed.
     """
     require_package("matplotlib", purpose="--png", extra="matplotlib")
     from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""Writing one `.bin`/`.idx` pair through flat files that only grow, and giving pairs their names.
+"""Write a `.bin`/`.idx` pair through append-only flat files, and give finished pairs their names.
 
     STEM.bin        token ids
     STEM.lengths    int32, tokens of each sequence
@@ -33,10 +33,10 @@ STREAMS = ("bin", "lengths", "sequences")
 
 
 def lock_output(folder: Path, output_prefix: str) -> IO[bytes]:
-    """Make a folder of unfinished output, and lock it until the returned file is closed.
+    """Create a folder for unfinished output, and lock it until the returned file is closed.
 
     Raises:
-        DataError: the prefix is no start of a name, or another process is at work there.
+        DataError: the prefix does not end in a name, or another process is working there.
     """
     check_output_prefix(output_prefix)
     try:
@@ -49,10 +49,9 @@ def lock_output(folder: Path, output_prefix: str) -> IO[bytes]:
 
 
 def append_to(path: Path, *, committed: int) -> BinaryIO:
-    """Open `path` at `committed` bytes, without what a crash left behind them.
+    """Open `path` for appending at `committed` bytes, dropping what a crash left after them.
 
-    Where nothing is to be kept it is a new file: that of before may be a published one by its
-    second name.
+    If nothing is kept, start a new file: the old one may be a hard link to a published file.
 
     Raises:
         DataError: the file is shorter than that.
@@ -64,7 +63,7 @@ def append_to(path: Path, *, committed: int) -> BinaryIO:
         stream.close()
         raise DataError(f"{path} is shorter than its journal says; start again without --resume")
     stream.truncate(committed)
-    stream.seek(0, os.SEEK_END)  # `flush_to_disk` tells the size by the place
+    stream.seek(0, os.SEEK_END)  # `flush_to_disk` returns the position as the size
     return stream
 
 
@@ -87,7 +86,7 @@ class PairWriter:
         max_id: int = -1,
     ) -> None:
         """Args:
-        committed: bytes of each stream at the last commit; None starts from nothing.
+        committed: bytes of each stream at the last commit; None starts empty.
         """
         sizes = committed or dict.fromkeys(STREAMS, 0)
         self.stem, self.dtype, self.max_id = stem, dtype, max_id
@@ -122,12 +121,12 @@ class PairWriter:
             self.files["sequences"].write(sequences.astype("<i4").tobytes())
 
     def commit(self) -> dict[str, int]:
-        """Bring everything to the disk, and return the bytes of each stream."""
+        """Flush everything to disk, and return the size of each stream in bytes."""
         with naming_errors(self.path("bin")):
             return {name: flush_to_disk(stream) for name, stream in self.files.items()}
 
     def close(self) -> None:
-        """Close the files. All that counts is committed; where it was not, its error is known."""
+        """Close the files, ignoring errors: what matters is committed, or its error was raised."""
         for stream in self.files.values():
             with contextlib.suppress(OSError):
                 stream.close()
@@ -139,7 +138,7 @@ class PairWriter:
         lengths, sequences = (mapped(self.path(name), "<i4") for name in STREAMS[1:])
         data, index = self.path("bin"), self.path("idx")
         with naming_errors(index):
-            index.unlink(missing_ok=True)  # It may be a published one by its second name.
+            index.unlink(missing_ok=True)  # It may be a hard link to a published file.
             write_index(index, dtype=self.dtype, lengths=lengths, sequences_per_document=sequences)
         return PairRecord(
             key=key,
@@ -160,13 +159,13 @@ class PairWriter:
 def publish(
     writers: dict[str, PairWriter], *, manifest: Manifest | None, manifest_path: Path
 ) -> None:
-    """Give finished pairs their names: `.idx` last of a pair, the manifest last of all.
+    """Give finished pairs their final names: `.idx` last of each pair, the manifest last of all.
 
-    Files of an older run go first: a crash in between must not leave a mixed pair.
+    Files of an older run are removed first: a crash in between must not leave a mixed pair.
 
     Args:
-        writers: by the final prefix of the pair.
-        manifest: None where the origin of the ids is not known.
+        writers: the writer of each pair, by its final prefix.
+        manifest: None if the origin of the ids is not known.
     """
     withdraw(writers, manifest_path=manifest_path)
     for prefix, writer in writers.items():
@@ -177,7 +176,7 @@ def publish(
 
 
 def withdraw(prefixes: Iterable[str], *, manifest_path: Path) -> None:
-    """Take away the names that make pairs of an older run readable."""
+    """Remove the names that make pairs of an older run readable."""
     manifest_path.unlink(missing_ok=True)
     for prefix in prefixes:
         idx_path(prefix).unlink(missing_ok=True)

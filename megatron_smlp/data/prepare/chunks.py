@@ -1,4 +1,4 @@
-"""Whole records of one input file, and the place after them."""
+"""Whole records of one input file, and the position after them."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,14 +9,14 @@ UTF8_BOM = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True)
 class Position:
-    """A place between two records of the input."""
+    """A position between two records of the input."""
 
     file: int = 0
     """Number of the file in the list of inputs."""
     offset: int = 0
-    """Bytes of uncompressed text for lines, records for arrays and parquet."""
+    """In bytes of uncompressed text for lines, in records for arrays and parquet."""
     line: int = 0
-    """Lines (or records) before this place."""
+    """Lines (or records) before this position."""
 
 
 START = Position()
@@ -30,7 +30,7 @@ class Chunk:
     first_line: int
     """Number of the first record in its file, from 1."""
     payload: bytearray | list[tuple[Any, ...]]
-    """Raw lines, or for parquet one tuple of values a record, in the order of the keys."""
+    """Raw lines or, for parquet, one tuple of values per record, in the order of the keys."""
     end: Position
     num_bytes: int
     """Uncompressed size, for bounds and progress."""

@@ -1,7 +1,7 @@
-"""Compressed text as a stream of blocks that says where it breaks off.
+"""Read compressed text as a stream of blocks that reports where it breaks off.
 
-The file objects of the libraries end in silence where a file is truncated (zstandard) or a later
-one of its members is damaged (bz2, lzma): docs/decisions/0061-libraries-of-the-data-tools.md.
+The libraries' own file objects end silently if a file is truncated (zstandard) or a later member is
+damaged (bz2, lzma): docs/decisions/0061-libraries-of-the-data-tools.md.
 """
 
 import bz2
@@ -23,11 +23,11 @@ class DamagedInputError(ValueError):
 
 
 def compression_of(path: Path) -> str | None:
-    """Return the compression by the suffix, or by the first bytes where that does not say."""
+    """Return the compression by the suffix, or by the first bytes if the suffix does not say."""
     if path.suffix in SUFFIXES:
         return SUFFIXES[path.suffix]
     if not path.is_file():
-        return None  # A pipe: bytes that are looked at are gone.
+        return None  # A pipe: reading its bytes would consume them.
     with path.open("rb") as stream:
         return _by_magic(stream.read(8))
 
@@ -58,7 +58,7 @@ def text_blocks(path: Path, *, skip: int = 0) -> Iterator[bytes]:
 
 
 def _decompressed(stream: BinaryIO, kind: str) -> Iterator[bytes]:
-    """Decompress member after member: gzip and zstd files are often several, one after another."""
+    """Decompress member by member: gzip and zstd files are often several members concatenated."""
     new = _decompressor(kind)
     member = new()
     started, is_empty = False, True
@@ -69,7 +69,7 @@ def _decompressed(stream: BinaryIO, kind: str) -> Iterator[bytes]:
                 break  # Padding after the last member, as tape and block devices leave it.
             try:
                 block = bytes(member.decompress(data))
-            # zstandard's class is only known where that package is, and derives from Exception.
+            # zstandard's error class exists only if it is installed, and derives from Exception.
             except Exception as error:
                 raise DamagedInputError(f"the {kind} data is damaged: {error}") from None
             started = True
@@ -90,5 +90,5 @@ def _decompressor(kind: str) -> Callable[[], Any]:
         return lzma.LZMADecompressor
     import zstandard
 
-    # The largest window that `zstd --long` makes; the memory is taken where a file has it.
+    # The largest window that `zstd --long` makes; memory is allocated only for files that use it.
     return lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()

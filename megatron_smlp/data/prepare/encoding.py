@@ -1,7 +1,7 @@
 """Turn a chunk of records into flat arrays of ids: the work of one worker process.
 
 Megatron's rules: a sequence without ids is dropped, and the end-of-document id is added to the
-last sequence of a document that has ids. A document without ids in every key is counted and left
+last sequence of a document that has ids. A document without ids in any key is counted and left
 out; with several keys, an empty one keeps an empty document so that the pairs stay aligned.
 """
 
@@ -20,14 +20,14 @@ from megatron_smlp.data.tokenizers.spec import Encoder, Tokenizer, UnencodableTe
 from megatron_smlp.errors import DataError
 
 type Document = tuple[int, tuple[str, ...]]
-"""Line, and the text of each key."""
+"""Line number, and the text of each key."""
 type Encoded = tuple[NDArray[Any], NDArray[np.int64], NDArray[np.int64]]
 """Ids, lengths of the sequences that have ids, and their number in each document."""
 
 
 @dataclass(frozen=True)
 class EncodingSettings:
-    """Everything that decides the ids, beside the text; picklable, as workers get it."""
+    """Everything besides the text that determines the ids; picklable, to be sent to workers."""
 
     tokenizer: Tokenizer
     keys: tuple[str, ...]
@@ -43,7 +43,7 @@ class EncodedKey:
     ids: NDArray[Any]
     """<uint16 or int32>[tokens]."""
     lengths: NDArray[np.int32]
-    """<int32>[sequences], tokens."""
+    """<int32>[sequences], tokens of each."""
     sequences: NDArray[np.int32]
     """<int32>[documents], sequences of each."""
 
@@ -99,11 +99,11 @@ class ChunkEncoder:
         used = np.logical_or.reduce([counts > 0 for _, _, counts in columns])
         result.num_empty += int(len(documents) - used.sum())
         result.num_documents = int(used.sum())
-        # Empty documents hold no ids and no sequences: only their counts are taken out.
+        # Empty documents have no ids and no sequences: only their counts have to be removed.
         result.keys = [self._finish(ids, lengths, counts[used]) for ids, lengths, counts in columns]
 
     def _problem(self, texts: Sequence[str]) -> str:
-        """Return why the tokenizer does not take them; "" where it does."""
+        """Return why the tokenizer cannot encode these texts, or "" if it can."""
         try:
             self._encode_texts(texts)
         except UnencodableTextError as error:

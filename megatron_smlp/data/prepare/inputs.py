@@ -1,4 +1,4 @@
-"""The files that `--input` names, and what the manifest and a resumed run know of them."""
+"""Find the files that `--input` names, and describe them for the manifest and a resumed run."""
 
 import glob
 import os
@@ -22,7 +22,7 @@ KNOWN_SUFFIXES = tuple(
 def find_inputs(patterns: Sequence[str]) -> list[Path]:
     """Return the files of paths, globs and folders (searched recursively), sorted within each.
 
-    `-` is the standard input. A file that is named again, perhaps through a link, is left out.
+    `-` is standard input. A file that is named again, perhaps through a link, is left out.
 
     Raises:
         DataError: a pattern names nothing, or a folder holds no known format.
@@ -61,7 +61,7 @@ def _files_in(folder: Path) -> list[Path]:
 
 
 def _all_files(folder: Path) -> Iterator[Path]:
-    """Yield the files of a folder, through links too, and of each folder in it once."""
+    """Yield the files of a folder and its subfolders, following links, each folder once."""
     seen = set()
     for parent, folders, names in folder.walk(follow_symlinks=True):
         if (real := parent.resolve()) in seen:  # a link to a folder above
@@ -73,18 +73,18 @@ def _all_files(folder: Path) -> Iterator[Path]:
 
 
 def _is_aside(folder: str) -> bool:
-    """Return True for hidden folders, as downloads have them, and for unfinished output."""
+    """Return True for hidden folders, such as those of downloads, and for unfinished output."""
     return folder.startswith(".") or folder.endswith(".partial")
 
 
 def _is_written(match: Path) -> bool:
-    """Return True for what a glob finds of these tools' output, finished or not."""
+    """Return True if a glob's match is output of these tools, finished or not."""
     is_unfinished = any(part.endswith(".partial") for part in match.parts)
     return is_unfinished or (match.is_file() and _is_output(match))
 
 
 def _is_output(path: Path) -> bool:
-    """Return True for hidden files and for what these tools write, perhaps beside the corpus."""
+    """Return True for hidden files and for what these tools write, perhaps next to the corpus."""
     if path.name.startswith(".") or path.name in TOKENIZER_FILES:
         return True
     if path.name.endswith(".rejected.jsonl"):
@@ -108,23 +108,23 @@ def describe_inputs(files: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def shown(path: Path) -> str:
-    """Return its name as text, even where a byte of it is not part of a character."""
+    """Return the path as text, escaping bytes that are not valid UTF-8."""
     return os.fsencode(path).decode("utf-8", errors="backslashreplace")
 
 
 def stamps_of(files: Sequence[Path]) -> dict[Path, tuple[int, int] | None]:
-    """Return size and time of change of each file; None for what is not a file, or is gone."""
+    """Return size and modification time of each file; None for what is not a file, or is gone."""
     stats = {path: path.stat() if path.is_file() else None for path in files}
     return {path: stat and (stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}
 
 
 def can_be_resumed(files: Sequence[Path]) -> bool:
-    """Return whether all can be read again: a pipe cannot."""
+    """Return whether all inputs can be read again, which a pipe cannot."""
     return None not in stamps_of(files).values()
 
 
 def comparable_size(files: Sequence[Path]) -> int | None:
-    """Return the bytes of text in the input where they are known: plain text files only."""
+    """Return the bytes of text in the input; None unless all files are uncompressed text."""
     if any(is_parquet(path) or compression_of(path) for path in files):
         return None
     return sum(path.stat().st_size for path in files)

@@ -1,8 +1,8 @@
 """A dataset under construction: `PREFIX.partial/`, committed shard by shard, published at the end.
 
-The folder holds the growing files of each key's pair, the rejected records, and a journal: how far
-into the input, and how long each file was then. What lies beyond the journal after a crash is cut
-off by a resumed run.
+The folder contains the growing files of each key's pair, the rejected records, and a journal of the
+position in the input and the size of each file at the last commit. After a crash, a resumed run
+truncates the files to these sizes.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ class Counts:
     tokens: int = 0
     empty: int = 0
     text_bytes: int = 0
-    """Uncompressed input, bytes."""
+    """Bytes of uncompressed input."""
     rejected: dict[str, int] = field(default_factory=dict)
     """Number of rejected records by reason."""
 
@@ -51,16 +51,16 @@ class Counts:
 
     @property
     def reasons(self) -> str:
-        """Return `bad_json 2, blank_line 1`."""
+        """Return counts by reason, such as `bad_json 2, blank_line 1`."""
         return ", ".join(f"{name} {count:,}" for name, count in sorted(self.rejected.items()))
 
 
 @dataclass
 class Journal:
-    """The last commit."""
+    """The state at the last commit."""
 
     settings: str
-    """Digest of everything that decides the bytes; a resumed run must have the same."""
+    """Digest of everything that determines the output; a resumed run must have the same."""
     position: Position = field(default_factory=Position)
     pair_sizes: list[dict[str, int] | None] = field(default_factory=list)
     """Bytes of each stream of each key's pair."""
@@ -78,7 +78,7 @@ class Journal:
 
 
 class PartialOutput:
-    """Use as a context manager; it holds the folder's lock and its open files."""
+    """A context manager that holds the folder's lock and its open files."""
 
     def __init__(
         self, prefix: str, *, pairs: dict[str, str], level: str, dtype: np.dtype[Any]
@@ -108,18 +108,18 @@ class PartialOutput:
 
     @property
     def has_journal(self) -> bool:
-        """Return whether there is something to go on from."""
+        """Return whether there is a commit to resume from."""
         return self.journal_path.is_file()
 
     def _close_files(self) -> None:
         """Close all files but the lock."""
         for writer in self.writers:
             writer.close()
-        with contextlib.suppress(OSError):  # As for the writers: its error is known.
+        with contextlib.suppress(OSError):  # As for the writers: it was raised before.
             self.rejected.close()
 
     def start(self, settings: str, *, resume: bool) -> None:
-        """Open the files, at the last commit if `resume`; the journal has the place to go on from.
+        """Open the files, at the last commit if `resume`; the journal says where to continue.
 
         Raises:
             DataError: the folder was left by a run with other settings or inputs.
@@ -160,7 +160,7 @@ class PartialOutput:
         counts.tokens += sum(len(part.ids) for part in encoded.keys)
 
     def commit(self, position: Position) -> None:
-        """Make what is written so far survive a crash, as everything before `position`."""
+        """Make what is written so far durable, as the output of everything before `position`."""
         journal = self.journal
         journal.pair_sizes = [writer.commit() for writer in self.writers]
         journal.max_ids = [writer.max_id for writer in self.writers]
@@ -177,7 +177,7 @@ class PartialOutput:
         }
 
     def publish(self, manifest: Manifest) -> None:
-        """Give everything its final name; only then is it there at all. May be repeated."""
+        """Give everything its final name, which makes it visible. May be repeated."""
         rejected_path = Path(self.prefix + ".rejected.jsonl")
         rejected_path.unlink(missing_ok=True)
         if self.journal.counts.rejected:
@@ -187,6 +187,6 @@ class PartialOutput:
         self.discard()
 
     def discard(self) -> None:
-        """Leave nothing to the end of the context, nor, after a crash, a journal without files."""
+        """Drop the journal, before its files in case of a crash; `__exit__` drops the rest."""
         self.journal_path.unlink(missing_ok=True)
         self._close_files()

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from megatron_smlp.data.prepare.output import Counts
     from megatron_smlp.data.prepare.preprocessing import Summary
 
-# Flags of Megatron's tool, now or once, that have no part in the ids that are written.
+# Present and former flags of Megatron's tool that do not affect the ids that are written.
 IGNORED_FLAGS = (
     *("--partitions", "--log-interval", "--keep-sequential-samples", "--find-optimal-num-workers"),
     *("--workers-to-check", "--max-documents", "--performance-dir", "--dataset-impl"),
@@ -70,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 class _Ignored(argparse.Action):
-    """Accept a flag of Megatron's tool that does nothing."""
+    """Accepts a flag of Megatron's tool that does nothing here."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
         note_ignored(option, "all of the input is read, in order, and it changes no id")
@@ -105,10 +105,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Report(Progress):
-    """MB/s of input text, documents, tokens and time left."""
+    """Shows MB/s of input text, documents, tokens and time left."""
 
     start: tuple[float, int, int] | None = None
-    """Time, bytes and documents at the first report: what an earlier run did, and the start-up, say
+    """Time, bytes and documents at the first report: start-up and the work of an earlier run say
     nothing about the speed of this one."""
 
     def update(self, counts: "Counts") -> None:

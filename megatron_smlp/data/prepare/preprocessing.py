@@ -1,4 +1,4 @@
-"""Text to `.bin`/`.idx`: the run behind `tools/preprocess_data.py`, read from top to bottom."""
+"""Turn text into `.bin`/`.idx`: the run behind `tools/preprocess_data.py`, from top to bottom."""
 
 import argparse
 import hashlib
@@ -48,9 +48,9 @@ class Summary:
     seconds: float
     """Time from the first chunk to the published files, without start-up."""
     text_bytes: int
-    """Uncompressed input that this run read: less than `counts` say after a resume."""
+    """Bytes of uncompressed input that this run read: fewer than in `counts` after a resume."""
     encoder: str
-    """The library that made the ids, and why a slower one was taken."""
+    """The library that made the ids, and why a slower one was chosen."""
     already_complete: bool = False
 
 
@@ -63,9 +63,9 @@ def preprocess(
         on_progress: called after each chunk with the counts so far.
 
     Raises:
-        UsageError: a wrong value.
-        DataError: bad input, a refused record without --on-error skip, or a worker that died.
-            Finished shards stay for --resume.
+        UsageError: an invalid value.
+        DataError: bad input, a rejected record without --on-error skip, or a worker that died.
+            Finished shards are kept for --resume.
     """
     files = find_inputs(args.input)
     spec = TokenizerSpec.from_arguments(args)
@@ -74,7 +74,7 @@ def preprocess(
     stamps = stamps_of(files)
     keys = tuple(dict.fromkeys(args.json_keys))
     encoding = EncodingSettings(tokenizer, keys, args.append_eod, _sentences(args))
-    # What decides the bytes of the output; of the tokenizer its rules, and not its ids alone.
+    # Everything that determines the output, including the tokenizer's rules, not just its ids.
     digest = hashlib.sha256(repr((encoding, stamps)).encode()).hexdigest()
     if args.resume:
         for path, stamp in stamps.items():
@@ -128,7 +128,7 @@ def _sentences(args: argparse.Namespace) -> SentenceSettings | None:
     """Return how documents are split into sentences; None if each document is one sequence."""
     if args.split_sentences:
         settings = SentenceSettings(args.lang or "english", args.keep_newlines)
-        Splitter(settings)  # or each worker would say that its data is missing
+        Splitter(settings)  # here, or each worker would report that its data is missing
         return settings
     if args.lang or args.keep_newlines:
         flag = "--lang" if args.lang else "--keep-newlines"
@@ -155,10 +155,10 @@ def _check(args: argparse.Namespace, spec: TokenizerSpec, tokenizer: Tokenizer) 
 
 
 def _complete_already(args: argparse.Namespace, digest: str) -> Summary | None:
-    """Return the summary of a finished dataset of this input and these flags.
+    """Return the summary of a finished dataset of this input and these flags; None without one.
 
     Raises:
-        DataError: another one is there, and is not to be replaced.
+        DataError: another dataset exists, and may not be replaced.
     """
     if (Path(args.output_prefix + ".partial") / "journal.json").exists():
         return None
@@ -185,7 +185,7 @@ def _encode(
     partial: PartialOutput,
     on_progress: Callable[[Counts], None],
 ) -> None:
-    """Encode the input into `partial`, from where it is on, with a commit every now and then."""
+    """Encode the input into `partial`, from its position on, with a commit after each shard."""
     counts = partial.journal.counts
     committed_bytes, committed_at = counts.text_bytes, time.monotonic()
     position = partial.journal.position

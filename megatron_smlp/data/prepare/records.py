@@ -1,4 +1,4 @@
-"""One raw record to the texts of its keys, or to the reason why it is refused."""
+"""Parse raw records into the texts of their keys, or the reasons why they are rejected."""
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,7 +12,7 @@ EXCERPT_CHARACTERS = 200
 
 @dataclass(frozen=True)
 class Rejection:
-    """A record that gives no document. `reason` is a short name to count by."""
+    """A record that yields no document. `reason` is a short name to count by."""
 
     file: str
     line: int
@@ -26,7 +26,7 @@ class Rejection:
 
 
 def remedy(keys: Sequence[str]) -> str:
-    """Return what to do about a refused record."""
+    """Return what to do about a rejected record."""
     names = " and ".join(map(repr, keys))
     return (
         f"expected: parquet, or JSON with a text under {names} in each line, or each object of an "
@@ -76,7 +76,7 @@ def _excerpt(raw: memoryview) -> str:
 
 def _parse_json(raw: memoryview) -> Any:
     try:
-        text = str(raw, "utf-8")  # which does not copy a memoryview first
+        text = str(raw, "utf-8")  # decodes a memoryview without copying it first
     except UnicodeDecodeError as error:
         raise _RefusedError(
             "invalid_utf8", f"invalid UTF-8 at byte {error.start}: {error.reason}"
@@ -88,7 +88,7 @@ def _parse_json(raw: memoryview) -> Any:
     except json.JSONDecodeError as error:
         detail = f"bad JSON: {error.msg} at column {error.pos + 1}"
         raise _RefusedError("bad_json", detail) from None
-    # A number of more digits than Python converts, or nesting deeper than it follows.
+    # A number with more digits than Python converts, or nesting beyond its recursion limit.
     except (ValueError, RecursionError) as error:
         raise _RefusedError("bad_json", f"bad JSON: {error}") from None
 
@@ -112,7 +112,7 @@ def _text(record: dict[str, Any], key: str) -> str:
         raise _RefusedError("not_a_string", detail)
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # JSON escapes can spell it, but it is not a character
+    except UnicodeEncodeError as error:  # JSON escapes can express it, but it is no character
         detail = f"key {key!r} holds half of a surrogate pair at character {error.start + 1}"
         raise _RefusedError("lone_surrogate", detail) from None
     return text

@@ -5,7 +5,7 @@ from typing import Any
 
 from megatron_smlp.errors import DataError
 
-# Megatron cuts a text before punkt sees it, which shows in the sentences at the cuts.
+# Megatron cuts a text before punkt sees it, which affects the sentences at the cuts.
 PIECE_CHARACTERS = 1_000_000
 DOWNLOAD = "python -c \"import nltk; nltk.download('punkt_tab')\""
 
@@ -22,7 +22,7 @@ class Splitter:
     """Splits texts of one language into sentences.
 
     Raises:
-        DataError: punkt's data is missing; with the way to get it.
+        DataError: punkt's data is missing; the message says how to get it.
     """
 
     def __init__(self, settings: SentenceSettings) -> None:
@@ -45,10 +45,10 @@ class Splitter:
 
 
 def _keep_newlines(punkt: Any) -> Any:
-    """Return the same parameters, with the white space after a sentence kept as its end.
+    """Return a splitter with the same parameters that keeps the white space after a sentence.
 
-    Punkt looks for the next token after white space; here the white space belongs to the match of
-    the sentence's end instead, so that line ends are not eaten.
+    Punkt looks for the next token after white space; here the match of the sentence's end includes
+    the white space instead, so that newlines are not lost.
     """
     from nltk.tokenize.punkt import PunktLanguageVars, PunktSentenceTokenizer
 

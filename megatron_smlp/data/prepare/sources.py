@@ -1,6 +1,6 @@
-"""Corpora on disk as an ordered stream of chunks of raw records.
+"""Read corpora on disk as an ordered stream of chunks of raw records.
 
-A chunk holds whole records of one file and the position after it, from which a resumed run goes on.
+A chunk has whole records of one file and the position after it, at which a resumed run continues.
 Formats are JSON Lines (`.jsonl`, `.json`), JSON arrays (`.json`) and parquet; text formats may be
 compressed with gzip, zstd, bzip2 or xz.
 """
@@ -16,7 +16,7 @@ from megatron_smlp.data.prepare.inputs import is_parquet
 from megatron_smlp.errors import DataError, require_package
 
 PARQUET_ROWS = 1024
-"""Rows of a parquet file that are read at once, at most."""
+"""Most rows of a parquet file to read at once."""
 BUFFER_BYTES = 1 << 20
 
 
@@ -25,7 +25,7 @@ def read_chunks(
 ) -> Iterator[Chunk]:
     """Yield the chunks of all files from `start` on.
 
-    A damaged file yields what is before the damage, then one chunk that carries the reason.
+    A damaged file yields what precedes the damage, then one chunk that carries the reason.
     """
     for number in range(start.file, len(files)):
         begin = start if number == start.file else Position(number)
@@ -63,15 +63,15 @@ def _starts_with_bracket(path: Path) -> bool:
 
 
 def _array_chunks(path: Path, *, begin: Position) -> Iterator[Chunk]:
-    """Read an array of objects whole, and yield those after the first `begin.offset`, a line each.
+    """Read a whole array of objects, and yield those after the first `begin.offset`, one per line.
 
     Raises:
-        DamagedInputError: it is not an array of JSON, or not whole.
+        DamagedInputError: it is not a JSON array, or is incomplete.
     """
     body = b"".join(text_blocks(path))
     try:
         elements = json.loads(body)
-    # Others: a number of more digits than Python converts, nesting deeper than it follows.
+    # Also a number with more digits than Python converts, or nesting beyond its recursion limit.
     except (ValueError, RecursionError) as error:
         raise DamagedInputError(f"bad JSON in the array: {error}") from None
     payload = bytearray()
@@ -102,7 +102,7 @@ def _line_chunks(path: Path, *, begin: Position) -> Iterator[Chunk]:
                 buffer, cut = rest, 0
                 yield chunk
     except DamagedInputError:
-        del buffer[cut:]  # The line that the damage cuts in two is not a record.
+        del buffer[cut:]  # The line that the damage cuts off is not a record.
         if buffer:
             yield _line_chunk(path, buffer, begin.file, offset, line)
         raise
@@ -122,7 +122,7 @@ def _parquet_chunks(path: Path, *, keys: Sequence[str], begin: Position) -> Iter
     import pyarrow.parquet
 
     try:
-        # Page by page: otherwise a row group is read at once.
+        # Read page by page: otherwise a whole row group is read at once.
         table = pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=BUFFER_BYTES)
     except pyarrow.ArrowException as error:
         raise DamagedInputError(f"not a readable parquet file: {error}") from None
@@ -148,9 +148,9 @@ def _parquet_chunks(path: Path, *, keys: Sequence[str], begin: Position) -> Iter
 
 
 def _batches(table: Any, keys: Sequence[str]) -> Iterator[Any]:
-    """Yield the rows of a file, as many at once as have about CHUNK_BYTES on average there.
+    """Yield the rows of a file in batches of about CHUNK_BYTES, by the average row size there.
 
-    Small row groups are read together: some writers make one for a few rows.
+    Small row groups are read together, since some writers make one for every few rows.
     """
     groups: list[int] = []
     rows = size = 0
@@ -168,7 +168,7 @@ def _batches(table: Any, keys: Sequence[str]) -> Iterator[Any]:
 
 
 def _pieces(batch: Any) -> Iterator[Any]:
-    """Cut a batch into parts of as many rows each, of about CHUNK_BYTES."""
+    """Cut a batch into parts with equal numbers of rows, of about CHUNK_BYTES each."""
     num_rows = max(1, batch.num_rows * CHUNK_BYTES // max(batch.nbytes, CHUNK_BYTES))
     for first in range(0, batch.num_rows, num_rows):
         yield batch.slice(first, num_rows)

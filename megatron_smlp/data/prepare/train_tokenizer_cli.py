@@ -48,8 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train on the texts of --input, and write the folder --output.
 
     Raises:
-        UsageError: a value that cannot be, as a vocabulary that is too small.
-        DataError: bad input, too little text, or a tokenizer that is there.
+        UsageError: an invalid value, such as a vocabulary that is too small.
+        DataError: bad input, too little text, or a tokenizer that already exists.
     """
     args = build_parser().parse_args(argv)
     if not 1 <= args.max_bytes < math.inf:
@@ -84,15 +84,15 @@ def _train(texts: Iterator[str], vocab_size: int) -> "tokenizers.Tokenizer":
         vocab_size=vocab_size,
         special_tokens=[EOD],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=sys.stdout.isatty(),  # in a file its bars are blank lines
+        show_progress=sys.stdout.isatty(),  # in a log file its bars are blank lines
     )
     tokenizer.train_from_iterator(texts, trainer=trainer)
     return tokenizer
 
 
 def _pieces(args: argparse.Namespace) -> Iterator[str]:
-    """Yield --max-bytes of text from the start of the input, cut at lines: the trainer works in
-    parallel over small pieces, not one book."""
+    """Yield --max-bytes of text from the start of the input, cut at line ends: the trainer works in
+    parallel over small pieces, but not within one book."""
     from megatron_smlp.data.prepare.inputs import find_inputs
     from megatron_smlp.data.prepare.records import Rejection, parse_chunk, remedy
     from megatron_smlp.data.prepare.sources import read_chunks
@@ -132,7 +132,7 @@ def _write_folder(tokenizer: "tokenizers.Tokenizer", folder: Path) -> None:
         "unk_token": EOD,
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
-        # Documents are cut by the training data, not by the tokenizer.
+        # The training data cuts documents, not the tokenizer.
         "model_max_length": int(1e30),
     }
     text = json.dumps(config, indent=2) + "\n"

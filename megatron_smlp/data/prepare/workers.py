@@ -1,8 +1,8 @@
 """Worker processes that encode chunks; results come back in the order of the chunks.
 
-One thread of the parent speaks with each worker over a pipe of its own, strictly in turns. So a
-worker that dies is seen at once (its pipe closes), and workers end when the parent dies. An
-executor of processes may wait for ever for the result of a killed worker:
+One thread of the parent talks to each worker over a separate pipe, strictly taking turns. A worker
+that dies is thus noticed at once (its pipe closes), and workers end when the parent dies. A process
+pool executor may wait forever for the result of a killed worker:
 docs/decisions/0061-libraries-of-the-data-tools.md.
 """
 
@@ -23,9 +23,9 @@ from megatron_smlp.errors import DataError
 from megatron_smlp.signals import held
 
 IN_FLIGHT_BYTES = 64 << 20
-"""Bound on the raw text between reading and writing; one larger record passes alone."""
+"""Bound on the raw text between reading and writing; a larger record passes on its own."""
 WORKER_BYTES = 3 << 20
-"""The bound is at least this for each worker: a chunk, so that none waits for text."""
+"""Lower limit of that bound per worker: one chunk, so that none waits for text."""
 PIECE_BYTES = 1 << 20
 JOIN_SECONDS = 5.0
 
@@ -56,7 +56,7 @@ class WorkerPool:
     """
 
     def __init__(self, settings: EncodingSettings, num_workers: int) -> None:
-        # "spawn": a forked copy of a process with threads (progress bar, tokenizer) may lock up.
+        # "spawn": a forked copy of a process with threads (progress bar, tokenizer) may deadlock.
         context = multiprocessing.get_context("spawn")
         self.threads = ThreadPoolExecutor(num_workers, thread_name_prefix="worker")
         self.workers: list[_Worker] = []
@@ -81,13 +81,13 @@ class WorkerPool:
         if at_once:
             for worker in self.workers:
                 worker.process.kill()
-        # A thread that waits for a killed worker sees its pipe end; then nobody uses the pipes.
+        # A thread that waits for a killed worker sees its pipe close; then nobody uses the pipes.
         self.threads.shutdown(cancel_futures=True)
         for worker in self.workers:
             worker.close()
 
     def encode(self, chunks: Iterable[Chunk]) -> Iterator[tuple[Chunk, EncodedChunk]]:
-        """Encode every chunk; yield it, without its text, and its ids, in order.
+        """Encode every chunk; yield it, without its text, along with its ids, in order.
 
         Raises:
             DataError: the encoding failed, or a worker died.
@@ -123,7 +123,7 @@ class _Worker:
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, settings), daemon=True)
         self.process.start()
-        theirs.close()  # Else the pipe would stay open when the worker dies.
+        theirs.close()  # Otherwise the pipe would stay open when the worker dies.
 
     def wait_until_ready(self) -> str:
         """Return the description of the worker's encoder."""
@@ -159,7 +159,7 @@ class _Worker:
         )
 
     def close(self) -> None:
-        """Let the process end: its loop stops where the pipe is closed."""
+        """Let the process end: its loop stops once the pipe is closed."""
         self.connection.close()
         self.process.join(JOIN_SECONDS)
         if self.process.is_alive():
@@ -189,7 +189,7 @@ def _receive_chunk(connection: Connection) -> Chunk:
 
 def _serve(connection: Connection, settings: EncodingSettings) -> None:
     """Encode in a worker process, until the parent closes the pipe or dies."""
-    # One process here is one core.
+    # Each worker process is to use one core.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
         encoder = ChunkEncoder(settings)
@@ -198,6 +198,6 @@ def _serve(connection: Connection, settings: EncodingSettings) -> None:
             connection.send(encoder.encode(_receive_chunk(connection)))
     except (EOFError, BrokenPipeError):
         return  # The parent closed the pipe, or died.
-    # The parent reports whatever it is, panics from Rust (which are not an `Exception`) included.
+    # The parent reports any error, including panics from Rust, which are not an `Exception`.
     except BaseException as error:
         connection.send(DataError(f"{type(error).__name__}: {error}"))

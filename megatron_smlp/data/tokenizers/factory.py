@@ -1,4 +1,4 @@
-"""The tokenizer that Megatron's flags name, or that a model was trained with, from its files."""
+"""Read the tokenizer that Megatron's flags name, or that a model was trained with."""
 
 import argparse
 import dataclasses
@@ -39,7 +39,7 @@ def read_tokenizer(spec: TokenizerSpec) -> Tokenizer:
 
 
 def identity_from_arguments(args: argparse.Namespace) -> str | None:
-    """Return the identity of the tokenizer that Megatron's flags name; None for no vocabulary.
+    """Return the identity of the tokenizer that Megatron's flags name; None without a vocabulary.
 
     Raises:
         DataError: the flags or the files are wrong.
@@ -67,22 +67,22 @@ def strings_of_tokens(args: argparse.Namespace) -> Iterable[tuple[int, bytes]]:
 
 
 def bare(spec: TokenizerSpec) -> TokenizerSpec:
-    """Return the same without special tokens around a text, which goes on or is scored as it is."""
+    """Return `spec` without special tokens around a text, to continue or score it as it is."""
     return dataclasses.replace(spec, tokenizer_hf_no_include_special_tokens=True)
 
 
 def resolve_for(
     spec: TokenizerSpec, *, source: str, entries: int, may_be_smaller: bool = False
 ) -> Tokenizer:
-    """Read a tokenizer's files, without the tokens that it puts around a text.
+    """Read a tokenizer's files, and leave out the tokens that it puts around a text.
 
     Args:
         source: the model as the command line names it, for messages.
-        entries: of the vocabulary that the model was trained with.
-        may_be_smaller: whether `entries` may count padding.
+        entries: size of the vocabulary that the model was trained with.
+        may_be_smaller: whether `entries` may include padding.
 
     Raises:
-        UsageError: the files are missing, or hold another vocabulary.
+        UsageError: the files are missing, or contain another vocabulary.
     """
     try:
         tokenizer = read_tokenizer(bare(spec))
@@ -101,6 +101,6 @@ def resolve_for(
 
 
 def start_of(tokenizer: Tokenizer, args: argparse.Namespace | TokenizerSpec) -> list[int]:
-    """Return the special ids before a text, as the run of these flags was trained with."""
+    """Return the special ids that the run with these flags put before each text in training."""
     is_bare = getattr(args, "tokenizer_hf_no_include_special_tokens", False)
     return [] if is_bare else list(getattr(tokenizer, "start", []))

@@ -1,8 +1,8 @@
-"""A tokenizer as a folder that Hugging Face reads.
+"""Provide a tokenizer as a folder that Hugging Face can read.
 
-Megatron looks `GPT2BPETokenizer` up by the name "gpt2" on the Hugging Face hub, even where
-`--vocab-file` and `--merge-file` are given. In a folder the same files are a
-tokenizer of its kind, and no network is needed.
+Megatron looks up `GPT2BPETokenizer` by the name "gpt2" on the Hugging Face Hub, even if
+`--vocab-file` and `--merge-file` are given. In a folder, the same files are a Hugging Face
+tokenizer, and no network is needed.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ CONFIG = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False} | dict.
 
 
 def _has_gpt2_files(args: argparse.Namespace) -> bool:
-    """Return True where the flags name a tokenizer by GPT-2's two files."""
+    """Return whether the flags name a tokenizer by GPT-2's two files."""
     kind = getattr(args, "tokenizer_type", None)
     return bool(kind == "GPT2BPETokenizer" and args.vocab_file and args.merge_file)
 
 
 @contextlib.contextmanager
 def local_gpt2_files(args: argparse.Namespace) -> Iterator[None]:
-    """Point a GPT2BPETokenizer with both files at a folder made of them.
+    """Point the flags of a GPT2BPETokenizer with both files at a folder made from them.
 
-    Afterwards the flags are those of the user again: a checkpoint records them, and the folder is
-    gone with this process.
+    The user's flags are restored afterwards: a checkpoint records them, and the folder disappears
+    with this process.
 
     Raises:
         UsageError: one of the two files is missing.
@@ -54,7 +54,7 @@ def local_gpt2_files(args: argparse.Namespace) -> Iterator[None]:
 
 
 def _gpt2_folder(args: argparse.Namespace) -> Path:
-    """Return a folder, for this process's life, made of the files that the flags name.
+    """Make a folder of the files that the flags name, which exists as long as this process.
 
     Raises:
         UsageError: one of the two is missing.
@@ -72,11 +72,11 @@ def _gpt2_folder(args: argparse.Namespace) -> Path:
 
 
 def recorded_tokenizer(args: argparse.Namespace, *, trusts: bool = False) -> TokenizerSpec | None:
-    """Return the tokenizer of a checkpoint's record, or None where it has none.
+    """Return the tokenizer that a checkpoint recorded, or None if it recorded none.
 
     Args:
-        trusts: whether the user of the checkpoint lets code of that tokenizer run, which the record
-            cannot say.
+        trusts: whether the user of the checkpoint allows the tokenizer's code to run, which the
+            record cannot say.
     """
     if not getattr(args, "tokenizer_type", None):
         return None
@@ -84,7 +84,7 @@ def recorded_tokenizer(args: argparse.Namespace, *, trusts: bool = False) -> Tok
 
 
 def tokenizer_folder(args: argparse.Namespace, say: Callable[[str], None]) -> str | None:
-    """Return the run's tokenizer as a folder, if Hugging Face reads it and its files are there.
+    """Return the run's tokenizer as a folder, if Hugging Face can read it and its files exist.
 
     Args:
         args: the flags that the checkpoint recorded.

@@ -1,4 +1,4 @@
-"""`gigatoken` in the place of a slower library, where it gives the same ids."""
+"""Use `gigatoken` instead of a slower library where it gives the same ids."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,8 +10,8 @@ from megatron_smlp.data.tokenizers.ids import join_ids
 from megatron_smlp.data.tokenizers.spec import Encoder
 from megatron_smlp.signals import is_interruption
 
-# Contractions, numbers, code, scripts, combining marks, emoji, controls, special tokens, white
-# space at every place, long runs: what tokenizers differ in.
+# What tokenizers differ in: contractions, numbers, code, scripts, combining marks, emoji, controls,
+# special tokens, white space in every position, long runs.
 PROBE = (
     "The quick brown fox isn't 12,345.67 km from here;  it's\tI'LL we\u2019ll.\r\n\n   def f(x):",
     "caf\u00e9 cafe\u0301 Stra\u00dfe \u65e5\u672c\u8a9e\u306e\u6587 \u0420\u0443\u0441\u0441",
@@ -25,11 +25,11 @@ PROBE = (
     "a" * 300 + " " * 70 + "\n" * 9,
 )
 MAX_PIECES = 10_000
-"""Pieces that are compared before gigatoken is used, a third of a second for each worker."""
+"""Most pieces to compare before gigatoken is used, which takes a third of a second per worker."""
 
 
 class GigatokenEncoder:
-    """Encodes by gigatoken, and decodes by the library that it stands for."""
+    """Encodes with gigatoken, and decodes with the library that it replaces."""
 
     description = "gigatoken"
 
@@ -45,7 +45,7 @@ class GigatokenEncoder:
         """Args:
         fast: a `gigatoken.Tokenizer`.
         prefix, suffix: ids that the slow encoder puts around each text.
-        slow_strings: a text that holds one of these is left to the slow encoder.
+        slow_strings: a text that contains one of these is left to the slow encoder.
         """
         self.fast, self.slow, self.slow_strings = fast, slow, tuple(slow_strings)
         self.prefix = np.asarray(prefix, dtype=np.uint32)
@@ -85,8 +85,8 @@ def gigatoken_in_place_of(
 
     Args:
         load: makes the `gigatoken.Tokenizer`, given the module.
-        pieces: what the tokenizer looks for in a text by rules of its own, before it merges. The
-            libraries differ in such rules, so that each piece is in the probe in context.
+        pieces: what the tokenizer searches a text for by special rules, before it merges. Libraries
+            differ in such rules, so the probe contains each piece in context.
         around: `prefix`, `suffix` and `slow_strings` of `GigatokenEncoder`.
     """
     if len(pieces) > MAX_PIECES:
@@ -101,10 +101,10 @@ def gigatoken_in_place_of(
         agrees = all(np.array_equal(ours, theirs) for ours, theirs in pairs)
     except ImportError:
         return "pip install gigatoken is faster"
-    # A tokenizer that gigatoken does not know raises errors of many kinds from Rust.
+    # A tokenizer that gigatoken does not support raises errors of many kinds from Rust.
     except Exception as error:
-        if is_interruption(error):  # Which it lets go where it imports what it needs itself.
+        if is_interruption(error):  # gigatoken may drop one while it imports what it needs.
             raise KeyboardInterrupt from error
-        reason = str(error).partition("\n")[0]  # then comes a place in its source
+        reason = str(error).partition("\n")[0]  # a location in its source follows
         return f"gigatoken does not support it: {reason}"
     return fast if agrees else "gigatoken gives other ids for this tokenizer"

@@ -1,7 +1,7 @@
-"""Byte-pair tokenizers of the Hugging Face kind: folders, and GPT-2's `vocab.json`/`merges.txt`.
+"""Hugging Face's byte-pair tokenizers: folders, and GPT-2's `vocab.json`/`merges.txt`.
 
-Both become one `tokenizer.json` text. `gigatoken` encodes it where it supports the tokenizer and
-agrees with `tokenizers` on a probe; otherwise `tokenizers` does.
+Both become the text of a `tokenizer.json`. `gigatoken` encodes with it if it supports the tokenizer
+and agrees with `tokenizers` on a probe; otherwise `tokenizers` does.
 """
 
 import json
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     import tokenizers
 
 # Classes that `transformers` loads from tokenizer.json as it is; every other class may rebuild the
-# pipeline in its own Python code, which only `transformers` itself can tell.
+# pipeline in its own Python code, which only `transformers` itself knows.
 GENERIC_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
-# Settings by which `transformers` changes what tokenizer.json says.
+# Settings with which `transformers` overrides tokenizer.json.
 PIPELINE_KEYS = ("add_prefix_space", "add_bos_token", "add_eos_token", "split_special_tokens")
 GPT2_EOD = "<|endoftext|>"
 
@@ -55,7 +55,7 @@ class HuggingFaceTokenizer(WithTexts):
 
     @property
     def start(self) -> list[int]:
-        """Special ids that it puts before a text, whether or not `add_special_tokens` asks."""
+        """Special ids that it puts before a text, whether or not `add_special_tokens` is set."""
         return _surrounding_ids(HuggingFaceEncoder(self.tokenizer_json, True))[0]
 
     def build(self) -> Encoder:
@@ -134,7 +134,7 @@ def from_gpt2_files(spec: TokenizerSpec) -> HuggingFaceTokenizer:
 
 
 def from_hub_or_folder(spec: TokenizerSpec) -> HuggingFaceTokenizer:
-    """`--tokenizer-model`: a folder, or a name that `transformers` finds in its cache or hub."""
+    """Read `--tokenizer-model`: a folder, or a name in `transformers`' cache or on the Hub."""
     name = spec.tokenizer_model
     if name is None:
         raise DataError("--tokenizer-type HuggingFaceTokenizer needs --tokenizer-model FOLDER")
@@ -148,7 +148,7 @@ def from_hub_or_folder(spec: TokenizerSpec) -> HuggingFaceTokenizer:
 
 
 def _read_generic_folder(folder: Path) -> tuple[str, int | None] | None:
-    """Return (tokenizer.json, eod), or None where only `transformers` knows them."""
+    """Return (tokenizer.json, eod), or None if only `transformers` knows them."""
     try:
         text = (folder / "tokenizer.json").read_text(encoding="utf-8")
         config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
@@ -157,14 +157,14 @@ def _read_generic_folder(folder: Path) -> tuple[str, int | None] | None:
     except ValueError as error:
         raise DataError(f"--tokenizer-model {folder}: tokenizer_config.json: {error}") from None
     if "added_tokens_decoder" not in config and (folder / "special_tokens_map.json").is_file():
-        return None  # which may replace what the configuration says
+        return None  # which may override the configuration
     changes_pipeline = any(config.get(name) for name in PIPELINE_KEYS)
     if config.get("tokenizer_class") not in GENERIC_CLASSES or changes_pipeline:
         return None
     backend = _load(text)
     if any(backend.token_to_id(token) is None for token in _named_tokens(config)):
-        return None  # They would be added behind the vocabulary.
-    # Megatron takes sep_token where eos_token is missing.
+        return None  # They would be appended to the vocabulary.
+    # Megatron falls back to sep_token if eos_token is missing.
     eos = config.get("eos_token") or config.get("sep_token")
     return text, backend.token_to_id(_content(eos)) if eos else None
 
@@ -181,8 +181,8 @@ def _content(token: Any) -> str:
     return str(token["content"] if isinstance(token, dict) else token)
 
 
-# In a process of its own, with torch hidden: importing torch takes longer than the tokenizer, and
-# `transformers` would go on believing that there is none.
+# In a separate process, with torch hidden: importing torch takes longer than the tokenizer, and
+# in this process `transformers` would go on believing that there is no torch.
 _TRANSFORMERS_PROGRAM = """
 import json, sys
 sys.modules["torch"] = None

@@ -1,4 +1,4 @@
-"""Rows of token ids as flat arrays, and ids that a vocabulary has."""
+"""Join rows of token ids into flat arrays, and drop ids outside a vocabulary."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 
 def within(ids: Sequence[int], vocab_size: int) -> list[int]:
-    """Leave out ids of the vocabulary's padding, which libraries stop at."""
+    """Drop ids of the vocabulary's padding, which libraries cannot decode."""
     return [int(number) for number in ids if number < vocab_size]
 
 

@@ -16,7 +16,7 @@ from megatron_smlp.errors import DataError
 
 @dataclass(frozen=True)
 class SentencePiece(WithTexts):
-    """A SentencePiece `.model`; neither BOS nor EOS is put around a text, as in Megatron."""
+    """A SentencePiece `.model`; as in Megatron, texts get neither BOS nor EOS."""
 
     model: bytes
     description: str = "sentencepiece"
@@ -64,7 +64,7 @@ class SentencePiece(WithTexts):
         kinds = ModelProto.SentencePiece
         pieces = ModelProto.FromString(self.model).pieces
         by_rules = (kinds.USER_DEFINED, kinds.UNUSED, kinds.BYTE)
-        # gigatoken reads the names of control pieces, which SentencePiece takes for plain text.
+        # gigatoken recognizes the names of control pieces; for SentencePiece they are plain text.
         special = (kinds.CONTROL, kinds.UNKNOWN)
         fast = gigatoken_in_place_of(
             self,

@@ -1,8 +1,8 @@
-"""Megatron's tokenizer flags, and what becomes of them, without importing torch or Megatron.
+"""Megatron's tokenizer flags, and what is made from them, without importing torch or Megatron.
 
     TokenizerSpec (flags)  --read_tokenizer-->  Tokenizer (picklable)  --build-->  Encoder
 
-The ids equal those of Megatron's `build_tokenizer` with the same flags. A `Tokenizer` travels to
+The ids equal those of Megatron's `build_tokenizer` with the same flags. A `Tokenizer` is sent to
 the worker processes, where `build` makes the encoder; training only needs its identity.
 """
 
@@ -43,11 +43,11 @@ class UnencodableTextError(ValueError):
 
 
 class Encoder(Protocol):
-    """A tokenizer at work inside one process."""
+    """A tokenizer that is ready to encode in one process."""
 
     @property
     def description(self) -> str:
-        """Return what the log says: the library, and why a slower one was chosen."""
+        """Return a description for the log: the library, and why a slower one was chosen."""
 
     def encode_batch(self, texts: Sequence[str]) -> "tuple[NDArray[Any], NDArray[np.int64]]":
         """Return <int>[tokens of all texts], <int64>[texts] tokens of each; text is valid Unicode.
@@ -64,7 +64,7 @@ class Encoder(Protocol):
 class Tokenizer(Protocol):
     """A tokenizer whose files have been read: picklable, not yet ready to encode.
 
-    It is a dataclass, and its `repr` has all that decides the ids of a text.
+    It is a dataclass, whose `repr` contains everything that determines the ids of a text.
     """
 
     @property
@@ -77,21 +77,21 @@ class Tokenizer(Protocol):
 
     @property
     def entries(self) -> Iterable[tuple[int, bytes]] | None:
-        """Ids with their strings, or None where ids stand for no text."""
+        """Ids with their strings, or None if ids stand for no text."""
 
     @property
     def identity(self) -> str | None:
-        """`WithTexts.identity`, or None where ids stand for no text."""
+        """`WithTexts.identity`, or None if ids stand for no text."""
 
     def build(self) -> Encoder:
         """Make the encoder for this process."""
 
 
 class WithTexts:
-    """A dataclass of a tokenizer whose ids stand for texts."""
+    """Base class for dataclasses of tokenizers whose ids stand for texts."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # What it caches is made again where it is needed: its pickle is slower to load.
+        # Cached values are left out and rebuilt where needed: their pickles are slower to load.
         return type(self), tuple(getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
 
     @property
@@ -101,10 +101,10 @@ class WithTexts:
 
     @property
     def identity(self) -> str:
-        """SHA-256 over (id, token) in the order of the ids: equal for equal meaning of every id.
+        """SHA-256 over (id, token) in id order: equal if every id has the same meaning.
 
-        The same vocabulary gives the same identity whatever files it is stored in, so data written
-        from `vocab.json` and `merges.txt` trains with a Hugging Face folder of the same tokenizer.
+        The same vocabulary has the same identity whatever files it is stored in, so data written
+        with `vocab.json` and `merges.txt` trains with a Hugging Face folder of the same tokenizer.
         """
         digest = hashlib.sha256()
         for number, token in sorted(self.entries):
@@ -158,11 +158,11 @@ class TokenizerSpec:
 def named_or_moved(
     args: argparse.Namespace, recorded: TokenizerSpec | None = None
 ) -> TokenizerSpec | None:
-    """Return the tokenizer that flags name. Files alone say where the recorded one has moved or,
-    where none is recorded, are those of a HuggingFaceTokenizer, or the two of GPT2BPETokenizer."""
+    """Return the tokenizer that flags name. Files without a type are where the recorded one has
+    moved or, if none is recorded, a HuggingFaceTokenizer's or the two of a GPT2BPETokenizer."""
     if args.tokenizer_type:
         named = TokenizerSpec.from_arguments(args)
-        # How texts begin is the training's, wherever its tokenizer is now.
+        # Texts begin as they did in training, wherever the tokenizer is now.
         is_bare = recorded is not None and recorded.tokenizer_hf_no_include_special_tokens
         return replace(named, tokenizer_hf_no_include_special_tokens=True) if is_bare else named
     files: dict[str, Any] = {name: getattr(args, name, None) for name in FILES}

@@ -1,4 +1,4 @@
-"""tiktoken's ranks, numbered as Megatron does."""
+"""tiktoken ranks, numbered as in Megatron."""
 
 import base64
 import json
@@ -29,7 +29,7 @@ TIKTOKEN_DEFAULT_VOCABULARY = 2**17
 
 @dataclass(frozen=True)
 class TikToken(WithTexts):
-    """tiktoken ranks numbered behind the special tokens, as Megatron's TikTokenizer does."""
+    """tiktoken ranks, numbered after the special tokens as in Megatron's TikTokenizer."""
 
     ranks: tuple[bytes, ...]
     """Token bytes by rank."""
@@ -93,7 +93,7 @@ class TikToken(WithTexts):
 
 
 def _read_ranks(path: Path) -> list[bytes]:
-    """Token bytes by rank. Megatron's tokenizer reads them from no other kind of file."""
+    """Return token bytes by rank, from the only kind of file that Megatron's tokenizer reads."""
     try:
         text = path.read_text(encoding="utf-8")
         rows: list[Any] = [(row["token_bytes"], row["rank"]) for row in json.loads(text)]
