@@ -267,8 +267,8 @@ class Mixer(_WithWeights):
         cls, *, features: int, length: int, values: Mapping[str, Any]
     ) -> tuple[int, int] | None:
         """Return the forward FLOPs of one sequence between the projections: those needed, and those
-        with full squares in place of triangles. None: torch counts the products, and both numbers
-        are that count."""
+        with full squares in place of triangles. None: torch counts the products, `causal_product`
+        either way."""
         return None
 
 
