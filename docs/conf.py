@@ -1,4 +1,4 @@
-"""How Sphinx makes a site of README.md, these pages and the docstrings: `make docs`."""
+"""Configure Sphinx to build a site from README.md, these pages and the docstrings: `make docs`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SOURCE = (
     if "GITHUB_SHA" in os.environ
     else ROOT.as_uri()
 )
-"""Where `source:` links lead, those that leave docs/: to the repository, or to the checkout."""
+"""Target of `source:` links, those that leave docs/: the repository, or the checkout."""
 
 project = "megatron_smlp"
 html_title = project
@@ -53,7 +53,7 @@ TENSORS = re.compile(r"^(?=[a-z][\w, ]*: <|Returns |Raises )", re.MULTILINE)
 
 
 def read(app: Any, page: str, source: list[str]) -> None:
-    """Put README.md before the index, modules behind a page of the reference; mend links."""
+    """Prepend README.md to the index, append modules to a reference page, and fix links."""
     folder = (DOCS / page).parent
     if page == "index":
         readme = ROOT / "README.md"
@@ -66,7 +66,7 @@ def read(app: Any, page: str, source: list[str]) -> None:
 
 
 def mended(text: str, base: Path, folder: Path) -> str:
-    """Turn links from `base` into links from `folder`, or into `source:` ones out of docs/."""
+    """Turn links from `base` into links from `folder`, or into `source:` links if outside docs/."""
 
     def target(match: re.Match[str]) -> str:
         image, shown, link = match.groups()
@@ -90,7 +90,7 @@ def mended(text: str, base: Path, folder: Path) -> str:
 
 
 def modules_of(path: Path) -> list[str]:
-    """Return the modules of a folder, or the one of a file, that have names for others."""
+    """Return the modules of a folder, except `__init__`, or the module of a file."""
     files = sorted(path.glob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
     return [
         ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts)
@@ -106,9 +106,9 @@ def documented(module: str) -> str:
 
 
 def plain(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
-    """Make reStructuredText of a docstring, in which only code and sections mean something.
+    """Turn a docstring, in which only code and sections are markup, into reStructuredText.
 
-    Paragraphs that are indented are formulas or commands, and stand as they are.
+    Indented paragraphs are formulas or commands, and are kept as they are.
     """
     blocks, in_section = [], False
     for block in "\n".join(lines).split("\n\n"):
@@ -129,7 +129,7 @@ def plain(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[
 
 
 def listed(block: str) -> str:
-    """Return a list where a paragraph describes tensors, `values: <float>[T, N]` a line."""
+    """Return a list if a paragraph describes tensors, one `values: <float>[T, N]` per line."""
     if ": <" not in block:
         return block
     items = [" ".join(item.split()) for item in TENSORS.split(block) if item.strip()]
@@ -137,7 +137,7 @@ def listed(block: str) -> str:
 
 
 def escaped(text: str) -> str:
-    """Return text of which nothing but `code` is markup."""
+    """Return text in which only `code` is markup."""
     parts = CODE.split(text)
     return "".join(
         f"`{part}`" if place % 2 else re.sub(r"([\\*|]|_(?!\w))", r"\\\1", part)

@@ -1,8 +1,8 @@
-"""Write docs/what-works.md: what the checks of the flags take and refuse, system by system.
+"""Write docs/what-works.md: what the flag checks accept and refuse, system by system.
 
     PYTHONPATH=tests python docs/what_works.py
 
-tests/unit/test_what_works.py fails where the page is not what they do.
+tests/unit/test_what_works.py fails if the page is out of date.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ CUDA = "cuda_without_a_gpu/test_training_on_cuda.py"
 
 
 STAGES = 0
-"""As many ranks as the smallest pipeline that divides the layers of a preset."""
+"""Stands for as many ranks as the smallest pipeline that divides the layers of a preset."""
 
 
 class Row(NamedTuple):
@@ -55,7 +55,7 @@ class Row(NamedTuple):
     title: str
     flags: str
     test: str
-    """Of the folder tests/: where small models are trained so."""
+    """File in tests/ that trains small models this way."""
     ranks: int = 1
     is_for_gpus: bool = False
 
@@ -95,7 +95,7 @@ ROWS = (
 
 
 def refusal(system: str, row: Row) -> str | None:
-    """Return what the checks say against a row for a preset, if anything."""
+    """Return why the checks refuse a row for a preset; None if they do not."""
     preset = DOCS.parent / PRESETS / f"{system}.yaml"
     layers = read_yaml(preset)["num-layers"]
     stages = next(size for size in range(2, layers + 1) if layers % size == 0)
@@ -117,24 +117,24 @@ def refusal(system: str, row: Row) -> str | None:
 
 
 def with_transformer_engine() -> contextlib.AbstractContextManager[object]:
-    """Check as where it is installed."""
+    """Check as if Transformer Engine were installed."""
     return patch.object(check_run, "find_spec", lambda name: name == "transformer_engine")
 
 
 def check_alone(argv: list[str]) -> None:
-    """Check without Megatron's own validation, which asks the device."""
+    """Check without Megatron's own validation, which queries the device."""
     args = parse(build_parser(), argv)
     fill_in(args)
     check(args)
 
 
 def table() -> dict[str, list[str | None]]:
-    """Return a column a system: its refusals, by row."""
+    """Return one column per system: its refusals, by row."""
     return {system: [refusal(system, row) for row in ROWS] for system in SYSTEMS}
 
 
 def alike(columns: dict[str, list[str | None]]) -> Iterator[tuple[list[str], list[str | None]]]:
-    """Yield systems of which the same is refused, with the first one's refusals."""
+    """Yield groups of systems with the same rows refused, and the first one's refusals."""
     groups: dict[tuple[bool, ...], list[str]] = {}
     for system, column in columns.items():
         groups.setdefault(tuple(said is None for said in column), []).append(system)

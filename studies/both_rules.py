@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Print which verdicts of the kept studies were others by the rule that they were planned by.
+"""Print which verdicts of the kept studies differ from those by the rule they were planned with.
 
     .venv/bin/python studies/both_rules.py
 
 Then: losses paired by seed, and Holm's steps over a claim for confirmations too. Now: decision 82.
-What is printed, from the CSV files in studies/results, is kept in studies/results/both-rules.md.
+The output, made from the CSV files in studies/results, is kept in studies/results/both-rules.md.
 """
 
 import sys
@@ -30,7 +30,7 @@ from megatron_smlp.study.verdicts import Claim, Comparison  # noqa: E402
 
 STUDIES = ("micro", "controls", "long", "heads", "cpu", "mixers")
 PAIRS = "pair"
-"""What the pairs of no claim are called."""
+"""Name for the pairs that belong to no claim."""
 
 
 def pages() -> Iterator[Page]:
@@ -44,7 +44,7 @@ def pages() -> Iterator[Page]:
 
 
 def by_pairs(page: Page, claim: Claim) -> list[tuple[Comparison, Difference, str]]:
-    """Return a claim's comparisons of losses with what the earlier rule says of them."""
+    """Return a claim's comparisons of losses with the earlier rule's verdicts."""
     study, tables = page.study, page.measured.tables
     compared = [
         comparison for comparison in claim.comparisons if comparison.what.startswith("loss")
@@ -64,7 +64,7 @@ def by_pairs(page: Page, claim: Claim) -> list[tuple[Comparison, Difference, str
 
 
 def lines() -> Iterator[str]:
-    """Yield the page: comparisons, and whole claims."""
+    """Yield the lines of the page: comparisons, then whole claims."""
     comparisons, claims, alike = [], [], 0
     for page in pages():
         for claim in (*page.claims, replace(page.others, name=PAIRS)):

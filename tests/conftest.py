@@ -1,10 +1,10 @@
-"""Fixtures that all tests share: threads, seeds, one process of Megatron without a launcher."""
+"""Shared fixtures and settings: threads, seeds, single-process Megatron without a launcher."""
 
 import os
 
-# Small sizes lose more to threads than they win; `make test` sets its own number.
+# At small sizes, threads cost more than they gain; `make test` sets its own number.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Compiling torch and Megatron anew is most of the start of each process that a test starts.
+# Without .pyc files, recompiling torch and Megatron dominates the startup of each subprocess.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import gc
@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 from support.launcher_variables import is_of_a_launcher
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the suite holds the CPU platform
-os.fsync = lambda _: None  # no test cuts the power, and thousands of files are written
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the suite runs on the CPU platform
+os.fsync = lambda _: None  # no test cuts the power, and the suite writes thousands of files
 for variable in filter(is_of_a_launcher, list(os.environ)):
     del os.environ[variable]
 
-# What a shell script starts in the background ignores Ctrl-C, and passes that on.
+# Background jobs of a shell script ignore SIGINT, and child processes inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -29,41 +29,41 @@ LONGEST = ("/invariants/", "/cuda_without_a_gpu/", "/end_to_end/", "/evaluation/
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that take minutes come first: all workers then end at the same time."""
+    """Run the files that take minutes first, so that all workers end at the same time."""
     items.sort(key=lambda item: not any(part in str(item.path) for part in LONGEST))
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_finish() -> None:
-    """Let collections of garbage look at what tests make, not at what was imported for them."""
+    """Freeze what imports made, so that garbage collection scans only what tests make."""
     gc.collect()
     gc.freeze()
 
 
 def pytest_unconfigure() -> None:
-    """Else nanobind tells at the end, of each object of its own, that nothing collected it."""
+    """Unfreeze, or nanobind reports at exit each of its objects that nothing collected."""
     gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
-    """The same random numbers in every test, whichever ran before (and no import of torch)."""
+    """Seed every test alike, whichever ran before it, without importing torch."""
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(1234)
 
 
 @pytest.fixture(autouse=True)
 def balance_loss_scale() -> None:
-    """None is set, so that balance losses count once; of one that was, Megatron keeps the shape."""
+    """Unset the balance loss scale: losses then count once; Megatron keeps a set scale's shape."""
     if moe := sys.modules.get("megatron.core.transformer.moe.moe_utils"):
         moe.MoEAuxLossAutoScaler.main_loss_backward_scale = None
 
 
 @pytest.fixture(scope="module")
 def megatron() -> Iterator[None]:
-    """Model parallel groups of one process over gloo, as pretrain_smlp.py has without torchrun.
+    """Set up one-process model parallel groups over gloo, as pretrain_smlp.py without torchrun.
 
-    A module's, not the session's: what the next file sets up of Megatron's globals is its own.
+    Module scope, not session scope: each test file sets up Megatron's globals for itself.
     """
     from support.in_process import forget_router_losses
 
@@ -76,7 +76,7 @@ def megatron() -> Iterator[None]:
 
 @pytest.fixture
 def parse(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
-    """`parse("--flag value ...")` -> checked arguments; Megatron's global copy goes afterwards."""
+    """Return `parse("--flag value ...")` -> checked arguments; drop Megatron's copy afterwards."""
     from support.in_process import MINIMAL, base_for, forget_arguments, prepare_megatron
 
     from megatron_smlp.flags.parse import parse_arguments
@@ -94,7 +94,7 @@ def parse(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
 
 @pytest.fixture(autouse=True)
 def forgotten_plugins() -> Iterator[None]:
-    """What a test loads of plugins is gone after it (and no import of torch)."""
+    """Unload the plugins that a test loaded, without importing torch."""
     files = sys.modules.get("megatron_smlp.plugin_files")
     take_back = files.snapshot() if files else None
     yield
@@ -110,7 +110,7 @@ def forgotten_plugins() -> Iterator[None]:
 
 @pytest.fixture
 def registry(forgotten_plugins: None) -> Any:
-    """What plugins register."""
+    """Return the registry of plugins."""
     from megatron_smlp import plugins
 
     return plugins.register

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write quickstart.txt, the last that `make quickstart` prints: README.md shows lines of it.
+"""Write quickstart.txt, the end of what `make quickstart` prints: README.md shows lines of it.
 
 .venv/bin/python docs/pictures/console.py
 """

@@ -2,7 +2,7 @@
 
     python docs/pictures/draw.py
 
-tests/unit/test_pages.py fails where one is not what the tables say.
+tests/unit/test_pages.py fails if one does not match the tables.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ NAMES = {
 
 
 def shape_of(preset: str, vocabulary: int = 4096) -> ModelShape:
-    """Return the sizes of a preset, as `cpu/gmlp`."""
+    """Return the sizes of a preset, such as `cpu/gmlp`."""
     keys = read_yaml(CONFIGS / f"{preset}.yaml")
     flags = {spelling(key): value for key, value in keys.items()}
     return ModelShape.from_args(resolve(flags | {"vocab_size": vocabulary}))
 
 
 def layers() -> str:
-    """Draw a row a system, in it a pair of cells a layer."""
+    """Draw one row per system, with a pair of cells per layer."""
     left, cell, row, top = 250, 46, 34, 54
     shapes = {name: shape_of(f"cpu/{name}") for name in SYSTEMS if name not in ALIKE}
     body = [
@@ -119,7 +119,7 @@ def ranges(numbers: list[int]) -> str:
 
 
 def chunks() -> str:
-    """Draw which spatial expert mixes which chunk of features, by both ways to route."""
+    """Draw which spatial expert mixes which chunk of features, for both ways to route."""
     experts = shape_of("cpu/smlp_partial").options.num_feature_experts
     fraction = shape_of("cpu/smlp_partial").options.prefix_fraction
     chosen = [(3 * chunk * chunk + chunk + 2) % experts for chunk in range(experts)]
@@ -187,7 +187,7 @@ def ranks() -> str:
 def of_rank(
     shape: ModelShape, layout: ParallelLayout, rank: int, left: int, top: int
 ) -> tuple[list[str], float]:
-    """Draw every slot, filled by the share of it that a rank holds; return its share of all."""
+    """Draw every slot, filled to the share that a rank holds; return its share of the total."""
     body, held, total = [], 0, 0
     stages = range(layout.pipeline)
     layers = [(stage, slots) for stage in stages for slots in stage_slots(shape, layout, stage)]
@@ -216,7 +216,7 @@ def halves_of(shape: ModelShape, slots: LayerSlots) -> list[tuple[str, Cost]]:
 
 
 def plugin(name: str) -> str:
-    """Draw what stands around the class of a file of plugins/."""
+    """Draw what surrounds the class of a file of plugins/."""
     take_back = plugin_files.snapshot()
     plugin_files.load(str(FOLDER.parents[1] / "plugins" / f"{name}.py"))
     flow = plugin_flow({**register.token_mixers, **register.token_routers}[name])
@@ -226,7 +226,7 @@ def plugin(name: str) -> str:
 
 
 def pictures() -> dict[str, str]:
-    """Return every picture, by the name of its file."""
+    """Return every picture, by file name."""
     drawings = {"layers": layers(), "chunks": chunks(), "ranks": ranks()}
     drawings |= {name: system(name) for name in SYSTEMS}
     drawings |= {name: plugin(name) for name in ("gated_conv", "threshold")}

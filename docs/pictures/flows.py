@@ -22,12 +22,12 @@ class Flow:
     colour: str
     columns: list[list[str]] = field(default_factory=list)
     lines: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
-    """By column: which of its rows leads to which of the next; left out: each to its own, or all
-    to all."""
+    """By column: which of its rows leads to which row of the next; a column left out connects each
+    row to its own, or all to all."""
 
 
 def mixer_flow(shape: ModelShape, slots: LayerSlots) -> Flow:
-    """Return the token mixer of a layer."""
+    """Return the flow of a layer's token mixer."""
     if slots.mixer == "attention":
         heads = f"{slots.heads} heads"
         columns = [["x W"], ["q", "k", "v"], ["softmax(q k') v"], ["W"]]
@@ -52,7 +52,7 @@ def mixer_flow(shape: ModelShape, slots: LayerSlots) -> Flow:
 
 
 def channel_flow(shape: ModelShape, slots: LayerSlots) -> Flow:
-    """Return the channel mixer of a layer; without columns where it has none."""
+    """Return the flow of a layer's channel mixer, without columns if it has none."""
     if slots.channel == "none":
         return Flow("", "")
     if slots.channel == "mlp":
@@ -80,7 +80,7 @@ def width_of(flow: Flow) -> int:
 
 
 def drawn(flow: Flow, left: float, top: float) -> tuple[list[str], float]:
-    """Return the shapes of a flow, and how high it is."""
+    """Return the shapes of a flow, and its height."""
     rows = max(map(len, flow.columns))
     body = [text(left, top + 6, flow.title, "small")]
     top += 20

@@ -18,12 +18,12 @@ EXPERTS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2", "#e
 
 
 def text(x: float, y: float, label: str, kind: str = "") -> str:
-    """Return words whose middle line is at y; kind: small, middle, end."""
+    """Return a label with its middle line at y; kind: small, middle, end."""
     return f'<text x="{x:g}" y="{y:g}" class="{kind}">{label}</text>'
 
 
 def box(x: float, y: float, width: float, height: float, colour: str = "", label: str = "") -> str:
-    """Return a rounded box, tinted where it has a colour."""
+    """Return a rounded box, tinted if it has a colour."""
     look = f'fill="{colour}" fill-opacity="0.3" stroke="{colour}"' if colour else 'class="box"'
     shape = f'x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="4"'
     shown = text(x + width / 2, y + height / 2, label, "small middle") if label else ""
@@ -44,7 +44,7 @@ def line(x: float, y: float, to_x: float, to_y: float) -> str:
 
 
 def document(width: float, height: float, label: str, body: list[str]) -> str:
-    """Return a whole picture, with what it shows in words."""
+    """Return a whole picture, with a label that says what it shows."""
     size = f'viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" aria-label="{label}">'
     page = f'<rect class="page" width="{width:g}" height="{height:g}" rx="6"/>'

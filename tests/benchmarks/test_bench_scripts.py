@@ -1,4 +1,4 @@
-"""Benchmarks run what a user could run, and their figures follow from its log."""
+"""Benchmarks run what a user could run, and derive their figures from its log."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""What is looked at in a router is what it is said to be."""
+"""The rows that gate_factorial.py writes cover every logged step, layer and expert."""
 
 import csv
 import sys

@@ -1,4 +1,4 @@
-"""The estimate for one H100: its arithmetic, and that docs/performance.md has what it gives."""
+"""The estimate for one H100: its arithmetic, and that docs/performance.md shows its results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tuner takes what is faster and gives the same; its row is the table's."""
+"""The tuner takes what is faster with the same results; its row has the table's format."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from support.tuning import ROW, TILES
 from megatron_smlp.ops import tiles
 from megatron_smlp.ops.tiles import Tile
 
-# The second is fastest; nothing is, by enough; nothing is at all.
+# The second is fastest; none is by enough; none is at all.
 CLOCKS = {(1.1, 1.5, 1.2): (1, 1.5), (0.9, 1.01, 0.5): (None, 1.0), (0.5, 0.5, 0.5): (None, 1.0)}
 
 
@@ -31,7 +31,7 @@ def answers() -> list[Any]:
 
 @pytest.mark.slow
 def test_the_fastest_tile_is_chosen(answers: list[Any]):
-    """Of real launches, interpreted, with the results of today's row."""
+    """Among real launches, interpreted, that give the results of today's row."""
     cases = [(product, choice) for product in tune_kernels.PRODUCTS for choice in CLOCKS.values()]
     for (product, (number, gain)), (row, seen) in zip(cases, answers[:-1], strict=True):
         expected = ROW if number is None else ROW._replace(**{product: TILES[number]})

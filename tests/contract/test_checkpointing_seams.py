@@ -1,4 +1,4 @@
-"""Megatron's functions that checkpoints/ calls, and those that are replaced, have their shape."""
+"""The Megatron functions that checkpoints/ calls or replaces have the expected shape."""
 
 import inspect
 
@@ -41,6 +41,6 @@ def test_torch_writes_to_the_stream_of_the_transforms_and_leaves_the_file_open()
 
 
 def test_where_the_functions_are_called():
-    """By the name that is replaced."""
+    """Megatron must look them up by the name that is replaced."""
     assert "save_config(" in inspect.getsource(serialization.save)
     assert "get_write_results_queue(" in inspect.getsource(FileSystemWriterAsync.prepare_write_data)

@@ -1,4 +1,4 @@
-"""Megatron's index builder comes compiled; nothing is compiled where it is there, on any device."""
+"""Megatron's index builder ships compiled; if present, nothing is compiled, on any device."""
 
 import pytest
 from megatron.core.datasets import utils
@@ -27,7 +27,7 @@ def test_it_is_compiled_where_it_is_missing(
 
 
 def test_megatron_looks_it_up_when_it_is_called():
-    """`initialize` imports the name inside of its function: replacing it in `utils` is enough."""
+    """`initialize` imports the name inside its function: replacing it in `utils` is enough."""
     import inspect
 
     from megatron.training import initialize

@@ -1,4 +1,4 @@
-"""The CPU platform replaces what is there, only where it is needed, and nothing else replaces."""
+"""The CPU platform replaces only what exists, only where needed; nothing else replaces anything."""
 
 import ast
 import json
@@ -12,7 +12,7 @@ from support.launches import REPOSITORY, run_command
 
 from megatron_smlp.platform import cpu
 
-# In a process of its own, since `apply` is for the life of a process.
+# In a separate process, since `apply` lasts for the life of a process.
 PROBE = """
 import importlib, json, sys
 import torch
@@ -71,12 +71,12 @@ def test_nothing_is_replaced_where_cuda_is_available(probe: dict):
 
 
 def test_whatever_is_replaced_was_there(probe: dict):
-    """A name that Megatron or torch no longer has would be set, and would change nothing."""
+    """A name that Megatron or torch no longer has would be set to no effect."""
     assert probe["without"]["new"] == ["torch.cuda._smlp_cpu_platform"]
 
 
 def test_what_is_replaced(probe: dict):
-    """The whole list: another name here is another decision, to be made with a reason in cpu.py."""
+    """The full list: each further name is a decision that needs a reason in cpu.py."""
     assert set(probe["without"]["replaced"]) == TORCHS | MEGATRONS
 
 
@@ -89,7 +89,7 @@ def test_whether_cuda_is_available_is_never_faked(probe: dict):
 
 
 def test_a_device_context_still_places_what_is_made_in_it(probe: dict):
-    """transformers builds a model on `meta` before it loads one."""
+    """transformers builds a model on `meta` before it loads the weights."""
     assert probe["meta"] == ["meta"] * 3
 
 
@@ -101,7 +101,7 @@ def test_every_flag_that_the_platform_sets_is_one_of_megatrons():
 
 
 def replacements(source: str) -> Iterator[str]:
-    """`name.attribute` assigned to, where `name` was imported from torch or Megatron."""
+    """Yield each assigned `name.attribute` whose `name` was imported from torch or Megatron."""
     tree = ast.parse(source)
     foreign = set()
     for node in ast.walk(tree):
@@ -141,7 +141,7 @@ def test_only_two_folders_replace_anything_in_torch_or_megatron():
 
 
 def test_an_epoch_that_begins_draws_no_random_number():
-    """The default generator is the dropout's, and only the first tensor parallel rank reads."""
+    """Dropout uses the default generator, and only the first tensor parallel rank reads data."""
     import torch
 
     from megatron_smlp.training.batches import _endless

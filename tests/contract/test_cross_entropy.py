@@ -1,4 +1,4 @@
-"""The cross entropy of a whole vocabulary on a CPU is Megatron's, and what its model calls."""
+"""Our CPU cross entropy over the whole vocabulary equals Megatron's, and its model calls ours."""
 
 import inspect
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ def rank() -> Iterator[None]:
 def test_it_equals_megatrons(
     dtype: torch.dtype, elements: int, chunks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where some rows at a time are in fp32: 21, five, and one."""
+    """Also where only some rows at a time are in fp32: 21, five, and one."""
     monkeypatch.setattr(cross_entropy, "ELEMENTS", elements)
     values = 5 * torch.randn(7, 3, 100)
     target, weights = torch.randint(100, (7, 3)), torch.rand(7, 3)
@@ -56,7 +56,7 @@ def test_it_equals_megatrons(
 
 
 def test_megatrons_fused_one_is_the_same_in_bf16() -> None:
-    """configs/paper ask for it on a GPU; uncompiled here. Its gradient is bf16 whatever comes."""
+    """configs/paper use it on a GPU; here it is uncompiled. Its gradient is always bf16."""
     values = (5 * torch.randn(7, 3, 100)).bfloat16()
     target = torch.randint(100, (7, 3))
     results = []

@@ -1,4 +1,4 @@
-"""torchrun's agent still is as megatron_patches/elastic_agent.py and launching/agent.py need it."""
+"""torchrun's agent is still what megatron_patches/elastic_agent.py and launching/agent.py need."""
 
 import inspect
 from datetime import UTC, datetime, timedelta
@@ -17,7 +17,7 @@ HOLDER = dynamic_rendezvous._BackendRendezvousStateHolder
 
 
 def test_a_restart_still_forgets_the_shutdown_timeout():
-    """The reason for a `_stop_workers` of our own; where this fails, that may go."""
+    """The reason for our own `_stop_workers`; once this fails, that may go."""
     source = inspect.getsource(LocalElasticAgent._stop_workers)
     assert "self._shutdown()" in source
     assert "timeout: int = 30" in inspect.getsource(LocalElasticAgent._shutdown)
@@ -51,7 +51,7 @@ def node(name: str) -> Any:
 
 
 def sanitized(state: Any) -> list[Any]:
-    """The nodes that one look leaves in the rendezvous."""
+    """Return the nodes that one `_sanitize` leaves in the rendezvous."""
     settings = SimpleNamespace(
         keep_alive_interval=timedelta(seconds=5),
         keep_alive_max_attempt=3,
@@ -74,7 +74,7 @@ def two_nodes(*, skew: timedelta) -> Any:
 
 @pytest.mark.parametrize("hours", [-1, 1])
 def test_clocks_may_differ_by_an_hour(hours: int):
-    """Torch alone takes the node whose clock is late for dead."""
+    """Unpatched, torch considers a node whose clock is behind dead."""
     state = two_nodes(skew=timedelta(hours=hours))
     with elastic_agent.installed(Agent, lambda state, settings: None):
         assert sanitized(state) == ["here", "there"]
@@ -84,7 +84,7 @@ def test_clocks_may_differ_by_an_hour(hours: int):
 
 
 def test_a_node_that_stops_beating_is_gone(monkeypatch: pytest.MonkeyPatch):
-    """By this machine's clock, in spite of its own, which is an hour early."""
+    """This machine's clock decides, although the node's own is an hour ahead."""
     now = [1000.0]
     monkeypatch.setattr(elastic_agent.time, "monotonic", lambda: now[0])
     state, told = two_nodes(skew=timedelta(hours=1)), []

@@ -1,4 +1,4 @@
-"""torch's Adam in Megatron is fused, also after a state from an unfused run is loaded."""
+"""torch's Adam in Megatron is fused, even after loading state from an unfused run."""
 
 import copy
 from types import SimpleNamespace
@@ -46,7 +46,7 @@ def test_it_takes_the_steps_of_the_plain_one(kind: type[torch.optim.Adam], chain
 
 
 def test_step_counts_are_where_their_parameters_are() -> None:
-    """A checkpoint leaves them on the CPU, where CUDA's fused kernel refuses to read them."""
+    """A checkpoint leaves them on the CPU, where CUDA's fused kernel cannot read them."""
     parameter = torch.nn.Parameter(torch.ones(3, device="meta"))
     optimizer = torch.optim.AdamW([parameter], lr=1e-2)
     torch_adam.allocate(optimizer)

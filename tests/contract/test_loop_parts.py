@@ -1,4 +1,4 @@
-"""The parts of Megatron that training/loop.py and step.py call have the shape that they rely on."""
+"""The parts of Megatron that training/loop.py and step.py call have the shape they rely on."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_an_evaluation_returns_losses_and_whether_the_time_is_over():
 
 
 def test_an_optimizer_asks_itself_for_the_norm_and_the_update():
-    """What is put in its place on the object is what `step` calls."""
+    """`step` calls the methods as attributes of the object, so that they can be replaced there."""
     source = inspect.getsource(ChainedOptimizer.step)
     assert "self.step_with_ready_grads()" in source
     assert "self.get_grad_norm()" in source
@@ -64,7 +64,7 @@ class Optimizer:
 @pytest.mark.parametrize("is_finite", [True, False])
 @pytest.mark.parametrize("overflows", [True, False])
 def test_an_update_is_held_back_after_the_gradient_norm_is_known(is_finite: bool, overflows: bool):
-    """Asked once, whether Megatron comes to the update or not."""
+    """`may_update` is asked once, whether Megatron reaches the update or not."""
     order: list[str] = []
 
     def may_update(norm: float | None) -> bool:

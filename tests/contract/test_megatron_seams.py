@@ -1,7 +1,7 @@
 """Every place where our code plugs into Megatron still has the shape that our code relies on.
 
-When the pinned version moves, these fail first and say what to look at. What can be called is
-called, with a part that notes what it is given; signatures are compared where a call needs a run.
+When the pinned version moves, these fail first and say where to look. What can be called is called
+with a part that records its arguments; signatures are compared where a call would need a run.
 """
 
 import inspect
@@ -49,7 +49,7 @@ def names(function: Callable[..., Any]) -> list[str]:
 
 
 class Noted(torch.nn.Module):
-    """Fills a slot and notes how it was built and called."""
+    """Fills a slot and records how it was built and called."""
 
     built: dict[str, Any]
     called: tuple[tuple[Any, ...], dict[str, Any]]
@@ -69,7 +69,7 @@ def test_the_pinned_minor_version():
 
 class TestLayerSlots:
     def test_how_a_layer_builds_and_calls_its_mixer(self, monkeypatch: pytest.MonkeyPatch):
-        """SpatialGating takes what Megatron's SelfAttention is given."""
+        """SpatialGating must accept what Megatron passes to SelfAttention."""
 
         class Mixer(Noted):
             pass
@@ -106,7 +106,7 @@ class TestLayerSlots:
             lambda config, slots: TransformerLayerSubmodules(mlp=Channel),
         )
         SlottedLayer(layer_config())
-        # MoELayer's other parameters are given by our partial, in token_moe_builder.
+        # Our partial in token_moe_builder gives MoELayer's other parameters.
         given = {"config", "pg_collection", "is_mtp_layer", "name"}
         assert set(Channel.built) == given
         assert given <= set(names(MoELayer.__init__))
@@ -120,7 +120,7 @@ class TestLayerSlots:
         torch.testing.assert_close(output, hidden + mixed + bias)
 
     def test_how_the_block_builds_a_layer(self, parse: Callable[..., Any]):
-        """SlottedLayer names four of the arguments; the rest goes through."""
+        """SlottedLayer names four of the arguments and passes the rest on."""
         given: dict[str, Any] = {}
 
         class NotedLayer(SlottedLayer):
@@ -143,7 +143,7 @@ class TestLayerSlots:
 
 @pytest.mark.parametrize(("rank", "ranks"), [(0, 1), (0, 3), (2, 3)])
 def test_which_samples_a_micro_batch_has(rank: int, ranks: int):
-    """GShard's draws and the validations count on the order of Megatron's sampler."""
+    """GShard's draws and validation rely on the order of Megatron's sampler."""
     sampler = MegatronPretrainingSampler(
         total_samples=40,
         consumed_samples=12,
@@ -176,7 +176,7 @@ class TestTokenMoE:
         assert set(Experts.built) == {"pg_collection", "name"}
 
     def test_the_layer_routes_what_it_is_given_and_dispatches_what_preprocess_returns(self):
-        """BASE's layer is given the residual, and normalises it between the two."""
+        """BASE's layer receives the residual, and normalizes it between the two."""
         order: list[tuple[str, tuple[int, ...]]] = []
 
         class Layer(MoELayer):
@@ -207,7 +207,7 @@ class TestTokenMoE:
         assert layer.recompute_pre_mlp_layernorm is False
 
     def test_a_layer_says_whether_it_gets_a_cuda_graph(self, monkeypatch: pytest.MonkeyPatch):
-        """Asked while it is built, and only where graphs are Megatron's own."""
+        """Megatron asks while building it, and only with its own graphs."""
         given = []
         monkeypatch.setattr(
             TransformerLayer, "create_mcore_cudagraph_manager", lambda self, _: given.append(self)
@@ -230,7 +230,7 @@ class TestTokenMoE:
 
     @pytest.mark.parametrize("dispatcher", ["allgather", "alltoall"])
     def test_a_capacity_tells_the_dispatcher_that_tokens_may_be_left_out(self, dispatcher: str):
-        """One of four tokens goes nowhere: its output is zero, the others' are not."""
+        """One of four tokens is dropped: its output is zero, the others' are not."""
         config = layer_config(
             num_moe_experts=2,
             moe_router_topk=1,
@@ -302,7 +302,7 @@ class TestModel:
         assert (config.spatial_heads, config.spatial_length, config.hidden_size) == (4, 16, 32)
 
     def test_our_config_hides_no_field_of_the_models(self, parse: Callable[..., Any]):
-        """GPTModelConfig writes a field that the layer config has too into the layer config."""
+        """GPTModelConfig writes fields that it shares with the layer config into the latter."""
         config = model_config(parse("--architecture gmlp --max-position-embeddings 48"))
         model = build(config)
         assert model.max_sequence_length == 48
@@ -336,7 +336,7 @@ class TestParts:
 class TestCheckpoints:
     @pytest.mark.parametrize("architecture", ["transformer", "gmlp"])
     def test_layers_are_named_by_their_number(self, architecture: str, parse: Callable[..., Any]):
-        """Layers of one model may differ, so Megatron must not stack them into one tensor."""
+        """Layers of a model may differ, so Megatron must not stack them into one tensor."""
         model = build(model_config(parse(f"--architecture {architecture} --num-attention-heads 4")))
         keys = {entry.key for entry in model.sharded_state_dict().values() if hasattr(entry, "key")}
         for number in range(4):
@@ -350,7 +350,7 @@ class TestCheckpoints:
 
 class TestTrainingLoop:
     def test_a_forward_step_returns_a_sum_and_its_number_of_tokens(self):
-        """The gradient is that of sum / tokens, averaged over the micro-batches."""
+        """The gradient must be that of sum / tokens, averaged over the micro-batches."""
         config = layer_config(calculate_per_token_loss=False)
         model = torch.nn.Linear(3, 1, bias=False)
         model.config, model.set_input_tensor, model.model_type = config, lambda _: None, None

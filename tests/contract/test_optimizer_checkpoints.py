@@ -1,4 +1,4 @@
-"""Resuming in another layout replaces parts of Megatron: they are there, and need replacing."""
+"""Resuming in another layout replaces parts of Megatron: they exist, and still need replacing."""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -29,7 +29,7 @@ MODEL = "--architecture smlp --num-dense-layers 2 --token-router base --num-expe
 
 @pytest.fixture
 def optimizer(parse: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
-    """Builds Megatron's optimizer over a small model: (optimizer, the model's sharded tensors)."""
+    """Return a builder of (Megatron's optimizer of a small model, the model's sharded tensors)."""
 
     def build(
         *, distributed: bool, bf16: bool = False, bucket_size: int | None = None
@@ -96,7 +96,7 @@ def test_the_step_is_saved_once(optimizer: Callable[..., Any]) -> None:
 def test_megatron_looks_for_the_step_among_the_loaded_moments(
     optimizer: Callable[..., Any],
 ) -> None:
-    """The original, which we wrap: if it no longer fails, the wrapper can go."""
+    """The original, which we wrap, fails; once it no longer does, the wrapper can go."""
     built, _ = optimizer(distributed=True)
     one = built.chained_optimizers[0]
     torch_adam.allocate(one.optimizer)
@@ -110,7 +110,7 @@ def test_megatron_looks_for_the_step_among_the_loaded_moments(
 
 
 def test_a_rank_without_parameters_has_a_state(optimizer: Callable[..., Any]) -> None:
-    """Megatron's `assert len(steps) == 1` has nothing to count there."""
+    """Megatron's `assert len(steps) == 1` would find no steps there and fail."""
     built, _ = optimizer(distributed=True)
     one = built.chained_optimizers[0]
     for group in one.optimizer.param_groups:
@@ -128,7 +128,7 @@ def test_states_are_loaded_by_place() -> None:
 
 
 def saved_as_they_are(optimizer: Callable[..., Any], *, by_megatron: bool) -> bool:
-    """Whether each parameter is saved with its own values, by an optimizer of several buckets."""
+    """Return whether an optimizer of several buckets saves each parameter with its own values."""
     chained, model = optimizer(distributed=True, bucket_size=1000)
     inner = chained.chained_optimizers[0]
     assert len(inner.buffers[0].buckets) > 2
@@ -146,5 +146,5 @@ def test_parameters_are_saved_with_their_own_values(optimizer: Callable[..., Any
 
 
 def test_megatrons_own_function_loses_padding(optimizer: Callable[..., Any]) -> None:
-    """The original, which we wrap: if it no longer does, `_gathered_with_padding` can go."""
+    """The original, which we wrap; once it no longer does, `_gathered_with_padding` can go."""
     assert not saved_as_they_are(optimizer, by_megatron=True)

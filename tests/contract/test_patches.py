@@ -1,4 +1,4 @@
-"""megatron_patches/table.py: every row is in force and has a test, and none is missing."""
+"""megatron_patches/table.py: every row is in effect and has a test, and no row is missing."""
 
 import importlib
 import re

@@ -1,4 +1,4 @@
-"""Functions of Megatron's that are called or overridden here take what they are given."""
+"""The Megatron functions that are called or overridden here take the arguments they are given."""
 
 import dataclasses
 import inspect
@@ -83,7 +83,7 @@ LEADING = [
     (checkpointing.get_rng_state, "ckpt_format tp_group pp_group"),
     (ChainedOptimizer.sharded_state_dict, "self model_sharded_state_dict is_loading kwargs"),
 ]
-"""By place, so that a new parameter among them is one to look at."""
+"""Passed by position, so a new parameter among them needs a look."""
 NAMED = [
     (gather_from_sequence_parallel_region, "input_ group"),
     (apply_swiglu_sharded_factory, "tp_group dp_group"),

@@ -1,4 +1,4 @@
-"""Our operators on lists of tensors give Megatron's results, bit for bit, and are what it calls."""
+"""Our operators on lists of tensors match Megatron's bit for bit, and Megatron calls them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 
 class Operators(TorchDispatchMode):
-    """Counts operators, as they would be launched on a GPU."""
+    """Counts operators as a GPU would launch them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class TestNorm:
         ("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)]
     )
     def test_it_is_close_to_that_of_one_vector(self, dtype: torch.dtype, tolerance: float):
-        """Megatron's sums the norms of bf16 tensors in bf16."""
+        """Megatron's version sums the norms of bf16 tensors in bf16."""
         given = tensors(dtype)
         ours, _ = tensor_lists.norm(1, NO_OP, [given], False)
         whole = torch.cat([tensor.double().flatten() for tensor in given]).norm()

@@ -1,6 +1,6 @@
-"""Print as JSON what kernels ask of a CUDA device that the CPU stands in for.
+"""Print as JSON what kernels ask of a CUDA device for which the CPU stands in.
 
-Run in a process of its own: Triton interprets, and the device is there until its end.
+Runs in a separate process: Triton interprets, and the device stays until the process ends.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def assignment() -> dict[str, Any]:
 
 
 def training(flags: str) -> dict[str, Any]:
-    """A step with the kernels, and with their twins: loss and norm, and what one gate asks for."""
+    """Train a step with the kernels and one with their twins: loss, norm, and one gate's costs."""
     from megatron_smlp.ops import triton_ready
 
     answers = {"kernels": _trained(flags)}

@@ -1,6 +1,6 @@
-"""For test_probes.py, in a process of its own, where the CPU stands in for a CUDA device: as JSON,
-which layers a CUDA graph could hold. In a training step of each system, each layer's forward and
-backward pass run once more, where nothing is permitted that a capture refuses.
+"""Print as JSON which layers a CUDA graph could hold, for test_probes.py, in a separate process
+where the CPU stands in for a CUDA device. In a training step of each system, each layer's forward
+and backward pass run once more, with everything forbidden that a capture refuses.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def train_a_step(flags: str) -> None:
 
 
 def refused(work: Callable[[], object]) -> str | None:
-    """What a capture says of this work."""
+    """Return why a capture refuses this work; None if it does not."""
     try:
         with capturing():
             work()
@@ -40,7 +40,7 @@ def refused(work: Callable[[], object]) -> str | None:
 
 
 def captures(flags: str) -> dict[str, dict[str, Any]]:
-    """By kind of layer: whether it routes, and what a capture refuses of it."""
+    """Return by kind of layer whether it routes, and what a capture refuses of it."""
     found: dict[str, dict[str, Any]] = {}
     forward = SlottedLayer.forward
 

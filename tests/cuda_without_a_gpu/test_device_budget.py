@@ -1,7 +1,7 @@
-"""No system asks more of a CUDA device than is written down: operators, waits of the host, bytes.
+"""No system exceeds its recorded budget on a CUDA device: operators, waits of the host, bytes.
 
-benchmarks/results/device_budget.json is made by tests/support/device_budgets.py. A smaller number
-is written down by running that again; a larger one needs a reason.
+tests/support/device_budgets.py makes benchmarks/results/device_budget.json. Rerun it to record a
+smaller number; a larger one needs a reason.
 """
 
 import json
@@ -18,7 +18,7 @@ from support.systems import SYSTEMS
 WRITTEN = REPOSITORY / "benchmarks" / "results" / "device_budget.json"
 KERNELS = WRITTEN.with_name("device_budget_kernels.json")
 COUNTED = ("operators", "synchronisations", "megabytes")
-# A router that drops choices, assignment, and all that partial prediction has.
+# A router that drops choices, assignment, and all parts of partial prediction.
 COUNTED_SYSTEMS = slow_unless_in(("switch", "smlp_deterministic", "smlp_partial"), SYSTEMS)
 
 
@@ -49,13 +49,13 @@ def test_a_step_and_each_kind_of_layer(
     for name, (one, other) in parts.items():
         for count in COUNTED:
             assert one[count] <= other[count], f"{system}, {name}: {count}"
-            # Much less than is written down: a gain to write down, or what no longer counts all.
+            # Much less than recorded: a gain to record, or a count that misses something.
             assert one[count] >= 0.9 * other[count], f"{system}, {name}: {count}"
 
 
 @pytest.mark.parametrize("row_of", SYSTEMS)
 def test_the_table_of_the_documentation(row_of: str, written: dict[str, Any]):
-    """Counted without Triton and with its kernels, where that is another number."""
+    """It has the counts without Triton, and with its kernels where those differ."""
     page = (REPOSITORY / "docs" / "performance.md").read_text(encoding="utf-8")
     (row,) = re.findall(rf"^\| {row_of} \| (\d+ / .*) \|$", page, re.MULTILINE)
     kernels = json.loads(KERNELS.read_text(encoding="utf-8"))
@@ -66,7 +66,7 @@ def test_the_table_of_the_documentation(row_of: str, written: dict[str, Any]):
 
 @pytest.mark.slow
 def test_a_step_by_kernels(tmp_path: Path):
-    """Triton's kernels, interpreted: minutes, for two systems that have all of them."""
+    """Triton's kernels, interpreted, which takes minutes: two systems that have all of them."""
     systems = ("base", "smlp_deterministic")
     script, output = (
         REPOSITORY / "tests" / "support" / "device_budgets.py",
@@ -83,7 +83,7 @@ def test_a_step_by_kernels(tmp_path: Path):
 
 @pytest.mark.parametrize("system", COUNTED_SYSTEMS)
 def test_a_layer_waits_for_dropped_choices_alone(system: str, measured: dict[str, Any]):
-    """Their number is a size. Partial prediction also waits for those of its groups of chunks."""
+    """Their number is a tensor size. Partial prediction also waits for its chunk groups' sizes."""
     waits = 0
     for name, layer in measured[system]["layers"].items():
         drops = system in ("gshard", "switch") and "MoELayer" in name
@@ -96,7 +96,7 @@ def test_a_layer_waits_for_dropped_choices_alone(system: str, measured: dict[str
 
 @pytest.mark.parametrize("system", COUNTED_SYSTEMS)
 def test_a_step_waits_for_its_gradient_norm_alone(system: str, measured: dict[str, Any]):
-    """With it come what ranks agree on: losses that are not finite, signals, the end of the time.
+    """With it comes what ranks agree on: non-finite losses, signals, the time limit.
 
     Until the next step begins, nothing else is read, and nothing is sent from the host.
     """

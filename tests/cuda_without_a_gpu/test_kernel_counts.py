@@ -1,4 +1,4 @@
-"""Kernels take the place of many operators on a CUDA device: launches and waits, counted."""
+"""Kernels replace many operators on a CUDA device: launches and waits, counted."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def test_balanced_assignment_is_thirty_operators_and_no_wait(counted: dict[str, 
     assert record["synchronisations"] == {}
 
 
-# Of the parts' bytes. With one head nothing is copied by head, and less can be saved; the rest is
-# v, g, dg and dv, which one kernel hands to the next.
+# Shares of the parts' bytes. With one head there is no copy per head, so less can be saved; the
+# rest is v, g, dg and dv, which one kernel passes to the next.
 SHARES = {"one head": 0.56, "eight heads": 0.4, "partial prediction": 0.25}
 
 
@@ -44,7 +44,7 @@ def test_a_gate_is_a_few_launches_and_a_fraction_of_the_bytes(case: str, counted
     ours, parts = (counted["gates"][case][way]["gate"] for way in ("kernels", "parts"))
     assert ours["bytes"] <= SHARES[case] * parts["bytes"]
     assert ours["synchronisations"] == {}
-    if case == "partial prediction":  # of which the router is the most
+    if case == "partial prediction":  # where the router is most of it
         assert ours["operators"] <= parts["operators"] / 2
     else:
         assert ours["operators"] <= 10 < parts["operators"]

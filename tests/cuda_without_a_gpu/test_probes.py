@@ -1,4 +1,4 @@
-"""What a CUDA graph could hold, of each system's layers."""
+"""Which of each system's layers a CUDA graph could hold."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def said() -> dict[str, Any]:
 
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_a_layer_that_does_not_route_can_be_captured(system: str, said: dict[str, Any]):
-    """--cuda-graph-impl local, forward and backward: the host waits for nothing, and nothing of the
-    CPU is read."""
+    """--cuda-graph-impl local, forward and backward: the host waits for nothing, and the device
+    reads nothing of the CPU."""
     layers = said[system]
     assert layers
     for kind, layer in layers.items():
@@ -46,13 +46,13 @@ def test_a_layer_that_does_not_route_can_be_captured(system: str, said: dict[str
     ],
 )
 def test_what_a_capture_refuses_is_found(system: str, reason: str, said: dict[str, Any]):
-    """Counts of dropped choices, sums of prices that begin on the CPU, sizes of groups."""
+    """Refused are counts of dropped choices, price sums that start on the CPU, group sizes."""
     layers = said[system].values()
     [refused] = [layer["refused"] for layer in layers if layer["refused"]]
     assert f"not permitted when stream is capturing: {reason}" in refused
 
 
 def test_a_capture_alone_would_take_the_token_ids_of_its_step(said: dict[str, Any]):
-    """HASH: nothing is refused, and that it routes is what keeps it out of a graph."""
+    """For HASH nothing is refused; only the fact that it routes keeps it out of a graph."""
     [layer] = said["hash"].values()
     assert layer == {"routes": True, "refused": None}

@@ -1,8 +1,8 @@
-"""Every system trains, saves and resumes on the way that a CUDA device takes, as it does on a CPU.
+"""Every system trains, saves and resumes on the code path of a CUDA device as it does on a CPU.
 
 The CPU stands in for the device (support/cuda_stand_in.py): the real `megatron.training` loop, MoE
 dispatch, backward pass, optimizer and checkpoints, and nothing of the CPU platform. Each run starts
-from a checkpoint that a CPU saved, saves its own after a step, and goes on from that.
+from a checkpoint that a CPU saved, saves its own after a step, and resumes from that.
 """
 
 import itertools
@@ -33,7 +33,7 @@ SYSTEMS = {
 RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 SELECTIVE = "--recompute-granularity selective"
 DISTRIBUTED = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
-# fp16 needs a CUDA device: it is held against the CPU's bf16, whose checkpoint it starts from.
+# fp16 needs a CUDA device: it is compared with the CPU's bf16, from whose checkpoint it starts.
 VARIANTS = {
     "bf16": f"--bf16 --cross-entropy-loss-fusion {RECOMPUTE}",
     "fp16": f"--fp16 --initial-loss-scale 4096 {DISTRIBUTED} {SELECTIVE}",
@@ -41,7 +41,7 @@ VARIANTS = {
 CASES = list(itertools.product(SYSTEMS, VARIANTS))
 
 
-# Attention beside a gate, and both kinds of experts; either precision.
+# Attention next to a gate, and both kinds of experts; one in each precision.
 FAST = [("amlp", "fp16"), ("smlp_deterministic", "bf16")]
 TP = "--tensor-model-parallel-size 2 --sequence-parallel"
 PP = "--pipeline-model-parallel-size 2"
@@ -61,11 +61,11 @@ LAYOUTS_FAST = ("ep2",)
 IN_LAYOUTS = sorted({system for system, _ in LAYOUTS.values()})
 IN_LAYOUTS_FAST = sorted({LAYOUTS[layout][0] for layout in LAYOUTS_FAST})
 SAVED, RESUMED, END = 1, 2, 3
-# Relative, of loss and gradient norm. Two processes add in another order; bf16 and fp16 round in
-# other places, so that a token between two experts may change its own.
+# Relative tolerances of loss and gradient norm. Two processes add in a different order; bf16 and
+# fp16 round in other places, so that a token between two experts may switch.
 EXACT, ROUNDED = (1e-4, 1e-4), (5e-4, 1e-2)
 
-# All runs are made before the first test.
+# The first test waits for all runs.
 pytestmark = pytest.mark.timeout(1800)
 
 
@@ -75,14 +75,14 @@ def _until(iteration: int, flags: str) -> str:
 
 
 def _systems_in_layouts(request: pytest.FixtureRequest) -> set[str]:
-    """Of the layouts that are asked for, and of those that are asked for in fp32 alone."""
+    """Return the systems of the selected layouts, and those selected only in fp32."""
     layouts = {LAYOUTS[layout][0] for (layout,) in selected(request, "layout")}
     return layouts | {system for (system,) in selected(request, "fp32_system")}
 
 
 @pytest.fixture(scope="module")
 def cpu(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of each system a checkpoint, and the steps after it, on the CPU platform."""
+    """Make a checkpoint of each system, and the steps after it, on the CPU platform."""
     folder: Path = tmp_path_factory.mktemp("cpu")
     runs = {}
     asked = {system for system, _ in selected(request, "system", "variant")} | {"smlp_partial"}
@@ -99,13 +99,13 @@ def cpu(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 def device(
     cpu: Path, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """The same steps with the CPU standing in for a CUDA device, resumed in the middle."""
+    """Make the same steps with the CPU standing in for a CUDA device, resumed midway."""
     folder: Path = tmp_path_factory.mktemp("device")
     one: dict[str, str] = {}
     asked = selected(request, "system", "variant")
     for system, variant in (case for case in CASES if case in asked):
         flags, seed = f"{SYSTEMS[system]} {VARIANTS[variant]}", cpu / f"{system}--bf16"
-        if system == "aft":  # of which Megatron knows no part to recompute
+        if system == "aft":  # Megatron knows no part of it to recompute
             flags = flags.replace(SELECTIVE, "")
         _add_resumed(one, f"{system}_{variant}", flags, seed, folder)
     for system in sorted(_systems_in_layouts(request)):
@@ -160,7 +160,7 @@ def test_layouts_train_and_resume_as_one_process(layout: str, device: Path):
 
 @pytest.mark.parametrize("fp32_system", slow_unless_in(IN_LAYOUTS_FAST, IN_LAYOUTS))
 def test_fp32_is_as_on_a_cpu(fp32_system: str, cpu: Path, device: Path):
-    """BASE's assignment is another one there, though as good: device_assignment.py."""
+    """BASE's assignment differs there, though it is as good: device_assignment.py."""
     tolerances = ROUNDED if "base" in SYSTEMS[fp32_system] else EXACT
     ours, expected = _resumed(device, f"{fp32_system}_fp32"), steps(cpu / f"steps_{fp32_system}")
     _assert_alike(ours, expected, tolerances)

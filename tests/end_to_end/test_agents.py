@@ -1,4 +1,4 @@
-"""Launchers, agents and torchrun's rendezvous around ranks that do nothing but end."""
+"""Launchers, agents and torchrun's rendezvous, with ranks that do nothing but end."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ note("ends")
 
 
 class Machines:
-    """Launchers on this machine, that take themselves for several."""
+    """Launchers on this machine that act as several machines."""
 
     def __init__(self, folder: Path, role: str, *, count: int, **variables: str) -> None:
         self.folder = folder
@@ -113,14 +113,14 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Machines]]:
 
 
 def test_a_machine_whose_ranks_end_late_is_no_reason_for_a_restart(start: Callable[..., Machines]):
-    """The other one waits, and is not taken for gone; the spare is not needed."""
+    """The other machine waits and is not considered gone; the spare is not needed."""
     machines = start("late", count=3, SPARES="1")
     assert machines.codes() == [0, 0, 0], machines.logs()
     assert sorted(machines.events) == ["ends 0", "ends 1", "starts 0", "starts 1"]
 
 
 def test_a_rank_that_fails_when_others_have_ended(start: Callable[..., Machines]):
-    """All start again, and end; nobody waits for five minutes."""
+    """All restart and end; no rank waits for five minutes."""
     machines = start("crash", count=2)
     began = time.monotonic()
     assert machines.codes() == [0, 0], machines.logs()
@@ -131,7 +131,7 @@ def test_a_rank_that_fails_when_others_have_ended(start: Callable[..., Machines]
 
 @pytest.mark.parametrize("told", [0, 1])
 def test_a_spare_ends_with_a_run_that_was_signalled(start: Callable[..., Machines], told: int):
-    """Whichever machine is told; the ranks of the other one, which agree in training, are too."""
+    """In either order: the other machine's ranks, which agree in training, are signalled too."""
     machines = start("wait", count=2, SPARES="1")
     machines.wait_for(lambda: len(machines.events) == 2)
     machines.add()

@@ -1,5 +1,5 @@
-"""The steps of Dockerfile, without docker: a folder in place of the image's root, and a virtual
-environment that finds this one's packages, as the image's Python finds NVIDIA's."""
+"""The steps of the Dockerfile, without docker: a folder replaces the image's root, and a virtual
+environment finds this one's packages, as the image's Python finds NVIDIA's."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CONTEXT = REPOSITORY / ".dockerignore"
 
 
 def instructions() -> list[tuple[str, str]]:
-    """Each instruction and what follows it, without comments, in their order."""
+    """Return each instruction and its arguments, without comments, in order."""
     text = DOCKERFILE.read_text(encoding="utf-8")
     kept = "\n".join(line for line in text.splitlines() if not line.startswith("#"))
     lines = re.sub(r"\\\n\s*", " ", kept).splitlines()
@@ -41,7 +41,7 @@ def test_what_is_copied_is_there_and_not_ignored() -> None:
 
 @pytest.mark.slow
 def test_every_step_works(tmp_path: Path) -> None:
-    """Everything is installed into the new environment alone, and starts from there."""
+    """Everything is installed only into the new environment, and starts from there."""
     environment, root = tmp_path / "venv", tmp_path / "root"
     made = subprocess.run(
         [sys.executable, "-m", "venv", str(environment)], capture_output=True, check=False
@@ -80,7 +80,7 @@ def test_every_step_works(tmp_path: Path) -> None:
 
 
 def copy(source: Path, target: Path) -> None:
-    """As COPY: a file into a folder, or the contents of a folder."""
+    """Copy like COPY: a file into a folder, or the contents of a folder."""
     if source.is_file():
         shutil.copy(source, target)
     else:

@@ -1,8 +1,8 @@
-"""Every block of commands in README.md and docs/ as it stands, in a copy of the checkout.
+"""Every command block of README.md and docs/ runs as it stands, in a copy of the checkout.
 
-A page's blocks run in their order, each by bash, and find what a reader would have: texts, a
-tokenizer, datasets, runs. `SHORTER` and `NAMED` are all that is changed: trainings take a few
-steps, and what a page leaves to the reader (`...`) is said.
+A page's blocks run in order, each in bash, and find what a reader would have: texts, a tokenizer,
+datasets, runs. Only `SHORTER` and `NAMED` are changed: trainings take a few steps, and what a page
+leaves to the reader (`...`) is filled in.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pytest
 from support.launches import REPOSITORY, clean_environment, run_command
 from support.ranks import free_port
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # the first case makes what all read
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # the first case makes what all use
 PAGES = [
     "README.md",
     *sorted(str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "docs").rglob("*.md")),
@@ -33,7 +33,7 @@ NOT_HERE = {
     "make first-gpu": "tests/unit/test_first_gpu.py",
     "pip install": "the environment has the extras",
 }
-"""Lines that run elsewhere, or a block of Python."""
+"""Text of lines, or of Python blocks, that do not run here -> why, or where they do."""
 STEPS = (
     "--train-iters 2 --eval-iters 1 --eval-interval 2 --global-batch-size 4 --micro-batch-size 2"
 )
@@ -51,7 +51,7 @@ NAMED = {
     "--save runs/first ...": f"--save runs/launched {DATA} {STEPS}",
     "...": "",
 }
-"""The parts that a page leaves out, and what `make` calls once there is an environment."""
+"""Parts that a page leaves out, and what `make` runs once there is an environment."""
 SHORTER = {
     "--train-iters 200 --eval-interval 50": STEPS,
     "--vocab-size 2048": "--vocab-size 300",
@@ -77,7 +77,7 @@ SHORTER = {
 
 
 def blocks(page: str) -> list[tuple[str, str]]:
-    """Language and text of each block, without what is NOT_HERE."""
+    """Return language and text of each block, without what is NOT_HERE."""
     found = []
     for kind, body in BLOCK.findall((REPOSITORY / page).read_text(encoding="utf-8")):
         parts = [body] if kind == "python" else body.splitlines(keepends=True)
@@ -90,7 +90,7 @@ def elsewhere(text: str) -> bool:
 
 
 WITH_BLOCKS = [page for page in PAGES[1:] if blocks(page)]
-"""Those with something to run; tests/unit/test_documented_commands.py lists them."""
+"""Pages with something to run; tests/unit/test_documented_commands.py lists them."""
 
 
 VARIABLES = {
@@ -107,14 +107,14 @@ def as_it_runs(body: str) -> str:
 
 
 def shell(words: str, folder: Path, *, stdin: str = "") -> str:
-    """Run lines of bash; the first that fails ends the test."""
+    """Run lines of bash; the first that fails fails the test."""
     bash = ["bash", "-eo", "pipefail", "-c", words]
     return run_command(bash, cwd=folder, stdin=stdin, seconds=1800, **VARIABLES).stdout
 
 
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make a folder as README.md leaves it, with the files that the other pages start from."""
+    """Make a folder as README.md leaves it, with the files that other pages start from."""
     folder = tmp_path_factory.mktemp("reader")
     for name in ("configs", "examples", "megatron_smlp", "plugins", "tools", "pretrain_smlp.py"):
         (folder / name).symlink_to(REPOSITORY / name)
@@ -154,7 +154,7 @@ def write_texts(folder: Path) -> None:
 
 
 def more_runs(folder: Path) -> None:
-    """Small runs of the names that pages use, more pairs, a folder of pairs, a GPT-2."""
+    """Make small runs with the names that pages use, more pairs, a folder of pairs, a GPT-2."""
     train = "$P pretrain_smlp.py --config configs/cpu/{}.yaml --save runs/{}"
     train += f" {SIZES} {DATA} {STEPS}"
     models = {
@@ -177,7 +177,7 @@ def more_runs(folder: Path) -> None:
 
 
 def gpt2(folder: Path) -> None:
-    """A small GPT-2 of transformers, with the tokenizer of the README."""
+    """Save a small GPT-2 of transformers, with the README's tokenizer."""
     program = """
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 tokenizer = AutoTokenizer.from_pretrained("tokenizer")
@@ -206,7 +206,7 @@ def test_a_page_runs_as_it_is_printed(page: str, reader: Path) -> None:
 
 
 def with_a_server(body: str, folder: Path) -> None:
-    """The block's first command serves until it is ended; the others ask it, at a free port."""
+    """Run a block whose first command serves, on a free port, while the others query it."""
     port = str(free_port())
     first, *rest = re.sub(r"\\\n", " ", body).replace("8000", port).splitlines()
     server = subprocess.Popen(

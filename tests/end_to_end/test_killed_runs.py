@@ -1,4 +1,4 @@
-"""Runs that save every two steps, stopped at random moments: nothing is lost, bit by bit."""
+"""Runs that save every two steps, stopped at random moments, lose nothing, bit for bit."""
 
 import json
 import signal
@@ -23,7 +23,7 @@ DATA_PARALLEL = "--micro-batch-size 1 --use-distributed-optimizer"
 def check_stopped(
     folder: Path, how: str, *, stops: int, seed: int, by: str = "kill", ranks: int = 1
 ) -> set[int]:
-    """The exit codes of the runs that were stopped."""
+    """Check runs that are stopped and restarted; return the exit codes of the stopped ones."""
     plan = {"words": f"{WORDS} {how}", "folder": str(folder), "stops": stops, "seed": seed}
     plan |= {"by": by, "ranks": ranks}
     (folder / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
@@ -68,6 +68,6 @@ def test_kills(tmp_path: Path, kills: str):
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["", "--async-save"])
 def test_the_keyboard_stops_a_run_that_saves(tmp_path: Path, how: str):
-    """Once, then twice, in some order: a whole checkpoint, or the one before, never a half one."""
+    """Ctrl-C once or twice leaves a whole checkpoint or the one before, never half of one."""
     codes = check_stopped(tmp_path, how, stops=4, seed=5, by="keyboard")
     assert codes <= {0, 128 + signal.SIGINT}

@@ -1,4 +1,4 @@
-"""The launchers of examples/, started for real: one node, two "nodes" on this machine, Slurm."""
+"""The launchers of examples/, really started: one node, two "nodes" on this machine, Slurm."""
 
 import contextlib
 import os
@@ -23,7 +23,7 @@ from support.ranks import free_port
 EXAMPLES = REPOSITORY / "examples"
 CONFIG = "configs/cpu/smlp_deterministic.yaml"
 NUM_STEPS = 5
-# The config's model in small, on data that needs no file.
+# A small version of the config's model, on data that needs no file.
 FLAGS = f"""
     --mock-data --tokenizer-type NullTokenizer --vocab-size 500 --hidden-size 64
     --ffn-hidden-size 128 --moe-ffn-hidden-size 128 --seq-length 32 --micro-batch-size 2
@@ -40,7 +40,7 @@ def command(launcher: str, folder: Path) -> list[str]:
 def started(
     commands: Sequence[tuple[Sequence[str], dict[str, str]]],
 ) -> Iterator[list[subprocess.Popen]]:
-    """Processes that run side by side; none outlives the test."""
+    """Start processes that run side by side; none outlives the test."""
     processes = [
         subprocess.Popen(
             words,
@@ -62,7 +62,7 @@ def started(
 
 @pytest.fixture(scope="module")
 def one_node(tmp_path_factory: pytest.TempPathFactory) -> list[Step]:
-    """The steps of one agent with two processes."""
+    """Return the steps of one agent with two processes."""
     folder = tmp_path_factory.mktemp("one_node")
     run_command(command("one_node.sh", folder), CONFIG=CONFIG, NPROC_PER_NODE="2")
     found = steps(folder)
@@ -76,7 +76,7 @@ def test_one_node_trains(one_node: list[Step]):
 
 @pytest.mark.slow
 def test_two_nodes_train_as_one(one_node: list[Step], tmp_path: Path):
-    """Two torchrun agents of one process each, which find each other by their rendezvous."""
+    """Two torchrun agents of one process each find each other through their rendezvous."""
     common = {
         "CONFIG": CONFIG,
         "NPROC_PER_NODE": "1",
@@ -88,7 +88,7 @@ def test_two_nodes_train_as_one(one_node: list[Step], tmp_path: Path):
     with started([(words, common | {"NODE_RANK": str(rank)}) for rank in range(2)]) as nodes:
         outputs = [node.communicate(timeout=TIME_LIMIT)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], "\n".join(outputs)[-6000:]
-    # One reports, and it is not a run of its own: each of two would have logged all steps.
+    # Only one reports, as one run of both: two separate runs would each have logged all steps.
     assert sorted("iteration 5/5" in output for output in outputs) == [False, True]
     assert steps(tmp_path) == one_node
 
@@ -121,8 +121,8 @@ case "$*" in
   *) exit 1 ;;
 esac
 """
-# Runs a copy of the script, as the batch job that it would be, again for as long as it is queued
-# again, and sends the script alone what --signal=B:... says when a file asks for it.
+# Runs a copy of the script as a batch job, again and again for as long as it is requeued, and sends
+# only the script the signal of --signal=B:... when a file asks for it.
 FAKE_SBATCH = """#!/usr/bin/env bash
 script="$1"
 shift
@@ -149,7 +149,7 @@ done
 
 
 def slurm_tools(folder: Path) -> Path:
-    """Stand-ins for Slurm's programs; what they start is real."""
+    """Write stand-ins for Slurm's programs; what they start is real."""
     tools = folder / "bin"
     tools.mkdir()
     texts = {"srun": FAKE_SRUN, "scontrol": FAKE_SCONTROL, "sbatch": FAKE_SBATCH}
@@ -159,7 +159,7 @@ def slurm_tools(folder: Path) -> Path:
     return tools
 
 
-# Starts one task for a look at the checkpoints, and for all others does what the test says.
+# Starts the one task that looks at the checkpoints; for all others does what the test says.
 ONE_END = """#!/usr/bin/env bash
 echo "$*" >> "$QUEUE/srun"
 if [[ "$*" == *--ntasks=1\\ * ]]; then
@@ -177,7 +177,7 @@ exit "$CODE"
 
 
 def is_queued_again(folder: Path, code: int, does: str = "", **variables: str) -> bool:
-    """Whether slurm.sh queues a job whose tasks end so; its checkpoint is of iteration 5."""
+    """Return whether slurm.sh requeues a job whose tasks end so, with a save of iteration 5."""
     tools = slurm_tools(folder)
     (tools / "srun").write_text(ONE_END)
     config = folder / "a.yaml"
@@ -194,7 +194,7 @@ def is_queued_again(folder: Path, code: int, does: str = "", **variables: str) -
     return (folder / "requeued").exists()
 
 
-# Of each kind one that is queued again and one that is not.
+# Of each kind, one that is requeued and one that is not.
 ENDS = [(0, "saves", False), (76, "saves", False), (75, "", True), (143, "", True)]
 ENDS += [(0, "is warned", True), (2, "is warned", False)]
 ENDS += [(2, "is warned, saves", True), (93, "is warned, saves", False)]
@@ -219,7 +219,7 @@ def test_what_slurm_queues_again(code: int, does: str, expected: bool, tmp_path:
 @pytest.mark.parametrize(("does", "expected"), [("", False), ("saves", True)])
 @pytest.mark.parametrize("code", [75, 127])
 def test_slurm_does_not_queue_a_job_for_ever(code: int, does: str, expected: bool, tmp_path: Path):
-    """As with a node that Slurm gives again and again, where nothing can start."""
+    """Else a node where nothing can start, allocated again and again, would loop forever."""
     assert is_queued_again(tmp_path, code, does, SLURM_RESTART_COUNT="3") == expected
 
 
@@ -237,7 +237,7 @@ def many_steps(folder: Path, *flags: str) -> list[str]:
 
 
 def logged(folder: Path) -> int:
-    """Steps in a file that is being written."""
+    """Count the steps in a file that is being written."""
     path = folder / "metrics.jsonl"
     return path.read_text(encoding="utf-8").count('"loss"') if path.exists() else 0
 
@@ -245,7 +245,7 @@ def logged(folder: Path) -> int:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_slurm_queues_a_job_again_whose_time_is_over(tmp_path: Path):
-    """Twice in one run: the losses are those of a run that had all the time."""
+    """Requeued twice, a run has the losses of one that had all the time."""
     alone = [str(EXAMPLES / "one_node.sh"), *many_steps(tmp_path / "alone")]
     run_command(alone, CONFIG=CONFIG, NPROC_PER_NODE="2")
     log, queue = tmp_path / "log", tmp_path / "queue"
@@ -292,7 +292,7 @@ def test_slurm_queues_a_job_again_whose_time_is_over(tmp_path: Path):
     assert "--cpus-per-task=7 bash" in said
 
 
-# An interpreter that prints what a launcher gives it.
+# An interpreter that prints the environment that a launcher gives it.
 PRINTS = """#!/usr/bin/env bash
 [[ "$1" == -c ]] || env
 """
@@ -327,7 +327,7 @@ def test_a_site_file_is_sourced_and_caches_are_the_nodes_own(tmp_path: Path, lau
     ("visible", "expected"), [(None, "2"), ("3,5,7", "3"), ("GPU-8932f937-d72c", "1"), ("", "1")]
 )
 def test_a_process_for_each_gpu_that_is_visible(tmp_path: Path, visible: str | None, expected: str):
-    """Of two GPUs, one in slices, unless the variable names some."""
+    """There are two GPUs, one of them in MIG slices, unless the variable names some."""
     smi = tmp_path / "nvidia-smi"
     lines = "GPU 0: NVIDIA H100\n  MIG 1g.10gb Device 0: (UUID: x)\nGPU 1: NVIDIA H100\n"
     smi.write_text(f"#!/usr/bin/env bash\nprintf '{lines}'\n")
@@ -344,7 +344,7 @@ def test_a_process_for_each_gpu_that_is_visible(tmp_path: Path, visible: str | N
 
 
 def refused(launcher: str, *flags: str, **variables: str) -> str:
-    """The one line that a launcher says before it starts anything."""
+    """Return the one line with which a launcher refuses before it starts anything."""
     done = run_command([EXAMPLES / launcher, *flags], code=2, **variables)
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1, done.stderr
@@ -365,7 +365,7 @@ NODES = {"CONFIG": CONFIG, "NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "a", 
     ],
 )
 def test_a_wrong_variable_is_named(changes: dict[str, str], message: str):
-    """Of bash's, and of what tests/unit/launching/test_settings.py has the others of."""
+    """Those that bash checks, and some of the ones in tests/unit/launching/test_settings.py."""
     assert message in refused("several_nodes.sh", **(NODES | changes))
 
 

@@ -1,7 +1,7 @@
-"""Several machines, in network namespaces: every failure ends in a resumed run or in one line.
+"""Several machines, in network namespaces: every failure ends in a resumed run or a one-line error.
 
-Figures are printed (`-s` shows them): steps lost, seconds until a launcher says so and to the next
-step, exit codes. The losses of a run that was disturbed are, bit by bit, those of one that was not.
+Prints figures (`-s` shows them): steps lost, seconds until a launcher reports and to the next step,
+exit codes. The losses of a disturbed run equal those of an undisturbed one bit for bit.
 """
 
 import os
@@ -31,9 +31,9 @@ FLAGS = """
 """
 INTERVAL = 5
 BOUND = 60  # seconds of --distributed-timeout-minutes 1
-REJOIN = 60  # seconds of REJOIN_TIMEOUT, where it is to pass
-SLACK = 120  # seconds for ranks that are signalled, and an agent's start, on such a machine
-PATIENCE = 300.0  # seconds for what takes one start on a machine that does other things too
+REJOIN = 60  # seconds of REJOIN_TIMEOUT, where it should expire
+SLACK = 120  # seconds for signalled ranks and an agent's start, on a busy machine
+PATIENCE = 300.0  # seconds for what takes one start, on a machine with other work
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def three(tmp_path: Path) -> Iterator[Network]:
 
 
 def undisturbed(folder: Path, iterations: int) -> list[Step]:
-    """Of two processes on one machine."""
+    """Return the steps of two processes on one machine."""
     words = [str(REPOSITORY / "examples" / "one_node.sh"), *FLAGS.split()]
     words += ["--train-iters", str(iterations), "--log-dir", str(folder / "alone")]
     run_command(words, CONFIG=str(folder / "config.yaml"), NPROC_PER_NODE="2")
@@ -64,7 +64,7 @@ def undisturbed(folder: Path, iterations: int) -> list[Step]:
 
 
 class Failures:
-    """Disturbs a job, one thing after the other, and keeps the figures of each."""
+    """Disturbs a job, one failure after another, and keeps the figures of each."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -72,7 +72,7 @@ class Failures:
         self.restarts = 0
 
     def survives(self, name: str, disturb: Callable[[], None], *, restarts: bool = True) -> None:
-        """Disturb it some steps later; it must get on, from a checkpoint or without."""
+        """Disturb it some steps later; it must go on, from a checkpoint or without one."""
         job = self.job
         job.wait_for_iteration(job.iteration() + INTERVAL + 2, seconds=PATIENCE)
         began, at, said = time.monotonic(), job.iteration(), job.words_of_launchers()
@@ -103,7 +103,7 @@ class Failures:
         print(f"{name}: {self.figures[name]}", flush=True)
 
     def told(self) -> list[dict[str, float]]:
-        """The restarts in metrics.jsonl."""
+        """Return the restarts in metrics.jsonl."""
         return [r["restart"] for r in self.job.records() if "restart" in r]
 
 
@@ -135,7 +135,7 @@ def rebooted(job: Job, *nodes: int, seconds: float = 3.0) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 def test_a_run_survives_all_of_this(two: Network, variables: dict[str, str], tmp_path: Path):
-    """One run of 400 steps, in which everything happens once."""
+    """One run of 400 steps in which each failure happens once."""
     job = Job(two, f"{FLAGS} --train-iters 400", **variables)
     job.start(0, 1)
     run = Failures(job)
@@ -162,8 +162,8 @@ def test_a_run_survives_all_of_this(two: Network, variables: dict[str, str], tmp
 def test_what_never_answers_again_ends_at_the_timeout(
     three: Network, variables: dict[str, str], tmp_path: Path
 ):
-    """A link that stays cut, beside a spare: the run goes on without that node, whose late ranks
-    save nothing. A second one ends it: nobody is left to take over."""
+    """A link stays cut, with a spare available: the run goes on without that node, whose late ranks
+    save nothing. A second failure would end it: nobody is left to take over."""
     flags = f"{FLAGS} --train-iters 300 --distributed-timeout-minutes 1"
     job = Job(three, flags, **variables, SPARES="1", MAX_RESTARTS="2")
     job.start(0, 1, 2)
@@ -186,8 +186,8 @@ def test_what_never_answers_again_ends_at_the_timeout(
 def test_a_machine_that_is_gone_for_ever_ends_a_job_without_a_spare(
     kind: str, two: Network, variables: dict[str, str], tmp_path: Path
 ):
-    """Both end with 75, within the bounds of docs/resilience.md, and leave nothing behind; the same
-    command goes on, once the machine is whole."""
+    """Both exit with 75 within the bounds of docs/resilience.md, and leave nothing behind; the same
+    command resumes once the machine works again."""
     variables |= {"REJOIN_TIMEOUT": str(REJOIN)}
     job = Job(two, f"{FLAGS} --train-iters 300 --distributed-timeout-minutes 1", **variables)
     job.start(0, 1)
@@ -219,7 +219,7 @@ def test_a_machine_that_is_gone_for_ever_ends_a_job_without_a_spare(
 def test_a_disk_that_is_full_on_one_machine(
     two: Network, variables: dict[str, str], tmp_path: Path
 ):
-    """What one of them writes into --save finds no room, while the other has enough; it is named,
+    """One machine's writes into --save find no room, while the other's do; the machine is named,
     and once there is room again the run goes on."""
     job = Job(two, f"{FLAGS} --train-iters 200", **variables)
     job.start(0, 1)
@@ -245,14 +245,14 @@ def test_a_disk_that_is_full_on_one_machine(
 @pytest.mark.timeout(1800)
 @pytest.mark.skipif(shutil.which("cc") is None, reason="a wrong clock needs a C compiler")
 def test_clocks_that_are_an_hour_apart(variables: dict[str, str], tmp_path: Path):
-    """Restarts, a second writer and the lease of a dead one: no clock is trusted. The machines see
-    their own processes alone, so that a lease's holder can only be watched."""
+    """Restarts, a second writer and the lease of a dead one must trust no clock. Machines see only
+    their own processes, so that a lease's holder can only be watched."""
     ahead = wrong_clock(3600, tmp_path)
     with network(3, tmp_path, own_processes=True) as net:
         job = Job(net, f"{FLAGS} --train-iters 300", **variables)
         job.start(0)
         job.start(1, **ahead)
-        net.slow(1, "1mbit")  # half a second a step: it is not to be over before the second starts
+        net.slow(1, "1mbit")  # half a second per step: it must not end before the second starts
         job.wait_for_iteration(1, seconds=PATIENCE)
         alone = variables | {"NNODES": "1", "MASTER_ADDR": net.address(2)}
         second = Job(net, job.flags, **alone)
@@ -280,7 +280,7 @@ def test_clocks_that_are_an_hour_apart(variables: dict[str, str], tmp_path: Path
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_number_of_machines_that_varies(two: Network, variables: dict[str, str], tmp_path: Path):
-    """One starts alone, takes a second one up when it comes, and goes on when it has gone."""
+    """One starts alone, takes in a second when it comes, and goes on after it has gone."""
     flags = f"{FLAGS} --train-iters 100000 --distributed-timeout-minutes 1"
     job = Job(two, flags, **(variables | {"NNODES": "1:2"}))
     job.start(0)
@@ -308,7 +308,7 @@ def test_a_number_of_machines_that_varies(two: Network, variables: dict[str, str
 def test_no_machine_is_needed_for_the_rendezvous(
     kind: str, three: Network, variables: dict[str, str], tmp_path: Path
 ):
-    """Node 0 dies, and is started again: the agent of node 1 lives through it."""
+    """Node 0 dies and is restarted: the agent of node 1 survives it."""
     shared = tmp_path / "shared"
     shared.mkdir()
     variables |= {"RENDEZVOUS": f"file:{shared}" if kind == "file" else "server"}
@@ -348,7 +348,7 @@ def test_a_slow_link_is_named(two: Network, variables: dict[str, str]):
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_sigterm_is_served_at_every_moment(two: Network, variables: dict[str, str]):
-    """While it starts, evaluates, saves, and reads with workers: the last step is saved, exit 0."""
+    """While it starts, evaluates, saves, reads with workers: the last step is saved, exit 0."""
     flags = f"{FLAGS} --train-iters 100000 --num-workers 2 --eval-interval 20 --eval-iters 200"
     job = Job(two, flags, **variables)
     job.start(0, 1)
@@ -382,7 +382,7 @@ def ends(job: Job) -> None:
 def test_an_old_node_that_returns_is_refused_its_save(
     two: Network, variables: dict[str, str], tmp_path: Path
 ):
-    """A whole run, frozen; another one goes on from its folder; the first is woken up."""
+    """A run is frozen; another resumes from its folder; then the first wakes up."""
     variables |= {"NNODES": "1"}
     one = FLAGS.replace("--global-batch-size 2", "--global-batch-size 1")
     flags = f"{one} --train-iters 100000"  # it is still at work when the old one has started again
@@ -409,7 +409,7 @@ def test_an_old_node_that_returns_is_refused_its_save(
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_no_progress_three_times(two: Network, variables: dict[str, str], tmp_path: Path):
-    """A disk without room for a checkpoint: each start trains, none gets further."""
+    """On a disk without room for a checkpoint, each start trains, but none gets further."""
     job = Job(two, f"{FLAGS} --train-iters 40", **variables)
     job.save.mkdir()
     small = ["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(job.save)]
@@ -439,7 +439,7 @@ def test_no_progress_three_times(two: Network, variables: dict[str, str], tmp_pa
 def test_bad_input_in_one_line(
     two: Network, variables: dict[str, str], tmp_path: Path, changes: dict[str, str], message: str
 ):
-    """Of node 1, whose node 0 is not there; the longest takes START_TIMEOUT."""
+    """Node 1 reports it while node 0 is absent; the longest case takes START_TIMEOUT."""
     own = tmp_path / "own"
     own.mkdir()
     changes = {name: text.replace("OWN", str(own)) for name, text in changes.items()}

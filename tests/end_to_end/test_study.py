@@ -1,4 +1,4 @@
-"""A study for real, in small: data, a worker that is killed, two that go on, the report."""
+"""A small but real study: data, a worker that is killed, two that go on, the report."""
 
 import gzip
 import json
@@ -89,7 +89,7 @@ def worker(study: Path, data: Path) -> subprocess.Popen[bytes]:
 
 
 def logged(study: Path) -> int:
-    """Steps that all runs of a study have logged."""
+    """Count the steps that all runs of a study have logged."""
     files = (study.parent / "runs").glob("*/*/lr*/*/metrics.jsonl")
     return sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files)
 
@@ -140,7 +140,7 @@ def test_a_study_from_data_to_report(tmp_path: Path, data: Path):
         AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
         assert len(AutoTokenizer.from_pretrained(folder)) == 280
 
-    # In a second study folder the kept results are enough: nothing is left to do.
+    # With a new folder for runs, the kept results are enough: nothing is left to do.
     again = run_command([*TOOL, "plan", *words(study, data), "--runs", str(tmp_path / "other")])
     counts = next(line for line in again.stdout.splitlines() if line.split()[:1] == ["all"])
     assert counts.split()[-1] == "0"
@@ -148,7 +148,7 @@ def test_a_study_from_data_to_report(tmp_path: Path, data: Path):
 
 
 def check_that_pieces_are_one_run(folder: Path, runs: pandas.DataFrame, data: Path) -> None:
-    """Train the longest horizon in one go, by its stored flags: the losses are equal."""
+    """Train the longest horizon in one go with its stored flags: the losses must be equal."""
     from megatron_smlp.study.data import StudyData
 
     longest = runs[(runs["system"] == "smlp_deterministic") & (runs["end"] == 20)].iloc[0]
@@ -173,7 +173,7 @@ SIZES = {
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_study_of_several_sizes(tmp_path: Path, data: Path):
-    """Two workers train two sizes, and the one that they predict."""
+    """Two workers train two sizes, and the size that those predict."""
     study = write_study(tmp_path, **TINY | {"seeds": [11, 12], "sizes": SIZES})
     workers = [worker(study, data) for _ in range(2)]
     assert [one.wait() for one in workers] == [0, 0]
@@ -201,7 +201,7 @@ def test_data_of_another_vocabulary_are_refused(tmp_path: Path, data: Path):
 
 
 def test_a_slurm_task_is_a_worker(tmp_path: Path):
-    """The script hands on what it was given, with the program in place of Python."""
+    """The script passes its arguments on to the program given in place of Python."""
     study = write_study(tmp_path)
     echo = tmp_path / "python"
     echo.write_text('#!/bin/sh\necho "$@"\n', encoding="utf-8")
@@ -215,7 +215,7 @@ def test_a_slurm_task_is_a_worker(tmp_path: Path):
 
 @pytest.mark.slow
 def test_a_plugin_is_a_system_of_a_study(data: Path, tmp_path: Path):
-    """Named by its preset; its text is among the sources of the study's runs."""
+    """It is named by its preset; its source counts among the sources of the study's runs."""
     variants = {
         "transformer": TINY["variants"]["transformer"],
         "aft": {"from": "../../plugins/aft", "num-layers": 2},

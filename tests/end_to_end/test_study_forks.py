@@ -1,4 +1,4 @@
-"""Trainings of a study that are forks: they compute, fail and end as the commands that they are."""
+"""A study's forked trainings compute, fail and end like the commands that they stand for."""
 
 import json
 import os
@@ -26,7 +26,7 @@ WORKER = (
     "print([run_command(words, folder=Path(folder), stop=threading.Event(), watch=lambda: None)"
     " for folder, words in json.loads(sys.argv[1])])"
 )
-"""In a process of its own: that of the tests may have forked others, which were made quicker."""
+"""Runs in a separate process: the tests' own may have forked others, which are sped up."""
 
 
 def words_of(folder: Path, more: str) -> list[str]:
@@ -35,7 +35,7 @@ def words_of(folder: Path, more: str) -> list[str]:
 
 
 def worker(commands: list[tuple[str, list[str]]]) -> subprocess.Popen[bytes]:
-    """Runs commands, each in its folder, one after the other, and prints their exit codes."""
+    """Run commands, each in its folder, one after another, and print their exit codes."""
     return subprocess.Popen(
         [sys.executable, "-c", WORKER, json.dumps(commands)], cwd=REPOSITORY,
         env=clean_environment(), start_new_session=True,
@@ -44,7 +44,7 @@ def worker(commands: list[tuple[str, list[str]]]) -> subprocess.Popen[bytes]:
 
 
 def test_it_computes_and_fails_as_the_program(tmp_path: Path):
-    """The losses are the same to the bit; an end has the program's code and last line."""
+    """Losses are bitwise equal; a failure has the program's exit code and last line."""
     folders = {name: tmp_path / name for name in ("program", "trains", "diverges")}
     for folder in folders.values():
         folder.mkdir()
@@ -62,7 +62,7 @@ def test_it_computes_and_fails_as_the_program(tmp_path: Path):
 
 @pytest.mark.parametrize("is_killed", [True, False])
 def test_it_ends_with_its_worker(tmp_path: Path, is_killed: bool):
-    """It saves before it ends, whether the worker is killed or Ctrl-C interrupts it."""
+    """It saves before it ends, whether the worker is killed or interrupted by Ctrl-C."""
     words = words_of(tmp_path, "--train-iters 100000 --save-interval 100000")
     study = worker([(str(tmp_path), words)])
     wait_for(lambda: (tmp_path / "metrics.jsonl").exists())

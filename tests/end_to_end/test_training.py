@@ -1,4 +1,4 @@
-"""A run as a user has it: text, tokenizer, dataset, training; and what happens when it fails."""
+"""A run as a user makes it: text, tokenizer, dataset, training; and what happens when it fails."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SENTENCE = "the model mixes every token with what came before it and nothing tha
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tokenizer, a second one of another vocabulary, and a dataset of the first."""
+    """Make a folder with a tokenizer, one of another vocabulary, and a dataset of the first."""
     folder: Path = tmp_path_factory.mktemp("corpus")
     draw = random.Random(0)
     texts = [" ".join(draw.choices(SENTENCE.split(), k=80)) for _ in range(200)]
@@ -56,7 +56,7 @@ def command(words: str) -> list[str]:
 
 
 def test_training_on_text_learns_and_reports(corpus: Path, tmp_path: Path) -> None:
-    """The start fits a screen; every logged step has its numbers; the loss falls on real tokens."""
+    """The start fits on a screen; each logged step has its numbers; the loss falls on real text."""
     done = run_command(
         command(f"{flags(corpus)} --train-iters 30 --eval-interval 15 --save {tmp_path} --lr 1e-2")
     )
@@ -79,7 +79,7 @@ def test_training_on_text_learns_and_reports(corpus: Path, tmp_path: Path) -> No
 
 
 def test_interrupted_run_saves_and_the_same_command_goes_on(corpus: Path, tmp_path: Path) -> None:
-    """Each of these signals: exit 0, a checkpoint of the step that was reached, then onwards."""
+    """On each of these signals: exit 0, a checkpoint of the step reached, then a resume."""
     words = f"{flags(corpus)} --train-iters 100000 --eval-interval 100000 --save {tmp_path}"
     reached = 0
     for sent in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
@@ -104,7 +104,7 @@ def test_interrupted_run_saves_and_the_same_command_goes_on(corpus: Path, tmp_pa
 
 
 def wait_for(start: str, log: Path, process: Any) -> None:
-    """Until a line of the log begins so; an error where the process ends before."""
+    """Wait until a line of the log begins so; fail if the process ends first."""
     while not (log.exists() and f"\n{start}" in log.read_text(encoding="utf-8")):
         assert process.is_alive(), log.read_text(encoding="utf-8")
         time.sleep(0.05)

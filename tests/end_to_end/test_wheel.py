@@ -1,4 +1,4 @@
-"""The wheel, far from the checkout: its console scripts train, preprocess, convert and evaluate."""
+"""The wheel, away from the checkout: its console scripts train, preprocess, convert, evaluate."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ QUIET: dict[str, Any] = {"capture_output": True, "text": True, "check": True}
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A fresh one, in which the wheel and what it asks for are installed."""
+    """Make a fresh environment with the wheel and its requirements installed."""
     built, source, fresh = (tmp_path_factory.mktemp(name) for name in ("wheel", "source", "env"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "pretrain_smlp.py"):
         shutil.copy(REPOSITORY / name, source)
@@ -46,7 +46,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def command(environment: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
-    """`command("smlp-pretrain", flag, ...)` runs it in a folder of its own; its output."""
+    """Return `command("smlp-pretrain", flag, ...)`, which runs it elsewhere, for its output."""
     folder = tmp_path_factory.mktemp("elsewhere")
 
     def run(name: str, *arguments: object) -> str:
@@ -92,7 +92,7 @@ def test_every_job_runs_from_the_wheel(command: Callable[..., str], tmp_path: Pa
 def test_the_other_commands_say_how_they_are_used(
     environment: Path, command: Callable[..., str]
 ) -> None:
-    """Those that no job above has run."""
+    """The commands that no job above has run."""
     names = {path.name for path in (environment / "bin").glob("smlp-*")}
     assert len(names) == 16
     assert names > RUN

@@ -2,8 +2,8 @@
 
     PYTHONPATH=tests:. python tests/golden/behaviour.py
 
-writes namespaces.json and dry_runs.txt beside this file. They hold the behaviour of today: a change
-that means to change nothing leaves them as they are, and one that does shows here what it changes.
+writes namespaces.json and dry_runs.txt next to this file. They record today's behaviour: a change
+that should change nothing leaves them as they are; any other shows in their diff what it changes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 NAMESPACES, DRY_RUNS = HERE / "namespaces.json", HERE / "dry_runs.txt"
 DATA = "--mock-data --tokenizer-type NullTokenizer --vocab-size 4096"
 STRINGS = "--mock-data --tokenizer-type HuggingFaceTokenizer --tokenizer-model"
-# Processes, and flags on top of a file's.
+# Number of processes, and flags on top of a file's.
 COMBINATIONS = {
     "two tensor parallel ranks": (2, "--tensor-model-parallel-size 2 --save runs/golden"),
     "saving in the background": (1, "--async-save --save runs/golden --keep-last 2"),
@@ -41,20 +41,20 @@ COMBINATIONS = {
     ),
 }
 COMBINED = ("cpu/gmlp.yaml", "cpu/smlp_deterministic.yaml")
-# Ours alone, or of this machine and checkout.
+# Internal to the package, or specific to this machine and checkout.
 LEFT_OUT = {"command_line", "explicit_flags", "data_contents", "places"}
 LEFT_OUT |= {"config", "tokenizer_model"}
 
 
 def configs(folder: str = "") -> Iterator[Path]:
-    """The files of one system each."""
+    """Return the files that each configure one system."""
     found = sorted((CONFIGS / folder).rglob("*.yaml"))
     return (path for path in found if path.parent.name not in ("base", "recipes"))
 
 
 @functools.cache
 def tokenizer() -> str:
-    """A folder with as many entries, for the input that hashes their strings."""
+    """Make a tokenizer of 4096 entries, for the input that hashes their strings."""
     folder = tempfile.mkdtemp(prefix="golden-tokenizer-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     save_tokenizer(Path(folder), entries=4096)
@@ -63,7 +63,7 @@ def tokenizer() -> str:
 
 @functools.cache
 def parsed(path: Path, flags: str, *, processes: int) -> argparse.Namespace:
-    """The resolved arguments of rank 0."""
+    """Return the resolved arguments of rank 0."""
     from megatron_smlp.flags.parse import parse_arguments
 
     os.environ |= {"WORLD_SIZE": str(processes), "RANK": "0", "LOCAL_RANK": "0"}
@@ -78,7 +78,7 @@ def parsed(path: Path, flags: str, *, processes: int) -> argparse.Namespace:
 
 
 def plain(args: argparse.Namespace) -> dict[str, Any]:
-    """Everything that a namespace says, as JSON has it."""
+    """Return everything in a namespace, as JSON values."""
     return {
         name: value if isinstance(value, int | float | str | list | type(None)) else str(value)
         for name, value in sorted(vars(args).items())
@@ -87,13 +87,13 @@ def plain(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def beyond(values: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
-    """Return the values that differ; a name that is gone says so."""
+    """Return the values that differ; a missing name reads "(gone)"."""
     gone = {name: "(gone)" for name in known if name not in values}
     return gone | {n: v for n, v in values.items() if n not in known or known[n] != v}
 
 
 def namespaces() -> dict[str, dict[str, Any]]:
-    """Of each file what differs from the defaults; of each combination, from its file's."""
+    """Return how each file differs from the defaults, and each combination from its file."""
     from megatron_smlp.flags.parse import build_parser
 
     defaults = plain(build_parser().parse_args([]))
@@ -110,7 +110,7 @@ def namespaces() -> dict[str, dict[str, Any]]:
 
 
 def dry_runs() -> str:
-    """Return what --dry-run prints of each file, without what depends on the machine."""
+    """Return what --dry-run prints for each file, without what depends on the machine."""
     from megatron_smlp.training.start_screen import print_dry_run
 
     text = io.StringIO()

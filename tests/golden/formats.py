@@ -1,10 +1,10 @@
-"""Write one of each file format that later releases promise to read.
+"""Write one file of each format that later releases promise to read.
 
     PYTHONPATH=tests:. python tests/golden/formats.py
 
-makes written_by_0.1.0/: a tokenizer, a dataset with its manifest, a checkpoint with its optimizer's
-state, its export, and expected.json, what these gave. From that release on the folder stays, and a
-release that changes a format adds one of its own.
+makes written_by_0.1.0/: a tokenizer, a dataset with its manifest, a checkpoint with optimizer
+state, its export, and expected.json with the results of these. From that release on the folder
+stays, and a release that changes a format adds a folder of its own.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ TRAINING = """
 
 
 def run(tool: str, flags: str, *, folder: Path) -> None:
-    """Run a command of the project in a folder, so that what it writes names no other."""
+    """Run a command of the project in a folder, so that what it writes names no other path."""
     run_command([sys.executable, str(REPOSITORY / tool), *flags.split()], cwd=folder)
 
 
 def trained(folder: Path, *, iterations: int) -> list[float]:
-    """Train, or go on, up to so many iterations; the losses of those that it took."""
+    """Train or resume up to this many iterations; return the losses of the iterations run."""
     log = folder / "log"
     shutil.rmtree(log, ignore_errors=True)
     flags = f"--train-iters {iterations} --save run --log-dir log"
@@ -48,7 +48,7 @@ def trained(folder: Path, *, iterations: int) -> list[float]:
 
 
 def logits(exported: Path) -> Any:
-    """<fp32>[V], of the token behind a text of all ids below 10."""
+    """Return logits <fp32>[V] of the token after a text of all ids below 10."""
     import torch
 
     from megatron_smlp.hf.modeling_smlp import SMLPForCausalLM
@@ -81,8 +81,8 @@ def write(folder: Path) -> None:
 
 
 def main() -> None:
-    """Write anew, far from any path that a file could name."""
-    # Traces of running, and the code, which is the package's.
+    """Write the folder anew, in a temporary place so that no file names a lasting path."""
+    # Leave out traces of running, and the code, which is the package's.
     beside = shutil.ignore_patterns("again", "cache", "log", ".lease*", "*.py", "text.jsonl")
     shutil.rmtree(WRITTEN, ignore_errors=True)
     with tempfile.TemporaryDirectory() as folder:

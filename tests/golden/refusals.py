@@ -1,7 +1,7 @@
-"""What a user reads when something is refused: every sentence of the package, made from the code.
+"""What a user reads when something is refused: every sentence of the package, from its code.
 
-`python tests/golden/refusals.py` writes refusals.txt anew; its diff shows what a change says.
-Other tests look at what is refused, and at the thing that is named: not at wording.
+`python tests/golden/refusals.py` rewrites refusals.txt; its diff shows how a change is worded.
+Other tests check what is refused and what the message names, not its wording.
 """
 
 import ast
@@ -13,11 +13,11 @@ from megatron_smlp import errors
 PACKAGE = Path(errors.__file__).parent
 GOLDEN = Path(__file__).with_name("refusals.txt")
 SHOWN = {name for name, value in vars(errors).items() if isinstance(value, type)}
-"""Exceptions whose text is shown as it is."""
+"""Exceptions whose text is shown verbatim."""
 
 
 def sentence(node: ast.expr) -> str:
-    """A text as it is written, with the expressions that are put into it in braces."""
+    """Return a text as written, with the expressions that it interpolates in braces."""
     match node:
         case ast.Constant(value=str(text)):
             return text
@@ -31,14 +31,14 @@ def sentence(node: ast.expr) -> str:
 
 
 def refusals(path: Path) -> Iterator[str]:
-    """`Exception: sentence` of all that a file raises or makes of errors.py."""
+    """Yield `Exception: sentence` for all exceptions of errors.py that a file makes."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call) and node.args and ast.unparse(node.func) in SHOWN:
             yield f"{ast.unparse(node.func)}: {' '.join(sentence(node.args[0]).split())}"
 
 
 def listed() -> str:
-    """The whole list, by file."""
+    """Return the whole list, by file."""
     blocks = []
     for path in sorted(PACKAGE.rglob("*.py")):
         if lines := sorted(refusals(path)):

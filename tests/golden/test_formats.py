@@ -1,4 +1,4 @@
-"""What an earlier release wrote is read: data, checkpoints that go on, exports."""
+"""This release reads what earlier ones wrote: data, checkpoints to resume, exports."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ def test_this_release_has_its_files():
 
 
 def test_a_run_goes_on(written: Path):
-    """Weights, optimizer, schedule, BASE's prices, the place in the data and its checks."""
+    """It resumes weights, optimizer, schedule, BASE's prices, data position and data checks."""
     losses = formats.trained(written, iterations=4)
     assert losses == pytest.approx(expected(written)["resumed"], rel=1e-3)
 

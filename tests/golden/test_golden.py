@@ -1,4 +1,4 @@
-"""Resolved flags and dry runs stay as they are; a difference that is meant, behaviour.py writes."""
+"""Resolved flags and dry runs stay as they are; behaviour.py records an intended difference."""
 
 import json
 import os

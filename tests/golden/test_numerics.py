@@ -1,8 +1,8 @@
-"""The nine systems train to known losses: results of a study count only while they hold.
+"""The nine systems train to known losses: results of a study count only while these hold.
 
-Losses and gradient norms of a few steps in fp32 on one process; processors round differently, which
-is less than the tolerance, and a changed formula, draw, order of samples or default is more. Where
-a change is meant:
+Compares losses and gradient norms of a few fp32 steps in one process. Processors' rounding differs
+by less than the tolerance, a changed formula, draw, sample order or default by more. For an
+intended change:
 
     PYTHONPATH=tests:. python tests/golden/test_numerics.py
 """

@@ -1,4 +1,4 @@
-"""The wording of refusals is pinned here, once."""
+"""The wording of refusals is pinned only here."""
 
 from golden.refusals import GOLDEN, listed
 

@@ -1,6 +1,6 @@
-"""Trainings go as they went on one machine: losses, gradient norms, names of all that is recorded.
+"""Trainings match recorded ones of one machine: losses, gradient norms, names of what is recorded.
 
-To the last bit on one machine: trainings.py, which made the file.
+For a comparison to the last bit on one machine, see trainings.py, which made the file.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from golden.trainings import FILE, losses, recorded, train
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 DENSE = ("transformer", "gmlp", "amlp", "mixer", "aft", "causal_rn")
 EXACT, ROUNDED = (1e-4, 1e-3), (5e-3, 5e-2)
-"""Relative tolerances of loss and gradient norm; half precision rounds otherwise elsewhere, and a
-token between two experts changes its own."""
+"""Relative tolerances of loss and gradient norm; half precision rounds differently elsewhere, and
+a token between two experts may switch."""
 
 
 def test_they_go_as_they_went(tmp_path: Path):

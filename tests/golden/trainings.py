@@ -1,13 +1,13 @@
-"""Record what trainings do, to the last bit: every system, layout, end and kind of save.
+"""Record trainings to the last bit: every system, layout, ending and kind of save.
 
     PYTHONPATH=tests:. python tests/golden/trainings.py --write FILE    before a change
     PYTHONPATH=tests:. python tests/golden/trainings.py --compare FILE  after it, here
 
-prints what differs and exits with 1. Of each run are kept: metrics.jsonl without times,
-TensorBoard's names and values, and a hash of every tensor of the last checkpoint, optimizer state
-included; on another machine the last bits are others.
-`trainings.json` beside this file has the losses and gradient norms of one machine, which
-test_trainings.py compares within what processors round.
+prints what differs and exits with 1. Each run's record has metrics.jsonl without times,
+TensorBoard's names and values, and a hash of every tensor of the last checkpoint, including
+optimizer state; on another machine the last bits differ.
+`trainings.json` next to this file has the losses and gradient norms of one machine, which
+test_trainings.py compares within the rounding of processors.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from megatron_smlp.checkpoints.folders import tracked_iteration
 FILE = Path(__file__).with_name("trainings.json")
 STEPS = 20
 OF_TIME = ("seconds", "per_second", "tflops", "mfu", "data_wait", "waiting", "hosts")
-"""Parts of names whose values are of the clock or of the machine."""
+"""Parts of names whose values depend on the clock or the machine."""
 TIMES_OF_TENSORBOARD = ("time", *OF_TIME, "mem-", "energy", "power")
 
 BASE = f"""{MODEL} --seq-length 32 --train-iters {STEPS} --seed 7 --weight-decay 0.1 --clip-grad 1
@@ -111,7 +111,7 @@ def _flags(name: str, flags: str, folder: Path) -> str:
 
 
 def train(folder: Path, only: Sequence[str] = ()) -> None:
-    """Make the runs; metrics of each go to `folder`/name."""
+    """Make the runs; each one's metrics go to `folder`/name."""
 
     one = {name: _flags(name, flags, folder) for name, flags in ONE.items()}
     for name, flags in RESUMED.items():
@@ -155,7 +155,7 @@ def _validation_sets(folder: Path, names: tuple[str, ...]) -> str:
 
 
 def recorded(folder: Path) -> dict[str, Any]:
-    """Return everything that is kept of each run under `folder`."""
+    """Return everything that is recorded of each run under `folder`."""
     found = {}
     for log in sorted(folder.glob("*/metrics.jsonl")):
         name = log.parent.name

@@ -1,7 +1,7 @@
 """In evaluation, a token changes no logit before it, whatever else is in the batch.
 
-Bitwise, but for models with token experts: there the number of tokens that reach an expert changes
-with the other tokens of the batch, and the GEMM library may round another batch size differently.
+Bitwise, except for models with token experts: there the number of tokens per expert depends on the
+other tokens of the batch, and the GEMM library may round a different batch size differently.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ BATCH, LENGTH = 4, 16
 FEATURE_RULES = ("deterministic", "partial")
 EXPERTS = "--num-experts 4"
 SPARSE = "--num-dense-layers 2 --spatial-heads 2 --num-feature-experts 4"
-# Of each architecture of systems.py, the flags that its models are tried with.
+# For each architecture of systems.py, the flags that its models are tested with.
 VARIANTS = {
     "transformer": {
         "": "--num-attention-heads 4",
@@ -43,7 +43,7 @@ LAYERS = {
     for variant, flags in variants.items()
 }
 TOKENIZER = "TOKENIZER"
-"""Stands for a folder."""
+"""Placeholder for a folder."""
 MINHASH = (
     "--input-projection minhash --filter-size 64 --tokenizer-type HuggingFaceTokenizer "
     f"--tokenizer-model {TOKENIZER}"
@@ -66,7 +66,7 @@ MODELS = {
     "smlp_partial-toeplitz": f"{LAYERS['smlp_partial']} --toeplitz",
 }
 ROUTED = {name for name, flags in MODELS.items() if EXPERTS in flags}
-# Not slow: each mixer alone and with BASE, each router with two mixers, and what is named above.
+# Not slow: each mixer alone and with BASE, each router with two mixers, and those named above.
 FAST = [
     name
     for name in MODELS
@@ -79,14 +79,14 @@ FAST = [
 def model(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, Any]]:
-    """(name, GPTModel in evaluation mode) with weights far from the initial ones."""
+    """Return (name, GPTModel in evaluation mode), with weights far from the initial ones."""
     from support.in_process import base_for, forget_arguments, prepare_megatron
 
     from megatron_smlp.flags.parse import parse_arguments
 
     prepare_megatron()
     words = MODELS[request.param]
-    if TOKENIZER in words:  # without padding: every id has a string of its own
+    if TOKENIZER in words:  # without padding: every id has its own string
         folder = tmp_path_factory.mktemp("tokenizer")
         save_tokenizer(folder, entries=260)
         words = words.replace(TOKENIZER, str(folder))
@@ -95,7 +95,7 @@ def model(
     model = build_model(args)
     with torch.no_grad():
         for parameter in model.parameters():
-            # The initial spatial matrices are so small that a leak could vanish in the rounding.
+            # The initial spatial matrices are so small that a leak could vanish in rounding.
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
         for name, buffer in model.named_buffers():
             if name.endswith(("router.prices", "router.expert_bias")):
@@ -112,7 +112,7 @@ def logits(model: Any, tokens: Tensor) -> Tensor:
 
 
 def other_tokens(tokens: Tensor, vocabulary: int) -> Tensor:
-    """Another token at every place."""
+    """Return a different token at every position."""
     return (tokens + torch.randint(1, vocabulary, tokens.shape)) % vocabulary
 
 
@@ -126,7 +126,7 @@ def assert_unchanged(name: str, after: Tensor, before: Tensor) -> None:
 def test_a_token_changes_nothing_before_it(model: tuple[str, Any]):
     """One token of one sequence changes, and every token of the other sequences.
 
-    Position 3 is the first behind the prefix of partial prediction.
+    Position 3 is the first after the prefix of partial prediction.
     """
     name, network = model
     vocabulary = network.vocab_size
@@ -147,7 +147,7 @@ def test_every_architecture_is_tried():
 
 
 def test_a_prefix_has_the_logits_of_the_whole(model: tuple[str, Any]):
-    """Generation token by token sees the model that was trained on whole sequences."""
+    """Else token-by-token generation would not see the model trained on whole sequences."""
     _, network = model
     tokens = torch.randint(network.vocab_size, (BATCH, LENGTH))
     whole = logits(network, tokens)
@@ -156,7 +156,7 @@ def test_a_prefix_has_the_logits_of_the_whole(model: tuple[str, Any]):
         torch.testing.assert_close(prefix, whole[:, :length], rtol=0, atol=1e-5)
 
 
-# What looks across the micro-batch by its method, and what does not although it drops tokens.
+# Routers that look across the micro-batch by design, and those that do not although they drop.
 LIMITED = "--token-router switch --moe-train-capacity-factor 0.5 --moe-token-drop-policy"
 IN_TRAINING = {
     "drops_by_position": (f"{LIMITED} position", False),

@@ -1,7 +1,7 @@
-"""No system reads a parameter before its gather was waited for (--overlap-param-gather).
+"""No system reads a parameter before waiting for its all-gather (--overlap-param-gather).
 
-Buckets are small, so that every few parameters are gathered by themselves: one that happens to
-share the bucket of a module that was called would be found gathered by luck.
+Buckets are small, so that few parameters are gathered together: a parameter that happens to share
+the bucket of a module that was called would be found gathered by luck.
 """
 
 from pathlib import Path
@@ -32,7 +32,7 @@ INTERLEAVED = """
     --global-batch-size 4
 """
 WAYS = {"aligned": "", "each": "--no-align-param-gather"}
-# A gate beside attention, and both kinds of experts.
+# A gate next to attention, and both kinds of experts.
 FAST = ["amlp", "smlp_deterministic"]
 
 

@@ -2,8 +2,8 @@
 the routers did in them.
 
 All layouts of an architecture start from one checkpoint, since pipeline stages and tensor parallel
-ranks draw other initial weights than one process does. The gradient norm is compared too: a wrong
-sum over ranks, or a message that reaches the wrong stage, can leave the losses looking normal.
+ranks draw different initial weights than one process. The gradient norm is compared too: a wrong
+sum over ranks, or a message to the wrong stage, can leave the losses looking normal.
 """
 
 import itertools
@@ -19,11 +19,11 @@ from support.cover import selected, slow_unless_in
 from support.language_models import strings
 from support.launches import Step, launch, records, steps
 
-NUM_STEPS = 3  # the first from the checkpoint's weights, the others from the optimizer's updates
+NUM_STEPS = 3  # the first shows the checkpoint's weights, the others the optimizer's updates
 LONG_RUN = 16  # steps in which a loss falls visibly
 TOLERANCE = 1e-4  # relative
-# Of the last gradient norm: a token between two experts changes its own in that step. The losses,
-# and both of the steps before, agree as everywhere.
+# For the last gradient norm: a token between two experts switches in that step. The losses, and
+# both values of the steps before, agree as everywhere.
 ON_THE_EDGE = {("minhash_base", "tp2_sp"): 5e-4}
 
 MODEL = """
@@ -89,17 +89,17 @@ TWO_PROCESSES = {
 PRICED = ("tp2_sp", "pp2", "dp2", "ep2")
 FOUR_PROCESSES = {"tp2_pp2": f"{TP} {PP}"}
 PRECISIONS = {"fp32": "", "bf16": "--bf16"}
-# As a Megatron-LM user without our flags writes it; heads and positions are Megatron's to ask for.
+# As a Megatron-LM user without our flags writes it; Megatron requires heads and positions.
 BARE_SPEC = f"""
     --spec megatron_smlp.architectures gmlp --num-attention-heads 1
     --position-embedding-type none --train-iters {NUM_STEPS}
 """
 
-# 512 entries are padded to 768, as another tensor parallel size may do it.
+# 512 entries are padded to 768, as another tensor parallel size may do.
 PADDED = "--make-vocab-size-divisible-by 384 --save-interval 100 --save"
 
 
-# Where an architecture shares all but one part with others, the layouts that this part could break.
+# For architectures that share all but one part with others, the layouts that this part could break.
 FEWER = {
     "transformer_gshard": ("tp2_sp", "ep2", "dp2", "pp2_interleaved", "pp2_recompute", "tp2_pp2"),
     "transformer_topk": ("tp2_sp", "ep2", "dp2"),
@@ -120,7 +120,7 @@ def _applies(layout: str, architecture: str) -> bool:
     if layout not in FEWER.get(architecture, (layout,)):
         return False
     if architecture in ROUTED:
-        return layout != "tp2"  # Megatron's MoELayer under TP always is sequence parallel
+        return layout != "tp2"  # under TP, Megatron's MoELayer is always sequence parallel
     return layout != "ep2"
 
 
@@ -128,7 +128,7 @@ def _cases(layouts: Mapping[str, str]) -> list[tuple[str, str]]:
     return [(a, layout) for a in ARCHITECTURES for layout in layouts if _applies(layout, a)]
 
 
-# What is not slow: each way to split or to recompute by systems whose parts it could break.
+# Not slow: each way to split or recompute, with systems whose parts it could break.
 FAST = {
     "tp2": ("amlp",),
     "tp2_sp": ("smlp",),
@@ -154,35 +154,35 @@ class Runs:
         self.folder = folder
 
     def fresh(self, architecture: str) -> str:
-        """Flags of a model and its data."""
+        """Return flags of a model and its data."""
         is_hashed = MINHASH in ARCHITECTURES[architecture]
         tokenizer = strings(self.folder / "tokenizer") if is_hashed else NUMBERS
         return f"{MODEL} {tokenizer} {ARCHITECTURES[architecture]}"
 
     def seed(self, architecture: str) -> str:
-        """Flags of the run that writes the checkpoint which all the others start from."""
+        """Return flags of the run that writes the checkpoint from which all others start."""
         where = f"--save {self.folder}/seeds/{architecture} --save-interval 100"
         how = f"--train-iters 1 --lr-decay-iters {NUM_STEPS} --no-save-optim --no-save-rng"
         return f"{self.fresh(architecture)} {where} {how}"
 
     def resumed(self, architecture: str, layout: str) -> str:
-        """Flags of a run of NUM_STEPS from that checkpoint."""
+        """Return flags of a run of NUM_STEPS from that checkpoint."""
         where = f"--load {self.folder}/seeds/{architecture}"
         how = f"--train-iters {NUM_STEPS} --finetune --no-load-optim --no-load-rng"
         return f"{self.fresh(architecture)} {where} {how} {layout}"
 
     def priced(self, layout: str, flags: str) -> dict[str, str]:
-        """The same for BASE experts, whose last checkpoint is kept."""
+        """Return such a run of BASE experts, which keeps its last checkpoint."""
         where = f"--save {self.folder}/saved/{layout} --no-save-optim --save-interval 100"
         return {f"priced/{layout}": f"{self.resumed('smlp', flags)} {where}"}
 
     def prices(self, layout: str) -> dict[str, torch.Tensor]:
-        """The buffers of a `priced` run."""
+        """Return the price buffers of a `priced` run."""
         tensors = checkpoint_tensors(self.folder / "saved" / layout, NUM_STEPS)
         return {name: value for name, value in tensors.items() if name.endswith("router.prices")}
 
     def asked_for(self, request: Any, layouts: Mapping[str, str]) -> dict[str, str]:
-        """Those that the selected tests look at."""
+        """Return the runs that the selected tests look at."""
         asked = selected(request, "architecture", "layout")
         cases = [case for case in _cases(layouts) if case in asked]
         return {f"{a}/{layout}": self.resumed(a, layouts[layout]) for a, layout in cases}
@@ -191,7 +191,7 @@ class Runs:
         return steps(self.folder / architecture / layout)
 
     def routers(self, architecture: str, layout: str) -> list[dict[str, Any]]:
-        """Every router of every step, then of the validation and of the test."""
+        """Return every router of every step, then of validation and test."""
         lines = records(self.folder / architecture / layout)
         names = ("routers", "validation_routers", "test_routers")
         return [router for line in lines for name in names for router in line.get(name, [])]
@@ -199,10 +199,10 @@ class Runs:
 
 @pytest.fixture(scope="module")
 def one(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """The seed checkpoints, and what one process makes of them."""
+    """Make the seed checkpoints, and the runs of one process from them."""
     runs = Runs(tmp_path_factory.mktemp("layouts"))
     asked = {name for (name,) in selected(request, "architecture")}
-    # Those that tests without this parameter look at.
+    # Includes those that tests without this parameter look at.
     architectures = [
         n for n in ARCHITECTURES if n in asked | {"smlp", "gmlp_1_head", "transformer_hash"}
     ]
@@ -252,17 +252,17 @@ def _assert_same(ours: Sequence[Step], plain: Sequence[Step], *, last: float = T
 
 @pytest.mark.parametrize("architecture", EACH)
 def test_the_steps_move_far_more_than_the_tolerance(one: Runs, architecture: str):
-    """Or all the comparisons below would hold for a model that does not train."""
+    """Else all comparisons below would hold for a model that does not train."""
     pairs = list(itertools.pairwise(one.steps(architecture, "plain")))
     losses = [abs(later.loss / earlier.loss - 1) for earlier, later in pairs]
     norms = [abs(later.grad_norm / earlier.grad_norm - 1) for earlier, later in pairs]
-    # Two neighbouring batches may happen to be as hard as each other.
+    # Two neighbouring batches may happen to be equally hard.
     assert statistics.median(losses) > 10 * TOLERANCE
     assert statistics.median(norms) > 10 * TOLERANCE
 
 
 def _assert_as_one(runs: Runs, architecture: str, layout: str) -> None:
-    """The same steps, and as many choices of the same routers."""
+    """Check for the same steps, and as many choices by the same routers."""
     last = ON_THE_EDGE.get((architecture, layout), TOLERANCE)
     _assert_same(runs.steps(architecture, layout), runs.steps(architecture, "plain"), last=last)
     _assert_same_routers(runs.routers(architecture, layout), runs.routers(architecture, "plain"))
@@ -274,14 +274,14 @@ def test_two_processes_train_and_count_as_one(two: Runs, architecture: str, layo
 
 
 def test_experts_on_two_ranks_start_as_in_one_process(two: Runs):
-    """Each rank with experts of its own, and not both with the first one's."""
+    """Each rank draws experts of its own; both must not have the first one's."""
     ((ours,), (plain,)) = two.steps("start", "ep2"), two.steps("seeds", "smlp")
     assert ours.loss == pytest.approx(plain.loss, rel=TOLERANCE)
     assert ours.grad_norm == pytest.approx(plain.grad_norm, rel=TOLERANCE)
 
 
 def test_an_evaluation_of_other_micro_batches(two: Runs):
-    """A tensor parallel rank receives as many rows as the first one reads."""
+    """Each tensor parallel rank must receive as many rows as the first one reads."""
     losses = [
         [
             line["validation_loss"]
@@ -300,7 +300,7 @@ def test_four_processes_train_and_count_as_one(four: Runs, architecture: str, la
 
 
 def _assert_same_routers(ours: list[dict[str, Any]], plain: list[dict[str, Any]]) -> None:
-    """The same routers counted as many choices; a choice on the edge may fall to the other side."""
+    """Check for the same routers and as many choices; a choice on the edge may fall either way."""
     assert [(r["layer"], r["kind"], r["choices"]) for r in ours] == [
         (r["layer"], r["kind"], r["choices"]) for r in plain
     ]
@@ -315,7 +315,7 @@ def _assert_same_routers(ours: list[dict[str, Any]], plain: list[dict[str, Any]]
 
 @pytest.mark.parametrize("of_base", slow_unless_in(["pp2", "ep2"], PRICED))
 def test_base_experts_have_the_same_prices(two: Runs, of_base: str):
-    """The running mean over the micro-batches of all data parallel ranks."""
+    """The prices are a running mean over the micro-batches of all data parallel ranks."""
     ours, plain = two.prices(of_base), two.prices("plain")
     assert ours.keys() == plain.keys()
     assert len(plain) == 2
@@ -326,7 +326,7 @@ def test_base_experts_have_the_same_prices(two: Runs, of_base: str):
 
 
 LEARNING = list(itertools.product(ARCHITECTURES, PRECISIONS))
-# A dense and a sparse system in each; fp32 is what all other runs here have.
+# bf16 with a dense and a sparse system; all other runs here are in fp32.
 LEARNING_FAST = [("gmlp_1_head", "fp32"), ("amlp", "bf16"), ("smlp", "bf16")]
 
 
@@ -342,7 +342,7 @@ def test_both_precisions_learn(one: Runs, architecture: str, precision: str):
     [case for case in slow_unless_in(LEARNING_FAST, LEARNING) if case.values[1] == "bf16"],
 )
 def test_bf16_follows_fp32(one: Runs, architecture: str, precision: str):
-    """The same start, so the first loss differs by rounding, but does differ: it is bf16."""
+    """From the same start, the first loss differs only by rounding, but it must: it is bf16."""
     half = one.steps(architecture, precision)[0].loss
     single = one.steps("seeds", architecture)[0].loss
     assert half != single
@@ -355,7 +355,7 @@ def test_a_bare_spec_trains_as_our_flag(one: Runs):
 
 
 def test_a_hash_table_is_loaded_into_a_longer_one(one: Runs):
-    """Padding follows the layout: the load is not refused, and real tokens keep their experts."""
+    """Padding depends on the layout: the load must succeed, and real tokens keep their experts."""
     name = "decoder.layers.0.mlp.router.table"
     saved = checkpoint_tensors(one.folder / "seeds" / "transformer_hash", 1)[name]
     longer = checkpoint_tensors(one.folder / "padded" / "run", NUM_STEPS)[name]

@@ -1,4 +1,4 @@
-"""Muon (`--optimizer muon`, decision 87): every layout trains the same, saves, and goes on.
+"""Muon (`--optimizer muon`, decision 87): every layout trains the same, saves and resumes.
 
 All runs of a system start from one checkpoint, or from its optimizer's state after two steps.
 """
@@ -26,7 +26,7 @@ MODEL = f"""
     --eval-iters 0 --train-iters {LAST}
     --optimizer muon --muon-momentum 0.9 --muon-nesterov --muon-extra-scale-factor 0.2
 """
-EXACT = "--muon-fp32-matmul-prec high"  # of Newton and Schulz's products; by default in bf16
+EXACT = "--muon-fp32-matmul-prec high"  # for the Newton-Schulz products; the default is bf16
 EXPERTS = "--num-experts 4 --moe-token-dispatcher-type alltoall"
 SYSTEMS = {
     "llama": f"""--num-attention-heads 4 --group-query-attention --num-query-groups 2
@@ -70,7 +70,7 @@ FAST_SYSTEMS = [case[0] for case in FAST]
 
 
 class Runs:
-    """From a seed of each system, under each layout; and on from there, under others."""
+    """Runs from a seed of each system under each layout, and resumes from those under others."""
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class Runs:
         self.launch()
 
     def plan(self, name: str, layout: str, more: str) -> None:
-        """Name a run by its layout, below what it goes on from."""
+        """Plan a run, named by its layout, below the run that it resumes."""
         processes, flags = LAYOUTS.get(layout, (1, ""))
         run = f"{name}/{layout}"
         model = f"{MODEL} {SYSTEMS[name.split('/')[0]]} --save {self.folder / run / 'saved'}"
@@ -121,7 +121,7 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def assert_same(ours: list[Step], plain: list[Step], system: str) -> None:
-    """Losses and gradient norms; bf16 weights are rounded otherwise here and there."""
+    """Compare losses and gradient norms; some bf16 weights round differently."""
     tolerance = 2e-3 if system == "bf16" else TOLERANCE
     assert len(ours) == len(plain) > 0
     for here, there in zip(ours, plain, strict=True):
@@ -172,7 +172,7 @@ def test_nothing_above_a_diagonal_moves(runs: Runs, system: str) -> None:
 
 @pytest.mark.usefixtures("megatron")
 def test_what_adam_updates_is_marked_for_its_rate() -> None:
-    """--decoupled-lr: biases of linear layers too."""
+    """--decoupled-lr must reach the biases of linear layers too."""
     from megatron_smlp.training.parts import leave_to_adam
 
     layer = SlottedLayer(layer_config(architecture="gmlp"))

@@ -1,11 +1,11 @@
-"""A run goes on under any other layout, with its optimizer state: the next steps are the same.
+"""A run resumes under any other layout, with its optimizer state: the next steps are the same.
 
-One run of four steps saves after the second. Another layout loads that and makes the last two,
-whose losses and gradient norms must be those of the first run. The gradient norm of the third step
-shows the weights, that of the fourth whether the update used the right moments and step count.
+One run of four steps saves after the second. Another layout loads that save and makes the last two
+steps, whose losses and gradient norms must equal the first run's. The third gradient norm checks
+the weights, the fourth whether the update used the right moments and step count.
 
-The vocabulary of 300, or of 257 where tokens need strings, is padded to 384 by one tensor parallel
-rank and to 512 by two.
+The vocabulary of 300, or of 257 where tokens need strings, is padded to 384 for one tensor parallel
+rank and to 512 for two.
 """
 
 import itertools
@@ -21,9 +21,9 @@ from megatron_smlp.conversion import convert
 
 SAVED, LAST = 2, 4
 TOLERANCE = 1e-4  # relative
-# The layouts sum the gradient norm in different orders: 1e-7 of it, by which gradients are clipped.
-# From the second step on, that rounds bf16 weights otherwise here and there, and a token whose two
-# best experts are as close as that may change between them.
+# Layouts sum the gradient norm, by which gradients are clipped, in different orders: 1e-7 of it.
+# From the second step on, some bf16 weights round differently, and a token whose two best experts
+# are that close may switch between them.
 ROUNDED_TOLERANCE = 1e-3
 CHANGED_SHARE = 0.01  # of the choices of a router
 
@@ -88,23 +88,23 @@ LAYOUTS = {
 # (system, saved under, continued under)
 Case = tuple[str, str, str]
 NOTICED: Case = ("transformer", "pp_distributed", "interleaved")
-"""Made whichever tests run: one without a case looks at its steps."""
+"""Always made: a test without a case looks at its steps."""
 SHORT: list[Case] = [
-    ("transformer_mup", "tp_distributed", "pp_distributed"),  # matrices have a rate of their own
+    ("transformer_mup", "tp_distributed", "pp_distributed"),  # matrices have their own rate
     NOTICED,
-    # A stage of one layer: its bucket has padding, and that of the tied embedding comes after it.
+    # A stage of one layer: its bucket has padding, and the tied embedding's follows it.
     ("transformer", "interleaved_distributed", "pp"),
     ("transformer", "dp_distributed", "one"),
     ("transformer_bf16", "dp", "dp_parallel_load"),
     ("transformer_bf16", "dp_distributed", "dp"),
-    ("minhash", "one", "dp_parallel_load"),  # whose table one rank sends to the other
+    ("minhash", "one", "dp_parallel_load"),  # one rank sends its table to the other
     ("smlp", "pp", "ep"),
     ("smlp", "one", "ep"),
     ("smlp", "ep_distributed", "one"),
     ("smlp", "ep_distributed", "tp"),
     ("smlp_partial", "pp", "tp_distributed"),
 ]
-# Cases whose checkpoint tools/convert_checkpoint.py rewrites for the new layout before.
+# Cases whose checkpoint tools/convert_checkpoint.py first rewrites for the new layout.
 REWRITTEN: dict[Case, dict[str, int]] = {
     ("transformer", "dp_distributed", "tp"): {"tensor_model_parallel_size": 2},
     ("smlp", "ep_distributed", "pp"): {"pipeline_model_parallel_size": 2},
@@ -116,13 +116,13 @@ FAST = [case for case in FAST if case[2] not in ("one", "dp_parallel_load")]
 
 
 def ring(system: str) -> list[Case]:
-    """Every layout of the list goes on under the next one, and the last under the first."""
+    """Return cases in which every layout is resumed under the next, the last under the first."""
     names = [name for name, (_, flags) in LAYOUTS.items() if EP not in flags or system in ROUTED]
     return [(system, *pair) for pair in itertools.pairwise([*names, names[0]])]
 
 
 def changed_shares(old: Path, new: Path) -> list[float]:
-    """For each of the last steps, the largest difference of an expert's share of the choices."""
+    """Return the largest difference of an expert's share of choices, for each of the last steps."""
     pairs = zip(_shares(old)[SAVED:], _shares(new), strict=True)
     return [
         max((abs(b - a) for a, b in zip(here, there, strict=True)), default=0.0)
@@ -131,7 +131,7 @@ def changed_shares(old: Path, new: Path) -> list[float]:
 
 
 def _shares(run: Path) -> list[list[float]]:
-    """For each step, those of the experts of all routers."""
+    """Return for each step the shares of the experts of all routers."""
     return [
         [share for router in record.get("routers", ()) for share in router["load_share"]]
         for record in records(run)
@@ -140,7 +140,7 @@ def _shares(run: Path) -> list[list[float]]:
 
 
 class Runs:
-    """Make the runs that the cases need, in as few launches as their order allows."""
+    """Makes the runs that the cases need, in as few launches as their order allows."""
 
     def __init__(self, folder: Path, cases: list[Case]) -> None:
         self.folder = folder
@@ -162,7 +162,7 @@ class Runs:
     def _may_start(
         self, one: tuple[str, ...], done: set[tuple[str, ...]], fits: list[tuple[str, ...]]
     ) -> bool:
-        """Return whether its checkpoint is there, or an earlier run of the launch will save it."""
+        """Return whether its checkpoint exists, or an earlier run of the launch will save it."""
         return len(one) == 2 or one[:2] in done or (one not in REWRITTEN and one[:2] in fits)
 
     def _flags(self, system: str, source: str, target: str | None = None) -> str:
@@ -176,7 +176,7 @@ class Runs:
         return f"{MODEL} {tokenizer} {SYSTEMS[system]} {where}"
 
     def _rewritten(self, saved: Path, case: Case) -> Path:
-        """The checkpoint that a case loads."""
+        """Return the checkpoint that a case loads, rewritten if need be."""
         if case not in REWRITTEN:
             return saved
         folder = self.folder / "-".join(case)

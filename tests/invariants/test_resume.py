@@ -1,7 +1,7 @@
 """N steps in one go and k steps + resume + ... end in the same bits, twice in a row.
 
-Held: every tensor of the last checkpoint (weights and optimizer state), and loss and gradient norm
-of every step in metrics.jsonl, also of the first one after a resume.
+Compares every tensor of the last checkpoint (weights and optimizer state), and loss and gradient
+norm of every step in metrics.jsonl, including the first one after a resume.
 """
 
 from pathlib import Path
@@ -64,14 +64,14 @@ TWO_PROCESSES = {
         "--ckpt-fully-parallel-save"
     ),
 }
-# Dropout needs the random numbers of a run beside all that is exact; what a resume restores is the
-# same for all mixers. Two processes have the deterministic router, with dropout, and plain gMLP.
+# Dropout tests random state on top of everything exact; what a resume restores is the same for all
+# mixers. Two processes run the deterministic router, with dropout, and plain gMLP.
 FAST = ("transformer_gshard_dropout", "smlp_tp2_dropout", "gmlp_dp2_bf16")
 CASES = slow_unless_in(FAST, [*ONE_PROCESS, *TWO_PROCESSES])
 
 
 def plan(cases: dict[str, str], folder: Path) -> dict[str, str]:
-    """For each case one run of 6 steps, and three that stop after 2, 4 and 6."""
+    """Plan for each case one run of 6 steps, and three that stop after 2, 4 and 6."""
     runs: dict[str, str] = {}
     for name, system in cases.items():
         flags = f"{system} {strings(folder / 'tokenizer') if MINHASH in system else NUMBERS}"
@@ -85,7 +85,7 @@ def plan(cases: dict[str, str], folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The runs that the selected tests look at."""
+    """Make the runs that the selected tests look at."""
     folder: Path = tmp_path_factory.mktemp("resume")
     asked = {case for (case,) in selected(request, "case")}
     for processes, cases in ((1, ONE_PROCESS), (2, TWO_PROCESSES)):

@@ -1,4 +1,4 @@
-"""Scores to assign, and what an assignment of them is measured by."""
+"""Score matrices for balanced assignment, and measures of an assignment."""
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ def total(scores: Tensor, experts: Tensor) -> float:
 
 
 def optimum(scores: Tensor) -> float:
-    """The exact optimum: one column a slot; the optional slots are shared out by dummy tokens."""
+    """Return the exact optimum: one column per slot; dummy tokens fill the optional slots."""
     values = scores.double().numpy()
     num_tokens, num_experts = values.shape
     share, remainder = divmod(num_tokens, num_experts)
@@ -40,7 +40,7 @@ def random(num_tokens: int, num_experts: int) -> Tensor:
 
 
 def clustered(num_tokens: int, num_experts: int) -> Tensor:
-    """Hidden states around 12 centres, scored against random centroids: most tokens compete."""
+    """Score hidden states around 12 centres against random centroids: most tokens compete."""
     centres = 2.0 * torch.randn(12, 32)
     hidden = centres[torch.randint(12, (num_tokens,))] + 0.3 * torch.randn(num_tokens, 32)
     return hidden @ torch.randn(num_experts, 32).T / 6
@@ -55,5 +55,5 @@ def one_favourite(num_tokens: int, num_experts: int) -> Tensor:
 
 
 def tiny_differences(num_tokens: int, num_experts: int) -> Tensor:
-    """float64 scores that differ in the twelfth digit only."""
+    """Return float64 scores that differ only in the twelfth digit."""
     return 1.0 + 1e-12 * torch.randn(num_tokens, num_experts, dtype=torch.float64)

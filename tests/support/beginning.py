@@ -1,4 +1,4 @@
-"""Tokenizers that put an id before each text."""
+"""Tokenizers that prepend an id to each text."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import tokenizers
 
 
 def begin_texts(folder: Path, number: int) -> None:
-    """Let a folder's tokenizer put this id there, as Llama's puts `<s>`."""
+    """Make a folder's tokenizer prepend this id to each text, as Llama's prepends `<s>`."""
     path = str(folder / "tokenizer.json")
     backend = tokenizers.Tokenizer.from_file(path)
     begin = backend.id_to_token(number)

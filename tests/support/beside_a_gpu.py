@@ -1,9 +1,9 @@
-"""Conversions on a machine that has a GPU and Apex, as far as Python can tell.
+"""Run conversions on a machine that, as far as Python can tell, has a GPU and Apex.
 
     PYTHONPATH=tests python tests/support/beside_a_gpu.py FOLDER CHECKPOINT SYSTEM ...
 
-Here CUDA is there and does not start, and Apex's norm takes CUDA tensors alone: whoever uses either
-for a conversion stops with an error. Prints what the forward checks said.
+CUDA claims to be available but does not start, and Apex's norm accepts only CUDA tensors: a
+conversion that uses either stops with an error. Prints what the forward checks said.
 """
 
 import sys
@@ -15,7 +15,7 @@ import torch
 
 
 def pretend() -> None:
-    """A CUDA device that answers questions, and Apex's fused norm."""
+    """Fake a CUDA device that answers queries, and Apex's fused norm."""
     torch.cuda.is_available = lambda: True
     torch.cuda.current_device = lambda: 0
     torch.cuda.device_count = lambda: 1
@@ -28,7 +28,7 @@ def pretend() -> None:
 
 
 class FusedNorm:
-    """Apex's kernel, which there is none of for a CPU."""
+    """Apex's kernel, which has no CPU implementation."""
 
     @staticmethod
     def apply(x: torch.Tensor, *_: object) -> torch.Tensor:
@@ -36,7 +36,7 @@ class FusedNorm:
 
 
 def convert_all(folder: Path, checkpoint: Path, systems: Sequence[str]) -> None:
-    """Convert systems both ways, and a Megatron checkpoint, which has rotary positions."""
+    """Convert systems in both directions, and a Megatron checkpoint with rotary positions."""
     from support.conversions import convert, from_hf, run, save_exported
     from support.smlp_systems import SYSTEMS, make_model
 

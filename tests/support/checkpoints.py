@@ -1,4 +1,4 @@
-"""Runs that save, and their checkpoints: every tensor of one, what undisturbed means, damage."""
+"""Runs that save checkpoints: read all tensors, compare with an undisturbed run, do damage."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from megatron_smlp.checkpoints.folders import iteration_folder, tracked_iteration
 from megatron_smlp.checkpoints.integrity import verify
 
-# Six steps, saved every two; MINIMAL of support/in_process.py goes before.
+# Six steps, saved every two; appended to MINIMAL of support/in_process.py.
 RUN = (
     "--architecture gmlp --num-layers 2 --hidden-size 8 --ffn-hidden-size 16 --log-interval 1 "
     "--train-iters 6 --save-interval 2 --lr-warmup-fraction 0.2"
@@ -24,19 +24,19 @@ RUN = (
 
 
 def pretrain(words: str) -> None:
-    """RUN with more flags, in this process."""
+    """Train RUN with more flags, in this process."""
     with pretrained(f"{RUN} {words}"):
         pass
 
 
 def carry_on(words: str) -> None:
-    """These flags and no others: the rest is to come from a checkpoint."""
+    """Train with these flags alone: the rest must come from a checkpoint."""
     with pretrained(words, base=""):
         pass
 
 
 def assert_ends_like(run: Path, undisturbed: Path, *, iteration: int = 6) -> None:
-    """Weights, optimizer and logged steps are the same bits, and the last checkpoint is whole."""
+    """Check that weights, optimizer and logged steps are bitwise equal, and the last save whole."""
     ours, theirs = (checkpoint_tensors(folder, iteration) for folder in (run, undisturbed))
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
@@ -46,7 +46,7 @@ def assert_ends_like(run: Path, undisturbed: Path, *, iteration: int = 6) -> Non
 
 
 def flip_a_bit(path: Path) -> None:
-    """In the middle."""
+    """Flip a bit in the middle of a file."""
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(bytes(data))
@@ -60,6 +60,6 @@ def checkpoint_tensors(folder: Path, iteration: int) -> dict[str, Tensor]:
         if isinstance(entry, TensorStorageMetadata)
     }
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # one process is the intention
+        warnings.simplefilter("ignore")  # loading in one process is intended
         dcp.load(tensors, storage_reader=reader, no_dist=True)
     return tensors

@@ -1,4 +1,4 @@
-"""A folder that holds some installed packages, what they need, and nothing else."""
+"""A folder with some installed packages, their dependencies, and nothing else."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from packaging.requirements import Requirement
 
 
 def site_with(folder: Path, *packages: str) -> Path:
-    """Links to the packages and to all that they require, for `python -I -S` to import from."""
+    """Link the packages and all that they require, for `python -I -S` to import from."""
     folder.mkdir(parents=True)
     waiting, done = list(packages), set()
     while waiting:

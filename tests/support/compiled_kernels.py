@@ -1,11 +1,11 @@
-"""Compiles Triton's kernels for GPUs that need not be there, and reads what they take.
+"""Compile the Triton kernels for GPUs that need not be present, and read their resource usage.
 
     python tests/support/compiled_kernels.py benchmarks/results/kernels.json
 
-Each kernel as the models' sizes ask for it: bf16 or fp32 operands whose addresses and strides 16
-divides. Registers of a thread, bytes of its stack (where registers are spilled to), shared memory
-of a program, and the instructions that multiply matrices: counts from the compiler, the same on
-every machine with the same Triton.
+Each kernel is compiled as the models' sizes require: bf16 or fp32 operands whose addresses and
+strides are divisible by 16. Reads registers and stack bytes per thread (registers spill to the
+stack), shared memory per program, and the matrix multiply instructions: counts from the compiler,
+the same on every machine with the same Triton.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from megatron_smlp.ops.triton_ready import FUSED  # noqa: E402
 
 CAPABILITIES = (80, 89, 90, 100, 120)
 SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
-"""Bytes of shared memory that a program may take, by NVIDIA's tables of compute capabilities."""
+"""Bytes of shared memory available to a program, from NVIDIA's tables of compute capabilities."""
 INSTRUCTIONS = {"mma.sync": "mma.sync", "wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma"}
 ASSIGNMENT = {"W": 64, "BLOCK": 64, "P": 32, "DAMPING": 0.01, "MAX_STEP": 2.0, "SOLVER_STEPS": 16}
 ASSIGNMENT |= {"SMALLEST_GAIN": 1e-5}
@@ -58,23 +58,23 @@ class Case:
     name: str
     """`file:function` of megatron_smlp/ops/kernels."""
     pointer: str
-    """The type of pointers that TYPES does not name."""
+    """The type of the pointers that TYPES does not list."""
     warps: int
     constants: dict[str, Any] = field(default_factory=dict)
     product: str = ""
-    """Which of the table's tiles it has; then warps are the table's too."""
+    """Which of the table's tiles it uses; the table then sets the warps too."""
     wide: tuple[str, ...] = ()
-    """Pointers to fp32 that are no others' in TYPES."""
+    """Pointers that are fp32 in this case, whatever `pointer` is."""
 
     def with_tile(self, tile: Tile) -> Case:
-        """The same product by another tile, and by one stage fewer where M is in fp32."""
+        """Return the same product with another tile, and one stage fewer where M is in fp32."""
         tile = tiles.for_wide_weights(tile) if "weight" in self.wide else tile
         sizes = {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth}
         constants = self.constants | sizes | {"num_stages": tile.stages}
         return replace(self, warps=tile.warps, constants=constants)
 
     def on(self, capability: int) -> Case:
-        """As it is launched on a GPU of this capability."""
+        """Return the case as launched on a GPU of this capability."""
         if not self.product or "ROWS" in self.constants:
             return self
         return self.with_tile(getattr(tiles.for_architecture(str(capability)), self.product))
@@ -85,7 +85,7 @@ def _product(function: str, product: str, *, is_routed: bool) -> Case:
 
 
 def _gate(*, is_routed: bool) -> dict[str, Case]:
-    """All kernels of the gate but what sums the parts of dM."""
+    """Return all kernels of the gate except the one that sums the parts of dM."""
     behind = ", routed" if is_routed else ""
     lines = LINES | {"ROUTED": is_routed}
     return {
@@ -129,7 +129,7 @@ CASES = {
 
 
 def compiled(case: Case, capability: int) -> dict[str, Any]:
-    """Compile one kernel as it is launched on such a GPU; what it takes."""
+    """Compile one kernel as launched on such a GPU, and return its resource usage."""
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -145,17 +145,17 @@ def compiled(case: Case, capability: int) -> dict[str, Any]:
 
 
 def integers(case: Case) -> list[str]:
-    """The kernel's arguments that are integers: Triton makes a constant of one that is 1."""
+    """Return the kernel's integer arguments: Triton makes a constant of any that is 1."""
     signature = _source(case.on(90)).signature
     return [name for name, kind in signature.items() if kind == "i32"]
 
 
 def lowered(case: Case, *, ones: Collection[str], divided: bool) -> None:
-    """Run Triton's front end, which refuses what it cannot type, on one kernel.
+    """Run Triton's front end on one kernel: it rejects what it cannot type.
 
     Args:
         ones: the integers that are 1.
-        divided: whether 16 divides the other integers and the addresses.
+        divided: whether the other integers and the addresses are divisible by 16.
     """
     from triton._C.libtriton import ir
     from triton.backends.compiler import GPUTarget
@@ -202,7 +202,7 @@ def _type(name: str, case: Case, constants: dict[str, Any]) -> str:
 
 
 def resources(cubin: bytes) -> dict[str, int]:
-    """Registers of a thread and bytes of its stack, as NVIDIA's cuobjdump reads them."""
+    """Return registers and stack bytes per thread, as NVIDIA's cuobjdump reports them."""
     from triton.backends import nvidia
 
     tool = Path(next(iter(nvidia.__path__))) / "bin" / "cuobjdump"

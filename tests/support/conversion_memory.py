@@ -1,10 +1,10 @@
-"""Measure the memory of conversions: the peak of this process beyond what it had before each.
+"""Measure the memory of conversions: this process's peak above its usage before each.
 
     python -m support.conversion_memory FOLDER
 
-Makes a model of each kind with random weights, some hundred megabytes large, in FOLDER and converts
-it in all directions. Small conversions of the same kind come first, so that what is counted is not
-the libraries. Prints a JSON object: name of a conversion -> bytes.
+Makes a model of each kind with random weights, a few hundred megabytes large, in FOLDER and
+converts it in all directions. Small conversions of the same kind come first, so that libraries are
+not counted. Prints a JSON object: name of a conversion -> bytes.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def write_exported(folder: Path, **flags: Any) -> dict[str, Spec]:
 
 
 class Peak:
-    """Of this process's memory, since this was made."""
+    """The peak of this process's memory since this object was made."""
 
     def __init__(self) -> None:
         gc.collect()
@@ -95,7 +95,7 @@ def _memory(kind: str) -> int:
 
 
 def measure(folder: Path, flags: dict[str, Any]) -> dict[str, Any]:
-    """Bytes of each conversion, of the largest tensor and of the whole model."""
+    """Return the bytes of each conversion's peak, the largest tensor and the whole model."""
     specs = write_exported(folder / "hf", **flags)
     pairs: dict[str, tuple[Any, str, str]] = {
         "hf to torch_dist": (from_hf, "hf", "run"),

@@ -1,4 +1,4 @@
-"""Checkpoints and exported folders to convert: of every system, small, with weights that matter."""
+"""Small checkpoints and exported folders of every system to convert, with weights that matter."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_smlp.platform.one_process import one_process
 
 
 def save_exported(model: SMLPForCausalLM, folder: Path) -> Path:
-    """A folder as `--to hf` writes it."""
+    """Write a folder as `--to hf` does."""
     folder.mkdir(parents=True)
     state = model.state_dict()
     tensors = {name: state[name] for name in expected_shapes(model)}
@@ -29,7 +29,7 @@ def save_exported(model: SMLPForCausalLM, folder: Path) -> Path:
 
 
 def run(kind: Any, load: Path, save: Path, **changes: Any) -> list[str]:
-    """One conversion; what it said."""
+    """Run one conversion and return its messages."""
     said: list[str] = []
     options = cli.build_parser().parse_args(
         ["--load", str(load), "--save", str(save), "--to", "hf"]
@@ -42,13 +42,13 @@ def run(kind: Any, load: Path, save: Path, **changes: Any) -> list[str]:
 
 
 def from_hf(options: argparse.Namespace, say: convert.Say) -> None:
-    """`--from hf --to torch_dist`"""
+    """Convert as `--from hf --to torch_dist` does."""
     options.source = "hf"
     convert.to_torch_dist(options, say)
 
 
 def from_gpt2(options: argparse.Namespace, say: convert.Say) -> None:
-    """`--from gpt2 --to torch_dist`"""
+    """Convert as `--from gpt2 --to torch_dist` does."""
     options.source = "gpt2"
     convert.to_torch_dist(options, say)
 
@@ -62,14 +62,14 @@ def folder_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def megatron_logits(folder: Path, tokens: Tensor) -> Tensor:
-    """<fp32>[B, T, V] of a checkpoint, by Megatron's model."""
+    """Return a checkpoint's logits <fp32>[B, T, V], computed by Megatron's model."""
     with one_process():
         checkpoint = TorchDistCheckpoint(folder)
         return megatron_model.logits(megatron_model.build(checkpoint.flags), checkpoint, tokens)
 
 
 def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    """Bitwise, names and dtypes included."""
+    """Check bitwise equality, including names and dtypes."""
     assert sorted(one) == sorted(other)
     for name, tensor in one.items():
         assert tensor.dtype == other[name].dtype, name

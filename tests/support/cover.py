@@ -1,4 +1,4 @@
-"""A part of a matrix of cases, which `make test` runs; `make test-slow` runs the rest of it."""
+"""Split a matrix of cases: `make test` runs a part, `make test-slow` runs the rest."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 
 def slow_unless_in(chosen: Iterable[Any], cases: Iterable[Any]) -> list[Any]:
-    """Return the parameters of a test: all but the chosen cases are marked slow."""
+    """Return the parameters of a test, with all but the chosen cases marked slow."""
     kept = list(chosen)
     return [
         pytest.param(
@@ -23,7 +23,7 @@ def slow_unless_in(chosen: Iterable[Any], cases: Iterable[Any]) -> list[Any]:
 def selected(request: pytest.FixtureRequest, *names: str) -> set[tuple[Any, ...]]:
     """Return the values of these parameters in the tests of this file that will run.
 
-    A fixture that makes runs for many tests makes no run that none of them looks at.
+    With them, a fixture that trains for many tests skips the runs that no selected test looks at.
     """
     parameters = [
         item.callspec.params

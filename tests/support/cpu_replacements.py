@@ -1,4 +1,4 @@
-"""Every name that the CPU platform replaces, by what runs in its place on a CUDA device."""
+"""Every name that the CPU platform replaces, grouped by what runs there on a CUDA device."""
 
 from megatron_smlp.platform.cpu import FACTORIES
 
@@ -13,7 +13,7 @@ TORCHS = {
     *(f"torch.Tensor.{name}" for name in ("cuda", "to", "type")),
     *(f"torch.nn.Module.{name}" for name in ("cuda", "to")),
 }
-"""torch's own, which means the device there."""
+"""torch's own runs, and means the CUDA device."""
 
 MEGATRONS = {
     "megatron.core.tensor_parallel.random._set_cuda_rng_state",

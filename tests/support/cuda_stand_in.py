@@ -1,21 +1,21 @@
 """The CPU stands in for a CUDA device: what runs on a GPU runs here, with real values.
 
-Nothing of megatron_smlp/platform/cpu.py is active under it: `torch.cuda.is_available()` says True,
-so that our code and Megatron's take the way that they take on a GPU, unreplaced. Tensors are plain
+Nothing of megatron_smlp/platform/cpu.py is active: `torch.cuda.is_available()` returns True, so our
+code and Megatron's take the paths that they take on a GPU, with nothing replaced. Tensors are plain
 CPU tensors, so that autograd, gloo and every operator work; which of them are "on the device" is
-kept beside them, by storage. Two modes do that:
+tracked separately, by storage. Two modes do that:
 
-* `_Names` answers what a tensor is asked (`.device`, `.is_cuda`, `.type()`), and turns
-  `device="cuda"`, `.to("cuda")`, `.cuda()`, `.cpu()` into copies that change sides.
-* `_Operators` sees every operator, also those of the backward pass and of the collectives. It
-  raises where CUDA would: tensors of two devices in one operator, a CPU tensor in a collective of
-  NCCL, a step count of the fused Adam on the CPU. What comes out is on the device of what went in.
+* `_Names` answers queries of a tensor (`.device`, `.is_cuda`, `.type()`), and turns
+  `device="cuda"`, `.to("cuda")`, `.cuda()`, `.cpu()` into copies that change devices.
+* `_Operators` sees every operator, including those of the backward pass and of collectives. It
+  raises where CUDA would: tensors of two devices in one operator, a CPU tensor in an NCCL
+  collective, the fused Adam's step count on the CPU. Outputs are on the device of the inputs.
 
-`watch()` also tells the operators, the host synchronisations and the bytes of a stretch of code.
+`watch()` also counts the operators, host synchronisations and bytes of a stretch of code.
 
-Not shown by it: kernels (Apex, Transformer Engine), streams that run beside each other, the memory
-of a device, NCCL itself. torch.compile is switched off. Triton's kernels run where they are
-interpreted (support/interpreted.py, with `launched`), and are otherwise missing.
+Not modeled: kernels (Apex, Transformer Engine), concurrent streams, device memory, NCCL itself.
+torch.compile is switched off. Triton kernels run where they are interpreted
+(support/interpreted.py, with `launched`), and are otherwise missing.
 
     PYTHONPATH=tests python -c "from support.cuda_stand_in import install; install(); ..."
 """
@@ -35,7 +35,7 @@ from typing import Any
 os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
 import torch
-import torch._dynamo  # it maps torch's functions when it is imported: before they are replaced
+import torch._dynamo  # maps torch's functions at import: before they are replaced
 import torch.distributed as dist
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
@@ -57,7 +57,7 @@ HOPPER = SimpleNamespace(
     shared_memory_per_block_optin=227 << 10,
     L2_cache_size=50 << 20,
 )
-"""As torch describes one."""
+"""An H100 as torch describes it."""
 TYPES = {
     torch.float32: "Float",
     torch.float16: "Half",
@@ -68,10 +68,10 @@ TYPES = {
     torch.uint8: "Byte",
     torch.bool: "Bool",
 }
-# They move between devices, or take indices from the CPU, as CUDA's do.
+# Operators that copy between devices, or take indices from the CPU, as CUDA's do.
 ACROSS = {"aten::copy_", "aten::_to_copy", "aten::index", "aten::index_put", "aten::index_put_"}
 ACROSS |= {"aten::_index_put_impl_", "aten::set_", "aten::_unsafe_index"}
-# They read sizes or values on the host before they can go on.
+# Operators that read sizes or values on the host before they can continue.
 SYNCHRONISE = {
     "aten::_local_scalar_dense",
     "aten::nonzero",
@@ -81,7 +81,7 @@ SYNCHRONISE = {
 SYNCHRONISE |= {"aten::_linalg_check_errors", "aten::equal", "aten::_unique2", "aten::item"}
 VIEWS = {"aten::detach", "aten::alias", "aten::_reshape_alias", "aten::_unsafe_view"}
 VIEWS |= {"aten::lift_fresh"}
-# They take memory, and neither read nor write it.
+# Operators that allocate memory without reading or writing it.
 ALLOCATIONS = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty"}
 
 
@@ -89,7 +89,7 @@ class _Residents:
     """The storages that are on the device."""
 
     def __init__(self) -> None:
-        # A weak reference keeps the address from being used again.
+        # A weak reference keeps the address from being reused.
         self.storages: dict[int, StorageWeakRef] = {}
 
     def has(self, tensor: torch.Tensor) -> bool:
@@ -113,22 +113,22 @@ class Tally:
     """Counts of what a stretch of code did on the device."""
 
     operators: collections.Counter[str] = field(default_factory=collections.Counter)
-    """Calls of operators that launch kernels, by name; views and collectives are not among them."""
+    """Calls of operators that launch kernels, by name, without views and collectives."""
     synchronisations: collections.Counter[str] = field(default_factory=collections.Counter)
-    """Times that the host waited for the device, by `what at file:line`: for a number that it
-    reads, a copy that is not `non_blocking`, an event that is not behind such a wait."""
+    """Times that the host waited for the device, by `what at file:line`: to read a number, for a
+    copy that is not `non_blocking`, for an event recorded since the last such wait."""
     bytes: int = 0
-    """Read and written by the operators: the sizes of what goes in and comes out."""
+    """Bytes that the operators read and write: the sizes of their inputs and outputs."""
 
 
 _residents = _Residents()
 _tallies: list[Tally] = []
 _captures = False
-_waits = 0  # of the host, so far: what was asked for before the last one is done
-_asked: list[torch.device] = []  # the device that the call under way names
-_surroundings: list[torch.device] = []  # of what a call makes inside, in C++, from sizes alone
+_waits = 0  # host waits so far: work requested before the last one is done
+_asked: list[torch.device] = []  # the device that the current call names
+_surroundings: list[torch.device] = []  # the device of what a call makes in C++ from sizes alone
 _generator = torch.Generator()
-_nccl: set[str] = set()  # names of groups
+_nccl: set[str] = set()  # names of NCCL groups
 
 
 @contextlib.contextmanager
@@ -144,10 +144,10 @@ def watch() -> Iterator[Tally]:
 
 @contextlib.contextmanager
 def capturing() -> Iterator[None]:
-    """As under `torch.cuda.graph`: what a graph cannot hold raises, and numbers are real.
+    """Act like `torch.cuda.graph`: raise on what a graph cannot hold, but compute real values.
 
     Raises:
-        RuntimeError: the host waits for the device, or a tensor of the CPU is read on it, which a
+        RuntimeError: the host waits for the device, or the device reads a CPU tensor, which a
             replay would not read again.
     """
     global _captures
@@ -165,7 +165,7 @@ def _refuse_in_a_graph(what: str) -> None:
 
 @functools.cache
 def install() -> None:
-    """Let this process have a CUDA device, until its end. Before Megatron is imported."""
+    """Give this process a CUDA device until it exits. Call it before Megatron is imported."""
     assert not torch.cuda.is_available(), "there is a real CUDA device"
     assert not hasattr(torch.cuda, "_smlp_cpu_platform"), "the CPU platform is active"
     _answer_for_the_device()
@@ -181,8 +181,8 @@ def install() -> None:
 
 
 def _see_backward_passes(names: _Names) -> None:
-    """Inside of `backward()`, a function of torch's own, `names` would see nothing: the parts of it
-    in Python, as Megatron's all-to-all, name devices too."""
+    """Keep `names` active inside `backward()`, a torch function in which it would see nothing: the
+    Python parts of the pass, such as Megatron's all-to-all, name devices too."""
     run = torch.autograd._engine_run_backward
 
     @functools.wraps(run)
@@ -196,7 +196,7 @@ def _see_backward_passes(names: _Names) -> None:
 
 
 def _site() -> str:
-    """file:line of the innermost caller that is neither torch's nor this file's."""
+    """Return file:line of the innermost caller outside torch and this file."""
     frame = sys._getframe(1)
     while frame.f_back is not None:
         path = frame.f_code.co_filename
@@ -217,7 +217,7 @@ def _synchronised(what: str) -> None:
 
 @contextlib.contextmanager
 def _during(stack: list[torch.device], device: torch.device) -> Iterator[None]:
-    """Let `_asked` or `_surroundings` end with this device for the time of a call."""
+    """Push this device onto `_asked` or `_surroundings` for the duration of a call."""
     stack.append(device)
     try:
         yield
@@ -226,7 +226,7 @@ def _during(stack: list[torch.device], device: torch.device) -> Iterator[None]:
 
 
 def _named(device: Any) -> torch.device | None:
-    """A device argument as the real CUDA understands it: numbers are CUDA devices."""
+    """Resolve a device argument as real CUDA does: numbers are CUDA devices."""
     if device is None:
         return None
     kind = device.type if isinstance(device, torch.device) else str(device).split(":")[0]
@@ -234,14 +234,14 @@ def _named(device: Any) -> torch.device | None:
 
 
 class _Names(TorchFunctionMode):
-    """Sees calls of torch's functions, tensors' methods and attributes."""
+    """Intercepts torch's functions, and tensors' methods and attributes."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if any(kind not in (torch.Tensor, torch.nn.Parameter) for kind in types):
-            return func(*args, **kwargs)  # of a class with an answer of its own
+            return func(*args, **kwargs)  # a subclass answers for itself
         special = _SPECIAL.get(func)
         if special is not None:
             return special(func, *args, **kwargs)
@@ -254,7 +254,7 @@ class _Names(TorchFunctionMode):
 
 
 def _made_on(device: Any, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """A call with `device=`."""
+    """Make a call that has `device=`."""
     if device.type not in ("cuda", "cpu"):
         return func(*args, **kwargs)
     kwargs = {**kwargs, "device": CPU}
@@ -268,7 +268,7 @@ def _made_on(device: Any, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def _read_and_send(data: Any, *, to: torch.device) -> None:
-    """`torch.tensor(data, device=to)` reads each tensor of a list, and waits for its copy."""
+    """Count the waits of `torch.tensor(data, device=to)`: for tensors of a list, and the copy."""
     tensors = [leaf for leaf in tree_leaves(data) if _has_storage(leaf)]
     for tensor in tensors if isinstance(data, list | tuple) else ():
         if _residents.has(tensor):
@@ -278,13 +278,13 @@ def _read_and_send(data: Any, *, to: torch.device) -> None:
 
 
 def _any_on_device(args: Any) -> bool:
-    """Of a call's arguments, or of a list in the first place, as `torch.cat` has it."""
+    """Return whether an argument, or an item of a leading list (`torch.cat`), is on the device."""
     args = (*args, *args[0]) if args and isinstance(args[0], list | tuple) else args
     return any(_has_storage(arg) and _residents.has(arg) for arg in args)
 
 
 class _Operators(TorchDispatchMode):
-    """Sees what is computed."""
+    """Intercepts what is computed."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -317,7 +317,7 @@ class _Operators(TorchDispatchMode):
 
 @contextlib.contextmanager
 def _drawing_on_the_device() -> Iterator[None]:
-    """Draw from the device's generator, which the CPU's knows nothing of."""
+    """Draw from the device's generator, and leave the CPU's untouched."""
     cpus = torch.default_generator.get_state()
     torch.default_generator.set_state(_generator.get_state())
     try:
@@ -328,7 +328,7 @@ def _drawing_on_the_device() -> Iterator[None]:
 
 
 def _surroundings_of_a_size() -> torch.device:
-    """Of what is made in C++ from a size alone: by the call under way, or by a backward pass."""
+    """Return the device of what the current call or a backward pass makes in C++ from a size."""
     if _surroundings:
         return _surroundings[-1]
     return CUDA if torch._C._current_graph_task_id() != -1 else CPU
@@ -346,8 +346,8 @@ def _common_device(name: str, tensors: list[torch.Tensor]) -> torch.device:
     """Return the device on which the operator runs.
 
     Raises:
-        RuntimeError: its tensors are on two devices, which CUDA's operators refuse, too. A number
-            in a CPU tensor is fine for most.
+        RuntimeError: its tensors are on two devices, which CUDA's operators reject too. Most of
+            them accept a 0-dimensional CPU tensor.
     """
     strict = name.startswith("aten::_fused_")
     on_device = [tensor for tensor in tensors if _residents.has(tensor)]
@@ -372,7 +372,7 @@ def _check_collective(name: str, args: Any, tensors: list[torch.Tensor]) -> None
     if group is None or group.group_name not in _nccl:
         return
     strangers = [tuple(t.shape) for t in tensors if t.numel() and not _residents.has(t)]
-    # A barrier's own tensor is made inside of the backend.
+    # A barrier's own tensor is made inside the backend.
     if strangers and name != "c10d::barrier":
         raise RuntimeError(
             f"No backend type associated with device type cpu ({name} over NCCL; on the CPU: "
@@ -401,7 +401,7 @@ def _count(
 
 
 def launched(name: str, args: Any) -> None:
-    """A launch of a Triton kernel, which no mode sees: `quick_interpreter(launched)` counts it.
+    """Count a Triton kernel's launch, which no mode sees, when passed to `quick_interpreter`.
 
     Raises:
         RuntimeError: one of its tensors is on the CPU.
@@ -419,12 +419,12 @@ def launched(name: str, args: Any) -> None:
 
 
 def _has_a_mask(args: Any) -> bool:
-    """Of `x[mask]` and `x[mask] = y`: how many elements that is, the host must ask."""
+    """Return whether this is `x[mask]` or `x[mask] = y`: the host must ask for the size."""
     indices = args[1] if len(args) > 1 and isinstance(args[1], list | tuple) else ()
     return any(isinstance(i, torch.Tensor) and i.dtype == torch.bool for i in indices)
 
 
-# What a tensor is asked, and how it moves
+# Queries of tensors, and copies between devices
 
 
 def _device(_: Any, tensor: torch.Tensor) -> torch.device:
@@ -451,7 +451,7 @@ def _type(func: Any, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
 
 
 def _to(func: Any, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    """`.to(...)` in all its forms; a copy where the device changes."""
+    """Handle all forms of `.to(...)`; copy where the device changes."""
     other = next((a for a in (*args, kwargs.get("other")) if isinstance(a, torch.Tensor)), None)
     if other is not None:
         args = (_device(None, other), other.dtype, *args[1:])
@@ -519,7 +519,7 @@ def _nothing(*_: Any, **__: Any) -> None:
 
 
 def _one_hot(func: Any, tensor: torch.Tensor, num_classes: int = -1) -> Any:
-    """On a CPU it looks for the largest value even where the number of classes is given."""
+    """Avoid the CPU's search for the largest value, made even if given the number of classes."""
     if num_classes == -1 or not _is_cuda(None, tensor):
         return func(tensor, num_classes)
     with _during(_surroundings, CUDA):
@@ -544,7 +544,7 @@ _SPECIAL: dict[Any, Callable[..., Any]] = {
 }
 
 
-# They make a tensor of what the host holds.
+# Functions that make a tensor from host data.
 _FROM_DATA = {torch.tensor, torch.as_tensor, torch.asarray}
 
 
@@ -552,7 +552,7 @@ _FROM_DATA = {torch.tensor, torch.as_tensor, torch.asarray}
 
 
 class Stream:
-    """Work is done when the call returns, so that there is nothing to wait for."""
+    """A stream whose work is done when a call returns, so that there is nothing to wait for."""
 
     cuda_stream = 0
     device = CUDA
@@ -582,7 +582,7 @@ class Stream:
 
 
 class Event:
-    """The host waits for it, unless it has waited for something later already."""
+    """An event that the host waits for, unless it has already waited for something later."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self.recorded = -1
@@ -719,7 +719,7 @@ def _answer_for_the_groups() -> None:
 
 
 def _take_unlike_parts() -> None:
-    """NCCL gathers and scatters tensors of unlike sizes, which gloo refuses."""
+    """Gather and scatter tensors of different sizes, as NCCL does; gloo refuses to."""
     gather, scatter = dist.all_gather, dist.reduce_scatter
 
     @functools.wraps(gather)

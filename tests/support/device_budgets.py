@@ -1,16 +1,16 @@
-"""Counts what a training step of each system asks of a CUDA device, on the CPU that stands in.
+"""Count what a training step of each system asks of a CUDA device, with the CPU standing in.
 
     python tests/support/device_budgets.py benchmarks/results/device_budget.json [SYSTEM ...]
 
-Of one step of one micro-batch (T = 512: the triangular products use their blocks): operators that
-launch kernels, times that the host waits for the device, bytes that the operators read and write.
-A step is all that the loop does from its beginning to that of the next one, which no log line, no
-validation and no checkpoint are part of; and there is the forward pass of each kind of layer. It is
-made of counts alone, and of one thread, so it is the same on every machine: with more of them sums
-round otherwise, and Switch drops other choices.
+For one step of one micro-batch (T = 512, so that the triangular products use their blocks), counts
+the operators that launch kernels, the times that the host waits for the device, and the bytes that
+the operators read and write. A step spans all that the loop does up to the start of the next one,
+without log lines, validation or checkpoints; the forward pass of each kind of layer is counted too.
+The result holds only counts, made with one thread, so it is the same on every machine: with more
+threads, sums round differently, and Switch drops other choices.
 
-Triton's kernels are missing, unless TRITON_INTERPRET=1 lets them run on the CPU, which takes some
-minutes: device_budget_kernels.json is made so.
+Triton kernels are missing, unless TRITON_INTERPRET=1 lets them run on the CPU, which takes some
+minutes: device_budget_kernels.json is made this way.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MODEL = """
     --micro-batch-size 2 --global-batch-size 2 --num-workers 0 --lr 1e-3 --log-interval 100
     --eval-iters 0 --train-iters 4 --no-resume
 """
-MEASURED = 3  # the step, up to the next one: later than all that happens once
+MEASURED = 3  # the measured step: after all one-time work
 
 Record = dict[str, Any]
 
@@ -43,7 +43,7 @@ def measure(flags: str, *, model: str = MODEL) -> Record:
     """Train a few steps of one system and return what the measured one did.
 
     Args:
-        flags: of the system, after those of the model and the run.
+        flags: the system's, appended to those of the model and the run.
     """
     from support.cuda_stand_in import watch
     from support.runs import forget_run
@@ -91,10 +91,10 @@ def measure(flags: str, *, model: str = MODEL) -> Record:
 
 @contextlib.contextmanager
 def gates_alone() -> Iterator[list[tuple[str, Any]]]:
-    """Count what each gate of a model asks for, forward and backward, when it is first called.
+    """Count what each gate of a model asks for, forward and backward, on its first call.
 
     Yields:
-        Kind and tally of each, filled as the model runs.
+        The kind and tally of each gate, filled in as the model runs.
     """
     import torch
     from support.cuda_stand_in import watch
@@ -131,7 +131,7 @@ def _kind_of_gate(layer: Any) -> str:
 
 
 def _tensors(models: list[Any], optimizer: Any) -> Record:
-    """Of what a run holds: how many tensors there are of each device and dtype."""
+    """Count the tensors that a run holds, by device and dtype."""
     inner = [one.optimizer for one in getattr(optimizer, "chained_optimizers", [optimizer])]
     states = [state for one in inner for state in one.state.values()]
     held = {
@@ -152,7 +152,7 @@ def _tensors(models: list[Any], optimizer: Any) -> Record:
 def _record(tally: Any) -> Record:
     places: collections.Counter[str] = collections.Counter()
     for site, count in tally.synchronisations.items():
-        places[site.rpartition(":")[0]] += count  # of a file: lines move
+        places[site.rpartition(":")[0]] += count  # per file: lines move
     return {
         "operators": sum(tally.operators.values()),
         "synchronisations": sum(tally.synchronisations.values()),

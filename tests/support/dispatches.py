@@ -1,8 +1,8 @@
-"""Both dispatchers of one token MoE layer in every rank of a layout, by the loads of the experts.
+"""Compare both dispatchers of one token MoE layer on every rank of a layout, for several loads.
 
     python tests/support/dispatches.py FOLDER LAYOUT [LAYOUT ...]
 
-is `compare` where the CPU stands in for a CUDA device, which it must before Megatron is imported.
+runs `compare` with the CPU standing in for a CUDA device, set up before Megatron is imported.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def compare(folder: str, layout: str) -> None:
-    """Write, for each case and load of this rank, whether output and gradients are the same to the
-    bit, and what either dispatcher asks of the device: operators, and waits of the host."""
+    """Write, for each case and load of this rank, whether output and gradients are bitwise equal,
+    and what each dispatcher asks of the device: operators, and waits of the host."""
     import torch
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -122,7 +122,7 @@ def _to_the_load() -> Any:
     from megatron.core.transformer.moe.router import TopKRouter
 
     class ToTheLoad(TopKRouter):
-        """A router whose choices are given, and whose weights have a gradient."""
+        """A router with prescribed choices, whose weights have a gradient."""
 
         def __init__(self, *, load: Callable[[Any, int], Any], **kwargs: Any) -> None:
             super().__init__(**kwargs)
@@ -140,7 +140,7 @@ def _to_the_load() -> Any:
 
 
 def _counted(layer: Any, hidden: Any) -> tuple[Any, list[int]]:
-    """The output, and how many operators and waits of the host a forward pass' dispatch takes."""
+    """Return the output, and the operators and host waits of the forward pass's dispatch."""
     from support.cuda_stand_in import watch
 
     counts = [0, 0]

@@ -1,4 +1,4 @@
-"""Runs several evaluations, one after the other, in one set of processes."""
+"""Run several evaluations, one after another, in one set of processes."""
 
 
 def evaluate_all(command_lines: list[list[str]]) -> None:

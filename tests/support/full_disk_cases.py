@@ -37,7 +37,7 @@ CONVERSIONS: dict[str, Any] = {
     "to hf": convert.torch_dist_to_hf,
     "torch_dist": convert.torch_dist_to_torch_dist,
 }
-ROOM = 40  # kilobytes that are left: half a checkpoint
+ROOM = 40  # kilobytes left free: half a checkpoint
 
 
 def run_with_one_checkpoint(disk: Path, finished: str) -> Path:
@@ -55,7 +55,7 @@ def assert_intact(run: Path) -> None:
 
 
 def stop(disk: str, how: str, finished: str) -> None:
-    """The logs are on another disk."""
+    """Check that a failed save ends the run and spares the checkpoint; logs are on another disk."""
     run = run_with_one_checkpoint(Path(disk), finished)
     with contextlib.suppress(SaveError):
         try:
@@ -68,7 +68,7 @@ def stop(disk: str, how: str, finished: str) -> None:
 
 
 def go_on(disk: str, how: str, finished: str) -> None:
-    """With some room, and with none, where the logs are lost too."""
+    """Train on after failed saves, with some room and with none, where the logs are lost too."""
     run = run_with_one_checkpoint(Path(disk), finished)
     words = f"--save {run} --on-save-failure continue {how}"
     with pytest.raises(SaveError, match="the last checkpoint, of iteration 6"):
@@ -88,7 +88,7 @@ def train_with_tensorboard(disk: str) -> None:
 
 
 def write_metrics(disk: str) -> None:
-    """Records before, while and after there is no room."""
+    """Write records before, while and after the disk is full."""
     metrics = MetricsFile(disk)
     metrics.write({"iteration": 1, "note": "x" * 3000})
     ballast = fill(Path(disk), leave=0)
@@ -108,7 +108,7 @@ def convert_without_room(disk: str, kind: str, source: str) -> None:
 
 
 def stop_conversions(disk: str, kind: str, source: str) -> None:
-    """Ctrl-C, SIGTERM and SIGKILL at random moments: the output is whole or not there."""
+    """Send SIGINT, SIGTERM and SIGKILL at random moments: the output is complete or absent."""
     target, draw = Path(disk) / "out", random.Random(kind)
     assert ended(start_converting(kind, source, target)) == 0
     expected = contents(target)
@@ -133,7 +133,7 @@ def stop_conversions(disk: str, kind: str, source: str) -> None:
 
 
 def start_converting(kind: str, source: str, target: Path) -> int:
-    """In a process of its own, whose parent has never had process groups."""
+    """Convert in a child process, whose parent has never had process groups."""
     process = os.fork()
     if process:
         return process
@@ -152,7 +152,7 @@ def ended(process: int) -> int:
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """Every tensor of an exported folder, or of a checkpoint, whose checksums are compared."""
+    """Return all tensors of an exported folder, or of a checkpoint after checking its checksums."""
     if (folder / "config.json").exists():
         return folder_weights(folder)
     checkpoint = TorchDistReader(checkpoint_of(folder))

@@ -1,10 +1,10 @@
-"""Finds parameters that are read before Megatron has waited for their gather.
+"""Find parameters that are read before Megatron has waited for their all-gather.
 
-With --overlap-param-gather the distributed optimizer's ranks gather each other's parameters while
-the forward pass is under way; a hook before each module's call waits for those of the module. A
-parameter that is read without a call of its module may be read half written, in silence. Here every
-operator of a forward pass is looked at: where it reads a parameter, that one's bucket must have
-been gathered and waited for.
+With --overlap-param-gather the distributed optimizer's ranks all-gather parameters during the
+forward pass; a pre-forward hook of each module waits for those of the module. A parameter that is
+read without a call of its module may silently be read half written. The probe inspects every
+operator of a forward pass: where it reads a parameter, the parameter's bucket must have been
+gathered and waited for.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from torch.utils._pytree import tree_leaves
 
 class _Probe(TorchDispatchMode):
     """Args:
-    ddp: a model chunk, wrapped.
+    ddp: a model chunk, wrapped in Megatron's data parallel class.
     """
 
     def __init__(self, ddp: Any) -> None:
         super().__init__()
         self.ddp = ddp
-        # Of each buffer: where its parameters start, and which these are.
+        # Per buffer: the offsets at which its parameters start, and the parameters.
         self.buffers: dict[int, tuple[list[int], list[Any]]] = {}
         for buffer in (*ddp.buffers, *ddp.expert_parallel_buffers):
             places = sorted((place[0], name) for name, place in _numbered(buffer))
@@ -59,7 +59,7 @@ class _Probe(TorchDispatchMode):
 
 
 reads: dict[str, int] = {}
-"""Number of times that each parameter was found gathered."""
+"""How often each parameter was read after its gather."""
 
 
 def _numbered(buffer: Any) -> list[tuple[int, tuple[int, int, int]]]:
@@ -67,13 +67,13 @@ def _numbered(buffer: Any) -> list[tuple[int, tuple[int, int, int]]]:
 
 
 def assert_that_it_looked() -> None:
-    """After a run: a probe that saw no parameter would find none that is read too early."""
+    """Check after a run that the probe saw parameters: else it would find none read too early."""
     assert reads, "no parameter was read while gathers were under way"
     reads.clear()
 
 
 def install() -> None:
-    """Look at every forward pass of a model that Megatron's data parallel class wraps."""
+    """Probe every forward pass of a model that Megatron's data parallel class wraps."""
     from megatron.core.distributed import DistributedDataParallel
 
     forward = DistributedDataParallel.forward

@@ -1,4 +1,4 @@
-"""The causal gate and its gradients, of operands drawn from a seed."""
+"""The causal gate and its gradients, on operands drawn from a seed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ EPS = 1e-5
 
 @dataclass(frozen=True)
 class Gate:
-    """One call: its sizes and dtypes."""
+    """The sizes and dtypes of one call."""
 
     tokens: int
     batch: int
@@ -23,17 +23,17 @@ class Gate:
     weight_dtype: torch.dtype = torch.float32
     has_added: bool = False
     garbage: bool = False
-    """NaN above the diagonal of M."""
+    """Whether M is NaN above the diagonal."""
     normed: bool = False
-    """`gelu_gate`, which makes v."""
+    """Whether to call `gelu_gate`, which computes v itself."""
     experts: int = 0
-    """Matrices of a routed gate; 0: one a head."""
+    """Number of matrices of a routed gate; 0: one per head."""
     prefix: int = 0
 
     def operands(self, device: str = "cpu") -> list[Tensor]:
-        """u1, v, M, b, and what is added or the scales, drawn on the CPU; u1 and v are halves of
-        one tensor, as in a layer, b and the scales transposed. Of `gelu_gate`: u, w, b of LN, M, b,
-        and what is added.
+        """Draw u1, v, M, b, and the addend or the scales, on the CPU; u1 and v are halves of one
+        tensor, as in a layer, and b and the scales are transposed. For `gelu_gate`, draw u, w and
+        b of LN, M, b, and the addend.
         """
         torch.manual_seed(self.tokens)
         features, matrices = self.heads * self.width, self.experts or self.heads
@@ -50,12 +50,12 @@ class Gate:
             operands.append(torch.randn(self.tokens, self.batch, features).to(self.dtype))
         if self.experts:
             operands.append((torch.rand(self.heads, self.batch) * 3).T)
-        # Halves of one tensor stay that: a copy of them would have other strides.
+        # Halves stay views of one tensor: copies would have other strides.
         return [operand.detach().to(device).requires_grad_() for operand in operands]
 
     @property
     def matrix(self) -> int:
-        """Where M stands among the operands."""
+        """Return the index of M among the operands."""
         return 3 if self.normed else 2
 
     def upstream(self, device: str = "cpu") -> Tensor:
@@ -64,7 +64,7 @@ class Gate:
         return torch.randn(shape).to(device, self.dtype)
 
     def call(self, operands: list[Tensor], *, twin: bool = False) -> Tensor:
-        """The gate, or its reference."""
+        """Call the gate, or its reference."""
         from megatron_smlp.ops import gated_mix as ops
 
         if self.normed:
@@ -79,20 +79,20 @@ class Gate:
         return mix(*others, routing=ops.Routing(chosen, scales, self.prefix))
 
     def chosen(self) -> Tensor:
-        """The experts of the samples' heads; the last expert is nobody's."""
+        """Return the experts of the samples' heads; none chooses the last expert."""
         torch.manual_seed(self.tokens + 2)
         return torch.randint(self.experts - 1, (2, self.heads, self.batch)).int().mT
 
 
 def by_kernels(gate: Gate, device: str = "cpu") -> list[Tensor]:
-    """The output of the operator and its gradients."""
+    """Return the operator's output and its gradients."""
     operands = gate.operands(device)
     output = gate.call(operands)
     return [output.detach(), *torch.autograd.grad(output, operands, gate.upstream(device))]
 
 
 def twice(gate: Gate) -> list[list[Tensor]]:
-    """`by_kernels`, and again with the programs of every launch in the reverse order."""
+    """Run `by_kernels`, and again with the programs of every launch in reverse order."""
     from triton.runtime import interpreter
 
     builder = interpreter.InterpreterBuilder
@@ -110,7 +110,7 @@ def twice(gate: Gate) -> list[list[Tensor]]:
 
 
 def biases_of_no_shift() -> Tensor:
-    """db of ones for dg, of which the sums are said to be 0."""
+    """Return db for a dg of ones whose sums over features are passed as 0."""
     from megatron_smlp.ops import gated_mix_launches as launches
 
     ones, plain = torch.ones(40, 2, 32), (None, None, 0)
@@ -119,7 +119,7 @@ def biases_of_no_shift() -> Tensor:
 
 
 def exactly(gate: Gate, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    """The same by the reference in fp64, of operands as they are rounded for the kernels."""
+    """Return the same from the reference in fp64, on operands rounded as for the kernels."""
     operands = gate.operands()
     operands[gate.matrix] = operands[gate.matrix].to(gate.dtype)
     operands = [operand.detach().to(dtype).requires_grad_() for operand in operands]
@@ -128,7 +128,7 @@ def exactly(gate: Gate, dtype: torch.dtype = torch.float64) -> list[Tensor]:
 
 
 def norm_by_kernels(gate: Gate, device: str = "cpu") -> list[Tensor]:
-    """`gelu_norm` with gradients that come through both of its results."""
+    """Run `gelu_norm`, with gradients through both of its results."""
     from megatron_smlp.ops.gelu_norm import gelu_norm
 
     return _norm(gate.operands(device)[:3], gate, gelu_norm)
@@ -145,13 +145,13 @@ def _norm(operands: list[Tensor], gate: Gate, function: Any) -> list[Tensor]:
     inputs, weight, bias = operands
     _, half = inputs.chunk(2, dim=-1)
     values, means = function(half, weight, bias, gate.heads, EPS)
-    # The first tokens alone: a router reads no more of the means.
+    # Only the first tokens: a router reads no more of the means.
     asked = (values * gate.upstream().to(values.device)).sum() + (means[:2] ** 2).sum()
     return [values.detach(), means.detach(), *torch.autograd.grad(asked, operands)]
 
 
 def with_other_tokens_from(gate: Gate, first: int) -> Tensor:
-    """The output of `gated_mix` where v is another from a token on."""
+    """Return the output of `gated_mix` with v changed from a token on."""
     u1, values, *others = (operand.detach() for operand in gate.operands())
     values = values.clone()
     values[first:] += 1

@@ -11,7 +11,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_smlp.architectures import SMLPTransformerConfig
 
-# What Megatron asks for before it looks at anything of ours.
+# Flags that Megatron requires before it looks at any of ours.
 MINIMAL = """
     --mock-data --tokenizer-type NullTokenizer --vocab-size 100 --make-vocab-size-divisible-by 4
     --num-layers 4 --hidden-size 32 --ffn-hidden-size 64 --seq-length 16 --micro-batch-size 2
@@ -21,7 +21,7 @@ MINIMAL = """
 
 
 def base_for(words: str, base: str = MINIMAL) -> str:
-    """Without the size of MINIMAL's tokenizer, where these flags name another one."""
+    """Drop the size of MINIMAL's tokenizer if these flags name another one."""
     return base.replace("--vocab-size 100", "") if "--tokenizer-type" in words else base
 
 
@@ -38,7 +38,7 @@ def prepare_megatron() -> None:
 
 
 def forget_router_losses() -> None:
-    """Drop the losses that Megatron keeps by layer, for a model of fewer layers than the next."""
+    """Drop the losses that Megatron keeps by layer: the next model may have more layers."""
     from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 
     destroy_moe_metrics_tracker()
@@ -56,7 +56,7 @@ def forget_arguments() -> None:
 
 @contextlib.contextmanager
 def pretrained(words: str, *, base: str = MINIMAL) -> Iterator[None]:
-    """A whole pretrain_smlp.py run in this process, forgotten afterwards; its errors come out."""
+    """Run all of pretrain_smlp.py in this process and forget it afterwards; errors propagate."""
     from support.runs import forget_run
 
     from pretrain_smlp import main
@@ -72,7 +72,7 @@ def pretrained(words: str, *, base: str = MINIMAL) -> Iterator[None]:
 
 
 def layer_config(**changes: Any) -> SMLPTransformerConfig:
-    """A small fp32 config for one layer, as parse_arguments would make it on a CPU."""
+    """Return a small fp32 config for one layer, as parse_arguments would make it on a CPU."""
     values: dict[str, Any] = {
         "num_layers": 2,
         "hidden_size": 24,
@@ -93,7 +93,7 @@ def layer_config(**changes: Any) -> SMLPTransformerConfig:
 
 
 def build_model(args: Any) -> Any:
-    """Megatron's GPTModel with the layers that these arguments name, in evaluation mode."""
+    """Build Megatron's GPTModel with the layers that these arguments name, in evaluation mode."""
     from megatron.training.models.base import compose_hooks
     from megatron.training.models.gpt import GPTModelBuilder
 

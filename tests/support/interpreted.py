@@ -1,7 +1,7 @@
 """Triton's interpreter: kernels run on the CPU, with real values, in a process of their own.
 
-Triton reads TRITON_INTERPRET when a kernel is decorated, so that a process either interprets or
-compiles. `interpreted(...)` hands calls to one that interprets, and returns what they returned.
+Triton reads TRITON_INTERPRET when a kernel is decorated, so a process either interprets or
+compiles. `interpreted(...)` passes calls to one that interprets, and returns their results.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Call = tuple[str, tuple[Any, ...]]
 
 
 def interpreted(calls: Sequence[Call]) -> list[Any]:
-    """Call each function in a process in which kernels are interpreted."""
+    """Call each function in a process that interprets kernels."""
     with tempfile.TemporaryDirectory() as folder:
         asked, answered = Path(folder) / "calls.pt", Path(folder) / "answers.pt"
         torch.save(list(calls), asked)
@@ -44,10 +44,10 @@ class _Nothing:
 
 @functools.cache
 def quick_interpreter(on_launch: Callable[[str, Any], None] | None = None) -> None:
-    """Prepare Triton's language once a launch, not again in each of its calls of a function.
+    """Prepare Triton's language once per launch, not again for each function that it calls.
 
-    bf16 as on a GPU, too: 3.9's interpreter multiplies the bits of matrices as whole numbers, and
-    cuts off what fp32 has more.
+    Also compute bf16 as a GPU does: Triton 3.9's interpreter multiplies matrices' bit patterns as
+    integers, and truncates fp32 instead of rounding it.
 
     Args:
         on_launch: called with the kernel's name and its arguments.
@@ -69,7 +69,7 @@ def quick_interpreter(on_launch: Callable[[str, Any], None] | None = None) -> No
         prepared.clear()
         if on_launch is not None:
             on_launch(self.fn.__name__, (*args, *kwargs.values()))
-        # The interpreter's own work on the memory is nothing that a device does.
+        # The interpreter's own memory operations are not a device's work.
         with torch._C.DisableTorchFunction(), _disable_current_modes():
             launch(self, *args, **kwargs)
 
@@ -90,7 +90,7 @@ def quick_interpreter(on_launch: Callable[[str, Any], None] | None = None) -> No
 
 
 def _widened(handle: Any) -> Any:
-    """bf16 as the fp32 numbers that it stands for."""
+    """Convert bf16 to fp32."""
     from triton import language as tl
     from triton.runtime.interpreter import TensorHandle
 
@@ -100,7 +100,7 @@ def _widened(handle: Any) -> Any:
 
 
 def _rounded(handle: Any) -> Any:
-    """fp32 as the nearest numbers of bf16."""
+    """Round fp32 to the nearest bf16."""
     from triton import language as tl
     from triton.runtime.interpreter import TensorHandle
 

@@ -1,11 +1,11 @@
-"""Runs that are stopped at random moments and started again, until they end by themselves.
+"""Stop runs at random moments and start them again, until they end by themselves.
 
 A test calls `run_all(plan.json)` in a fork of a process that has imported everything, which is ten
-times as fast as a start of Python; each run is a fork of that one. The plan has `words` (flags of
-pretrain_smlp.py without --save), `folder`, `stops`, `seed`, `ranks` and `by`: "kill" is SIGKILL for
-one rank or all, and what torchrun then does with the others; "keyboard" is Ctrl-C once or twice
-while a checkpoint is written. Into the folder come `undisturbed`, then `0`, `1`, ... until there
-were so many stops in all of them. A rank is told what torchrun tells it.
+times as fast as starting Python; each run is a fork of that one. The plan has `words` (flags of
+pretrain_smlp.py without --save), `folder`, `stops`, `seed`, `ranks` and `by`: "kill" sends SIGKILL
+to one rank or all, then does to the others what torchrun does; "keyboard" is Ctrl-C once or twice
+while a checkpoint is written. The folder receives `undisturbed`, then `0`, `1`, ... until they had
+`stops` stops in all. Ranks get the environment variables that torchrun sets.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from support.ranks import free_port
 
 from megatron_smlp.program import readable_errors
 
-SHARE = 0.5  # of the time from an undisturbed run's first save to its end: the latest kill
-LONGEST = 120.0  # seconds after which a run hangs
+SHARE = 0.5  # latest kill: share of the time from an undisturbed run's first save to its end
+LONGEST = 120.0  # seconds after which a run counts as hung
 PATIENCE = 3.0  # seconds from SIGTERM to SIGKILL for a rank whose neighbour is gone
 
 
@@ -57,7 +57,7 @@ class Run:
         return True
 
     def send(self, number: int) -> None:
-        """To each rank's group, background saves included, as a terminal does."""
+        """Signal each rank's process group, including background saves, as a terminal does."""
         for process in self.waiting:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process, number)
@@ -67,7 +67,7 @@ class Run:
 
 
 def start(words: str, folder: Path, *, ranks: int) -> Run:
-    """A training into `folder`."""
+    """Start a training that saves into `folder`."""
     port = free_port()
     return Run(folder, [_start_rank(words, folder, rank, ranks, port) for rank in range(ranks)])
 
@@ -101,7 +101,7 @@ def _start_rank(words: str, folder: Path, rank: int, ranks: int, port: int) -> i
 
 
 def start_and_see_a_save(words: str, folder: Path, *, ranks: int) -> Run:
-    """The same, once it has begun to save, or has ended."""
+    """Start a training, and return once it has begun to save, or has ended."""
     names = saves(folder)
     run = start(words, folder, ranks=ranks)
     while saves(folder) <= names and not run.collect():
@@ -122,7 +122,7 @@ def finish(run: Run) -> None:
 
 
 def kill(run: Run, draw: random.Random) -> None:
-    """One rank or all; a background save ends with its rank."""
+    """Kill one rank or all; a background save ends with its rank."""
     doomed = run.waiting if draw.random() < 0.5 else [draw.choice(run.waiting)]
     for process in doomed:
         os.kill(process, signal.SIGKILL)
@@ -136,7 +136,7 @@ def kill(run: Run, draw: random.Random) -> None:
 
 
 def interrupt(run: Run, draw: random.Random) -> None:
-    """Ctrl-C: once it ends well, with a checkpoint; twice at once, with the code of shells."""
+    """Send Ctrl-C: once, the run ends well, with a checkpoint; twice, at once, with code 130."""
     twice = draw.random() < 0.5
     run.send(signal.SIGINT)
     if twice:
@@ -151,7 +151,7 @@ def interrupt(run: Run, draw: random.Random) -> None:
 
 
 def run_all(plan: Path) -> None:
-    """Do what the plan says, and print as JSON how many stops, chains and which exit codes."""
+    """Carry out the plan, and print as JSON the numbers of stops and chains and the exit codes."""
     what = json.loads(plan.read_text(encoding="utf-8"))
     folder, words, ranks = Path(what["folder"]), what["words"], what["ranks"]
     run = start_and_see_a_save(words, folder / "undisturbed", ranks=ranks)
@@ -162,7 +162,7 @@ def run_all(plan: Path) -> None:
     stop = {"kill": kill, "keyboard": interrupt}[what["by"]]
     stops, chain, codes = 0, 0, []
     while stops < what["stops"]:
-        shortest = longest / 3  # the first one has something to lose
+        shortest = longest / 3  # so that the first stop loses something
         while stops < what["stops"]:
             run = start_and_see_a_save(words, folder / str(chain), ranks=ranks)
             if run.wait(draw.uniform(shortest, longest)):

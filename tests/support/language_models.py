@@ -1,4 +1,4 @@
-"""Folders of small models with a tokenizer, as the tools for text take them."""
+"""Folders with a small model and a tokenizer, as the text tools take them."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ END = "<|endoftext|>"
 
 
 def save_tokenizer(folder: Path, *, entries: int = 257) -> int:
-    """Bytes and an end-of-document token, as a Hugging Face tokenizer; its number of entries.
+    """Save a Hugging Face tokenizer of bytes and an end-of-document token; return its size.
 
     Args:
-        entries: 257, or more: then the others are names that no text is cut into.
+        entries: 257 or more; the additional ones are names that no text is tokenized into.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     alphabet += [f"<{number}>" for number in range(len(alphabet), entries - 1)]
@@ -37,14 +37,14 @@ def save_tokenizer(folder: Path, *, entries: int = 257) -> int:
 
 
 def strings(folder: Path) -> str:
-    """Flags of such a tokenizer, which the input needs that hashes the strings of tokens."""
+    """Return flags of such a tokenizer, which the input that hashes tokens' strings needs."""
     save_tokenizer(folder)
     return f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {folder}"
 
 
 @torch.no_grad()
 def greedy(lm: LanguageModel, ids: Sequence[int], count: int) -> list[int]:
-    """The likeliest tokens behind `ids`, up to an end, by a whole forward pass for each."""
+    """Return the likeliest tokens after `ids`, up to an end, by a full forward pass for each."""
     new: list[int] = []
     while len(new) < count and lm.end not in new:
         logits = lm.model(torch.tensor([[*ids, *new]])).logits[0, -1]
@@ -54,7 +54,7 @@ def greedy(lm: LanguageModel, ids: Sequence[int], count: int) -> list[int]:
 
 
 def save_language_model(folder: Path, system: str, **changes: Any) -> Path:
-    """An exported folder of one of support/smlp_systems.py, with padding of its vocabulary."""
+    """Save an exported folder of a system of support/smlp_systems.py, with a padded vocabulary."""
     entries = save_tokenizer(folder / "tokenizer")
     model = make_model(system, vocab_size=entries + 7, unpadded_vocab_size=entries, **changes)
     save_exported(model, folder / "hf")

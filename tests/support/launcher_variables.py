@@ -1,4 +1,4 @@
-"""Variables of a launcher, or of a queue in whose job somebody runs the tests."""
+"""Environment variables of a launcher, or of a job queue under which somebody runs the tests."""
 
 PREFIXES = ("GROUP_", "ROLE_", "SLURM_", "SMLP_", "SRUN_", "TORCHELASTIC_")
 OF_TORCHRUN = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT"

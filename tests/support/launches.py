@@ -1,4 +1,4 @@
-"""Starts pretrainings from a test, many in one launch, and reads what they logged."""
+"""Start pretrainings from a test, many per launch, and read what they logged."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ RUNS = REPOSITORY / "tests" / "support" / "runs.py"
 
 @dataclass(frozen=True)
 class Step:
-    """One line of metrics.jsonl: what a layout may not change."""
+    """The part of a line of metrics.jsonl that a layout may not change."""
 
     loss: float
     grad_norm: float
 
 
 def launch(runs: Mapping[str, str], *, processes: int, folder: Path, **variables: str) -> None:
-    """Run each command line of pretrain_smlp.py, one after the other, in `processes` processes.
+    """Run each command line of pretrain_smlp.py, one after another, in `processes` processes.
 
     Args:
         runs: name -> flags; the metrics of a run are kept in `folder`/name.
-        variables: of the environment.
+        variables: environment variables.
     """
     if not runs:
         return
@@ -41,10 +41,10 @@ def launch(runs: Mapping[str, str], *, processes: int, folder: Path, **variables
 
 
 def launch_on_the_stand_in(runs: Mapping[int, Mapping[str, str]], *, folder: Path) -> None:
-    """Do the same where the CPU stands in for a CUDA device, which it must before all imports.
+    """Do the same with the CPU standing in for a CUDA device, set up before all imports.
 
     Args:
-        runs: number of processes -> runs, in one start of Python: its ranks are forks.
+        runs: number of processes -> runs; one Python process forks all ranks.
     """
     plans = [[str(_plan(some, count, folder)), str(count)] for count, some in runs.items() if some]
     if plans:
@@ -74,7 +74,7 @@ def launch_calls(
 def start_program(words: Sequence[str], *, log: Path) -> Any:
     """Start pretrain_smlp.py with these words and return its process.
 
-    A fork of a process that has imported Megatron: it trains after a second, not after ten.
+    It is forked from one that has imported Megatron: it trains after one second, not ten.
     """
     environment = clean_environment()
     process = rank_process(
@@ -85,7 +85,7 @@ def start_program(words: Sequence[str], *, log: Path) -> Any:
 
 
 def import_benchmarks() -> None:
-    """Let scripts of benchmarks/, which import each other, be imported: they are no package."""
+    """Make the scripts of benchmarks/ importable: they import each other, but are no package."""
     sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
 
@@ -98,8 +98,8 @@ def run_command(
     seconds: float = TIME_LIMIT,
     **variables: str,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command, in the repository, one OpenMP thread a process, up to the exit code that is
-    expected; else its output is the failure."""
+    """Run a command, by default in the repository, with one OpenMP thread per process, and check
+    its exit code; on a mismatch the assertion shows its output."""
     done = subprocess.run(
         command, cwd=cwd, env=clean_environment(**variables), input=stdin,
         capture_output=True, text=True, timeout=seconds, check=False,
@@ -111,7 +111,7 @@ def run_command(
 
 
 def clean_environment(**variables: str) -> dict[str, str]:
-    """This process's environment without what a launcher left in it."""
+    """Return this process's environment without a launcher's variables, and with `variables`."""
     kept = {name: value for name, value in os.environ.items() if not is_of_a_launcher(name)}
     return {**kept, "OMP_NUM_THREADS": "1", **variables}
 
@@ -123,5 +123,5 @@ def records(folder: Path) -> list[dict[str, Any]]:
 
 
 def steps(folder: Path) -> list[Step]:
-    """The training steps among them."""
+    """Return the training steps among a run's records."""
     return [Step(r["loss"], r["grad_norm"]) for r in records(folder) if "loss" in r]

@@ -1,4 +1,4 @@
-"""Models of any size in any layout, built by Megatron as one rank would, without storage."""
+"""Models of any size in any layout, built by Megatron as on one rank, without storage."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def expected_parameters(args: Any, *, stage: int) -> int:
 
 
 def built_parameters(args: Any, monkeypatch: pytest.MonkeyPatch) -> int:
-    """The size of Megatron's model on `args.rank` of a process group that sends nothing."""
+    """Return the size of Megatron's model on `args.rank` of a fake process group."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from torch.testing._internal.distributed.fake_pg import FakeStore

@@ -1,4 +1,4 @@
-"""A layer against a naive loop over its formula."""
+"""Compare a layer with a naive loop over its formula."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Machines for tests: network namespaces on a bridge, with addresses and host names of their own.
 
-Each has its own interface, so that a link can be cut, slowed down or taken away, its own host name
-and its own mounts. They share the disk, as machines share a file system, and, unless they are to
-have their own, the clock and the table of processes. Needs root and `ip`.
+Each has its own host name, its own mounts and its own interface, so that a link can be cut, slowed
+down or removed. They share the disk, as machines share a file system, and by default also the clock
+and the process table. Needs root and `ip`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from support.launches import REPOSITORY, clean_environment
 from support.living import children_of, command_of
 
 ENTER = 'echo "$0" > /proc/sys/kernel/hostname && exec "$@"'
-# Preloaded into every program of a machine whose clock is wrong. Whoever waits up to a time of day
-# computes it from that clock, and the kernel compares it with its own.
+# Preloaded into every program of a machine whose clock is wrong. A program that waits until a time
+# of day computes it from that clock, but the kernel compares it with its own.
 CLOCK = r"""
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -69,7 +69,7 @@ int sem_timedwait(sem_t *s, const struct timespec *until) {
 
 
 def missing() -> str:
-    """Why there can be no such machines here; empty where there can."""
+    """Return why such machines cannot be made here; an empty string if they can."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     if shutil.which("ip") is None or shutil.which("unshare") is None:
@@ -89,7 +89,7 @@ def ip(*words: str) -> str:
 
 
 def wrong_clock(seconds: int, folder: Path) -> dict[str, str]:
-    """Variables for a machine whose clock is so far ahead. Needs a C compiler."""
+    """Return variables for a machine whose clock is `seconds` ahead. Needs a C compiler."""
     library = folder / "clock.so"
     if not library.exists():
         cc = ["cc", "-shared", "-fPIC", "-O1", "-x", "c", "-", "-o", str(library), "-ldl"]
@@ -101,8 +101,8 @@ class Network:
     """A bridge and its machines, numbered from 0; use `network()`.
 
     Args:
-        own_processes: machines see their own processes alone, as real ones do. What is started can
-            then not be sent signals by its Popen, only by `signal`.
+        own_processes: each machine sees only its own processes, as real ones do. What is started
+            can then be signaled only by `signal`, not through its Popen.
     """
 
     def __init__(self, size: int, folder: Path, *, own_processes: bool = False) -> None:
@@ -136,14 +136,14 @@ class Network:
             self.inside(node, "ip", "link", "set", device, "up")
 
     def cut(self, node: int) -> None:
-        """Take the link down: packets are lost, nobody is told."""
+        """Take the link down: packets are lost without notice."""
         ip("link", "set", f"{self.tag}v{node}", "down")
 
     def mend(self, node: int) -> None:
         ip("link", "set", f"{self.tag}v{node}", "up")
 
     def slow(self, node: int, rate: str) -> None:
-        """Let this machine send so slowly: `4mbit`."""
+        """Limit this machine's sending rate, e.g. to `4mbit`."""
         words = f"tc qdisc replace dev eth0 root tbf rate {rate} burst 32kbit latency 400ms"
         self.inside(node, *words.split())
 
@@ -154,27 +154,27 @@ class Network:
         return [int(word) for word in ip("netns", "pids", self.name(node)).split()]
 
     def signal(self, node: int, number: signal.Signals) -> None:
-        """To every process of a machine: SIGKILL is a crash, SIGSTOP a freeze."""
+        """Signal every process of a machine: SIGKILL is a crash, SIGSTOP a freeze."""
         for process in self.processes(node):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, number)
 
     def crash(self, node: int) -> None:
-        """Without a last word to the others: the link goes first."""
+        """Kill a machine before it can send a last message to the others: the link goes first."""
         self.cut(node)
         while self.processes(node):
             self.signal(node, signal.SIGKILL)
             time.sleep(0.05)
-        # What the kernel would still send for the dead goes nowhere.
+        # What the kernel would still send for dead processes goes nowhere.
 
     def mount(self, node: int, *words: str) -> None:
-        """Run `mount`, or `umount` with its flags, as what was started there sees the disk."""
+        """Run `mount` or `umount` with flags, in the mount namespace of what was started there."""
         process = self.processes(node)[-1]
         enter = ["nsenter", "--mount", f"--target={process}"]
         subprocess.run([*enter, *words], check=True)
 
     def start(self, node: int, words: Sequence[str], **variables: str) -> subprocess.Popen[bytes]:
-        """Run a command on a machine; its output is in `folder`/node0.log."""
+        """Run a command on a machine; its output goes to `folder`/node0.log."""
         own = ["--pid", "--fork", "--kill-child", "--mount-proc"] if self.own_processes else []
         enter = [
             "ip",
@@ -198,14 +198,14 @@ class Network:
             )
 
     def remove(self) -> None:
-        """Whatever has happened: processes first, then names."""
+        """Clean up, whatever has happened: processes first, then namespaces."""
         for node in range(self.size):
             with contextlib.suppress(AssertionError):
                 self.signal(node, signal.SIGCONT)
                 while self.processes(node):
                     self.signal(node, signal.SIGKILL)
                     time.sleep(0.05)
-            # A namespace ends in its own time, and its end of a link with it: not to be waited for.
+            # A namespace ends in its own time, along with its end of the link: do not wait for it.
             with contextlib.suppress(AssertionError):
                 ip("link", "del", f"{self.tag}v{node}")
             with contextlib.suppress(AssertionError):
@@ -216,7 +216,7 @@ class Network:
 
 @contextlib.contextmanager
 def network(size: int, folder: Path, *, own_processes: bool = False) -> Iterator[Network]:
-    """Machines for the time of a block; nothing of them is left."""
+    """Make machines for the duration of a block, and leave nothing of them behind."""
     made = Network(size, folder, own_processes=own_processes)
     try:
         made.make()
@@ -226,7 +226,7 @@ def network(size: int, folder: Path, *, own_processes: bool = False) -> Iterator
 
 
 class Job:
-    """several_nodes.sh on the machines of a network, with its variables and flags."""
+    """Runs several_nodes.sh on the machines of a network, with its variables and flags."""
 
     def __init__(self, net: Network, flags: str, **variables: str) -> None:
         self.net, self.flags, self.variables = net, flags, variables
@@ -262,7 +262,7 @@ class Job:
         return [line for line in lines if line.startswith("launch: ")]
 
     def wait_for_iteration(self, iteration: int, *, seconds: float = 180.0) -> float:
-        """Return how long it took."""
+        """Wait, and return how many seconds it took."""
         return self.wait_until(lambda: self.iteration() >= iteration, seconds=seconds)
 
     def wait_until(self, is_true: Callable[[], bool], *, seconds: float) -> float:
@@ -274,7 +274,7 @@ class Job:
         return time.monotonic() - began
 
     def codes(self, *nodes: int, seconds: float = 300.0) -> list[int]:
-        """The exit codes, when all have ended."""
+        """Return the exit codes once all have ended."""
         launchers = [self.launchers[node] for node in nodes]
         self.wait_until(
             lambda: all(launcher.poll() is not None for launcher in launchers), seconds=seconds
@@ -282,7 +282,7 @@ class Job:
         return [launcher.returncode for launcher in launchers]
 
     def ranks(self, node: int) -> list[int]:
-        """The training processes of a machine, without their workers."""
+        """Return the training processes of a machine, without their workers."""
         found = [
             process
             for process in self.net.processes(node)
@@ -292,7 +292,7 @@ class Job:
         return [process for process in found if process not in workers]
 
     def agents(self, node: int) -> list[int]:
-        """The agents of a machine."""
+        """Return the agents of a machine."""
         found = []
         for process in self.net.processes(node):
             words = command_of(process)

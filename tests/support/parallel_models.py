@@ -1,4 +1,4 @@
-"""What a model of a parallel layout keeps and sends in one micro-batch, counted in every rank."""
+"""Count on every rank what a model of a parallel layout keeps and sends in one micro-batch."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# How often a rank of n sends (n - 1) / n of what all have or get, with ring algorithms. On a CPU a
-# gather or a scatter of parts that are unlike in size is a broadcast or a reduction of each part.
+# How often a rank of n sends (n - 1) / n of the whole tensor, with ring algorithms. On a CPU, a
+# gather or scatter of parts of different sizes is a broadcast or reduction of each part.
 RINGS = {
     "allreduce_": 2,
     "allgather_": 1,
@@ -31,7 +31,7 @@ RINGS = {
 
 
 class Sent(TorchDispatchMode):
-    """Bytes that this rank sends, by the group."""
+    """Counts the bytes that this rank sends, by process group."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Sent(TorchDispatchMode):
 
 
 class Kept:
-    """Bytes of the storages that autograd keeps beside those of `model`: now, and at most."""
+    """Counts the bytes of storages that autograd keeps besides `model`'s own: now, and at peak."""
 
     def __init__(self, model: nn.Module) -> None:
         tensors = (*model.parameters(), *model.buffers())
@@ -87,7 +87,7 @@ class _Held:
 
 @contextlib.contextmanager
 def kept_by(model: nn.Module) -> Iterator[Kept]:
-    """Count what is kept as on a GPU: without attention in blocks, without padded experts."""
+    """Count what is kept, as on a GPU: without blockwise attention, without padded experts."""
     from megatron_smlp.layers import token_moe
     from megatron_smlp.ops import causal_attention
 
@@ -101,8 +101,8 @@ def kept_by(model: nn.Module) -> Iterator[Kept]:
 
 
 def measure(cases: Mapping[str, str], folder: str) -> None:
-    """Train one micro-batch of each case, name -> flags, and write this rank's numbers: bytes that
-    autograd keeps at most, and that are sent in the tensor parallel group and in others."""
+    """Train one micro-batch of each case, name -> flags, and write this rank's numbers: the peak
+    bytes that autograd keeps, and the bytes sent in the tensor parallel group and in others."""
     from megatron.core import parallel_state
     from support.in_process import prepare_megatron
 

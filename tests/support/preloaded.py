@@ -1,6 +1,6 @@
-"""Imports what a training needs, before processes are forked, as a study does, and quickens it.
+"""Import what a training needs before processes are forked, as a study does, and speed it up.
 
-Importing this module does it; a fork server preloads modules and calls nothing.
+Importing this module does all of it: a fork server preloads modules and calls nothing.
 """
 
 import signal
@@ -14,5 +14,5 @@ if str(REPOSITORY) not in sys.path:
 
 import megatron_smlp.study.preloaded  # noqa: F401
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # which a study's ignores
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a study's preloading ignores it
 quicken()

@@ -1,4 +1,4 @@
-"""Do once in a process of many short runs what Megatron does anew at every start."""
+"""Do once per process of many short runs what Megatron repeats at every start."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ NUM_DOCUMENTS = 1000
 
 
 def quicken() -> None:
-    """Remember the docstrings that Megatron's flags have from its sources; mock less data; leave
-    it to the system when a file reaches the disk; let collections of garbage look at what runs
-    make, not at what was imported for them; have one group of a rank that is alone in it.
+    """Cache the docstrings that Megatron reads from its sources for flags; mock less data; leave
+    it to the system when a file reaches the disk; keep garbage collection to what runs make, not
+    what was imported for them; reuse the group of a rank that is alone in it.
 
-    That is more than half of a run of five steps: gloo takes 10 ms to end each of the 18 groups
-    that one process has. Megatron is imported here.
+    This saves more than half of a run of five steps: gloo takes 10 ms to end each of the 18 groups
+    that one process has. Imports Megatron.
     """
     from megatron.core.datasets.gpt_dataset import MockGPTLowLevelDataset
     from megatron.training.argument_utils import ArgumentGroupFactory
@@ -32,7 +32,7 @@ def quicken() -> None:
         torch.distributed.new_group = _new_group
         gc.collect()
         gc.freeze()
-        atexit.register(gc.unfreeze)  # else nanobind names at the end what nothing collected
+        atexit.register(gc.unfreeze)  # else nanobind reports at exit what nothing collected
 
 
 _docstrings: dict[type, dict[str, str]] = {}
@@ -49,7 +49,7 @@ _alone: dict[tuple[Any, ...], Any] = {}
 
 
 def _new_group(ranks: Sequence[int] | None = None, **how: Any) -> Any:
-    """torch's, where a rank that is alone has no order of messages to keep."""
+    """Make a group as torch does, but reuse one-rank groups: they have no message order to keep."""
     if ranks is None or len(ranks) > 1:
         return _make_group(ranks, **how)
     key = (torch.distributed.group.WORLD, *ranks, how.get("backend"))
@@ -61,5 +61,5 @@ def _new_group(ranks: Sequence[int] | None = None, **how: Any) -> Any:
 
 
 def forget_groups() -> None:
-    """After their end, or for ranks whose groups have ended on others."""
+    """Forget one-rank groups after they end, or for ranks whose groups have ended on others."""
     _alone.clear()

@@ -1,8 +1,8 @@
 """Processes that train together, forked from one that has imported everything.
 
-torchrun imports torch, and each of its ranks Megatron, before the first step: ten seconds of a
-core for each rank. A rank here is told what torchrun tells it. The launchers' tests start the real
-torchrun.
+torchrun imports torch, and each of its ranks imports Megatron, before the first step: ten core
+seconds per rank. Ranks here get the environment variables that torchrun sets. The launchers' tests
+start the real torchrun.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ TIME_LIMIT = 540  # seconds; less than pytest's own limit, which shows no rank's
 
 
 def free_port() -> int:
-    """Return a port to listen on, below those that connections get (from 32768 on): one of theirs
-    could take it before it is listened on."""
+    """Return a port to listen on, below the ephemeral ports (from 32768 on): an outgoing
+    connection could take one of those before it is listened on."""
     while True:
         port = 20_000 + secrets.randbelow(12_000)
         with socket.socket() as probe, contextlib.suppress(OSError):
@@ -55,11 +55,11 @@ def run_ranks(
     log: Path,
     environment: Mapping[str, str],
 ) -> None:
-    """Call `work(*arguments)` in `count` processes; where one fails, end all and raise their log.
+    """Call `work(*arguments)` in `count` processes; if one fails, end all and raise their log.
 
     Args:
         log: what the ranks print.
-        environment: all of it but what torchrun sets.
+        environment: the whole environment except what torchrun sets.
     """
     port = free_port()
     places = [_place(rank, count, port) for rank in range(count)]
@@ -92,8 +92,8 @@ def run_ranks(
 def run_ranks_on_the_stand_in(
     work: Callable[..., None], calls: Iterable[tuple[int, tuple[Any, ...], Path]]
 ) -> None:
-    """Let the CPU stand in for a CUDA device in this process, and call `work` in ranks forked of
-    it, one launch after the other.
+    """Let the CPU stand in for a CUDA device in this process, and call `work` in ranks forked from
+    it, one launch after another.
 
     Args:
         calls: number of processes, arguments of `work`, log.
@@ -102,7 +102,7 @@ def run_ranks_on_the_stand_in(
     from support.launches import clean_environment
 
     cuda_stand_in.install()
-    import support.preloaded  # noqa: F401  # Megatron, which has to come after that
+    import support.preloaded  # noqa: F401  # Megatron, which must come after that
 
     fork, environment = get_context("fork"), clean_environment()
     for count, arguments, log in calls:
@@ -149,11 +149,11 @@ def _rank(
         work(*arguments)
     except BaseException as error:
         code = error.code if isinstance(error, SystemExit) else None
-        if not (isinstance(code, int) and code):  # else the reason has been said
+        if not (isinstance(code, int) and code):  # else the reason is printed
             traceback.print_exc()
             code = 1
         sys.stderr.flush()
-        os._exit(code)  # neighbours may wait for a collective: nothing here ends that well
+        os._exit(code)  # other ranks may wait in a collective: there is no clean exit
 
 
 def _end(process: int) -> None:

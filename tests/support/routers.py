@@ -1,4 +1,4 @@
-"""A router alone, on tokens whose probabilities are known."""
+"""A single router, on tokens with known probabilities."""
 
 from typing import Any
 
@@ -16,12 +16,12 @@ COEFFICIENT = 0.01
 
 
 def probable(probabilities: list[list[float]]) -> Tensor:
-    """<float>[n, 1, E]: tokens whose scores, with W = 1, give these probabilities."""
+    """Return tokens <float>[n, 1, E] whose scores, with W = 1, give these probabilities."""
     return torch.tensor(probabilities).log()[:, None]
 
 
 def make_router(name: str, *, num_experts: int, **changes: Any) -> Any:
-    """A router alone; with W = 1, so that a token of D = E numbers is its own scores."""
+    """Make a single router with W = 1, so that a token of D = E numbers is its own scores."""
     values = {
         "token_router": name,
         "hidden_size": num_experts,

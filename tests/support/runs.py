@@ -1,12 +1,12 @@
-"""Runs several pretrainings, one after the other, in one set of processes.
+"""Run several pretrainings, one after another, in one set of processes.
 
 launches.launch() calls `run_all` in forks of a process that has imported Megatron. Where the CPU
-stands in for a CUDA device, which it must before that import, this file is a program:
+stands in for a CUDA device, which is set up before that import, this file is a program:
 
     python tests/support/runs.py runs.json PROCESSES [more-runs.json PROCESSES ...]
 
 `runs.json` is a list of command lines for pretrain_smlp.py. With GATHER_PROBE=1 every parameter
-must have been gathered where it is read.
+must have been gathered before it is read.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from pathlib import Path
 
 
 def forget_run() -> None:
-    """Megatron keeps its state in module globals; drop it all but the process group."""
+    """Drop the state that Megatron keeps in module globals, except the process group."""
     import torch
     from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
     from megatron.training.training import destroy_global_state
@@ -37,8 +37,8 @@ def forget_run() -> None:
 
 
 def _break_circles() -> None:
-    """A shard of an fp32 parameter, and the probabilities of a dispatcher, have a graph behind
-    them, whose hooks hold the model, and that both: a circle into which no collection looks."""
+    """Break cycles that garbage collection cannot see: an fp32 parameter's shard and a dispatcher's
+    probabilities hold an autograd graph, whose hooks hold the model, which holds both."""
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 
@@ -49,7 +49,7 @@ def _break_circles() -> None:
 
 @contextlib.contextmanager
 def ending_well() -> Iterator[None]:
-    """`--help` ends by exiting, with 0; so does an error, with its code."""
+    """Suppress an exit with code 0, as of `--help`, but not an error's exit with its code."""
     try:
         yield
     except SystemExit as end:
@@ -74,7 +74,7 @@ def run_all(path: str) -> None:
 
 
 def run_program(words: Sequence[str]) -> None:
-    """Run pretrain_smlp.py as the program that it is, errors and signals included."""
+    """Run pretrain_smlp.py as a program, including its handling of errors and signals."""
     import pretrain_smlp
 
     sys.argv = ["pretrain_smlp.py", *words]

@@ -1,10 +1,10 @@
-"""Real file systems of a few kilobytes: what happens on one happens in a process of its own.
+"""Real file systems of a few kilobytes, each used in a process of its own.
 
 A test calls `run_all(plan.json)` in a fork of a process that has imported everything and started
-nothing. The plan is a list of cases: `work`, as module:function of this folder's neighbours, with
-its `arguments`, the `folder` over which the file system is mounted, its size in `kilobytes`, and
-`output`, a file. Each case is a fork of that one. It gets a mount namespace, so that nobody else
-sees the file system, and it is gone with the process.
+nothing. The plan is a list of cases: `work`, as an importable module:function, its `arguments`, the
+`folder` over which the file system is mounted, its size in `kilobytes`, and `output`, a file. Each
+case is a fork of that process with its own mount namespace: no other process sees the file system,
+and it disappears with the process.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CANNOT_MOUNT = 77
 
 
 def run_case(work: str, arguments: list[Any], folder: str, kilobytes: int, output: str) -> int:
-    """The exit status of a process that does it: 0, 1 with a traceback, or CANNOT_MOUNT."""
+    """Run a case in a process; return its exit code: 0, 1 with a traceback, or CANNOT_MOUNT."""
     process = os.fork()
     if process:
         return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
@@ -70,7 +70,7 @@ def free_kilobytes(folder: Path) -> int:
 
 
 def fill(folder: Path, *, leave: int) -> Path:
-    """Take all room in the file system of `folder` but so many kilobytes; the file that has it."""
+    """Fill the file system of `folder` up to `leave` kilobytes; return the file that fills it."""
     ballast = folder / "ballast"
     with ballast.open("wb") as file:
         file.write(bytes(1024) * (free_kilobytes(folder) - leave))

@@ -113,7 +113,7 @@ def make_config(system: str, **changes: Any) -> SMLPConfig:
 
 
 def make_model(system: str, **changes: Any) -> SMLPForCausalLM:
-    """In evaluation mode. Real initial values would leave M and the routers without effect."""
+    """Make a model in evaluation mode. Real initial values would leave M and routers no effect."""
     model = SMLPForCausalLM(make_config(system, **changes))
     with torch.no_grad():
         for parameter in model.parameters():

@@ -34,7 +34,7 @@ SMALL: dict[str, Any] = {
 
 
 def write_study(folder: Path, **changes: Any) -> Path:
-    """Write SMALL with other keys; None leaves one out."""
+    """Write SMALL with changed keys; None omits a key."""
     content = {key: value for key, value in {**SMALL, **changes}.items() if value is not None}
     path = folder / "study.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
@@ -58,7 +58,7 @@ def state_of(path: Path, *, runs: Path, **more: Any) -> State:
 
 
 def study_argv(command: str, folder: Path, *more: str) -> list[str]:
-    """Of tools/study.py, on a folder's study, without the data of whoever runs studies here."""
+    """Return arguments of tools/study.py for a folder's study, apart from the user's own data."""
     places = [f"--{name}={folder / name}" for name in ("runs", "results", "data")]
     return [command, str(folder / "study.yaml"), *places, *more]
 
@@ -80,28 +80,28 @@ NOISE = {11: -0.002, 12: 0.003, 13: 0.0}
 
 
 def loss_of(run: PlannedRun) -> float:
-    """0.05 nats under the others for sMLP, with seeds that differ by less."""
+    """Return a loss 0.05 nats lower for sMLP than for the others; seeds differ by less."""
     ahead = 0.05 if run.system == "smlp_deterministic" else 0.0
     wobble = NOISE.get(run.seed, 0.0) * {"switch": 1, "transformer": 0.5}.get(run.system, -1)
     return 6.0 - 0.3 * math.log2((run.horizon or 10**5) / 10**5) - ahead + wobble
 
 
 def page_of(known: State, folder: Path, **how: bool) -> Page:
-    """Collect what has ended into the folder's results, and return the report of these."""
+    """Collect the runs that ended into the folder's results, and return their report."""
     results = Results(folder / "results")
     results.collect(known)
     return Page(known, results, **how)
 
 
 def page_of_study(folder: Path, loss_of: Callable[[PlannedRun], float], **changes: Any) -> Page:
-    """Return the report of SMALL with other keys, whose runs end with these losses."""
+    """Return the report of SMALL with changed keys, whose runs end with these losses."""
     known = state_of(write_study(folder, **changes), runs=folder / "runs")
     pretend(known, loss_of)
     return page_of(known, folder)
 
 
 def claims_and_text(known: State, folder: Path) -> tuple[dict[str, dict], str]:
-    """Return report.json's claims, and report.md but for the figures."""
+    """Return report.json's claims, and report.md without the figures."""
     made = page_of(known, folder)
     return {claim["name"]: claim for claim in json.loads(made.json())["claims"]}, made.text()
 

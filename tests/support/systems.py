@@ -19,4 +19,4 @@ MODEL = """
     --ffn-hidden-size 256 --attention-dropout 0 --hidden-dropout 0 --micro-batch-size 2
     --num-workers 0 --lr 1e-3 --log-interval 1 --eval-iters 0 --strict-accounting
 """
-"""Without the length of the sequence, the batch and the number of steps."""
+"""Flags without sequence length, batch size and number of steps."""

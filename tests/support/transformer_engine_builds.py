@@ -1,11 +1,11 @@
-"""Builds models on Transformer Engine's stand-in and keeps what its constructors were given.
+"""Build models on Transformer Engine's stand-in, and record its constructors' arguments.
 
     PYTHONPATH=tests:tests/support/transformer_engine_stub \\
       python tests/support/transformer_engine_builds.py cases.json recorded.json
 
-`cases.json`: name -> {"flags": ..., "world": processes}. Of several processes this is the first
-one, with groups that carry nothing. The CPU holds the tensors, as in the rest of the suite; flags
-are settled as where there is a CUDA device, which is where Transformer Engine runs.
+`cases.json`: name -> {"flags": ..., "world": processes}. This process is rank 0, in fake process
+groups. Tensors are on the CPU, as in the rest of the suite; flags are resolved as on a CUDA device,
+where Transformer Engine runs.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from megatron_smlp.platform import cpu
 
 
 def start(world: int) -> None:
-    """Groups of `world` processes, of which this is the first."""
+    """Start a fake group of `world` processes, of which this is the first."""
     os.environ.update(RANK="0", WORLD_SIZE=str(world), CUDA_DEVICE_MAX_CONNECTIONS="1")
     torch.distributed.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
 
 
 def build(flags: list[str]) -> dict[str, Any]:
-    """Parse, build, and describe a checkpoint of it."""
+    """Parse flags, build the model, and describe it and its checkpoint."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from megatron.training.initialize import _initialize_tp_communicators
@@ -59,12 +59,12 @@ def build(flags: list[str]) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """Return a form for JSON: of a group its size, of all else its name."""
+    """Return a value for JSON: a group's size, or the string of anything else."""
     return value.size() if isinstance(value, torch.distributed.ProcessGroup) else str(value)
 
 
 def forget() -> None:
-    """Leave nothing of a build to the next one."""
+    """Clear the state of a build before the next one."""
     from megatron.core import parallel_state
     from support.in_process import forget_arguments
 
@@ -77,7 +77,7 @@ def forget() -> None:
 
 
 def record(case: dict[str, Any]) -> dict[str, Any]:
-    """Return what was built, or the line of the error."""
+    """Return what was built, or the error in one line."""
     try:
         start(case["world"])
         return build(case["flags"].split())

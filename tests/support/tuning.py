@@ -1,4 +1,4 @@
-"""benchmarks/tune_kernels.py where kernels are interpreted, and a clock says what a test wants."""
+"""Run benchmarks/tune_kernels.py with interpreted kernels and a clock that the test controls."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROW = Tiles(*(Tile(64, 64, 32, 4, 3),) * 3, programs=8)
 
 
 def tuned(product: str, ratios: list[float]) -> tuple[Tiles, float]:
-    """What is chosen of TILES where they are so many times as fast as ROW."""
+    """Return the choice among TILES where they are `ratios` times as fast as ROW."""
     import_benchmarks()
     import tune_kernels
 
@@ -33,7 +33,7 @@ def tuned(product: str, ratios: list[float]) -> tuple[Tiles, float]:
 
 
 def tuned_to_other_results(product: str) -> str:
-    """What is said where every second call of a product is twice as large."""
+    """Return the error where every second call of a product returns twice the result."""
     name = {"values": "gradients_of_values"}[product]
     launch, calls = getattr(gated_mix_launches, name), iter(range(1, 100))
 

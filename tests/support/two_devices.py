@@ -1,4 +1,4 @@
-"""The Hugging Face model over two GPUs, of tensors without values, which know their device."""
+"""The Hugging Face model over two GPUs, with fake tensors: no values, but a device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SYSTEMS = ("transformer", "gmlp", "gmlp_toeplitz", "amlp", "mixer")
 
 
 def on_two_devices(model: SMLPForCausalLM) -> None:
-    """As device_map="auto" does it: layers from the second on and the final norm on cuda:1."""
+    """Place it as device_map="auto": layers from the second on and the final norm on cuda:1."""
     second = [*model.model.layers[1:], model.model.final_norm]
     for owner in (owner for module in second for owner in module.modules()):
         for name, weight in owner.named_parameters(recurse=False):
@@ -30,14 +30,14 @@ def on_two_devices(model: SMLPForCausalLM) -> None:
 
 
 def check(system: str) -> None:
-    """Compute, cache and train: an operation over both devices is an error."""
+    """Compute, cache and train: an operation across both devices raises an error."""
     with FakeTensorMode(), torch.device("cuda:0"):
         model = SMLPForCausalLM(make_config(system))
         on_two_devices(model)
         ids = torch.zeros(4, 8, dtype=torch.int64)
         output = model(ids, labels=ids, use_cache=True)
         assert output.loss.device == output.logits.device == torch.device("cuda:0")
-        output.cache.lengths = torch.full((4,), 8)  # as of unlike prompts
+        output.cache.lengths = torch.full((4,), 8)  # as for prompts of unlike lengths
         output.cache.reorder_cache(torch.zeros(4, dtype=torch.int64))
         output.cache.lengths = None
         assert model(ids[:, :1], cache=output.cache).logits.device == torch.device("cuda:0")

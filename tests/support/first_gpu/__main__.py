@@ -1,9 +1,9 @@
-"""`make first-gpu`: every case in a process of its own, and a report to read and to send.
+"""`make first-gpu`: run every case in its own process, and write a report to read and to send.
 
     PYTHONPATH=tests:. python -m support.first_gpu [--device cpu] [--only A,B] [--output FOLDER]
 
-A case that raises, crashes or hangs fails, and the others go on. Exit code: 1 where one failed, and
-with --sabotage where one did not fail that should have.
+A case that raises, crashes or hangs fails, and the others go on. The exit code is 1 if a case
+failed; with --sabotage, if a case that should have failed did not.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _named(part: str) -> list[str]:
 
 
 def chosen(only: str | None) -> list[str]:
-    """Names in their order, with the cases whose files they read."""
+    """Return the chosen names in order, with the cases whose files they read."""
     names = {name for part in (only or "").split(",") for name in _named(part)}
     wanted: set[str] = {"environment"}
     while names:
@@ -66,7 +66,7 @@ def chosen(only: str | None) -> list[str]:
 
 
 def count_gpus() -> int:
-    """Asked in a process of its own: one that has looked at a GPU cannot be forked."""
+    """Count in a separate process: one that has looked at a GPU cannot be forked."""
     import subprocess
 
     code = "import torch; print(torch.cuda.device_count())"

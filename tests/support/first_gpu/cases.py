@@ -1,6 +1,6 @@
 """The cases of `make first-gpu`, a machine's first day; each runs in a process of its own.
 
-Torch is imported inside them: a conversion hides GPUs before.
+They import torch themselves: a conversion hides the GPUs first.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ class Case:
     work: Work = NO_TRAINING
     """What it does on a GPU."""
     limit: int = 120
-    """Seconds on a GPU; the process is ended after that."""
+    """Seconds on a GPU, after which the process is killed."""
     is_reference: bool = False
-    """Whether the CPU runs it, and nothing is broken in it."""
+    """Whether it runs on the CPU, free of sabotage."""
     gpus: int = 1
 
 
 RESUMED = Work(trainings=2, steps=5)
 """Three steps, and two of them again."""
 KERNELS = {"gmlp": 6, "amlp": 6, "base": 12, "smlp_partial": 6}
-"""Of each system, those that no case before it has compiled."""
+"""System -> number of kernels that no earlier case has compiled."""
 
 
 def _all() -> dict[str, Case]:
@@ -94,7 +94,7 @@ def _all() -> dict[str, Case]:
 
 
 def _references(names: dict[str, str]) -> list[Case]:
-    """Of the systems, and of what layouts of several GPUs start from, which trains once more."""
+    """Return cases for systems and for what multi-GPU layouts start from, which train once more."""
     least = {name: min(x.ranks for x in LAYOUTS.values() if x.start == name) for name in STARTS}
     return [
         Case(
@@ -143,5 +143,5 @@ CASES = _all()
 
 
 def estimate() -> float:
-    """Seconds on a machine with one GPU, by count."""
+    """Estimate the seconds on a machine with one GPU, by count."""
     return seconds(case.work for case in CASES.values() if case.gpus == 1)

@@ -16,7 +16,7 @@ CLOCKS = "name,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu,mi
 
 
 def environment(place: Place, notes: Notes) -> None:
-    """Note what runs: the sources, by their checksums, what is installed, the machine."""
+    """Note what runs: the sources by checksum, the installed packages, the machine."""
     import torch
 
     from megatron_smlp.platform import cpu
@@ -47,7 +47,7 @@ def environment(place: Place, notes: Notes) -> None:
 
 
 def checksum(folder: Path) -> str:
-    """Of the names and texts of a folder's Python files: twelve digits, as of the package."""
+    """Return twelve digits over a folder's Python files, names and texts, as for the package."""
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
         text = path.read_bytes()
@@ -56,7 +56,7 @@ def checksum(folder: Path) -> str:
 
 
 def nvidia_smi(*arguments: str) -> str:
-    """What it answers."""
+    """Return its output."""
     command = ["nvidia-smi", *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
@@ -66,7 +66,7 @@ def nvidia_smi(*arguments: str) -> str:
 
 
 def operators(place: Place, notes: Notes) -> None:
-    """The products of spatial gating and their gradients against fp64, and the assignment."""
+    """Check spatial gating's products and their gradients against fp64, and the assignment."""
     import torch
 
     from megatron_smlp.ops import causal_mix, toeplitz_mix
@@ -86,7 +86,7 @@ def operators(place: Place, notes: Notes) -> None:
 
 
 def _rounding(place: Place, product: Any, reference: Any, shape: Any, dtype: Any) -> float:
-    """The largest error of output and gradients, relative to the largest value of each."""
+    """Return the largest error of output and gradients, relative to each one's largest value."""
     import torch
 
     length = shape[0]
@@ -122,7 +122,7 @@ def _check_assignment(place: Place, notes: Notes) -> None:
 
 
 def kernel_times(place: Place, notes: Notes) -> None:
-    """What replaces many operators beside what it replaces, as benchmarks/bench_gpu_kernels.py."""
+    """Time fused code against the operators it replaces, as benchmarks/bench_gpu_kernels.py."""
     import_benchmarks()
     from bench_gpu_kernels import TINY, Sizes, measured
 

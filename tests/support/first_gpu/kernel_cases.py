@@ -1,7 +1,7 @@
-"""Every kind of launch against fp64: outputs, gradients, and the same bits twice.
+"""Check every kind of launch against fp64: outputs, gradients, and the same bits twice.
 
-A kernel may be as inexact as its reference in the same precision, times ALLOWED, or by one rounding
-of the largest value. Without a GPU Triton interprets the kernels, at small sizes.
+A kernel's error may be ALLOWED times that of its reference in the same precision, or one rounding
+of the largest value. Without a GPU, Triton interprets the kernels, at small sizes.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ALLOWED = 3
-"""Times the error of the reference in the same precision, of the largest value."""
+"""Factor on the largest error of the reference in the same precision."""
 type Answer = tuple[list[float], bool, Counter[str]]
 """Errors of the output and of each gradient, in units of what is allowed; whether the second call
 gave the same bits; launches."""
 
 
 def kernels(place: Place, notes: Notes) -> None:
-    """The gate, the norm with means, grouped experts; each by what it launches."""
+    """Check the gate, the norm with means and grouped experts, and what each launches."""
     import torch
 
     gates, norms = variants(place)
@@ -71,13 +71,13 @@ def _note(notes: Notes, name: str, answer: Answer) -> None:
 
 
 def variants(place: Place) -> tuple[dict[str, Gate], dict[str, Gate]]:
-    """Name -> what is asked of the gate, and of the norm with means."""
+    """Return the variants of the gate, and of the norm with means, by name."""
     import torch
     from support.gating import Gate
 
     tokens, batch = (40, 2) if place.on_cpu else (1000, 4)
     bf16, fp16 = torch.bfloat16, torch.float16
-    # Each is a dozen kernels to compile; M is in fp32 and in the dtype of v, in turns.
+    # Each compiles a dozen kernels; M alternates between fp32 and the dtype of v.
     shapes = [(1, 128, bf16), (4, 64, bf16), (4, 64, fp16), (8, 32, bf16), (3, 20, fp16)]
     shapes += [(4, 16, fp16), (3, 20, bf16)]
     kinds: dict[str, dict[str, Any]] = {
@@ -89,11 +89,11 @@ def variants(place: Place) -> tuple[dict[str, Gate], dict[str, Gate]]:
     }
     gates, norms = {}, {}
     for number, (heads, width, dtype) in enumerate(shapes):
-        # The last one's rows begin at odd places.
+        # The last one's rows begin at odd offsets.
         length = tokens if place.on_cpu or number + 1 < len(shapes) else 2047
         size = f"{heads} x {width}, T = {length}, {str(dtype).removeprefix('torch.')}"
         weights = (torch.float32, dtype)[number % 2]
-        # Interpreted, one kind of each shape.
+        # If interpreted, one kind per shape.
         asked = [list(kinds)[number % len(kinds)]] if place.on_cpu else list(kinds)
         for kind in asked:
             options = kinds[kind]
@@ -141,7 +141,7 @@ def _answer(
 
 
 def _share(ours: Tensor, exact: Tensor, rounded: Tensor, unit: float) -> float:
-    """The largest error, in units of what is allowed; infinite where it is not a number."""
+    """Return the largest error, in units of what is allowed; infinity for NaN."""
     scale = float(exact.abs().max()) or 1.0
     error, known = (
         float((tensor.double().cpu() - exact).abs().max()) for tensor in (ours, rounded)
@@ -151,7 +151,7 @@ def _share(ours: Tensor, exact: Tensor, rounded: Tensor, unit: float) -> float:
 
 
 def experts_answer(place: Place) -> Answer:
-    """Experts by grouped products, against one after another, with groups that differ."""
+    """Compare grouped products of experts with separate ones, for groups of different sizes."""
     import torch
 
     counts = torch.tensor([5, 0, 11, 2] if place.on_cpu else [700, 0, 3, 1297])

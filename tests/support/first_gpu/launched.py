@@ -1,4 +1,4 @@
-"""Counts launches of kernels, and says which a GPU has to have launched."""
+"""Count kernel launches, and check that a GPU made those that it should."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KERNELS = {
     "assignment": ("assignment", "extent", "spread", "balance", "choose", "accept", "fill"),
     "exchange": ("exchange", "exchange"),
 }
-"""What they do -> a file of megatron_smlp/ops/kernels, and its kernels."""
+"""Purpose -> a file of megatron_smlp/ops/kernels, and its kernels."""
 GATE = ("gate", "norm")
 BASE = ("assignment", "exchange", "grouped")
 OF_SYSTEMS = {
@@ -31,11 +31,11 @@ OF_SYSTEMS = {
     "base": BASE,
     **dict.fromkeys(("gshard", "switch", "hash"), ("grouped",)),
 }
-"""System -> what its layers do by kernels; "grouped" is torch's product for experts."""
+"""System -> what its layers compute with kernels; "grouped" is torch's product for experts."""
 
 
 class _Counted:
-    """A kernel, whose launches are counted."""
+    """A kernel whose launches are counted."""
 
     def __init__(self, kernel: Any, counts: Counter[str], name: str) -> None:
         self.kernel, self.counts, self.name = kernel, counts, name
@@ -50,7 +50,7 @@ class _Counted:
 
 @contextlib.contextmanager
 def counted() -> Iterator[Counter[str]]:
-    """Count launches by what the kernels do and by their names, as "gate: gated_mix"."""
+    """Count launches by the kernels' purpose and name, as in "gate: gated_mix"."""
     from torch.nn import functional
 
     from megatron_smlp.megatron_patches.wrapping import wrapped_in
@@ -77,7 +77,7 @@ def counted() -> Iterator[Counter[str]]:
 
 
 def check_launches(notes: Notes, counts: Counter[str], kinds: tuple[str, ...]) -> None:
-    """Note what this GPU can run and did not, which is a failure; and what it cannot."""
+    """Fail for kernels that this GPU can run and did not; note those that it cannot run."""
     import torch
 
     major, minor = torch.cuda.get_device_capability()

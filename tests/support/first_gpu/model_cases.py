@@ -1,4 +1,4 @@
-"""Short trainings of every system, one against another: devices, resumes, precisions, layouts."""
+"""Compare short trainings of every system across devices, resumes, precisions and layouts."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ GRAPHS = "--cuda-graph-impl local --allow-untested-flag cuda-graph-impl"
 
 @dataclass(frozen=True)
 class Layout:
-    """GPUs of this machine, and where their run starts (training.STARTS)."""
+    """Number of GPUs, flags, and where the run starts (training.STARTS)."""
 
     ranks: int
     flags: str
@@ -69,7 +69,7 @@ LAYOUTS = {
 
 
 def trains(place: Place, notes: Notes, *, system: str) -> None:
-    """Steps, host synchronisations, memory, save and resume; against the CPU's."""
+    """Train, save and resume; note host synchronisations and memory; compare with the CPU."""
     folder, flags = place.folder / system, run_flags(place, system)
     watch, launches = Watch(), Counter[str]()
 
@@ -94,7 +94,7 @@ def trains(place: Place, notes: Notes, *, system: str) -> None:
 
 
 def _check_resumption(notes: Notes, what: str, flags: str, folder: Path, run: Run) -> None:
-    """A run that goes on from the first save, against the one that saved; its checkpoints go."""
+    """Compare a run resumed from the first save with the one that saved; drop its checkpoints."""
     again = resumed(flags, folder)
     notes.same_steps(what, again, run.steps[RESUMED_FROM:], tolerance=RECOMPUTED)
     forget_checkpoints(folder)
@@ -109,7 +109,7 @@ def _say_synchronisations(notes: Notes, counted: Counter[str]) -> None:
 
 
 def _compare_memory(notes: Notes, flags: str, peak: int) -> None:
-    """The steps' peak against tools/estimate.py, which counts no temporary tensors."""
+    """Note the steps' peak against tools/estimate.py, which counts no temporary tensors."""
     estimated = estimated_memory(flags)
     notes.data["memory"] = {"peak": peak, "estimated": estimated}
     text = f"peak memory {peak / 2**20:.0f} MiB, estimated {estimated / 2**20:.0f} MiB"
@@ -117,7 +117,7 @@ def _compare_memory(notes: Notes, flags: str, peak: int) -> None:
 
 
 def estimated_memory(flags: str) -> int:
-    """Bytes, by tools/estimate.py's arithmetic for the same flags on one GPU."""
+    """Return the bytes that tools/estimate.py computes for the same flags on one GPU."""
     from support.in_process import forget_arguments
 
     from megatron_smlp.accounting.costs import ModelShape
@@ -133,7 +133,7 @@ def estimated_memory(flags: str) -> int:
 
 
 def recompute(place: Place, notes: Notes) -> None:
-    """Activations that are computed twice are the same ones."""
+    """Check that recomputed activations are the same."""
     for system in ("smlp_partial", "switch"):
         folder, flags = place.folder / "recompute" / system, run_flags(place, system)
         plain = train(flags, folder / "none")
@@ -143,7 +143,7 @@ def recompute(place: Place, notes: Notes) -> None:
 
 
 def dropout(place: Place, notes: Notes) -> None:
-    """The device's random numbers are resumed too."""
+    """Check that a resume restores the device's random state too."""
     folder = place.folder / "dropout"
     flags = f"{run_flags(place, 'amlp')} --hidden-dropout 0.1 --attention-dropout 0.1"
     run = saved_run(flags, folder)
@@ -151,7 +151,7 @@ def dropout(place: Place, notes: Notes) -> None:
 
 
 def async_save(place: Place, notes: Notes) -> None:
-    """A checkpoint that is written in the background is the same."""
+    """Check that a checkpoint written in the background is the same."""
     folder, flags = place.folder / "async_save", run_flags(place, SPARSE)
     run = saved_run(f"{flags} --async-save", folder)
     compare(notes, "--async-save, against the CPU", run, Reference.read(place, SPARSE))
@@ -159,7 +159,7 @@ def async_save(place: Place, notes: Notes) -> None:
 
 
 def fp16(place: Place, notes: Notes) -> None:
-    """The loss scale fits from the first step on, and the rounding is no larger than bf16's."""
+    """Check that the loss scale fits from the first step and rounding does not exceed bf16's."""
     if place.on_cpu:
         notes.not_run("--fp16: it needs a CUDA device")
         return
@@ -171,7 +171,7 @@ def fp16(place: Place, notes: Notes) -> None:
 
 
 def transformer_engine(place: Place, notes: Notes) -> None:
-    """Its layers, against the CPU's, which are Megatron's own."""
+    """Compare Transformer Engine's layers with the CPU's, which are Megatron's own."""
     if place.on_cpu:
         notes.not_run("Transformer Engine: it needs a CUDA device")
         return
@@ -189,7 +189,7 @@ def transformer_engine(place: Place, notes: Notes) -> None:
 
 
 def cuda_graphs(place: Place, notes: Notes) -> None:
-    """Megatron's own, of the layers that do not route: what is replayed is what was captured."""
+    """Train with Megatron's graphs of the layers that do not route, and compare with the CPU."""
     if place.on_cpu:
         notes.not_run("CUDA graphs: they need a CUDA device")
         return
@@ -201,7 +201,7 @@ def cuda_graphs(place: Place, notes: Notes) -> None:
 
 
 def _check_signatures(notes: Notes) -> None:
-    """The stand-in, which the suite has on a CPU, takes no argument that the package lacks."""
+    """Check that the suite's CPU stand-in takes no argument that the package lacks."""
     import transformer_engine.pytorch as te
 
     code = (
@@ -218,7 +218,7 @@ def _check_signatures(notes: Notes) -> None:
 
 
 def layout(place: Place, notes: Notes, *, name: str) -> None:
-    """Ranks of this machine, from the checkpoint that the reference started from."""
+    """Train on ranks of this machine, from the checkpoint that the reference started from."""
     folder, asked = place.folder / name, LAYOUTS[name]
     flags = f"{saving(from_seed(place, asked.start), folder)} {asked.flags}"
     steps = on_ranks(place, asked.ranks, flags, folder / "log", notes)

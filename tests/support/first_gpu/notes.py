@@ -25,7 +25,7 @@ class Place:
     can_fork: bool = True
     """Whether a process that has imported everything can be forked into one that uses the GPU."""
     patience: float = 1.0
-    """Times the limits of the cases, on a GPU."""
+    """Factor on the cases' time limits, on a GPU."""
 
     @property
     def on_cpu(self) -> bool:
@@ -33,13 +33,13 @@ class Place:
 
     @property
     def size(self) -> str:
-        """Flags: on a GPU sequences of more than one block of a triangular product."""
+        """Return flags; on a GPU, sequences span several blocks of a triangular product."""
         return f"--seq-length {32 if self.on_cpu else 1024} --global-batch-size 4"
 
 
 @dataclass
 class Notes:
-    """Lines with verdicts; `data` is for the machine."""
+    """Lines with verdicts; `data` is machine-readable."""
 
     lines: list[tuple[Verdict, str]] = field(default_factory=list)
     data: dict[str, Any] = field(default_factory=dict)
@@ -51,17 +51,17 @@ class Notes:
         self.lines.append(("failed", text))
 
     def not_run(self, text: str) -> None:
-        """text: what, and after a colon why."""
+        """text: what was not run, a colon, and why."""
         self.lines.append(("not run", text))
 
     def check(self, is_good: bool, text: str) -> None:
-        """One line with its verdict."""
+        """Add one line with its verdict."""
         self.lines.append(("passed" if is_good else "failed", text))
 
     def same_steps(
         self, what: str, ours: Sequence[Step], expected: Sequence[Step], *, tolerance: float
     ) -> None:
-        """Losses within a relative tolerance, gradient norms within five times that."""
+        """Check losses within a relative tolerance, gradient norms within five times that."""
         if not ours or len(ours) != len(expected):
             self.failed(f"{what}: {len(ours)} steps, where {len(expected)} were expected")
             return
@@ -75,7 +75,7 @@ class Notes:
 
     @property
     def verdict(self) -> Verdict:
-        """The worst of the lines; without one that ran, nothing was run."""
+        """Return the worst verdict of the lines; "not run" if no line ran."""
         verdicts = [verdict for verdict, _ in self.lines]
         if "failed" in verdicts:
             return "failed"
@@ -91,7 +91,7 @@ class Notes:
 
 
 def largest_difference(ours: Sequence[float], expected: Sequence[float]) -> float:
-    """Relative; a value that is not a number differs by infinity."""
+    """Return the largest relative difference; infinity for NaN."""
     pairs = zip(ours, expected, strict=True)
     differences = [abs(one - other) / max(abs(other), 1e-30) for one, other in pairs]
     return max((d if d == d else float("inf") for d in differences), default=0.0)

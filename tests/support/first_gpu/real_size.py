@@ -1,6 +1,6 @@
 """Models of configs/paper/regular with their files' flags: speed, memory, where the time goes.
 
-On a CPU in place of a GPU they are tiny, and what is measured has no meaning.
+On a CPU in place of a GPU they are tiny, and the measurements are meaningless.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SYSTEMS = ("transformer", "gmlp", "smlp_deterministic")
 NUM_STEPS = 20
 WARM_UP = 8
 PROFILED = (19, 20)
-"""Steps; their time is not counted."""
+"""Steps that are profiled; their time is not counted."""
 TOP = 20
 TINY = """
     --num-layers 2 --hidden-size 64 --ffn-hidden-size 256 --seq-length 32 --micro-batch-size 2
@@ -33,13 +33,13 @@ TINY_OF = {
     "smlp_deterministic": "--num-dense-layers 1 --num-experts 4 --moe-ffn-hidden-size 256",
 }
 MEMORY = 0.15
-"""Relative; tools/estimate.py counts no temporary tensors."""
+"""Relative tolerance; tools/estimate.py counts no temporary tensors."""
 ROOM = 0.9
-"""Of the GPU's memory, for what is estimated."""
+"""Share of the GPU's memory that the estimate may take."""
 
 
 def real_size(place: Place, notes: Notes, *, system: str) -> None:
-    """Twenty steps: the loss stays finite, memory is what was estimated; the rest is measured."""
+    """Train twenty steps; check for finite losses and the estimated memory; measure the rest."""
     import torch
 
     import_benchmarks()
@@ -120,7 +120,7 @@ class Profile:
         return wrapped
 
     def _events(self, *, on_cpu: bool) -> list[tuple[float, int, str]]:
-        """Milliseconds, calls and name of each kernel (on a CPU, of each operator), most first."""
+        """Return ms, calls and name of each kernel (on a CPU, of each operator), longest first."""
         from torch.autograd import DeviceType
 
         kind = DeviceType.CPU if on_cpu else DeviceType.CUDA
@@ -130,7 +130,7 @@ class Profile:
         return sorted(rows, reverse=True)
 
     def top(self, *, on_cpu: bool) -> list[str]:
-        """Return the kernels that take most time, for a person."""
+        """Return the kernels that take most time, in readable form."""
         rows = self._events(on_cpu=on_cpu)
         total = sum(milliseconds for milliseconds, _, _ in rows) or 1.0
         return [
@@ -139,6 +139,6 @@ class Profile:
         ]
 
     def idle_share(self) -> float:
-        """Of the profiled steps' time; kernels of two streams at once count twice."""
+        """Return the idle share of the profiled time; kernels that overlap count twice."""
         busy = sum(milliseconds for milliseconds, _, _ in self._events(on_cpu=False)) / 1e3
         return max(0.0, 1 - busy / self.seconds)

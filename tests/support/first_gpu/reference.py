@@ -1,7 +1,7 @@
-"""What a run on the device is held against: the same run on the CPU, and what rounding does to it.
+"""The reference for a run on the device: the same run on the CPU, and what rounding does to it.
 
 The CPU trains in bf16 and in fp32, from the same weights. How far the two lie apart, quantity by
-quantity, is the rounding of bf16, nearly tied choices between experts that fall otherwise included.
+quantity, is bf16's rounding, including near-ties between experts that resolve differently.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from support.first_gpu.training import (
 from support.launches import Step
 
 ALLOWED = 3
-"""Times the CPU's rounding; independent ones lie 1.4 times as far apart as either from the truth.
-Measured for bf16 runs from weights that differ in their last place: 1.6 times at most, in all
-groups of seven systems at T = 1024."""
+"""Factor on the CPU's rounding; independent roundings are 1.4 times as far apart as either is from
+the truth. Measured for bf16 runs from weights that differ in their last place: at most 1.6 times,
+in all groups of seven systems at T = 1024."""
 LEAST = 1e-4
-"""Relative, and allowed anyway: by accident a loss is rounded by less."""
+"""Relative distance that is always allowed: by chance a loss may be rounded by less."""
 GROUPS = {
     "M": r"spatial\.weight$",
     "b": r"spatial\.bias$",
@@ -46,13 +46,13 @@ GROUPS = {
     "attention": r"linear_qkv|linear_proj|tiny_attention",
     "projections": "",
 }
-"""Group -> what is in the names of its parameters, if they are in none before."""
+"""Group -> pattern in its parameters' names; the first group that matches counts."""
 PRECISIONS = {"bf16": "--bf16", "fp32": ""}
 
 
 @dataclass(frozen=True)
 class Run:
-    """Its steps, and the gradients of the first one."""
+    """A run's steps, and the gradients of the first one."""
 
     steps: list[Step]
     gradients: Gradients
@@ -74,7 +74,7 @@ class Reference:
 
     @classmethod
     def read(cls, place: Place, name: str) -> Reference | None:
-        """Of a system, or of a start of layouts; None where its case left none."""
+        """Read that of a system, or of a start of layouts; None if its case left none."""
         import torch
 
         path = place.folder / "reference" / name / "reference.pt"
@@ -115,11 +115,11 @@ def reference(place: Place, notes: Notes, *, name: str) -> None:
 
 
 def distances(ours: Run, other: Run) -> dict[str, float]:
-    """Relative: the largest of losses and of gradient norms over the steps; the gradients' by group
-    (the norm of a difference over that of the other), and in the worst row of M and b.
+    """Return relative distances: the largest over the steps for losses and gradient norms; for
+    gradients, by group (the difference's norm over `other`'s) and in the worst row of M and b.
 
     Raises:
-        ValueError: they are not of the same steps and parameters.
+        ValueError: the runs have different steps or parameters.
     """
     if len(ours.steps) != len(other.steps):
         raise ValueError(f"{len(ours.steps)} steps, where {len(other.steps)} were expected")
@@ -146,7 +146,7 @@ def group_of(name: str) -> str:
 def _group_distances(
     group: str, ours: Mapping[str, Any], other: Mapping[str, Any], names: list[str]
 ) -> dict[str, float]:
-    """Rows of M and b are positions: a fault in one of a thousand tokens is in one row alone."""
+    """Rows of M and b are positions: a fault in one of a thousand tokens shows in one row only."""
     errors = [(ours[name].double() - other[name].double()).square() for name in names]
     total = sum(float(other[name].double().square().sum()) for name in names) or 1.0
     result = {group: (sum(float(error.sum()) for error in errors) / total) ** 0.5}
@@ -157,7 +157,7 @@ def _group_distances(
 
 
 def compare(notes: Notes, what: str, ours: Run, known: Reference | None) -> None:
-    """One line: how far the device's run lies from the CPU's, in units of the CPU's rounding."""
+    """Note how far the device's run lies from the CPU's, in units of the CPU's rounding."""
     if known is None:
         notes.not_run(f"{what}: its case left no reference")
         return

@@ -12,7 +12,7 @@ from support.first_gpu.running import Result, log_of
 
 MARKS = {"passed": "", "failed": "**failed:** ", "not run": "not run: "}
 LAST_LINES = 60
-"""Of the log of a case that failed."""
+"""Lines to show of the log of a case that failed."""
 SEND = """\
 ## What to send to the maintainers
 
@@ -21,7 +21,7 @@ nothing of your data."""
 
 
 class Report:
-    """Results by name, in order; written after each, so that an ended run leaves one too."""
+    """Results by name, in order; written after each, so that an aborted run leaves one too."""
 
     def __init__(self, place: Place) -> None:
         self.place = place
@@ -35,7 +35,7 @@ class Report:
         return [name for name, result in self.results.items() if result.verdict == "failed"]
 
     def write(self) -> None:
-        """report.md and report.json."""
+        """Write report.md and report.json."""
         (self.place.folder / "report.md").write_text(self.markdown() + "\n", encoding="utf-8")
         values = {
             "device": self.place.device,
@@ -78,7 +78,7 @@ class Report:
         return "\n".join(["| case | | seconds |", "|---|---|---:|", *rows])
 
     def _log(self, name: str) -> str:
-        """The end of what a case that failed has printed."""
+        """Return the end of a failed case's output."""
         path = log_of(name, self.place)
         text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
         return f"## The end of {path.name}\n\n" + _indented(
@@ -86,7 +86,7 @@ class Report:
         )
 
     def _data(self) -> str:
-        """What the cases measured, for a program, a line each."""
+        """Return what the cases measured as JSON, one line per case."""
         measured = {name: result.notes.data for name, result in self.results.items()}
         lines = [json.dumps({name: data}) for name, data in measured.items() if data]
         return "## Data\n\n" + _indented("\n".join(lines))

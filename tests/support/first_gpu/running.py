@@ -1,4 +1,4 @@
-"""One case: a process with a time limit, its log, and what it noted."""
+"""Run one case: a process with a time limit, its log, and its notes."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from support.ranks import forkserver
 
 LAST_LINES = 5
 ON_CPU = 5
-"""Times the limit of a case: a CPU in the place of a GPU is slower, and shared by many."""
+"""Factor on a case's limit: a CPU in place of a GPU is slower, and shared by many."""
 MOST_THREADS = 16
 GPUS = "CUDA_VISIBLE_DEVICES"
 NVML = "PYTORCH_NVML_BASED_CUDA_CHECK"
-"""With it torch learns from NVML whether there is a GPU, and a process can still be forked."""
+"""With it torch asks NVML whether there is a GPU, so that a process can still be forked."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """Of a case."""
+    """The result of a case."""
 
     name: str
     notes: Notes
@@ -44,14 +44,14 @@ class Result:
 
 
 def import_once() -> None:
-    """Megatron's imports take longer than a case: processes are forked behind them."""
+    """Import Megatron, which takes longer than a case, before processes are forked."""
     os.environ[NVML] = "1"
     import support.preloaded  # noqa: F401
 
 
 def forks_use_gpu() -> bool:
-    """Return whether a fork of this process can use the GPU. It cannot where an import has asked
-    CUDA for something; each case is then started anew, which takes longer."""
+    """Return whether a fork of this process can use the GPU. It cannot if an import has called
+    CUDA; each case is then spawned, which takes longer."""
     process = multiprocessing.get_context("fork").Process(target=_touch_gpu)
     process.start()
     process.join(60)
@@ -67,7 +67,7 @@ def _touch_gpu() -> None:
 
 
 def context_of(case: Case, place: Place) -> Any:
-    """Return how the process of a case is started."""
+    """Return the multiprocessing context in which a case starts."""
     if case.is_reference and not place.on_cpu:
         return forkserver()  # its processes saw no GPU when they imported
     return multiprocessing.get_context("fork" if place.can_fork else "spawn")
@@ -75,7 +75,7 @@ def context_of(case: Case, place: Place) -> Any:
 
 @contextlib.contextmanager
 def _hidden_gpus(*, hides: bool) -> Iterator[None]:
-    """Whoever is started here has none."""
+    """Hide the GPUs from processes started inside, if `hides`."""
     before = os.environ.get(GPUS)
     if hides:
         os.environ[GPUS] = ""
@@ -88,7 +88,7 @@ def _hidden_gpus(*, hides: bool) -> Iterator[None]:
 
 
 def run_case(case: Case, place: Place, before: Mapping[str, Result]) -> Result:
-    """Run it where what it needs is there; whatever happens to its process, there is a result."""
+    """Run a case if what it needs is there; return a result whatever happens to its process."""
     if not place.on_cpu and place.num_gpus < case.gpus:
         here = f"it needs {case.gpus} GPUs, and this machine has {place.num_gpus}"
         return Result(case.name, Notes([("not run", f"{case.name}: {here}")]), 0.0)
@@ -141,7 +141,7 @@ def _last_lines(case: Case, place: Place) -> str:
 
 
 def _work(name: str, place: Place, written: Path) -> None:
-    """The process of a case, in a group of its own: a time limit ends its ranks too."""
+    """Run a case in a process group of its own, so that a time limit ends its ranks too."""
     os.setsid()
     log = os.open(log_of(name, place), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (sys.stdout, sys.stderr):

@@ -1,9 +1,9 @@
-"""Faults of the device's side alone, each with the cases that have to fail with it.
+"""Faults on the device's side only, each with the cases that must fail with it.
 
     PYTHONPATH=tests:. python -m support.first_gpu --sabotage gate-zero [--device cpu]
 
-A comparison that has never failed may compare nothing. The variable reaches the processes that a
-case starts; a reference is made without it. Nothing here is for the product, which knows of none.
+A comparison that has never failed may compare nothing. Processes that a case starts inherit the
+variable; references are made without it. The product knows nothing of these faults.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 VARIABLE = "FIRST_GPU_SABOTAGE"
 
 type Wrapper = tuple[Any, str, Callable[[Any], Any]]
-"""An owner, the name of its attribute, and what makes another one of it."""
+"""An owner, the name of its attribute, and what wraps the attribute."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Sabotage:
 
 @contextlib.contextmanager
 def installed() -> Iterator[None]:
-    """Break what VARIABLE names, for a time, once everything is imported."""
+    """Break what VARIABLE names for the duration of a block, once everything is imported."""
     from megatron_smlp.megatron_patches.wrapping import wrapped_in
 
     name = os.environ.get(VARIABLE)
@@ -40,7 +40,7 @@ def installed() -> Iterator[None]:
 
 
 def _afterwards(change: Callable[..., Any]) -> Callable[[Any], Any]:
-    """Make a wrapper that hands on what `change(result, *arguments)` makes of a result."""
+    """Make a wrapper that returns `change(result, *arguments)` in place of the result."""
 
     def wrap(function: Any) -> Any:
         @functools.wraps(function)
@@ -61,7 +61,7 @@ def _nothing(*_: Any, **__: Any) -> None:
 
 
 def _unprobed() -> Wrapper:
-    """A training looks for layers that read ahead before it starts, and would not start."""
+    """Skip the check for layers that read ahead, which would keep a training from starting."""
     from megatron_smlp.training import loop
 
     return (loop, "check_causality", _instead(_nothing))
@@ -108,7 +108,7 @@ def _attention_ahead() -> list[Wrapper]:
 
 
 def _expert_swapped() -> list[Wrapper]:
-    """Two of the experts have each other's tokens."""
+    """Two of the experts get each other's tokens."""
     from torch import nn
 
     from megatron_smlp.layers.token_moe import Experts
@@ -167,7 +167,7 @@ def _grad_scaled() -> list[Wrapper]:
 
 
 def _unbalanced() -> list[Wrapper]:
-    """Every token has the expert that it prefers."""
+    """Every token gets the expert that it prefers."""
     import torch
 
     from megatron_smlp.ops import balanced_assignment
@@ -199,7 +199,7 @@ def _micro_batch_lost() -> list[Wrapper]:
 
 
 def _sum_dropped() -> list[Wrapper]:
-    """Ranks of a model parallel group keep their parts of gradients that are to be summed."""
+    """Ranks of a model parallel group keep partial gradients that should be summed."""
     import importlib
 
     finalize = importlib.import_module("megatron.core.distributed.finalize_model_grads")
@@ -215,7 +215,7 @@ def _replica_dropped() -> list[Wrapper]:
 
 
 def _token_displaced() -> list[Wrapper]:
-    """What comes back from the ranks of other experts is a token late."""
+    """Tokens come back from the ranks of other experts shifted by one."""
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
     from megatron_smlp.layers.token_dispatch import TopOneDispatcher
@@ -239,7 +239,7 @@ def _moments_lost() -> list[Wrapper]:
 
 
 def _draws_lost() -> list[Wrapper]:
-    """A resumed run draws the numbers of its beginning."""
+    """A resumed run draws the random numbers of its start again."""
     from megatron_smlp.checkpoints import state
 
     return [(state, "_set_rng", _instead(_nothing))]

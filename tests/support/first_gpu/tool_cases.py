@@ -14,7 +14,7 @@ DOCS = REPOSITORY / "docs"
 
 
 def text(place: Place, notes: Notes) -> None:
-    """Prose into a dataset, and a model trained on it, which the tools below take."""
+    """Turn prose into a dataset, and train a model on it for the tools below."""
     from support.language_models import save_tokenizer
 
     from megatron_smlp.data.prepare.preprocess_cli import main as preprocess
@@ -41,7 +41,7 @@ def _write_records(path: Path, texts: list[str]) -> None:
 
 
 def evaluate(place: Place, notes: Notes) -> None:
-    """tools/evaluate.py: perplexity of the trained model over its own data."""
+    """Run tools/evaluate.py: perplexity of the trained model on its own data."""
     from megatron_smlp.evaluation.cli import main
 
     run, data = place.folder / "text" / "run", place.folder / "text" / "prose_text_document"
@@ -50,7 +50,7 @@ def evaluate(place: Place, notes: Notes) -> None:
 
 
 def generate(place: Place, notes: Notes) -> None:
-    """tools/generate.py from the checkpoint."""
+    """Run tools/generate.py on the checkpoint."""
     from megatron_smlp.generation.cli import main
 
     run = place.folder / "text" / "run"
@@ -66,7 +66,7 @@ def _device(place: Place) -> list[str]:
 
 
 def convert(place: Place, notes: Notes) -> None:
-    """tools/convert_checkpoint.py --to hf, with its check of the logits."""
+    """Run tools/convert_checkpoint.py --to hf, with its check of the logits."""
     from megatron_smlp.conversion.cli import main
 
     folder = place.folder / "text"
@@ -75,7 +75,7 @@ def convert(place: Place, notes: Notes) -> None:
 
 
 def exported(place: Place, notes: Notes) -> None:
-    """tools/generate.py from the exported folder."""
+    """Run tools/generate.py on the exported folder."""
     from megatron_smlp.generation.cli import main
 
     main(["--hf", str(place.folder / "text" / "hf"), *_device(place), *SAMPLED])
@@ -83,7 +83,7 @@ def exported(place: Place, notes: Notes) -> None:
 
 
 def serve(place: Place, notes: Notes) -> None:
-    """tools/serve.py answers a completion."""
+    """Check that tools/serve.py answers a completion."""
     if find_spec("uvicorn") is None or find_spec("fastapi") is None:
         notes.not_run("serving: pip install 'megatron-smlp[serve]' brings what it needs")
         return

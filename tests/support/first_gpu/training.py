@@ -1,7 +1,7 @@
 """Short trainings inside a case's process, and what is watched in them. No torch until one runs.
 
-In all of them the gate matters. A new model's M is nearly zero, and nothing depends on it: here its
-entries are as large as 1 / sqrt(T), and above the diagonal they are garbage that nobody may read.
+The gate matters in all of them. A new model's M is nearly zero, and nothing depends on it: here its
+entries are as large as 1 / sqrt(T), and above the diagonal they are garbage that must not be read.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ SPARSE = "smlp_deterministic"
 """The system of the cases that need one: gating, chunks and token experts."""
 NUM_STEPS = 3
 COUNTED: Counter[str] = Counter()
-"""What this process has done: trainings, and their steps."""
+"""Trainings that this process has run, and their steps."""
 RESUMED_FROM = 1
 WAIT = "called a synchronizing CUDA operation"
 MOMENTS = "optimizer.state.exp_avg."
-"""What a checkpoint names Adam's first moments by. After one step they are a tenth of the
-gradients, whole ones, whatever the layout."""
+"""Prefix of Adam's first moments in a checkpoint. After one step they are a tenth of the full
+gradients, whatever the layout."""
 
 no_context = contextlib.nullcontext
 
@@ -45,9 +45,8 @@ type Gradients = dict[str, Any]
 
 @dataclass(frozen=True)
 class Start:
-    """Weights that a layout starts from, drawn once: pipeline stages draw others than one process.
-
-    Flags as of `run_flags`: a system, and what differs for as many ranks.
+    """Weights that a layout starts from, drawn once: pipeline stages draw other values than one
+    process. Flags as in `run_flags`: a system, and what changes for that many ranks.
     """
 
     system: str
@@ -63,9 +62,9 @@ STARTS = {
 
 
 def run_flags(place: Place, system: str, *, precision: str = "--bf16") -> str:
-    """Flags of a system's run; weights are drawn on the CPU, as on every device.
+    """Return flags of a system's run; weights are drawn on the CPU, whatever the device.
 
-    Gradients are not clipped: a factor on all of them would be lost.
+    Gradients are not clipped: clipping would hide a factor on all of them.
     """
     run = f"--train-iters {NUM_STEPS} --use-cpu-initialization --distributed-timeout-minutes 2"
     return f"{MODEL} {SYSTEMS[system]} {place.size} {precision} {run} --clip-grad 1e6"
@@ -74,7 +73,7 @@ def run_flags(place: Place, system: str, *, precision: str = "--bf16") -> str:
 def train(flags: str, folder: Path, *, around: Around = no_context) -> list[Step]:
     """Train in this process, as pretrain_smlp.py does with these flags; return the logged steps.
 
-    around: is entered when Megatron is imported and patched.
+    around: entered once Megatron is imported and patched.
     """
     from megatron_smlp.training.captured_output import CapturedOutput
     from pretrain_smlp import patched_arguments
@@ -96,7 +95,7 @@ def train(flags: str, folder: Path, *, around: Around = no_context) -> list[Step
 
 @contextlib.contextmanager
 def gates_that_matter() -> Iterator[None]:
-    """M is drawn as the top of the file says."""
+    """Draw M as the module docstring says."""
     from megatron_smlp.layers.spatial_gating import SpatialProjection
     from megatron_smlp.megatron_patches.wrapping import wrapped_in
 
@@ -114,12 +113,12 @@ def gates_that_matter() -> Iterator[None]:
 
 
 def saving(flags: str, folder: Path) -> str:
-    """Flags of a run that saves after each step."""
+    """Return flags of a run that saves after each step."""
     return f"{flags} --save {folder / 'checkpoints'} --save-interval 1"
 
 
 def first_gradients(folder: Path) -> Gradients:
-    """Return those of the first step of a run that was `saving`, times a factor."""
+    """Return the first step's gradients of a run that was `saving`, times a factor."""
     from megatron_smlp.checkpoints.folders import iteration_folder
     from megatron_smlp.checkpoints.reader import TorchDistReader
 
@@ -136,7 +135,7 @@ def make_seed(place: Place, start: str) -> None:
 
 
 def from_seed(place: Place, start: str, *, precision: str = "--bf16") -> str:
-    """Flags of a run that starts there."""
+    """Return flags of a run that starts from those weights."""
     load = f"--load {_seed(place, start)} --finetune --no-load-optim --no-load-rng"
     flags = run_flags(place, STARTS[start].system, precision=precision)
     return f"{flags} {STARTS[start].flags} {load}"
@@ -147,26 +146,26 @@ def _seed(place: Place, start: str) -> Path:
 
 
 def resumed(flags: str, folder: Path) -> list[Step]:
-    """The steps of a run that was `saving`, where another one goes on from its first."""
+    """Resume a run that was `saving` from its first step; return the further steps."""
     load = f"--load {folder / 'checkpoints'} --ckpt-step {RESUMED_FROM}"
     return train(f"{flags} {load}", folder / "resumed")
 
 
 class Watch:
-    """Counts the waits of the host for the device in a step, from the second one
-    on: the first allocates and compiles, and what a log line reads comes after it.
+    """Counts the host's waits for the device within steps, from the second one on: the first
+    allocates and compiles. What a log line reads comes after a step.
 
-    Torch warns of what it reads or copies, not of who waits for an event or for the whole device,
-    and it names its own line where somebody waits for a stream.
+    Torch warns of what it reads or copies, not of waits for an event or for the whole device, and
+    for a wait on a stream it names its own line.
     """
 
     def __init__(self) -> None:
         self.lines: Counter[str] = Counter()
-        """Source lines that waited, and how often."""
+        """Source line -> how often it waited."""
         self.steps = 0
         self.is_on = False
         self.peak = 0
-        """Bytes that torch had allocated at once within a step; a save is not part of it."""
+        """Peak bytes that torch had allocated within a step; a save is not part of it."""
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
@@ -215,7 +214,7 @@ class Watch:
         @functools.wraps(wait)
         def wrapped(*args: Any) -> None:
             was_on = self.is_on
-            # An event is done where the host has waited for something later.
+            # An event is done if the host has waited for something later.
             waits = self.lines.total()
             if was_on and getattr(next(iter(args), None), "waits_before", waits) == waits:
                 warnings.warn(WAIT, stacklevel=2)
@@ -226,7 +225,7 @@ class Watch:
         return wrapped
 
     def _noting(self, record: Callable[..., None]) -> Callable[..., None]:
-        """Note of an event how many waits were before it."""
+        """Store with each event how many waits came before it."""
 
         @functools.wraps(record)
         def wrapped(event: Any, *args: Any) -> None:
@@ -244,7 +243,7 @@ class Watch:
 
 
 def on_ranks(place: Place, count: int, flags: str, folder: Path, notes: Notes) -> list[Step]:
-    """The same run in `count` processes of this machine, one a GPU; notes one that dies."""
+    """Train in `count` processes of this machine, one per GPU; note any that dies."""
     port = free_port()
     context = multiprocessing.get_context("fork" if place.can_fork else "spawn")
     ranks = [

@@ -1,7 +1,7 @@
-"""How long the cases take on one GPU, by count: what each of them does, times what that takes.
+"""Estimate how long the cases take on one GPU, by count: what each does, times what that takes.
 
-Nothing here was timed on a GPU. SECONDS are estimates, by which a list of cases that grows shows
-what it costs; a report says what a run took beside what was counted.
+Nothing here was timed on a GPU. SECONDS are estimates, which show what a growing list of cases
+costs; a report gives the time that a run took next to the estimate.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ class Work(NamedTuple):
 
     trainings: int = 0
     steps: int = 0
-    """Of small models, each saved or logged."""
+    """Steps of small models, each saved or logged."""
     kernels: int = 0
-    """Compiled."""
+    """Kernels compiled."""
     reference_steps: int = 0
-    """On the CPU, in bf16 or fp32."""
+    """Steps on the CPU, in bf16 or fp32."""
     large_steps: int = 0
-    """Of configs/paper/regular."""
+    """Steps of configs/paper/regular."""
     tools: int = 0
-    """Programs of tools/."""
+    """Runs of programs of tools/."""
     processes: int = 1
-    """That start CUDA."""
+    """Processes that start CUDA."""
 
 
 SECONDS = Work(
@@ -41,11 +41,11 @@ SECONDS = Work(
     processes=2.0,  # a fork, CUDA's context, cuBLAS
 )  # type: ignore[arg-type]
 IMPORTS = 15
-"""Seconds, once: torch and Megatron."""
+"""Seconds to import torch and Megatron, once."""
 
 
 def seconds(works: Iterable[Work]) -> float:
-    """Return what these take, one after the other."""
+    """Return the seconds that these take, one after another."""
     return IMPORTS + sum(
         count * each for work in works for count, each in zip(work, SECONDS, strict=True)
     )

@@ -1,8 +1,8 @@
 """Stands in for Transformer Engine where there is none: it builds, records, and computes nothing.
 
-Put its folder on PYTHONPATH of a process of its own: Megatron looks for the package when it is
-imported. Every constructor takes the arguments that Transformer Engine's takes (signatures.py) and
-refuses what it refuses; `record.CALLS` holds them in order.
+Put its folder on the PYTHONPATH of a separate process: Megatron looks for the package on import.
+Every constructor takes the arguments that Transformer Engine's takes (signatures.py) and rejects
+what it rejects; `record.CALLS` holds the calls in order.
 """
 
 from . import common, pytorch

@@ -1,4 +1,4 @@
-"""Holds arguments against the signatures and keeps them."""
+"""Check arguments against the signatures, and record them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .signatures import FUNCTIONS, MODULES
 
 
 class Call(NamedTuple):
-    """One constructor or function with what it was given by name."""
+    """One call of a constructor or function, with its keyword arguments."""
 
     name: str
     given: dict[str, Any]
@@ -21,7 +21,7 @@ def record(name: str, given: dict[str, Any]) -> None:
     """Keep a call.
 
     Raises:
-        TypeError: Transformer Engine's own has no such argument, or one is missing.
+        TypeError: Transformer Engine has no such argument, or a required one is missing.
     """
     signature = (MODULES | FUNCTIONS)[name]
     unknown = set(given) - {*signature.required, *signature.optional}

@@ -1,4 +1,4 @@
-"""FP8 recipes. Transformer Engine's are pydantic dataclasses, which ignore names that they lack."""
+"""FP8 recipes. Transformer Engine's are pydantic dataclasses, which ignore unknown names."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 
 
 class Format(Enum):
-    """Of the numbers in FP8 products."""
+    """Number formats of FP8 products."""
 
     E4M3 = "e4m3"
     HYBRID = "hybrid"
 
 
 class Recipe:
-    """The arguments of the scaling, kept under their names."""
+    """The scaling's arguments, kept by name."""
 
     def __init__(self, **settings: Any) -> None:
         self.settings = settings

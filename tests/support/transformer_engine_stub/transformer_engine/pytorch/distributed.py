@@ -6,7 +6,7 @@ from typing import Any
 
 
 class CudaRNGStatesTracker:
-    """Megatron keeps to its own unless --te-rng-tracker asks for this one."""
+    """Megatron uses its own unless --te-rng-tracker selects this one."""
 
 
 def activation_recompute_forward(*args: Any, **kwargs: Any) -> Any:

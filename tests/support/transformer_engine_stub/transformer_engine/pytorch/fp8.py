@@ -10,7 +10,7 @@ from ..record import record
 
 
 class FP8GlobalStateManager:
-    """No FP8 is ever on: nothing is computed here."""
+    """FP8 is never on: nothing is computed here."""
 
     @staticmethod
     def is_fp8_enabled() -> bool:
@@ -25,7 +25,7 @@ def fp8_autocast(
     fp8_group: Any = None,
     _graph: bool = False,
 ) -> Iterator[None]:
-    """Products inside are in FP8."""
+    """Record that products inside are in FP8."""
     record("fp8_autocast", {"enabled": enabled, "fp8_recipe": fp8_recipe, "fp8_group": fp8_group})
     yield
 
@@ -34,6 +34,6 @@ def fp8_autocast(
 def fp8_model_init(
     enabled: bool = True, recipe: Any = None, preserve_high_precision_init_val: bool = False
 ) -> Iterator[None]:
-    """Parameters made inside are in FP8."""
+    """Record that parameters made inside are in FP8."""
     record("fp8_model_init", {"enabled": enabled, "recipe": recipe})
     yield

@@ -1,4 +1,4 @@
-"""The modules that Megatron extends. Each refuses what Transformer Engine's own refuses."""
+"""The modules that Megatron extends. Each rejects what Transformer Engine's own rejects."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PARALLEL_MODES = (None, "column", "row")
 
 
 class _Module(nn.Module):
-    """Checks and keeps its arguments under the name of the class of this file."""
+    """Checks its arguments, and records them under the name of its class in this file."""
 
     def __init__(self, **given: Any) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class _Module(nn.Module):
         self.given = given
 
     def get_extra_state(self) -> Tensor:
-        """Transformer Engine saves a state of its FP8 beside the parameters of each module."""
+        """Return an empty state, where Transformer Engine saves each module's FP8 state."""
         return torch.empty(0, dtype=torch.uint8)
 
     def set_extra_state(self, state: Any) -> None: ...
@@ -147,4 +147,4 @@ class Fp8Padding(_Module):
 
 
 class Fp8Unpadding(Fp8Padding):
-    """Takes the padding away."""
+    """Removes the padding."""

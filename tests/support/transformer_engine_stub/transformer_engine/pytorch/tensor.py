@@ -1,4 +1,4 @@
-"""Of transformer_engine.pytorch.tensor: what Megatron asks parameters for."""
+"""Of transformer_engine.pytorch.tensor: the class that Megatron checks parameters for."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Buffers of overlapped communication ("userbuffers"): one a layer's name, made once."""
+"""Buffers of overlapped communication ("userbuffers"): one per layer name, made once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _made: list[list[int]] = []
 
 
 class UserBufferQuantizationMode(Enum):
-    """Of a buffer."""
+    """The quantization of a buffer."""
 
     NONE = "none"
     FP8 = "fp8"
@@ -39,5 +39,5 @@ def destroy_ub() -> None:
 
 
 def check_buffer(name: str) -> None:
-    """A layer takes its buffer at the first step; here it is asked for when the layer is made."""
+    """Check a layer's buffer when the layer is made; the real one takes it at the first step."""
     assert name in LAYERS, f"UB manager for {name} is not initialized."
