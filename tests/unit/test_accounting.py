@@ -1,4 +1,4 @@
-"""Parameters against built models, exactly; FLOPs against torch's counter."""
+"""Parameter counts match built models exactly; FLOPs match torch's FLOP counter."""
 
 import argparse
 from collections.abc import Callable
@@ -43,7 +43,7 @@ def _config(system: str) -> SMLPConfig:
 
 
 def _namespace(config: SMLPConfig) -> argparse.Namespace:
-    """The same model in Megatron's names."""
+    """Return the same model under Megatron's names."""
     return argparse.Namespace(
         **{name: getattr(config, facts.hf) for name, facts in MODEL_FLAGS.items() if facts.hf},
         num_query_groups=config.num_query_groups,
@@ -64,11 +64,11 @@ def test_a_built_model_has_these_parameters_and_does_these_flops(system: str):
     model = SMLPForCausalLM(config).eval()
     assert cost.parameters == sum(parameter.numel() for parameter in model.parameters())
     ids = torch.randint(config.vocab_size, (2, LENGTH))
-    # The mathematical kernel, so that attention is counted product by product.
+    # The math kernel, so that the counter sees each product of attention.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(ids)
     assert abs(counter.get_total_flops() / (2 * cost.square_flops) - 1) < 0.01
-    # Active: without the experts that a token does not visit.
+    # Active parameters exclude the experts that a token does not visit.
     expert = (2 + config.swiglu) * config.hidden_size * config.expert_width
     num_moe = sum(config.has_token_moe(index) for index in range(config.num_layers))
     visited = {"gshard": 2, "topk": config.moe_router_topk}.get(config.token_router, 1)
@@ -78,7 +78,7 @@ def test_a_built_model_has_these_parameters_and_does_these_flops(system: str):
 
 @pytest.mark.usefixtures("megatron")
 def test_zeros_are_those_of_a_built_model(parse: Callable[..., Any]):
-    """Dense matrices, those of experts, and none where a matrix is Toeplitz."""
+    """Dense matrices and those of experts have zeros; Toeplitz matrices have none."""
     smlp = "--architecture smlp --num-dense-layers 1 --feature-router partial "
     smlp += "--num-feature-experts 4"
     found = []

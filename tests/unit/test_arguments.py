@@ -1,4 +1,4 @@
-"""Command line and YAML -> checked arguments; and one readable line for what is wrong."""
+"""Command line and YAML -> checked arguments, and a readable one-line error for each mistake."""
 
 import re
 from collections.abc import Callable
@@ -30,12 +30,12 @@ TP = "--tensor-model-parallel-size"
 
 @pytest.fixture
 def processes(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """As if a launcher had started so many processes."""
+    """Return a function that pretends that a launcher started this many processes."""
     return lambda count: monkeypatch.setenv("WORLD_SIZE", str(count))
 
 
 def refusal(parse: Parse, words: str, message: str) -> None:
-    """One line that matches `message`."""
+    """Check that `words` are refused in one line that matches `message`."""
     with pytest.raises(UsageError) as caught:
         parse(words)
     text = str(caught.value)
@@ -118,12 +118,12 @@ LAYOUTS = f"""
 
 
 def rows(text: str) -> list[list[str]]:
-    """`refusal | words` lines."""
+    """Split `refusal | words` lines."""
     return [line.strip().split(" | ") for line in text.splitlines() if line.strip()]
 
 
 class TestRefusals:
-    """Flag, value, what is allowed, what to do: tests/golden/refusals.txt has the wording."""
+    """Errors have flag, value, what is allowed, what to do, as in tests/golden/refusals.txt."""
 
     @pytest.mark.parametrize(("message", "words"), rows(REFUSED))
     def test_what_cannot_be(self, parse: Parse, message: str, words: str):
@@ -171,7 +171,7 @@ class TestRefusals:
         refusal(parse, f"{TRANSFORMER} --load {tmp_path}", f": give {remedy}, or give another")
 
     def test_the_same_model_is_loaded(self, parse: Parse, tmp_path: Path):
-        """And a run that finds its own checkpoint under --save goes on from it, unasked."""
+        """A run that finds its own checkpoint under --save resumes from it unasked."""
         checkpoint(parse(TRANSFORMER), tmp_path)
         words = f"{TRANSFORMER} --load {tmp_path} --lr 1e-4 --micro-batch-size 1"
         assert parse(words).load == str(tmp_path)
@@ -180,7 +180,7 @@ class TestRefusals:
         assert parse(words).load is None
 
     def test_a_load_without_a_checkpoint_is_no_start_from_scratch(self, parse: Parse, tmp_path):
-        """Megatron would train from random weights after a slip of the keyboard."""
+        """After a typo, Megatron would train from random weights."""
         checkpoint(parse(GMLP), tmp_path)
         none = tmp_path / "none"
         refusal(parse, f"{GMLP} --load {none}", rf"--load {none} is not a folder: give the --save")
@@ -203,7 +203,7 @@ class TestRefusals:
         refusal(parse, f"{words} --no-resume --ckpt-step 3", message)
 
     def test_started_again_it_goes_on_from_its_own_checkpoint(self, parse: Parse, tmp_path: Path):
-        """A queue starts the same command again, which began with another run's weights."""
+        """A queue reruns a command that first started from another run's weights."""
         theirs, ours = tmp_path / "theirs", tmp_path / "ours"
         for folder in (theirs, ours):
             folder.mkdir()
@@ -221,14 +221,14 @@ class TestRefusals:
     def test_a_restart_does_not_go_back(
         self, parse: Parse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
     ):
-        """Where this command has saved something, what it says of its start is done."""
+        """Once this command has saved something, a restart ignores what it says of its start."""
         words = f"{GMLP} --save {tmp_path} {how.format(tmp_path)}"
         checkpoint(parse(GMLP), tmp_path)
         by_hand = parse(words)
         wanted = None if how == "--no-resume" else str(tmp_path)
         assert (by_hand.load, by_hand.ckpt_step) == (wanted, 2 if "step" in how else None)
         monkeypatch.setenv(RESTART, '{"cause": "x", "noticed": 0}')
-        assert parse(words).load == wanted  # another command has made that checkpoint
+        assert parse(words).load == wanted  # another command wrote that checkpoint
         folder = iteration_folder(tmp_path, 3)
         write_records(folder, model_flags(by_hand), {"command_line": by_hand.command_line})
         integrity.seal(folder)
@@ -280,7 +280,7 @@ class TestRefusals:
 
 
 def checkpoint(args: Any, folder: Path) -> None:
-    """Write what a save leaves for the check: the tracker file and the flags of the model."""
+    """Write what the check reads from a save: the tracker file and the model's flags."""
     iteration_folder(folder, 3).mkdir()
     write_records(iteration_folder(folder, 3), model_flags(args), {})
     (folder / TRACKER).write_text("3")

@@ -1,4 +1,4 @@
-"""Runs that cannot start: one line with flag, value, what is allowed, what to do."""
+"""Runs that cannot start: a one-line error with flag, value, what is allowed and what to do."""
 
 import math
 from argparse import Namespace
@@ -25,7 +25,7 @@ BY_SAMPLES = MINIMAL.replace("--train-iters 4", "--train-samples 10")
 
 
 def refused(parse: Parse, words: str, *, base: str = MINIMAL, message: str = "") -> None:
-    """These words, the first of which is the flag that is named."""
+    """Check that `words` are refused in one line, which by default names the first of them."""
     with pytest.raises(UsageError, match=message or f"^{words.split()[0]}") as caught:
         parse(f"{GMLP} {words}", base=base)
     assert "\n" not in str(caught.value)
@@ -90,7 +90,7 @@ def test_what_cannot_start(parse: Parse, words: str):
 def test_a_swiglu_that_the_fused_one_is_not(
     parse: Parse, monkeypatch: pytest.MonkeyPatch, words: str, is_fused: bool
 ):
-    """As on a GPU, where it is fused: Megatron's function clamps nothing, without a word."""
+    """On a GPU SwiGLU is fused, and Megatron's fused function silently ignores both flags."""
     monkeypatch.setattr(cpu, "set_flags", lambda args: None)
     architecture = "--architecture transformer --num-attention-heads 4"
     args = parse(f"{architecture} --swiglu --distributed-backend gloo {words}")
@@ -110,7 +110,7 @@ def test_less_than_a_batch_that_follows_from_others(parse: Parse):
 
 
 def test_a_run_by_samples_saves_and_evaluates_at_its_end(parse: Parse, tmp_path):
-    """Megatron wants intervals in iterations, which such a run does not know yet."""
+    """Megatron needs the intervals in iterations, which a run by samples does not know yet."""
     args = parse(f"{GMLP} --save {tmp_path} --eval-iters 0", base=BY_SAMPLES)
     assert args.save_interval >= 5
     assert args.eval_interval >= 5
@@ -139,7 +139,7 @@ def test_tokenizers(parse: Parse):
 def test_every_process_of_a_machine_needs_a_gpu(
     monkeypatch: pytest.MonkeyPatch, processes: int, gpus: int
 ):
-    """The first one without says so; each may see its own alone (torchrun --virtual-local-rank)."""
+    """The first one without says so; each may see only its own (torchrun --virtual-local-rank)."""
     monkeypatch.setattr(check_run.torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     for number in range(gpus):
@@ -154,7 +154,7 @@ def test_every_process_of_a_machine_needs_a_gpu(
 
 
 def test_a_gpu_needs_a_c_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path):
-    """Triton builds its driver when the first kernel is compiled, with Python's headers."""
+    """Triton builds its driver against Python's headers when it compiles the first kernel."""
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(check_run.shutil, "which", lambda name: None)
     with pytest.raises(UsageError, match=r"neither gcc nor clang was found, .* in the variable CC"):
@@ -169,7 +169,7 @@ def test_a_gpu_needs_a_c_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path):
 
 @pytest.mark.skipif(find_spec("transformer_engine") is not None, reason="it is installed")
 def test_layers_of_what_is_not_installed(parse: Parse, monkeypatch: pytest.MonkeyPatch):
-    """A CPU takes the local ones whatever is given."""
+    """A CPU always uses the local layers, so the test pretends that there is a GPU."""
     monkeypatch.setattr(cpu, "needed", lambda: False)
     monkeypatch.setenv("CC", "cc")
     refused(parse, "--transformer-impl transformer_engine")

@@ -1,4 +1,4 @@
-"""YAML files of flags, under the command line's; and wrong ones, in one line."""
+"""YAML files of flags, which the command line overrides; one-line errors for wrong files."""
 
 import io
 import re
@@ -36,7 +36,7 @@ def test_every_kind_of_value(tmp_path: Path) -> None:
 
 @pytest.fixture
 def yaml(tmp_path: Path) -> Callable[[str], Path]:
-    """Writes a config file."""
+    """Return a function that writes a config file."""
 
     def write(text: str) -> Path:
         path = tmp_path / "config.yaml"
@@ -69,7 +69,7 @@ def test_a_schedule_of_batches_wins_over_the_files_batch(parse: Parse, yaml):
 
 
 def test_of_several_files_a_later_one_wins(parse: Parse, yaml, tmp_path: Path):
-    """And --dry-run says which has given what, in lines that are YAML."""
+    """--dry-run says, in lines that are valid YAML, where each value comes from."""
     path = yaml("architecture: gmlp\nseed: 7\nlr-warmup-iters: 1\nsplit: '9,1,0'\n")
     other = tmp_path / "other.yaml"
     other.write_text("lr-warmup-fraction: 0.5\nseed: 8\n")
@@ -88,7 +88,7 @@ def test_of_several_files_a_later_one_wins(parse: Parse, yaml, tmp_path: Path):
 
 
 def test_switches_and_keys_of_both_spellings(parse: Parse, yaml):
-    """true and false for a flag without a value, also where Megatron names it by its no-."""
+    """A switch takes true or false, also where Megatron's flag is named by its negation."""
     text = """
 untie-embeddings-and-output-weights: true
 disable-bias-linear: false
@@ -124,7 +124,7 @@ def test_a_flag_stands_in_for_keys_of_the_file(parse: Parse, yaml):
     assert (args.split, args.mock_data) == (None, False)
     assert (args.train_data_path, args.valid_data_path) == (["a"], ["b"])
     assert parse(f"{words} --data-path a", base=base).split == "9,1,0"
-    path.write_text(path.read_text() + "train-data-path: null\n")  # asks for nothing
+    path.write_text(path.read_text() + "train-data-path: null\n")  # sets nothing
     assert parse(f"{words} --data-path a", base=base).split == "9,1,0"
     args = parse(f"{words} --train-samples 16 --lr-warmup-samples 2", base=base)
     assert (args.train_samples, args.lr_warmup_samples) == (16, 2)
@@ -157,7 +157,7 @@ def test_a_no_key_holds_against_the_checkpoint_too(parse: Parse, yaml, tmp_path:
 
 
 def test_lists(parse: Parse, yaml):
-    """Several values for one flag, and a list that Megatron reads as one word."""
+    """Several values for one flag, and a list that Megatron reads from one word."""
     text = "token-router: switch\nnum-experts: 2\nmoe-layer-freq: [0, 1, 0, 1]\n"
     args = parse(f"--config {yaml(text + 'iterations-to-skip: [3, 5]')} {TRANSFORMER}")
     assert args.moe_layer_freq == [0, 1, 0, 1]
@@ -167,7 +167,7 @@ def test_lists(parse: Parse, yaml):
     assert (args.moe_layer_freq, args.wandb_exp_name) == ([0, 1, 0, 1], "a, b")
 
 
-# Of the parser of flags, which does not know which file a value comes from.
+# Errors of the flag parser, which does not know which file a value comes from.
 ARGUMENTS = {
     "lr: fast": "argument --lr: invalid float value: 'fast'",
     "architecture: gmpl": "--architecture: invalid choice: 'gmpl'.*gmlp",

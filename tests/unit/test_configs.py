@@ -1,4 +1,4 @@
-"""Every file of configs/: its budget, its dry run, and the large ones' shards on 128 ranks."""
+"""Files of configs/: FLOPs budgets, GPU memory, shards of large models on 96 ranks, includes."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -30,11 +30,11 @@ SYSTEMS = (
     "llama",
     "llama_moe",
 )
-# Beside the paper's, without a file for its large models.
+# Not the paper's systems: they have no file among its large models.
 NEIGHBOURS = ("mixer", "minhash")
-OF_STUDIES = ("samlp",)  # only of the size at which it was measured
+OF_STUDIES = ("samlp",)  # only at the size at which it was measured
 TOKEN_MOES = ("gshard", "switch", "base", "hash")
-# The regular Transformer, 24 layers of the width that is known, is 0.827: "about 0.8" in the paper.
+# The regular Transformer, 24 layers of the known width, has 0.827; the paper says "about 0.8".
 FOLDERS = {"cpu": 0.0134, "paper/regular": 0.827, "paper/large": 2.0}
 VOCABULARY = {"cpu": 4096, "paper/regular": 50257, "paper/large": 50257}
 CONFIGS = [
@@ -84,7 +84,7 @@ def test_the_large_moes_have_the_papers_sizes():
 
 
 def named_layout(file: Path) -> dict[str, int]:
-    """Return what the comment `On N GPUs: --flag size ...` says, over its lines."""
+    """Return the layout in the comment `On N GPUs: --flag size ...`, which may span lines."""
     text = file.read_text(encoding="utf-8")
     found = re.search(r"^# On (\d+) GPUs: (.*(?:\n# --.*)*)", text, re.MULTILINE)
     assert found, file
@@ -95,7 +95,7 @@ def named_layout(file: Path) -> dict[str, int]:
 
 @pytest.mark.parametrize(("folder", "system"), [case for case in CONFIGS if case[0] != "cpu"])
 def test_a_gpu_holds_it_and_recomputes_only_what_it_must(folder: str, system: str):
-    """Of 80 GB, in the layout that the file names; a tenth is left for temporary tensors."""
+    """A model fits into 80 GB in its file's layout, with a tenth left for temporary tensors."""
     values = {spelling(key): value for key, value in read_yaml(config(folder, system)).items()}
     values["vocab_size"] = VOCABULARY[folder]
     if folder == "paper/large" or "num_experts" in values:
@@ -109,7 +109,7 @@ def test_a_gpu_holds_it_and_recomputes_only_what_it_must(folder: str, system: st
 
 
 STAGES = {"gmlp": 2, "amlp": 1, "smlp_deterministic": 3, "smlp_partial": 3, "smlp_switch": 3}
-"""Pipeline stages that its layers can be cut in; the others: four."""
+"""Pipeline stages into which a system's layers can be cut; four for systems not listed."""
 RANKS = 96
 
 
@@ -126,7 +126,7 @@ ENDS = "the first and last of each stage"
 def test_shards_of_the_large_models(
     parse: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, system: str, of: str
 ):
-    """Built by Megatron as each rank would, without storage: every one has the expected size."""
+    """Megatron builds the shard of each rank, without storage; each has the expected size."""
     has_experts = "num-experts" in read_yaml(config("paper/large", system))
     stages = STAGES.get(system, 4)
     layout = {

@@ -1,4 +1,4 @@
-"""Commands in README.md and docs/: their files are there, their flags as they are typed."""
+"""Commands in README.md and docs/: their files exist, and the tools accept their flags."""
 
 import importlib
 import os
@@ -21,7 +21,7 @@ SHELL = re.compile(r"\$\w+")
 
 
 def commands(page: Path) -> list[list[str]]:
-    """The words of every command that runs a file of ours; a shell's variables become names."""
+    """Return the words of each command that runs a file of ours; shell variables become `name`."""
     found = []
     for block in BLOCK.findall(page.read_text(encoding="utf-8")):
         lines = re.sub(r"\\\n", " ", block).splitlines()
@@ -41,23 +41,23 @@ CASES = [
 
 @pytest.mark.parametrize("words", CASES)
 def test_a_command_is_as_printed(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """It names the environment's Python, a tool of ours, and flags that this tool takes."""
+    """It names the environment's Python, one of our tools, and flags that this tool accepts."""
     at = next(
         i for i, word in enumerate(words) if re.search(r"(tools/\w+|pretrain_smlp)\.py", word)
     )
     assert words[0] in (".venv/bin/python", ".venv/bin/torchrun")
     assert (REPOSITORY / words[at]).is_file()
     rest = [word for word in words[at + 1 :] if word != "..."]
-    if "--plugin" in rest:  # which all tools take
+    if "--plugin" in rest:  # which all tools accept
         place = rest.index("--plugin")
         assert (REPOSITORY / rest.pop(place + 1)).is_file()
         rest.pop(place)
     if words[at] in ("pretrain_smlp.py", "tools/evaluate.py"):
         if words[at] != "pretrain_smlp.py":
-            _, rest = evaluation.build_parser().parse_known_args(rest)  # and Megatron's
+            _, rest = evaluation.build_parser().parse_known_args(rest)  # the rest is Megatron's
         known = build_parser()._option_string_actions
         assert {word for word in rest if word.startswith("--")} <= set(known)
-    elif words[at] == "tools/estimate.py":  # whose parser does not know the flags of the model
+    elif words[at] == "tools/estimate.py":  # its parser does not know model flags
         monkeypatch.chdir(REPOSITORY)
         assert estimate.main(rest) == 0
     else:
@@ -66,7 +66,7 @@ def test_a_command_is_as_printed(words: list[str], monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("place", ["examples", "megatron_smlp", "docs"])
 def test_a_launch_of_one_machine_does_not_ask_for_its_name(place: str) -> None:
-    """It need not lead to it: of a laptop, or behind a VPN. The supervisor has found an address."""
+    """It may not resolve (on a laptop, behind a VPN); the supervisor has found an address."""
     texts = [
         path.read_text(encoding="utf-8")
         for path in (REPOSITORY / place).rglob("*")
@@ -78,7 +78,7 @@ def test_a_launch_of_one_machine_does_not_ask_for_its_name(place: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_a_page_says_what_its_variable_is(page: Path) -> None:
-    """The tests that run it set P for all pages."""
+    """The tests that run pages set P for all of them, and would not notice."""
     text = page.read_text(encoding="utf-8")
     assert not re.search(r"\$P\b", text) or re.search(r"\bP=", text)
 
@@ -98,7 +98,7 @@ def test_there_are_commands_and_every_tool_can_be_run() -> None:
 
 
 def test_the_tools_have_one_vocabulary() -> None:
-    """Every row of docs/tools.md, in the parsers of the tools that it names."""
+    """Each row of docs/tools.md agrees with the parsers of the tools that it names."""
     text = (REPOSITORY / "docs" / "tools.md").read_text(encoding="utf-8")
     rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| ")][1:]
     assert len(rows) > 10
@@ -112,6 +112,6 @@ def test_the_tools_have_one_vocabulary() -> None:
                 assert len({id(known[option]) for option in options}) == 1, (tool, options)
             seen.setdefault(tool, set()).update(options)
     shared = {flag for flags in seen.values() for flag in flags}
-    for tool, flags in seen.items():  # a word of the table is missing for none that has it
+    for tool, flags in seen.items():  # the table lists every tool that has the flag
         known = set(_parser_of(REPOSITORY / "tools" / f"{tool}.py")._option_string_actions)
         assert known & shared <= flags | {"--config"}, tool

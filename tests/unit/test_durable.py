@@ -30,7 +30,7 @@ def test_a_folder_takes_the_place_of_an_older_one(tmp_path: Path) -> None:
 
 
 def test_two_writers_of_one_process_number_are_in_nobodys_way(tmp_path: Path) -> None:
-    """As the first processes of two containers, on a folder that they share."""
+    """Both may be process 1, in two containers that share the folder."""
     path = tmp_path / "file"
     write_durably(path, "late", before_rename=lambda: write_durably(path, "early"))
     assert path.read_text(encoding="utf-8") == "late"
@@ -39,7 +39,7 @@ def test_two_writers_of_one_process_number_are_in_nobodys_way(tmp_path: Path) ->
 
 def test_nobody_waits_for_a_large_folder_to_be_deleted(tmp_path: Path) -> None:
     may_go = threading.Event()
-    durable._deleting.submit(may_go.wait, 20)  # as one before it that takes long
+    durable._deleting.submit(may_go.wait, 20)  # like an earlier deletion that takes long
     _folder(tmp_path / "large", "file")
     remove_folder(tmp_path / "large")
     assert [path.name for path in tmp_path.iterdir()] == [".large.deleted"]

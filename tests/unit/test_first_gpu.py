@@ -1,4 +1,4 @@
-"""`make first-gpu` with the CPU in place of a GPU: its cases run, and none ends the others."""
+"""`make first-gpu` on the CPU in place of a GPU: its cases run, and no failure stops the others."""
 
 import functools
 import json
@@ -37,7 +37,7 @@ from megatron_smlp.provenance import made_by
 from megatron_smlp.training.agreement import StepAgreement
 
 FOR_CUDA = {"environment", "fp16", "transformer_engine", "cuda_graphs"}
-"""Cases that have no meaning on a CPU."""
+"""Cases that are meaningless on a CPU."""
 
 
 def command(*flags: str) -> subprocess.CompletedProcess[str]:
@@ -52,7 +52,7 @@ def command(*flags: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-# Started one after the other: no single wait is long, on a machine that others use too.
+# One launch per group, so that no single wait is long on a shared machine.
 GROUPS = (
     "reference_,train_,text,tp2,pp2,ep2,dp2,ep8,environment,operators,kernels,kernel_times,size_,"
     "recompute,dropout,async_save,fp16,transformer_engine,cuda_graphs",
@@ -64,7 +64,7 @@ def _is_of(name: str, group: str) -> bool:
     return any(part in name for part in group.split(","))
 
 
-# The systems and layouts are held elsewhere: here, that a case of each kind runs and is reported.
+# Other tests cover systems and layouts; this one, that a case of each kind runs and is reported.
 FAST = """
     environment reference_smlp_deterministic train_smlp_deterministic operators kernel_times fp16
     text reference_layouts dp2 cuda_graphs size_gmlp
@@ -75,7 +75,7 @@ FAST = """
 def reports(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], dict[str, Any]]:
-    """name of a case -> the JSON report of its group, and the printed one."""
+    """Map a case's name to the JSON report of its group, with the printed report added."""
     folder: Path = tmp_path_factory.mktemp("first_gpu")
 
     @functools.cache
@@ -102,13 +102,13 @@ def test_a_case_runs(reports: Callable[[str], dict[str, Any]], name: str):
     if name not in FOR_CUDA and CASES[name].gpus == 1:
         declared, done = CASES[name].work, case["data"].get("work", {})
         assert done.get("trainings", 0) == declared.trainings
-        if "kernel" not in name:  # times, by which those of large steps are meant
+        if "kernel" not in name:  # kernel_times counts timings as large steps
             several = declared.steps, declared.reference_steps, declared.large_steps
             assert done.get("steps", 0) == sum(several)
 
 
 def test_one_gpu_takes_less_than_ten_minutes_by_count(tmp_path: Path):
-    """A case that is added, or does more, has to fit in."""
+    """A new case, or one that does more, must still fit."""
     assert 300 < estimate() <= LIMIT
     gates, norms = variants(Place("cuda", tmp_path))
     of_gates = sum(4 + 2 * gate.normed + ("parts" in name) for name, gate in gates.items())
@@ -184,7 +184,7 @@ BAD = {
 
 @pytest.fixture
 def cases(monkeypatch: pytest.MonkeyPatch) -> dict[str, Case]:
-    """These in the place of the real ones, in the processes that are forked too."""
+    """Replace the real cases with these, in forked processes too."""
     own = {name: Case(name, globals()[name], limit=limit) for name, (_, limit) in BAD.items()}
     own["working"] = Case("working", working)
     own["waiting"] = Case("waiting", working, needs=("raising",))
@@ -232,7 +232,7 @@ def test_a_wrong_flag_is_refused(
 
 
 def test_what_a_case_measures_on_cuda_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The CPU in CUDA's place, which torch would warn of a read; the first step is not watched."""
+    """The CPU stands in for CUDA, where torch warns of a read; the first step is not watched."""
     place, notes, modes = Place("cuda", tmp_path), Notes(), []
     read = StepAgreement.read
 
@@ -296,7 +296,7 @@ M, B, ROUTER = "layers.0.spatial.weight", "layers.0.spatial.bias", "layers.0.mlp
 
 
 def run_of(**changes: Any) -> Run:
-    """Three steps and three parameters, `changes` by the letter of a parameter."""
+    """Return three steps and three parameters; `changes` maps M, B or ROUTER to other values."""
     known = {M: torch.ones(2, 8, 8), B: torch.ones(2, 8), ROUTER: torch.ones(4, 4)}
     return Run(
         [Step(6.0, 1.0)] * 3, known | {globals()[name]: values for name, values in changes.items()}
@@ -333,7 +333,7 @@ def test_a_run_may_lie_a_few_roundings_away(ours: Run, verdict: str, said: str):
 
 @pytest.mark.parametrize("name", slow_unless_in(("gate-zero",), SABOTAGES))
 def test_a_broken_device_fails_its_cases(tmp_path: Path, name: str):
-    """In a comparison, not with an error; and `test_a_case_runs` is the same without a fault."""
+    """By a comparison, not an error; `test_a_case_runs` is the same without a fault."""
     cases = SABOTAGES[name].cases
     only = cases if name != "gate-zero" else ("train_gmlp",)  # the others train elsewhere
     flags = ("--device", "cpu", "--sabotage", name, "--only", ",".join(only))

@@ -1,4 +1,4 @@
-"""Per-GPU memory and traffic: shards add up to the model, by-hand figures, and kept tensors."""
+"""Per-GPU memory and traffic, against figures by hand and what real ranks keep and send."""
 
 import dataclasses
 import json
@@ -65,7 +65,7 @@ def _resolved(system: str, tp: int = 1, pp: int = 1, ep: int = 1, world: int = 1
 
 
 def test_memory_by_hand():
-    """Two ranks of data parallelism, bf16: 2 B weights, 4 B gradients, 12 B / 2 optimizer."""
+    """Two data parallel ranks, bf16: 2 B weights, 4 B gradients, 12 B / 2 optimizer state."""
     changes = {"bf16": True, "use_distributed_optimizer": True}
     args = _resolved("gmlp", 1, 1, 1, 2, **changes)
     shape = ModelShape.from_args(args)
@@ -82,9 +82,9 @@ def test_memory_by_hand():
 
 
 def test_memory_of_a_save_by_hand():
-    """State, and of one bucket a number of each parameter with a copy of this rank's share."""
+    """State, plus 4 B per parameter of one bucket and a copy of this rank's share of them."""
     changes = {"bf16": True, "use_distributed_optimizer": True}
-    # All at once, dense parameters and experts one after the other.
+    # In a single bucket; dense parameters and experts are saved one after the other.
     gpu = estimate(SIZES | changes | {"architecture": "gmlp", "world_size": 2})["per_gpu"]
     count = gpu["parameters"]
     state = 6 * count + count // 2 * 12
@@ -99,7 +99,7 @@ def test_memory_of_a_save_by_hand():
     assert experts > dense
     state = 6 * (dense + experts) + 12 * (dense // 2 + experts)
     assert footprint(shape, layout).save_gpu_bytes == state + 4 * 2 * experts
-    # In buckets, which the first stage alone has: of 40 million and a table of 32,000 x 4,096.
+    # In buckets, which only the first stage has: 40 million, and a table of 32,000 x 4,096.
     large = {"num_layers": 4, "hidden_size": 4096, "ffn_hidden_size": 16384, "vocab_size": 32000}
     words = SIZES | changes | large | {"architecture": "gmlp", "overlap_grad_reduce": True}
     gpu = estimate(words | {"world_size": 4})["per_gpu"]
@@ -126,7 +126,7 @@ def test_memory_of_a_save_by_hand():
     ],
 )
 def test_gradients_by_hand(changes: dict[str, Any], gradients: int, copies: float, sent: int):
-    """Two ranks. Adam steps in fp32: what is not, it copies, when the activations have gone."""
+    """Two ranks. Adam steps in fp32: it copies other gradients, after activations are freed."""
     shape, parallel = _both("gmlp", 1, 1, 1, 2, **changes)
     result, count = footprint(shape, parallel), model_cost(shape).parameters
     assert result.gradient_bytes == gradients * count
@@ -155,18 +155,18 @@ def test_what_is_not_counted_is_refused(
     assert f"--no-{flag} leaves it out" in error
     assert main(["--config", str(config), f"--no-{flag}"]) == 0
     assert uncounted({"optimizer": "adam", "fp8_format": None, "use_torch_fsdp2": False}) == []
-    assert uncounted({"recompute_modules": "core_attn"}) == []  # as of a command line
+    assert uncounted({"recompute_modules": "core_attn"}) == []  # as on a command line
 
 
 def test_traffic_by_hand():
-    """Rings: an all-reduce of S bytes over n ranks sends 2 (n - 1) / n S."""
+    """Ring collectives: an all-reduce of S bytes over n ranks sends 2 (n - 1) / n S."""
     hidden = 2 * 32 * 64 * 4  # a micro-batch of 2 in fp32
     options = {"micro_batch_size": 2, "global_batch_size": 12}
     one = footprint(*_both("transformer", 1, 1, 1, 1, **options))
     assert one.communication_bytes == 0
     pipeline = _both("transformer", 1, 4, 1, 4, **options)
     sent = [pipeline_traffic(*pipeline, stage) for stage in range(4)]
-    tied = 1024 * 64 * 4  # once in a step, between the first and the last stage
+    tied = 1024 * 64 * 4  # once a step, between the first and the last stage
     assert sent == [6 * hidden + tied, 2 * 6 * hidden, 2 * 6 * hidden, 6 * hidden + tied]
     assert footprint(*pipeline).pipeline_parallel_bytes in sent
     data = footprint(*_both("transformer", 1, 1, 1, 3, **options))
@@ -174,7 +174,7 @@ def test_traffic_by_hand():
 
 
 def test_traffic_of_the_distributed_optimizer_by_hand():
-    """Gradients of 4 bytes are reduced and weights of 2 gathered, of experts over two replicas."""
+    """4-byte gradients are reduced and 2-byte weights gathered; experts have two replicas."""
     changes = {"bf16": True, "use_distributed_optimizer": True}
     shape, parallel = _both("switch", 1, 1, 2, 4, **changes)
     dense, experts = parameters_on_rank(stage_cost(shape, parallel, 0), parallel)
@@ -231,7 +231,7 @@ ON_TWO_RANKS = {
     "switch": f"{EXPERTS} --token-router switch {WHOLE_EXPERTS}",
     "switch_split_bf16": f"{EXPERTS} --token-router switch --bf16",
     "hash": f"{EXPERTS} --token-router hash {WHOLE_EXPERTS}",
-    # The estimate counts GShard's second expert as if it always served.
+    # The estimate counts GShard's second expert as if it were always used.
     "gshard": f"{EXPERTS} --token-router gshard --gshard-second-expert all {WHOLE_EXPERTS}",
     "shared": f"{EXPERTS} --token-router topk {WHOLE_EXPERTS}"
     " --moe-shared-expert-intermediate-size 64",
@@ -247,7 +247,7 @@ ON_TWO_RANKS = {
     "partial_selective": f"{SPARSE_MLP} --feature-router partial {WHOLE_EXPERTS}"
     " --recompute-granularity selective",
 }
-# Each kind of layer, in sequence parallel and recomputed.
+# Each kind of layer, with sequence parallelism and with recomputation.
 FAST = ("modern_experts", "gmlp_bf16", "amlp", "smlp", "partial_selective")
 TWO_RANKS = """
     --hidden-size 64 --ffn-hidden-size 256 --num-attention-heads 4 --seq-length 128 --num-layers 4
@@ -259,7 +259,7 @@ TWO_RANKS = """
 def measured(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, dict[str, float]]:
-    """Of each case, the mean of two tensor parallel ranks: experts may get unlike loads."""
+    """Return each case's mean over two tensor parallel ranks: experts may get unequal loads."""
     folder = tmp_path_factory.mktemp("ranks")
     asked = sorted(name for (name,) in selected(request, "on_ranks"))
     cases = {name: f"{TWO_RANKS} {ON_TWO_RANKS[name]}" for name in asked}
@@ -275,7 +275,7 @@ def measured(
 def test_what_a_tensor_parallel_rank_keeps_and_sends(
     on_ranks: str, measured: dict[str, dict[str, float]]
 ):
-    """Ranks may get unlike numbers of tokens for their experts; scores and sums are not counted."""
+    """Ranks' experts may get unequal numbers of tokens; scores and sums are not counted."""
     counted, ours = footprint(*_on_two_ranks(on_ranks)), measured[on_ranks]
     assert counted.activation_bytes == pytest.approx(ours["kept"], rel=0.1)
     assert counted.tensor_parallel_bytes == pytest.approx(ours["tensor"], rel=0.05)
@@ -285,7 +285,7 @@ def test_what_a_tensor_parallel_rank_keeps_and_sends(
 def _on_two_ranks(case: str) -> tuple[ModelShape, ParallelLayout]:
     words = f"{TWO_RANKS} {ON_TWO_RANKS[case]}".replace(DISPATCHER, "").split()
     values = merged({}, words)
-    # The fused SwiGLU is a GPU's.
+    # Only a GPU fuses SwiGLU.
     values |= {"padded_vocab_size": 104, "world_size": 2, "no_bias_swiglu_fusion": True}
     args = resolve(values)
     return ModelShape.from_args(args), ParallelLayout.from_args(args)
@@ -356,7 +356,7 @@ def printed(words: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
 def test_flags_of_the_model_stand_on_the_command_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    """They win over the file's, --no-KEY leaves one of it out, and no file is needed."""
+    """They override the file's keys, --no-KEY drops one of those, and no file is needed."""
     config = tmp_path / "model.yaml"
     config.write_text("num-layers: 4\nhidden-size: 64\nseq-length: 128\nnum-experts: 8\nlr: 1\n")
     file = f"--config {config}"

@@ -1,4 +1,4 @@
-"""What imports bring along and what they leave alone, seen in a process of its own."""
+"""What imports pull in and what they leave alone, observed in a process of its own."""
 
 import json
 import sys
@@ -43,17 +43,17 @@ def said() -> dict[str, Any]:
 
 
 def test_the_exported_model_needs_no_megatron(said: dict[str, Any]):
-    """It lies beside the weights, and must run where only torch and transformers are."""
+    """It ships with the weights, and must run where only torch and transformers are installed."""
     assert said["exported model"] == "megatron_smlp.hf.modeling_smlp"
 
 
 def test_the_command_starts_without_the_compiler(said: dict[str, Any]):
-    """It takes a third of the start: Megatron must be imported where torch.compile waits. The first
-    operator of ours that is called imports it, in the question whether a mixer looks ahead."""
+    """The compiler takes a third of start-up: Megatron is imported with torch.compile deferred. Our
+    first operator that runs imports it, when a mixer is checked for reading later positions."""
     assert said["what would be compiled"]
     assert said["compilers"] == []
 
 
 def test_importing_the_package_replaces_nothing(said: dict[str, Any]):
-    """Only `apply` does: a library that imports our layers keeps its torch."""
+    """Only `apply` does: a library that imports our layers keeps an unpatched torch."""
     assert said["replaced"] == []

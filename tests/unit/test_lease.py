@@ -1,4 +1,4 @@
-"""One holder of a folder, whatever dies, freezes or comes back, and whatever clocks say."""
+"""A folder has one holder, whatever dies, freezes or comes back, and whatever clocks say."""
 
 import json
 import os
@@ -18,10 +18,10 @@ from support.launches import REPOSITORY
 from megatron_smlp import lease as leases
 from megatron_smlp.lease import Heartbeat, HeldError, Holder, Lease, Observer, acquire, holder_of
 
-LONG = 600.0  # seconds: a busy machine may let anybody wait
+LONG = 600.0  # seconds: a busy machine may delay any process
 SHORT = 0.5
 
-# Holds a folder until it is told to go on, and says whether it still does.
+# Holds a folder until a line arrives on stdin, then prints whether it still does.
 HOLDER = """
 import sys
 from pathlib import Path
@@ -31,7 +31,7 @@ print(lease.number, flush=True)
 sys.stdin.readline()
 print(lease.is_held(), lease.lost.is_set(), flush=True)
 """
-# Takes a folder so many times; nobody else may be in it meanwhile.
+# Takes a folder the given number of times; no other process may be in it meanwhile.
 WORKER = """
 import sys, time
 from pathlib import Path
@@ -68,7 +68,7 @@ def process(code: str, *arguments: Any) -> subprocess.Popen[str]:
 
 @contextmanager
 def holder(folder: Path, *, expiry: float) -> Iterator[subprocess.Popen[str]]:
-    """Another process that holds a folder."""
+    """Start another process that holds a folder."""
     with process(HOLDER, folder, expiry) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "1\n"
@@ -79,7 +79,7 @@ def holder(folder: Path, *, expiry: float) -> Iterator[subprocess.Popen[str]]:
 
 
 def elsewhere(folder: Path, **changes: Any) -> Path:
-    """Make the newest lease that of another machine, whose processes cannot be seen."""
+    """Make the newest lease belong to another machine, whose processes cannot be seen."""
     path = max(folder.glob(".lease-*"))
     other = {"kernel": "another", "host": "node7", "process": 4711, "is_released": False}
     content = json.loads(path.read_text()) | other | changes
@@ -89,7 +89,7 @@ def elsewhere(folder: Path, **changes: Any) -> Path:
 
 @contextmanager
 def beside(other: Callable[[], None]) -> Iterator[None]:
-    """Run it in a thread that does not outlive the block."""
+    """Run `other` in a thread that does not outlive the block."""
     thread = threading.Thread(target=other)
     thread.start()
     try:
@@ -160,7 +160,7 @@ def test_a_frozen_process_expires_and_is_told_when_it_goes_on(tmp_path: Path):
 def test_a_silent_holder_elsewhere_expires_when_it_says(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    """Not when the one who looks would."""
+    """The holder's own expiry counts, not the observer's."""
     held(tmp_path).release()
     elsewhere(tmp_path, expiry=SHORT)
     began = time.monotonic()
@@ -190,7 +190,7 @@ def test_a_holder_elsewhere_that_beats_lives_whatever_its_clock_says(
 
 
 def test_a_holder_that_is_about_to_end_may_be_waited_for(tmp_path: Path):
-    """As the ranks of a run that is started again, which are cut off from it."""
+    """Such as old ranks of a run that is started again, which are cut off from it."""
     held(tmp_path).release()
     elsewhere(tmp_path)
 
@@ -230,7 +230,7 @@ def test_one_that_was_taken_over_notices_and_leaves_the_successor_alone(tmp_path
 def test_who_links_a_number_that_others_have_left_behind_has_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Between its look and its link two others came, and the second removed the first one's."""
+    """Between its look and its link two others came, and the second removed the first's lease."""
     held(tmp_path).release()
     create = leases._create
 
@@ -247,7 +247,7 @@ def test_who_links_a_number_that_others_have_left_behind_has_nothing(
 
 @pytest.mark.parametrize("links", ["none", "whose answer is lost"])
 def test_file_systems_with_other_links(tmp_path: Path, links: str, monkeypatch: pytest.MonkeyPatch):
-    """Without any; NFS, where a link was made and its repetition finds it."""
+    """No hard links at all; or NFS, where the reply is lost and the retry finds the link made."""
     link = Path.hardlink_to
 
     def hardlink_to(self: Path, target: Path) -> None:
@@ -289,7 +289,7 @@ def test_a_folder_that_is_gone(tmp_path: Path):
 
 
 def test_who_seems_to_hold_a_folder(tmp_path: Path):
-    """At one look, as `study.py status` takes it."""
+    """With a single look, as `study.py status` takes."""
     assert holder_of(tmp_path / "absent") is None
     assert holder_of(tmp_path) is None
     with held(tmp_path):

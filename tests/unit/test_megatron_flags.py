@@ -1,4 +1,4 @@
-"""Of Megatron's flags, those that are tested can be given, where they do something."""
+"""Megatron's flags are accepted if they are tested, and only where they have an effect."""
 
 import ast
 import re
@@ -38,7 +38,7 @@ UNTRAINED = (
     "use-torch-fsdp2",
     "use-megatron-fsdp",
 )
-"""Flags of GPUs that no test trains with."""
+"""GPU flags that no test trains with."""
 type Parse = Callable[..., Any]
 
 
@@ -49,7 +49,7 @@ def parser() -> ArgumentParser:
 
 
 def _strings(tree: ast.Module) -> list[str]:
-    """Return the texts of a file, without its docstrings."""
+    """Return the string literals of a file, without its docstrings."""
     nodes = list(ast.walk(tree))
     docstrings = {node.value for node in nodes if isinstance(node, ast.Expr)}
     texts = [node for node in nodes if isinstance(node, ast.Constant) and node not in docstrings]
@@ -65,13 +65,13 @@ class TestTheList:
         dests = {actions[f"--{name}"].dest for name in names}
         assert not dests & set(OUR_FLAGS)
         checked = {*VALUES, *(name for need in NEEDS for name in need.flags)}
-        assert checked - {"cuda_graph_impl"} <= usable(parser)  # it can be taken all the same
+        assert checked - {"cuda_graph_impl"} <= usable(parser)  # --allow-untested-flag takes it
 
     def test_each_flag_is_in_a_test(self):
-        """Or in a configuration, which the tests train; a docstring gives none.
+        """Or in a configuration, which the tests train; flags in docstrings do not count.
 
-        Of the two that report a device's memory, --log-memory-to-tensorboard and
-        --record-memory-history, tests hold only that a CPU's run refuses them.
+        For the two that report a device's memory, --log-memory-to-tensorboard and
+        --record-memory-history, tests only check that a run on a CPU refuses them.
         """
         texts = [path.read_text("utf-8") for path in (REPOSITORY / "configs").rglob("*.yaml")]
         for path in (REPOSITORY / "tests").rglob("*.py"):
@@ -208,7 +208,7 @@ def test_what_is_listed_saves_and_loads(tmp_path: Path):
 
 
 def test_a_run_by_samples_decays_by_samples(tmp_path: Path):
-    """And the steps to record may end behind its last one."""
+    """The steps to profile may end after its last one."""
     base = MINIMAL.replace("--train-iters 4", "--train-samples 8")
     words = "--architecture gmlp --lr-decay-samples 6 --lr-warmup-samples 2 --lr-decay-style WSD"
     profile = f"--profile --use-pytorch-profiler --profile-step-start 2 --log-dir {tmp_path}"
@@ -219,7 +219,7 @@ def test_a_run_by_samples_decays_by_samples(tmp_path: Path):
 @pytest.mark.parametrize(
     "words",
     [
-        # Flags that need something else.
+        # Flags without something that they need.
         "--qk-layernorm --architecture gmlp",
         "--reset-attention-mask --architecture amlp",
         *(
@@ -271,7 +271,7 @@ def test_a_run_by_samples_decays_by_samples(tmp_path: Path):
         f"--moe-router-dtype fp64 {TRANSFORMER} {EXPERTS}",
         "--spec megatron.core foo --architecture gmlp",
         "--spec megatron_smlp.architectures amlp --architecture gmlp",
-        # Graphs of a device that is not there.
+        # CUDA graphs without a CUDA device.
         f"--cuda-graph-impl local {TRANSFORMER} {GRAPHS}",
         f"--cuda-graph-impl full_iteration {TRANSFORMER} {GRAPHS}",
     ],
@@ -297,7 +297,7 @@ def test_recomputation_of_what_no_layer_has(parse: Parse, words: str):
 
 @pytest.mark.parametrize("name", TESTED["Experts"].split())
 def test_flags_of_experts_that_are_not_there(parse: Parse, parser: ArgumentParser, name: str):
-    """They would train a dense model in silence."""
+    """They would silently train a dense model."""
     action = parser._option_string_actions[f"--{name}"]
     value = "" if action.nargs == 0 else next(iter(action.choices or ["1"]))
     with pytest.raises(UsageError, match=f"^--{name}.* without --token-router"):
@@ -319,7 +319,7 @@ def test_flags_of_experts_that_are_not_there(parse: Parse, parser: ArgumentParse
 def test_what_works_is_allowed(
     parse: Parse, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.chdir(tmp_path)  # Megatron opens the folder of TensorBoard when it has parsed
+    monkeypatch.chdir(tmp_path)  # Megatron opens TensorBoard's folder after parsing
     assert parse(words)
 
 
@@ -403,7 +403,7 @@ def test_an_smlp_that_is_less_is_said(parse: Parse, words: str, said: str):
 
 
 def test_a_spec_says_which_architecture_it_is(parse: Parse):
-    """As Megatron's own script is told; the record and the checks are of what is built."""
+    """As with Megatron's own script; the record and the checks describe the model that is built."""
     assert parse("--spec megatron_smlp.architectures gmlp").architecture == "gmlp"
     args = parse(f"{TRANSFORMER} --spec megatron_smlp.architectures transformer")
     spelt = model_config(args).transformer_layer_spec

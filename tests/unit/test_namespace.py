@@ -1,17 +1,17 @@
-"""After the second phase of flags/, nobody assigns to the namespace but Megatron and the loop."""
+"""After the second phase of flags/, only Megatron and the loop assign to the namespace."""
 
 import ast
 from collections.abc import Iterator
 
 from support.launches import REPOSITORY
 
-# The second phase, the flags that a CPU needs, what was given told from defaults; Megatron's own
-# validation; which checkpoint is loaded; the steps and samples that the loop counts; the batch of
-# a set that is evaluated whole, for the time of Megatron's `evaluate`.
+# They set the second phase's defaults, which flags were given, and a CPU's flags; run Megatron's
+# own validation; choose the checkpoint to load; count steps and samples; and set the batch of a
+# set that is evaluated whole, for as long as Megatron's `evaluate` runs.
 ASSIGNING = {"flags/defaults.py", "flags/parse.py", "flags/check.py", "platform/cpu.py"}
 ASSIGNING |= {"checkpoints/choosing.py", "checkpoints/state.py", "training/loop.py"}
 ASSIGNING |= {"training/evaluating.py", "evaluation/megatron_loading.py"}
-# Namespaces of their own.
+# These assign to namespaces of their own.
 OTHERS = {"accounting/estimate.py", "data/tokenizers/folder.py"}
 PACKAGE = REPOSITORY / "megatron_smlp"
 
@@ -40,5 +40,5 @@ def test_only_these_files_assign_to_arguments():
 
 
 def test_the_third_phase_assigns_nothing():
-    """Behind Megatron's own validation one flag is taken back, with which it saves otherwise."""
+    """After Megatron's own validation one flag is reset, so that each save forks a process."""
     assert list(assignments("flags/check.py")) == ["args.use_persistent_ckpt_worker"]

@@ -27,7 +27,7 @@ TABLES = {
     "gmlp": ({"architecture": "gmlp"}, None, 1, [GATED] * 4),
     "a pattern": ({"architecture": "gmlp"}, 2, [1, 0, 0, 1],
                   [(GATING, "token_moe", 1), GATED, GATED, (GATING, "token_moe", 1)]),
-    # The frequency does not move what --num-dense-layers places.
+    # --moe-layer-freq does not move what --num-dense-layers places.
     **{f"{n} dense layers": (SMLP | {"num_dense_layers": n}, 2, 2, [GATED] * n + [SPARSE] * (4 - n))
        for n in (0, 1, 4)},
     # The paper's ablations.
@@ -68,7 +68,7 @@ def test_full_help_lists_megatrons_flags_too(capsys: pytest.CaptureFixture[str])
 
 
 def test_megatrons_defaults_are_those_of_its_parser():
-    """Records of Megatron's flags give the accounting and old checkpoints what they leave out."""
+    """The accounting and old checkpoints fill gaps from the records of Megatron's flags."""
     from megatron_smlp.flag_facts import MEGATRON_FLAGS
     from megatron_smlp.flags.parse import build_parser
 
@@ -87,7 +87,7 @@ def test_records_of_the_hugging_face_configuration_are_those_of_its_file():
     allowed = {row[0]: row[1] for row in help.rows(ModelOptions)}
     for field in dataclasses.fields(ModelOptions):
         name = OUR_FLAGS[field.name].hf
-        # The class for sMLP makes one where nothing else is said.
+        # SMLPConfig defaults to sMLP.
         if name and name != "architecture":
             assert theirs[name] == field.default, name
         choices = allowed[field.name]

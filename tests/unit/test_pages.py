@@ -1,4 +1,4 @@
-"""Pages and pictures that repeat what stands elsewhere say the same; links lead somewhere."""
+"""Pages and pictures agree with the sources that they repeat, and no link is broken."""
 
 import ast
 import importlib
@@ -65,13 +65,13 @@ def test_every_decision_is_under_one_subject_by_its_title():
 
 
 def anchors(text: str) -> set[str]:
-    """Headings as GitHub names them in an address."""
+    """Return the anchors that GitHub makes of the headings."""
     headings = HEADING.findall(FENCED.sub("", text))
     return {re.sub(r"[^\w\- ]", "", h.lower()).strip().replace(" ", "-") for h in headings}
 
 
 def broken(page: Path) -> list[str]:
-    """Links of `page` that lead nowhere; addresses of other sites are not looked at."""
+    """Return the broken links of `page`; links to other sites are not checked."""
     text = text_of(page)
     lost = []
     for link in LINK.findall(FENCED.sub("", text)):

@@ -1,4 +1,4 @@
-"""A program ends at once, whatever happens, and without a traceback where the user asked for it."""
+"""A program ends at once, whatever happens, and without a traceback if the user ended it."""
 
 import subprocess
 import sys
@@ -10,7 +10,7 @@ from support.launches import REPOSITORY, clean_environment, run_command
 
 from megatron_smlp.signals import FINISHING
 
-# Ends as torch's writers do: an object, held by a frame of the interruption, that complains late.
+# Like torch's writers: an object that a frame of the interruption holds, and that complains late.
 INTERRUPTED = """
 import os
 from megatron_smlp.program import readable_errors, whole_program
@@ -42,7 +42,7 @@ def tidy():
 with whole_program(), readable_errors("program"):
     pass
 """
-# Native code that ends the process as the interpreter lets go of what it holds.
+# Native code that aborts the process when the interpreter releases its objects at exit.
 ABORTED = """
 import atexit, os, sys, time
 from concurrent.futures import ThreadPoolExecutor
@@ -59,7 +59,7 @@ with whole_program(), readable_errors("program"):
     print("done", end=" ", flush=True)
     sys.exit(CODE)
 """
-# What reads the lines of a run may go before it, as `tee` with its terminal; or its disk is full.
+# The reader of a run's output may end first, as `tee` with its terminal; or a disk may be full.
 UNREAD = """
 import sys
 from rich.console import Console
@@ -76,7 +76,7 @@ for _ in range(2):
 with readable_errors("program"):
     raise NonFiniteLossError("non-finite loss")
 """
-# A worker of the data loader ignores SIGTERM, and multiprocessing waits for it at the end.
+# A data loader worker ignores SIGTERM, and multiprocessing waits for it at exit.
 BROKEN = """
 import multiprocessing, signal, time
 from megatron_smlp.program import readable_errors, whole_program
@@ -127,7 +127,7 @@ assert ended == [True]
 
 
 def said(program: str, *, code: int = 0) -> str:
-    """What it says on stderr until it ends, with this code."""
+    """Run a program, check its exit code, and return its stderr."""
     return run_command([sys.executable, "-c", program], code=code, seconds=60).stderr
 
 
@@ -171,7 +171,7 @@ def test_a_dry_run_is_read_as_far_as_its_reader_likes():
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 @pytest.mark.parametrize("is_pipe", [True, False])
 def test_nothing_depends_on_who_reads_it(stream: str, is_pipe: bool):
-    """The other stream gets all of its lines, and the exit code is the program's."""
+    """The other stream gets all of its lines, and the exit code stays the program's own."""
     with Path("/dev/full").open("w", encoding="utf-8") as full:
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         streams |= {} if is_pipe else {stream: full}

@@ -15,7 +15,7 @@ DOCS = REPOSITORY / "docs"
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `make docs` writes."""
+    """Build what `make docs` builds."""
     html = tmp_path_factory.mktemp("site")
     said = run_command(["make", "-n", "docs", f"HTML={html}"]).stdout
     (line,) = (line for line in said.splitlines() if "-m sphinx" in line)

@@ -10,7 +10,7 @@ import pytest
 from support.launches import REPOSITORY
 
 PACKAGE = REPOSITORY / "megatron_smlp"
-# Bottom up: a part (a folder, or a file of the package itself) imports only what stands before it.
+# Bottom up: a part (a folder, or a file of the package itself) imports only what precedes it.
 ORDER = (
     "errors",
     *("plugins", "plugin_texts", "signals", "unwritable_log", "program", "durable", "lease"),
@@ -23,7 +23,7 @@ ORDER = (
     *("accounting", "model", "training", "conversion", "generation", "serving", "evaluation"),
     *("plotting", "study", "checking", "commands"),
 )
-# Within data; the last ones are what training reads.
+# The order within data; training reads the last ones.
 DATA_ORDER = ("tokenizers", "pairs", "prepare", "blending", "index_cache", "token_counts")
 DATA_ORDER += ("datasets", "balanced_experts")
 SELF_CONTAINED = ("ops", "hf", "plugin_weights", "routers", "layers")
@@ -38,7 +38,7 @@ def module_of(path: Path) -> str:
 def imports() -> dict[str, frozenset[str]]:
     """Module -> the package's modules that it imports, anywhere in its text.
 
-    What systems.py and commands.py name as `module:name` is imported by who reads the entry.
+    Strings `module:name` in systems.py and commands.py do not count: their readers import them.
     """
     files = {module_of(path): path for path in PACKAGE.rglob("*.py")}
     return {name: frozenset(_imported(path, files) - {name}) for name, path in files.items()}
@@ -64,7 +64,7 @@ def part(module: str) -> str:
 
 
 def circles(graph: dict[str, frozenset[str]]) -> list[list[str]]:
-    """Ways from a node back to itself, one for each first way that is found."""
+    """Return the cycles that a depth-first search meets, as paths from a node back to itself."""
     done: set[str] = set()
     found: list[list[str]] = []
 
@@ -118,7 +118,7 @@ def test_the_model_half_imports_nothing_of_the_rest(name: str):
 
 
 def test_folders_form_no_circle():
-    """Of the folders that files lie in: a part's own files, and each of its subfolders."""
+    """A node is the folder that a file lies in: a part's own files, or one of its subfolders."""
     folders: dict[str, set[str]] = {}
     for name, others in imports().items():
         own = name.rpartition(".")[0]

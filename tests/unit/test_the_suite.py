@@ -1,4 +1,4 @@
-"""The suite's own tables have every kind of system in them."""
+"""The suite's own tables of systems have every architecture and token router in them."""
 
 import re
 
@@ -18,7 +18,7 @@ MATRICES = {
         "support/smlp_systems.py",
     ),
 }
-"""Files with a table of systems, in which every kind has to be."""
+"""Files whose table of systems must have every kind in it."""
 
 
 @pytest.mark.parametrize(

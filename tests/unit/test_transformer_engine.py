@@ -1,6 +1,6 @@
-"""What Transformer Engine is asked for, held against its signatures by a stand-in that records it.
+"""Calls of Transformer Engine, which a stub records and checks against the real signatures.
 
-Nothing is computed: `make first-gpu` does that where it is installed.
+Nothing is computed: `make first-gpu` does that where Transformer Engine is installed.
 """
 
 import json
@@ -42,19 +42,19 @@ CASES = [
     if layout == "tp2" or "fp8" not in variant
     if variant != "window" or "--num-attention-heads" in SYSTEMS[system]
 ]
-# Of each kind of layer one; the others differ from these in their routers.
+# One system per kind of layer; the others differ from these in their routers.
 FAST = ("transformer", "gshard", "amlp", "smlp_partial")
 MARKED = slow_unless_in([case for case in CASES if case[0] in FAST], CASES)
 NUM_EXPERTS = 4
 HIDDEN, FFN = 64, 256
-# The names of the buffers, the sizes of all ranks together, and whether there is a bias.
+# Name of the buffer, input and output sizes over all ranks, and whether there is a bias.
 ATTENTION = [("qkv", HIDDEN, 3 * HIDDEN, True), ("proj", HIDDEN, HIDDEN, True)]
 MLP = [("fc1", HIDDEN, FFN, True), ("fc2", FFN, HIDDEN, True)]
 GATING = [("fc1", HIDDEN, FFN, True), ("fc2", FFN // 2, HIDDEN, True)]
 
 
 def dense_layers(system: str) -> list[tuple[str, int, int, bool]]:
-    """Of the four layers, all projections that are no expert's."""
+    """Return the projections of all four layers, without those of experts."""
     if system == "transformer":
         return 4 * (ATTENTION + MLP)
     return 4 * (ATTENTION if "--num-attention-heads" in SYSTEMS[system] else GATING)
@@ -70,7 +70,7 @@ def expert_layers(system: str) -> int:
 def recorded(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Any]:
-    """Every case that is asked for, built in one process that finds the stand-in."""
+    """Build every selected case, in one process that imports the stub."""
     folder: Path = tmp_path_factory.mktemp("transformer_engine")
     cases = {}
     systems = {system for (system,) in selected(request, "system")}
@@ -111,7 +111,7 @@ def test_it_builds(recorded: dict[str, Any], system: str, layout: str, variant: 
 
 @pytest.mark.parametrize(("system", "layout", "variant"), MARKED)
 def test_projections(recorded: dict[str, Any], system: str, layout: str, variant: str):
-    """Each has its place in the parallel group, and with overlap the name of its buffer."""
+    """Each gets its tensor parallel group and, with overlap, the name of its buffer."""
     world = LAYOUTS[layout][0]
     linears = calls(recorded[f"{system} {layout} {variant}"], "Linear")
     dense = [given for given in linears if given["rng_tracker_name"] is None]
@@ -119,7 +119,7 @@ def test_projections(recorded: dict[str, Any], system: str, layout: str, variant
         assert given["parallel_mode"] in ("column", "row")
         assert given["tp_group"] == given["tp_size"] == world
         assert given["sequence_parallel"] == (world > 1)
-        assert not given["fuse_wgrad_accumulation"]  # Apex's, which is not here
+        assert not given["fuse_wgrad_accumulation"]  # Apex's, which is not installed
         assert given["params_dtype"] == "torch.bfloat16"
     sizes = Counter((g["in_features"], g["out_features"], g["bias"]) for g in dense)
     assert sizes == Counter(sizes_of(dense_layers(system)))
@@ -137,7 +137,7 @@ def sizes_of(layers: list[tuple[str, int, int, bool]]) -> list[tuple[int, int, b
     ("system", "layout", "variant"), [case for case in MARKED if case.values[0] in SPARSE]
 )
 def test_experts(recorded: dict[str, Any], system: str, layout: str, variant: str):
-    """No bias, no communication of their own, and their own random numbers."""
+    """Experts have no bias, no communication of their own, and their own random numbers."""
     world = LAYOUTS[layout][0]
     record = recorded[f"{system} {layout} {variant}"]
     grouped = "grouped" in variant
@@ -156,7 +156,7 @@ def test_experts(recorded: dict[str, Any], system: str, layout: str, variant: st
 
 @pytest.mark.parametrize(("system", "layout", "variant"), MARKED)
 def test_norms(recorded: dict[str, Any], system: str, layout: str, variant: str):
-    """Of the slots and the last one: their gradients are summed where tokens are sharded."""
+    """Norms of the slots and the final norm: gradients are summed where tokens are sharded."""
     norms = calls(recorded[f"{system} {layout} {variant}"], "LayerNorm")
     second = 4 if "--num-attention-heads" in SYSTEMS[system] else expert_layers(system)
     assert len(norms) == 4 + second + 1

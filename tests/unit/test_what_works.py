@@ -1,4 +1,4 @@
-"""docs/what-works.md is what the checks of the flags say."""
+"""docs/what-works.md agrees with the checks of the flags."""
 
 import importlib
 

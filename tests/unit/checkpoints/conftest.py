@@ -1,4 +1,4 @@
-"""A run of three checkpoints, made once, and what a test does to a copy of it."""
+"""A run with three checkpoints, made once, and copies of it that tests may change."""
 
 import shutil
 from pathlib import Path
@@ -9,7 +9,7 @@ from support.checkpoints import pretrain
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A --save folder with iterations 2, 4 and 6; not to be written to."""
+    """A --save folder with iterations 2, 4 and 6; read-only."""
     folder: Path = tmp_path_factory.mktemp("finished") / "run"
     pretrain(f"--save {folder}")
     return folder

@@ -1,4 +1,4 @@
-"""A run that meets damaged checkpoints: it says so, and ends in the bits of the undisturbed run."""
+"""A run that finds damaged checkpoints says so, and ends bitwise like the undisturbed run."""
 
 import re
 import time
@@ -94,7 +94,7 @@ def test_nothing_good_is_never_a_silent_new_start(run: Path):
 def test_weights_of_another_folder_and_of_megatron(
     run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):
-    """--finetune falls back too, leaves --load as it is, and takes one without checksums."""
+    """--finetune falls back too, leaves --load untouched, and accepts one without checksums."""
     flip_a_bit(iteration_folder(run, 6) / "__0_0.distcp")
     for name in (SUMS, MARKER, RUN, MODEL):
         (iteration_folder(run, 4) / name).unlink()
@@ -123,7 +123,7 @@ def test_weights_alone_are_verified_and_not_overlooked(finished_run: Path, tmp_p
 
 @pytest.mark.slow
 def test_ranks_wait_for_a_slow_file_system(run: Path, tmp_path: Path):
-    """For longer than a collective may take: the first one's look, and another one's share."""
+    """For longer than a collective's timeout: the first rank plans, another verifies its share."""
     flip_a_bit(iteration_folder(run, 6) / "__0_0.distcp")
     launch_calls(_read_slowly, str(run), processes=2, log=tmp_path / "log")
 

@@ -1,4 +1,4 @@
-"""Names in a run's folder: which are checkpoints, in which order they are tried, what is left."""
+"""Names in a run's folder: which are checkpoints, the order of loading, what is kept."""
 
 from pathlib import Path
 
@@ -53,7 +53,7 @@ def test_the_latest_is_the_first_that_looks_whole(tmp_path: Path):
 
 
 def test_tidying_finishes_what_was_interrupted(tmp_path: Path):
-    """Between the two renames of a replacement, after them, in a save, in a deletion."""
+    """Interrupted between a replacement's two renames, after them, in a save, in a deletion."""
     checkpoint(tmp_path, 2).rename(tmp_path / ".iter_0000002.replaced")
     checkpoint(tmp_path, 4)
     (tmp_path / ".iter_0000004.replaced").mkdir()

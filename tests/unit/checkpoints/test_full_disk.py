@@ -1,4 +1,4 @@
-"""A real file system without room: the run says so and lives on, or stops; nothing is lost."""
+"""On a real file system without room, a run says so and goes on, or stops; nothing is lost."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def sources(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
 def outputs(
     finished_run: Path, sources: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Outputs:
-    """Exit status and output of every case, each on a disk of its own."""
+    """Run every case, each on a disk of its own; return exit codes and outputs."""
     cases = [(name, how, str(finished_run), 1024) for name in ("stop", "go_on") for how in HOW]
     cases += [(name, "", None, 64) for name in ("write_metrics", "train_with_tensorboard")]
     cases += [("convert_without_room", *source, 64) for source in sources.items()]
@@ -75,7 +75,7 @@ def test_the_run_stops(outputs: Any, how: str):
 
 @pytest.mark.parametrize("how", HOW)
 def test_the_run_goes_on(outputs: Any, how: str):
-    """With its logs on the full disk too, which is said once a file."""
+    """Its logs are on the full disk too, which is reported once per file."""
     before, after = output(outputs, "go_on", how).split("no room at all")
     for part in (before, after):
         for iteration in (4, 6):
@@ -92,7 +92,7 @@ def test_metrics_lose_whole_lines_and_say_so_once(outputs: Any):
 
 
 def test_a_run_outlives_its_tensorboard_folder(outputs: Any):
-    """The thread of TensorBoard may print a traceback of its own when it ends."""
+    """TensorBoard's thread may print a traceback of its own when it ends."""
     code, text = outputs["train_with_tensorboard", ""]
     assert code == 0, text
     assert text.count("LOST") == 1

@@ -65,7 +65,7 @@ def test_whatever_happens_to_any_file_of_any_checkpoint(run: Path):
             damage(path)
         changed = {p.name for p in before if not p.exists() or p.read_bytes() != before[p]}
         named = {text.split()[0] for text in verify(accident[0][0].parent)}
-        if changed & {SUMS, MARKER}:  # what is in one of them may be true or not
+        if changed & {SUMS, MARKER}:  # their content can no longer be trusted
             assert named & {SUMS, MARKER}, (accident, changed, named)
         else:
             assert named == changed, (accident, changed, named)

@@ -1,4 +1,4 @@
-"""A run that goes on, and data that is not what it was: another dataset under the old name."""
+"""A run resumes on changed data: another dataset under the old name."""
 
 import json
 import os
@@ -22,7 +22,7 @@ TOKENIZER = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "100"]
 
 
 def _write(prefix: Path, seed: int) -> str:
-    """A dataset of 40 documents of 30 ids, always of the same size; its prefix."""
+    """Write a dataset of 40 documents of 30 ids, always of the same size; return its prefix."""
     rng = random.Random(seed)
     source = prefix.with_suffix(".jsonl")
     with source.open("w", encoding="utf-8") as stream:
@@ -55,7 +55,7 @@ def test_a_resume_on_other_data_wants_a_flag(tmp_path: Path, capfd: pytest.Captu
     assert iterations(run) == [2, 4, 6]
     _write(tmp_path / "data", seed=3)
     with pytest.raises(UsageError, match="holds other data than at iteration 4"):
-        carry_on(f"--load {run} --use-checkpoint-args --ckpt-step 4")  # allowed once
+        carry_on(f"--load {run} --use-checkpoint-args --ckpt-step 4")  # it was allowed once only
     carry_on(f"{_words(prefix, tmp_path / 'tuned')} --load {run} --finetune --train-iters 2")
     assert iterations(tmp_path / "tuned") == [2]
 
@@ -63,7 +63,7 @@ def test_a_resume_on_other_data_wants_a_flag(tmp_path: Path, capfd: pytest.Captu
 def test_files_named_relatively_are_found_from_another_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
-    """A checkpoint records them: the data, and a tokenizer's folder."""
+    """A checkpoint records absolute paths of the data and of a tokenizer's folder."""
     prefix = _write(tmp_path / "data", seed=1)
     (tmp_path / "tokenizer").mkdir()
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""A piece of a tensor that is damaged, whatever part of it is read."""
+"""A damaged piece of a tensor is noticed, whatever part of it is read."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""`--use-checkpoint-args`: a checkpoint's flags, what may differ from them and what may not."""
+"""`--use-checkpoint-args` takes a checkpoint's flags: which may change and which may not."""
 
 import json
 import random
@@ -38,7 +38,7 @@ def test_a_run_goes_on_without_its_flags(finished_run: Path, tmp_path: Path, cap
 
 
 def test_a_yaml_file_and_a_moved_folder(finished_run: Path, tmp_path: Path):
-    """The file is not read again, and a record of a record is whole."""
+    """The file is not read again, and a resumed run's own record is complete again."""
     config = tmp_path / "config.yaml"
     config.write_text("clip_grad: 0.5\nuntie_embeddings_and_output_weights: true\n", "utf-8")
     pretrain(f"--save {tmp_path / 'run'} --config {config} --exit-interval 2")
@@ -77,7 +77,7 @@ def test_learning_rate_and_batch_may_change_and_are_told(run: Path, capfd: Captu
     ],
 )
 def test_less_may_be_read_from_a_checkpoint_on(tmp_path: Path, before: str, after: str):
-    """Megatron goes on behind the samples that were read until then, however few are left."""
+    """Megatron resumes after the samples that were read so far, however few are left."""
     run = tmp_path / "run"
     pretrain(f"--save {run} --exit-interval 4 {before}")
     pretrain(f"--save {run} {after}")
@@ -134,7 +134,7 @@ def test_optimizer_state_of_another_form(tmp_path: Path, saved: str, changed: st
 
 
 def test_optimizer_state_by_rank_takes_the_runs_own_rates(tmp_path: Path):
-    """As that of any layout does: rates and betas are flags, and the moments are state."""
+    """Like state for any layout: rates and betas come from flags, moments from the checkpoint."""
     runs = [tmp_path / kind for kind in ("any_layout", "data_parallel")]
     for run in runs:
         words = f"--save {run} --use-distributed-optimizer --optimizer-checkpoint {run.name}"
@@ -145,7 +145,7 @@ def test_optimizer_state_by_rank_takes_the_runs_own_rates(tmp_path: Path):
 
 
 def test_moments_are_there_before_a_first_update():
-    """Where the optimizer makes them in its first step, as Transformer Engine's does."""
+    """Some optimizers, such as Transformer Engine's, create them in their first step."""
     prepare_megatron()
     weight = torch.ones(3)
 
@@ -159,7 +159,7 @@ def test_moments_are_there_before_a_first_update():
 
 
 def test_random_states_of_another_device():
-    """A GPU's are 16 bytes, which say nothing here."""
+    """A GPU's state is 16 bytes, which mean nothing on a CPU."""
     prepare_megatron()
     tracker = tensor_parallel.get_cuda_rng_tracker()
     before = torch.get_rng_state(), tracker.get_states()
@@ -185,9 +185,9 @@ def test_a_run_from_anothers_weights_goes_on(run: Path, tmp_path: Path, capfd: C
 
 
 def test_a_finished_run_leaves_everything_as_it_is(run: Path, capfd: Capture):
-    """Megatron would validate once more, on the samples that come next."""
+    """Megatron would validate once more, on the next samples."""
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    for name in ("megatron.log", ".lease-000001"):  # which say that it was started
+    for name in ("megatron.log", ".lease-000001"):  # which record the start
         del before[run / name]
     with pretrained(f"{checkpoints.RUN} --save {run}"):
         pass
@@ -197,7 +197,7 @@ def test_a_finished_run_leaves_everything_as_it_is(run: Path, capfd: Capture):
 
 @pytest.mark.parametrize("lost", [1, 2])
 def test_evaluations_that_a_killed_run_lacks_are_made_up(run: Path, lost: int):
-    """The test's line alone, or that of the last validation too."""
+    """The test's line is lost, or that of the last validation too."""
     metrics = run / "metrics.jsonl"
     lines = metrics.read_text(encoding="utf-8").splitlines()
     metrics.write_text("\n".join(lines[:-lost]) + "\n", encoding="utf-8")
@@ -211,7 +211,7 @@ def test_evaluations_that_a_killed_run_lacks_are_made_up(run: Path, lost: int):
 
 
 def test_a_validation_before_the_last_save_is_made_up(tmp_path: Path):
-    """As one that --exit-duration-in-mins cut off: its line is not there."""
+    """Such as one that --exit-duration-in-mins cut off: its line is missing."""
     words, metrics = f"--save {tmp_path} --eval-interval 2", tmp_path / "metrics.jsonl"
     pretrain(f"{words} --exit-interval 2")
     lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -224,7 +224,7 @@ def test_a_validation_before_the_last_save_is_made_up(tmp_path: Path):
 
 
 def test_tensorboard_has_each_step_once_after_a_resume(tmp_path: Path):
-    """And after a start from scratch in the same folders."""
+    """Also after a start from scratch in the same folders."""
     run, events = tmp_path / "run", tmp_path / "events"
     words = f"--save {run} --tensorboard-dir {events} --tensorboard-log-interval 1"
     pretrain(f"{words} --exit-interval 4")
@@ -263,7 +263,7 @@ def test_what_has_no_flags_is_refused(run: Path, tmp_path: Path):
 
 
 class TestABranch:
-    """`--branch-from`: the decay of a run at a constant rate, in a folder of its own."""
+    """`--branch-from`: decay a run that has a constant rate, in a folder of its own."""
 
     CONSTANT = "--train-iters 12 --lr 1e-2 --min-lr 1e-4 --lr-decay-style constant"
     BRANCH = "--branch-from 4 --lr-wsd-decay-iters 4"
@@ -283,7 +283,7 @@ class TestABranch:
         assert rates == sorted(rates, reverse=True)
         assert rates[0] == 1e-2
         assert rates[-1] < 2e-3
-        # The rate of its first step is still the run's, and its data all the time.
+        # Its first step still has the run's rate, and all of its steps have the run's data.
         assert steps(whole)[:2] == steps(trunk)[4:6]
         assert len(steps(whole)) == 4
         assert iterations(whole) == [6, 8]
@@ -307,7 +307,7 @@ class TestABranch:
         assert next(r["learning_rate"] for r in records(branch) if "loss" in r) == 1e-2
 
     def test_its_samples_are_in_the_runs_order(self):
-        """Of several epochs, Megatron's order is that of their number."""
+        """Over several epochs, Megatron's order depends on the number of epochs."""
         branch = Namespace(train_samples=None, train_iters=8, branch_from=4, global_batch_size=2)
         branch.explicit_flags = {"train_iters": 12}
         branch.iteration, branch.consumed_train_samples = 4, 8

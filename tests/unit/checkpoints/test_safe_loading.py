@@ -1,4 +1,4 @@
-"""A checkpoint that would run code when it is loaded is refused, wherever the code hides."""
+"""A checkpoint that would run code on loading is refused, wherever the code hides."""
 
 import inspect
 import os
@@ -24,7 +24,7 @@ def applied() -> None:
 
 
 def test_who_looks_up_what_is_replaced():
-    """torch reads objects by its planner, and Megatron what all ranks have in common."""
+    """torch loads objects through its planner, and Megatron what all ranks share by load_common."""
     from megatron.core.dist_checkpointing import serialization
 
     assert "planner.load_bytes(" in inspect.getsource(FileSystemReader.read_data.__wrapped__)
@@ -43,7 +43,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def load(folder: Path) -> dict[str, object]:
-    """As torch does: the index, then what it names; it wraps what goes wrong."""
+    """Load as torch does, the index first, and unwrap the error that torch wraps."""
     box: dict[str, object] = {"weight": torch.zeros(6), "object": {"step": 0, "name": ""}}
     reader = FileSystemReader(str(folder))
     reader.read_metadata()
@@ -95,7 +95,7 @@ def test_code_in_common_is_refused(tmp_path: Path):
     ],
 )
 def test_no_other_name_gets_through(names: tuple[str, str], tmp_path: Path):
-    """Dotted names too, by which a pickle walks from an allowed module to any other."""
+    """Nor dotted names, with which a pickle walks from an allowed module to any other."""
     path = tmp_path / "pickle"
     words = b"".join(b"\x8c" + bytes([len(word)]) + word.encode() for word in names)
     path.write_bytes(b"\x80\x04" + words + b"\x93.")

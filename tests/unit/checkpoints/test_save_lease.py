@@ -1,4 +1,4 @@
-"""checkpoints/save_lease.py: a run that another one takes over saves nothing more."""
+"""checkpoints/save_lease.py: a run that was taken over by another saves nothing more."""
 
 import os
 import time
@@ -30,7 +30,7 @@ def save_lease_of(folder: Path) -> SaveLease:
 
 
 def take_over(folder: Path) -> None:
-    """As a run that found the one before it silent."""
+    """Take the folder over, as a run does that found the previous one silent."""
     (folder / ".lease-000002").write_bytes(Holder.here(expiry=60.0).content())
 
 
@@ -58,7 +58,7 @@ def test_a_second_writer_is_refused_with_the_name_of_the_first(tmp_path: Path):
 def test_a_run_that_is_taken_over_saves_nothing_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """After its second step: what it had saved stays, and no tracker goes back."""
+    """After its second step: what it had saved stays, and the tracker does not go back."""
     run = tmp_path / "run"
     reached = SaveLease.reached
 
@@ -81,8 +81,8 @@ def test_a_run_that_is_taken_over_saves_nothing_more(
 def test_one_that_is_taken_over_while_it_writes_says_so(
     tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
 ):
-    """Not that a shard has no folder, which the new owner has removed; nor is anything left of what
-    is still in the background then."""
+    """The error is not about a shard's folder, which the new owner removed; and nothing is left of
+    the save that is still in the background then."""
     run = tmp_path / "run"
     prepare, write = FileSystemWriterAsync.prepare_write_data, saving.write_and_add_share
 
@@ -110,7 +110,7 @@ def test_one_that_is_taken_over_while_it_writes_says_so(
 
 
 def test_folders_that_are_not_one_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A lease that another machine does not see."""
+    """Another machine does not see the lease."""
     monkeypatch.setattr(save_lease, "SHARING", 0.1)
     acquire = save_lease.acquire
 

@@ -1,4 +1,4 @@
-"""Saves in the background, saves that fail, and what is kept of many."""
+"""Saves in the background, saves that fail, and which checkpoints are kept."""
 
 import contextlib
 import os
@@ -26,7 +26,7 @@ from megatron_smlp.training.reporting import Reporter
 def test_a_save_in_the_background_holds_the_step_that_asked_for_it(
     finished_run: Path, tmp_path: Path
 ):
-    """Not what the next steps made of the weights meanwhile."""
+    """Not the weights as later steps changed them meanwhile."""
     run = tmp_path / "run"
     pretrain(f"--save {run} --async-save")
     assert iterations(run) == [2, 4, 6]
@@ -46,7 +46,7 @@ GATHERING = "--use-distributed-optimizer --exit-interval 2"
 def test_a_gpu_without_room_is_a_save_that_failed(
     whose: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
-    """All ranks know before one of them would wait for the other."""
+    """All ranks learn of it before any would wait for another."""
 
     def refuse(*_: int) -> None:
         raise torch.OutOfMemoryError
@@ -55,7 +55,7 @@ def test_a_gpu_without_room_is_a_save_that_failed(
     if whose == "ours":
         monkeypatch.setattr(room, "_take", refuse)
     else:
-        others = {list: [problem]}  # in all else they agree
+        others = {list: [problem]}  # they agree in everything else
         monkeypatch.setattr(saving, "gathered", lambda own: [own, others.get(type(own), own)])
     words = f"--save {tmp_path / 'run'} {GATHERING}"
     with pytest.raises(SaveError) as caught:
@@ -82,14 +82,14 @@ def test_a_folder_that_vanishes_is_not_made_again(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ):
-    """As of a disk that is gone: the first save that finds none says so, and the exit code too."""
+    """As when a disk is gone: the first save that misses it says so, as does the exit code."""
     run = tmp_path / "run"
     stepped = Reporter.stepped
 
     def vanish(self: Reporter, outcome: Outcome) -> None:
         stepped(self, outcome)
         if outcome.iteration == 3:
-            # In one step, as an unmount: a tree taken apart could still be written to.
+            # Atomically, like an unmount: a partly deleted tree could still be written to.
             run.rename(tempfile.mkdtemp(dir=tmp_path))
 
     monkeypatch.setattr(Reporter, "stepped", vanish)
@@ -116,7 +116,7 @@ def test_old_checkpoints_go_when_the_new_one_is_there(tmp_path: Path, flags: str
     assert not hidden_in(tmp_path)
 
 
-# A rank that is killed when the process that it has forked for a save has written almost all.
+# A rank is killed when the process that it forked for a save has written almost everything.
 KILLED_RANK = """
 import os, signal, sys, time
 from megatron_smlp.checkpoints import saving
@@ -133,7 +133,7 @@ pretrain(f"--save {sys.argv[1]} --async-save")
 
 @pytest.mark.slow
 def test_a_writer_ends_with_its_rank(tmp_path: Path):
-    """It would keep the rank's GPU and sockets, and the copy in memory, from the next start."""
+    """Otherwise it would hold on to the rank's GPU, sockets and memory when the next run starts."""
     rank = subprocess.Popen(
         [sys.executable, "-c", KILLED_RANK, str(tmp_path / "run")],
         cwd=REPOSITORY,
@@ -142,7 +142,7 @@ def test_a_writer_ends_with_its_rank(tmp_path: Path):
         start_new_session=True,
     )
     try:
-        rank.communicate(timeout=120)  # for as long as one of both has the pipe
+        rank.communicate(timeout=120)  # until both have closed the pipe
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(rank.pid, signal.SIGKILL)
@@ -155,7 +155,7 @@ def test_a_writer_ends_with_its_rank(tmp_path: Path):
 def test_a_state_that_cannot_be_saved_ends_a_run_before_its_first_step(
     flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """With flags of which no test has saved the like: others meet it at a save, as any error."""
+    """Only with flags that no test saves with; other runs meet the error at a save."""
     from megatron.core.optimizer.optimizer import ChainedOptimizer
 
     pretrain(f"--save {tmp_path / 'whole'} {flag}")

@@ -52,13 +52,13 @@ def test_the_copy_is_read_where_the_original_is_not(tmp_path: Path, original: Pa
 
 
 def test_a_checkpoint_that_is_named_by_a_dot_knows_its_run(finished_run: Path, monkeypatch):
-    """In whose folder the copy is."""
+    """The copy is in the run's folder."""
     monkeypatch.chdir(iteration_folder(finished_run, 6))
     assert TorchDistCheckpoint(".").folder.parent == finished_run.resolve()
 
 
 def test_a_name_of_the_hub_is_copied_from_its_cache(tmp_path: Path, monkeypatch):
-    """As transformers leaves it there; the copy is read without a network."""
+    """The cache is laid out as transformers leaves it; the copy is read without a network."""
     repository = tmp_path / "cache" / "models--owner--Tokenizer-1"
     snapshot = repository / "snapshots" / "0123"
     snapshot.mkdir(parents=True)

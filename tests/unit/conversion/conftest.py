@@ -1,4 +1,4 @@
-"""Megatron's process groups around a test, which each of its conversions would make anew."""
+"""Keep Megatron's process groups for a whole test; otherwise each conversion would set them up."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""Every tensor is accounted for in both directions, and nothing half is ever written."""
+"""Every tensor is accounted for in both directions, and no partial output is ever written."""
 
 import json
 import shutil
@@ -109,7 +109,7 @@ def test_a_lying_header_is_refused(tmp_path: Path, text: str, size: int):
 
 @pytest.mark.parametrize("place", [None, "model-00002-of-00002.safetensors"])
 def test_an_index_that_lies_is_refused(tmp_path: Path, place: str | None):
-    """It leaves a tensor out, or looks for it in the file of another one."""
+    """It omits a tensor, or places it in another tensor's file."""
     tensors = {name: torch.ones(4) for name in "abc"}
     specs = {name: Spec.of(tensor) for name, tensor in tensors.items()}
     write_folder(tmp_path, specs, tensors.items(), limit=specs["a"].nbytes * 2)
@@ -139,7 +139,7 @@ def test_no_damaged_checkpoint_is_converted(exported: Path, tmp_path: Path):
     for path in sorted((tmp_path / "run" / "release").iterdir()):
         before = path.read_bytes()
         start = len(before) // 3
-        rest = before[start + 512 :]  # more than lies between two tensors
+        rest = before[start + 512 :]  # longer than any gap between two tensors
         path.write_bytes(before[:start] + bytes(len(before) - start - len(rest)) + rest)
         with pytest.raises(UserError, match=path.name):
             run(convert.torch_dist_to_hf, tmp_path / "run", tmp_path / "hf", checks=False)
@@ -149,7 +149,7 @@ def test_no_damaged_checkpoint_is_converted(exported: Path, tmp_path: Path):
 def test_a_wrong_conversion_is_noticed(
     exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Keys taken for values: no name and no shape is wrong, only the logits are."""
+    """Keys and values are swapped: all names and shapes are right, only the logits are wrong."""
     from megatron_smlp.conversion import names
 
     parts = names.OURS.in_layer[names.QKV]

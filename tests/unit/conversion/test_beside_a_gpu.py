@@ -13,7 +13,7 @@ ROTARY = (
     "--architecture transformer --num-attention-heads 4 --position-embedding-type rope "
     "--train-iters 2"
 )
-# What the environment says of GPUs when torch is first looked for.
+# Prints the environment's GPUs when torch is first looked for.
 WATCHED = """
 import os, sys
 from megatron_smlp.conversion.cli import main

@@ -1,4 +1,4 @@
-"""An exported folder in an environment that has torch and transformers and what these need."""
+"""An exported folder in an environment with torch, transformers and their dependencies only."""
 
 import json
 import subprocess
@@ -55,7 +55,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @torch.no_grad()
 def test_it_needs_torch_and_transformers_alone(exported: dict[str, Path], tmp_path: Path):
-    """The same logits and the same continuation as here, offline, and nothing of ours is there."""
+    """Offline and without our package, it gives the same logits and the same continuation."""
     tokens = make_ids(2, 16) % 100
     plan = [
         (str(folder), tokens.tolist(), str(tmp_path / f"{name}.pt"))
@@ -76,7 +76,7 @@ def test_it_needs_torch_and_transformers_alone(exported: dict[str, Path], tmp_pa
     for name, folder in exported.items():
         there = torch.load(tmp_path / f"{name}.pt")
         here = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
-        # Not bit by bit: products are cut by the number of threads and by where a file is mapped.
+        # Not bitwise: matmuls are split by the number of threads and by where a file is mapped.
         torch.testing.assert_close(there["logits"], here(tokens).logits, rtol=0, atol=1e-5)
         text = here.generate(tokens[:1, :5], max_new_tokens=6, do_sample=False)
         assert torch.equal(there["text"], text), name

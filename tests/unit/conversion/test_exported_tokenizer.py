@@ -1,4 +1,4 @@
-"""The tokenizer of an exported folder pads, and its model says with what."""
+"""The tokenizer of an exported folder pads, and its model names the padding id."""
 
 import json
 from argparse import Namespace
@@ -33,7 +33,7 @@ PADDING = "<pad>"
 
 @pytest.mark.parametrize("own", [False, True], ids=["end", "own"])
 def test_texts_of_unlike_lengths_make_a_batch(tmp_path: Path, own: bool):
-    """Padded by the tokenizer's own entry for that, else by the end of a document."""
+    """They are padded with the tokenizer's own padding token, or else with the end of document."""
     entries = save_tokenizer(tmp_path / "tokenizer")
     if own:
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
@@ -49,7 +49,7 @@ def test_texts_of_unlike_lengths_make_a_batch(tmp_path: Path, own: bool):
 
 
 def save_begins(folder: Path, **changes: str | None) -> None:
-    """A tokenizer that puts <s> before each text; `changes` of its tokenizer_config.json."""
+    """Save a tokenizer that puts <s> before each text; `changes` go to tokenizer_config.json."""
     save_tokenizer(folder)
     backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     backend.add_special_tokens(["<s>"])
@@ -66,7 +66,7 @@ def save_begins(folder: Path, **changes: str | None) -> None:
 @pytest.mark.parametrize("is_bare", [False, True])
 @pytest.mark.parametrize("special", [(), ("<user>", "<bot>")])
 def test_ids_are_those_of_the_run(tmp_path: Path, is_bare: bool, special: tuple[str, ...]):
-    """Whatever its flags changed of the tokenizer's files, here and after another save."""
+    """Whatever the run's flags changed in the tokenizer, here and after another save."""
     save_begins(tmp_path / "tokenizer")
     flags = Namespace(
         tokenizer_type="HuggingFaceTokenizer",
@@ -93,7 +93,7 @@ def test_ids_are_those_of_the_run(tmp_path: Path, is_bare: bool, special: tuple[
 
 
 def test_what_ends_documents_ends_them_in_the_export(tmp_path: Path):
-    """Megatron takes the separator where a tokenizer has no end; a run of bytes ends with 0."""
+    """Megatron uses the separator if a tokenizer has no end; a run on bytes ends with 0."""
     save_begins(tmp_path / "tokenizer", eos_token=None, sep_token=END)
     for kind, end in (("HuggingFaceTokenizer", END), ("ByteLevelTokenizer", "!")):
         spec = TokenizerSpec(
@@ -106,7 +106,7 @@ def test_what_ends_documents_ends_them_in_the_export(tmp_path: Path):
 
 
 def test_a_llama_trains_the_end_of_documents(tmp_path: Path):
-    """Its embedding leaves the row of the configuration's padding as it is."""
+    """A Llama's embedding never trains the row of the configuration's padding id."""
     entries = save_tokenizer(tmp_path / "tokenizer")
     ours = make_model("modern", normalization="RMSNorm", vocab_size=264).config
     ours.unpadded_vocab_size = entries
@@ -122,14 +122,14 @@ def test_a_llama_trains_the_end_of_documents(tmp_path: Path):
     end = AutoTokenizer.from_pretrained(folder).eos_token_id
     assert model.model.embed_tokens.padding_idx is None
     assert model.config.eos_token_id == model.generation_config.pad_token_id == end
-    # Another model than ours would not notice a token that takes the place of padding.
+    # A model that is not ours would not notice a token in the place of padding.
     assert model.generation_config.suppress_tokens is None
     lm = load(build_parser().parse_args(["--hf", str(folder)]))
     assert lm.padding_ids == list(range(entries, 264))
 
 
 def test_special_ids_go_there_and_back(tmp_path: Path):
-    """Also the list of a Llama that ends by several tokens, with and without a tokenizer."""
+    """Also the list of a Llama with several end tokens, with and without a tokenizer."""
     ids = {"bos_token_id": 1, "eos_token_id": [2, 256], "pad_token_id": 4}
     theirs = LlamaConfig(
         vocab_size=264, hidden_size=32, intermediate_size=48, num_hidden_layers=1,

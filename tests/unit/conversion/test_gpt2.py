@@ -1,4 +1,4 @@
-"""GPT-2 of transformers becomes a Megatron checkpoint that computes the same and trains on."""
+"""GPT-2 from transformers becomes a Megatron checkpoint that computes the same and trains on."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ def save_gpt2(folder: Path, **changes: Any) -> Path:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.2)
-        model.transformer.ln_f.weight.fill_(2.0)  # so that there is something to unlearn
+        model.transformer.ln_f.weight.fill_(2.0)  # not its initial value
     model.save_pretrained(folder)
     return folder
 
@@ -52,7 +52,7 @@ def test_logits_are_those_of_transformers(tmp_path: Path, variant: str):
 
 @pytest.mark.parametrize("untied", [False, True])
 def test_padding_is_unlikely(tmp_path: Path, untied: bool):
-    """It repeats the token whose logit is lowest in the mean, where softmax counts it."""
+    """It repeats the token whose mean logit is lowest, since softmax counts padding."""
     folder = save_gpt2(tmp_path / "gpt2", tie_word_embeddings=not untied)
     run(from_gpt2, folder, tmp_path / "run")
     theirs, ours = load_file(folder / "model.safetensors"), TorchDistCheckpoint(tmp_path / "run")
@@ -67,7 +67,7 @@ def test_padding_is_unlikely(tmp_path: Path, untied: bool):
 
 
 def test_older_files(tmp_path: Path):
-    """As GPT-2 was first published: no prefix, masks among the tensors, the output layer too."""
+    """As GPT-2 was first published: no prefix, and tensors for masks and the output layer."""
     folder = save_gpt2(tmp_path / "gpt2")
     tokens = torch.randint(101, (2, 16))
     expected = their_logits(folder, tokens)
@@ -78,7 +78,7 @@ def test_older_files(tmp_path: Path):
     older["lm_head.weight"] = older["wte.weight"]
     file, metadata = folder / "model.safetensors", {"format": "pt"}
     save_file({name: tensor.clone() for name, tensor in older.items()}, file, metadata=metadata)
-    run(from_hf, folder, tmp_path / "run")  # which sees what it is
+    run(from_hf, folder, tmp_path / "run")  # which detects the format
     logits = megatron_logits(tmp_path / "run", tokens)[..., :101]
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
     older["lm_head.weight"] = older["wte.weight"] + 1

@@ -1,4 +1,4 @@
-"""A config.json that is damaged or lies: one line, at once, from every tool that reads it."""
+"""A config.json that is damaged or lies: a one-line error at once from every tool that reads it."""
 
 import argparse
 import json
@@ -43,7 +43,7 @@ LIES: list[tuple[Any, str]] = [
 
 @pytest.mark.parametrize(("lie", "named"), LIES, ids=lambda value: str(value)[:40])
 def test_a_config_that_lies(exported: Path, tmp_path: Path, lie: Any, named: str):
-    """The converter, generation and the check before an evaluation refuse it, each at once."""
+    """The converter, generation and the check before an evaluation each refuse it at once."""
     folder = Path(shutil.copytree(exported, tmp_path / "folder"))
     values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     text = lie if isinstance(lie, str) else json.dumps(values | lie)
@@ -71,6 +71,6 @@ def test_flags_of_a_checkpoint(exported: Path, tmp_path: Path):
     path.write_text(json.dumps([flags]), encoding="utf-8")
     for name in (SUMS, MARKER):
         (path.parent / name).unlink()
-    seal(path.parent)  # checksums are no protection from intent
+    seal(path.parent)  # checksums do not protect from intent
     with pytest.raises(UserError, match="not a JSON object"):
         run(convert.torch_dist_to_hf, tmp_path / "run", tmp_path / "hf", checks=False)

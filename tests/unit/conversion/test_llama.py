@@ -1,4 +1,4 @@
-"""A Transformer with RoPE, RMSNorm and SwiGLU is transformers' Llama, there and back."""
+"""A Transformer with RoPE, RMSNorm and SwiGLU converts to transformers' Llama and back."""
 
 import json
 from pathlib import Path
@@ -126,7 +126,7 @@ def test_what_cannot_be_imported(tmp_path: Path, changes: dict[str, Any], named:
 
 
 def test_older_files_hold_more_than_weights(tmp_path: Path):
-    """Tables of angles, as those of Llama 1 and 2, and a copy of what is tied."""
+    """Tables of angles, as in Llama 1 and 2, and a copy of the tied embedding."""
     folder = save_llama(tmp_path / "llama", tie_word_embeddings=True)
     tensors = folder_weights(folder)
     head, embedding = "lm_head.weight", tensors["model.embed_tokens.weight"]

@@ -1,4 +1,4 @@
-"""A conversion needs memory for one tensor, not for the model."""
+"""A conversion needs memory for its largest tensor, not for the whole model."""
 
 import json
 import sys
@@ -8,7 +8,7 @@ import pytest
 from support.launches import REPOSITORY, run_command
 
 SHARE = 1.3
-"""Of the largest tensor, beside one output shard."""
+"""Bound on the peak, as a multiple of the largest tensor, in addition to one output shard."""
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""A small model without an embedding table: trained and resumed; exported elsewhere."""
+"""A small model without an embedding table, trained and resumed; other tests export it."""
 
 from pathlib import Path
 
@@ -55,7 +55,7 @@ def test_the_checkpoint_holds_the_tokenizers_fingerprints_and_no_embedding(
 def test_a_resume_ends_in_the_same_bits_whatever_the_tokenizer_says_by_then(
     trained: Path, tokenizer: Path, tmp_path: Path
 ):
-    """The checkpoint's table wins: here the tokenizer has got other strings in the meantime."""
+    """The checkpoint's table wins: here the tokenizer's strings have changed in the meantime."""
     other = tmp_path / "tokenizer"
     save_tokenizer(other)
     path = other / "tokenizer.json"

@@ -1,4 +1,4 @@
-"""README.md of an exported folder: the Hub's parser reads it, and its code runs as it stands."""
+"""README.md of an exported folder: the Hub's parser reads it, and its code runs as printed."""
 
 import math
 import re
@@ -29,7 +29,7 @@ SYSTEMS = {
 
 @pytest.fixture(scope="module", params=slow_unless_in(["sparse"], SYSTEMS))
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four iterations of two samples of 16 tokens; the last validation is at 3, or at 4."""
+    """Train 4 iterations of two samples of 16 tokens; the last validation is at 3, or at 4."""
     folder: Path = tmp_path_factory.mktemp(request.param)
     with pretrained(f"{SYSTEMS[request.param]} --vocab-size 300 --save {folder}"):
         return folder
@@ -55,7 +55,7 @@ def test_the_card_says_what_the_checkpoint_knows(trained: Path, tmp_path: Path):
 
 
 def test_a_card_without_a_license_says_none(trained: Path, tmp_path: Path):
-    """And of a release nothing of a training; where the metrics are gone, no loss."""
+    """The card of a release says nothing of training; without metrics it gives no loss."""
     run(convert.to_torch_dist, trained, tmp_path / "weights", checks=False)
     run(convert.torch_dist_to_hf, tmp_path / "weights", tmp_path / "hf", checks=False)
     text = (tmp_path / "hf" / "README.md").read_text("utf-8")

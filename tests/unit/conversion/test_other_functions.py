@@ -1,4 +1,4 @@
-"""The same weights under another activation or other positions are another model."""
+"""The same weights with another activation or other positions are another model."""
 
 from typing import Any
 

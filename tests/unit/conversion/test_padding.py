@@ -1,4 +1,4 @@
-"""Another padding of the vocabulary: the same logits of real tokens, and back again bitwise."""
+"""Another padding of the vocabulary keeps the logits of real tokens, and goes back bitwise."""
 
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ TRAINED = (
 def test_there_and_back(tmp_path: Path, system: str):
     changes = {"vocab_size": 112, "unpadded_vocab_size": 101, "tiny_attention_width": 64}
     if system == "smlp_deterministic":
-        changes["num_feature_experts"] = 2  # which two tensor parallel ranks can share
+        changes["num_feature_experts"] = 2  # divisible by two tensor parallel ranks
     if system == "transformer":
         changes |= {**DENSE, "tie_word_embeddings": False}
     exported = save_exported(make_model(system, **changes), tmp_path / "hf")
@@ -36,7 +36,7 @@ def test_there_and_back(tmp_path: Path, system: str):
     wide = TorchDistCheckpoint(tmp_path / "a")
     assert wide.flags["padded_vocab_size"] == 128
     for name, tensor in weights(wide).items():
-        if tensor.shape[0] == 128:  # what is new repeats the first row of padding
+        if tensor.shape[0] == 128:  # new rows repeat the first row of padding
             assert torch.equal(tensor[112:], tensor[101:102].expand_as(tensor[112:])), name
     one = {"make_vocab_size_divisible_by": 1, "layout": {"tensor_model_parallel_size": 1}}
     run(convert.torch_dist_to_torch_dist, tmp_path / "a", tmp_path / "b", **one)
@@ -50,7 +50,7 @@ def test_there_and_back(tmp_path: Path, system: str):
 
 
 def test_a_run_goes_on_with_its_optimizer(tmp_path: Path):
-    """Moments have the same rows, and the padding that training has made unlikely is repeated."""
+    """Moments get the same rows, and new padding repeats rows that training has made unlikely."""
     words = f"{TRAINED} --make-vocab-size-divisible-by 8 --lr-decay-style constant"
     with pretrained(f"{words} --save {tmp_path / 'run'} --save-interval 2 --lr 1e-1"):
         old = [r["loss"] for r in records(tmp_path / "run") if "loss" in r]
@@ -67,6 +67,6 @@ def test_a_run_goes_on_with_its_optimizer(tmp_path: Path):
     words = words.replace("divisible-by 8", "divisible-by 64")
     with pretrained(f"{words} --load {tmp_path / 'wide'} --log-dir {tmp_path / 'log'} --lr 1e-1"):
         new = [r["loss"] for r in records(tmp_path / "log") if "loss" in r]
-    # 24 more rows take part in the softmax, with the small share that one of them has.
+    # The softmax has 24 more rows, each with the small share that a row of padding has.
     assert len(new) == 2
     assert new == pytest.approx(old[2:], rel=0.05)

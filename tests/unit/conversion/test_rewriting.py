@@ -1,4 +1,4 @@
-"""Checkpoints that are rewritten for another layout go on as if nothing had happened."""
+"""Checkpoints that are rewritten for another layout resume as if nothing had happened."""
 
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ def test_a_rewritten_checkpoint_goes_on_with_its_optimizer(tmp_path: Path):
     run(convert.torch_dist_to_torch_dist, tmp_path / "run", weights, drop_optimizer=True)
     assert not any("optimizer" in name for name in TorchDistCheckpoint(weights).all_specs)
     assert TorchDistCheckpoint(weights).args.tokenizer_type == "NullTokenizer"
-    best = tmp_path / "best"  # what it is, it says itself
+    best = tmp_path / "best"  # its content says which iteration it is
     best.symlink_to(before.folder)
     said = run(convert.torch_dist_to_torch_dist, best, tmp_path / "renamed", checks=False)
     assert said[-1].endswith("iteration 2")
@@ -58,7 +58,7 @@ def test_a_rewritten_checkpoint_goes_on_with_its_optimizer(tmp_path: Path):
 def test_optimizer_state_of_one_layout_resumes_and_is_not_rewritten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Expert parallel sizes are of the layout too."""
+    """Expert parallel sizes are part of the layout too."""
     words = f"{MODEL} --use-distributed-optimizer --optimizer-checkpoint data_parallel"
     words += f" --lr-decay-style constant --save {tmp_path / 'run'} --save-interval 2"
     with pretrained(f"{words} --log-dir {tmp_path / 'old'}"):
@@ -112,7 +112,7 @@ def test_a_layout_that_does_not_fit_is_refused(layout: tuple[int, ...], words: s
 
 
 def test_the_mean_of_the_last_checkpoints(tmp_path: Path):
-    """Exported, and as a release, which a training begins with and an evaluation reads."""
+    """Exported, and as a release, from which training starts and which evaluation reads."""
     saved, mean, exported = (tmp_path / name for name in ("run", "mean", "exported"))
     with pretrained(f"{MODEL} --lr 1e-2 --save {saved} --save-interval 1"):
         pass
@@ -135,7 +135,7 @@ def test_the_mean_of_the_last_checkpoints(tmp_path: Path):
 
 
 def test_no_mean_of_checkpoints_of_other_sizes(tmp_path: Path):
-    """Of another padding of the vocabulary, which may change within a run."""
+    """Sizes differ if the vocabulary's padding does, which may change within a run."""
     words = f"{MODEL} --save {tmp_path / 'run'} --save-interval 1"
     with pretrained(f"{words} --train-iters 1"):
         pass
@@ -154,5 +154,5 @@ def test_a_link_to_another_place_stays(tmp_path: Path):
         run(convert.torch_dist_to_hf, tmp_path / "run", link, overwrite=big.exists())
     assert link.is_symlink()
     names = {path.name for path in tmp_path.iterdir()}
-    assert names - {".big.replaced.deleted"} == {"run", "big", "exported"}  # which goes later
+    assert names - {".big.replaced.deleted"} == {"run", "big", "exported"}  # which is deleted later
     assert (big / "model.safetensors").is_file()

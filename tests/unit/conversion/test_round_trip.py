@@ -1,4 +1,4 @@
-"""torch_dist <-> Hugging Face: the same logits, the same bits, for every system."""
+"""torch_dist <-> Hugging Face: the same logits and the same bits, for every system."""
 
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def changed(system: str) -> dict[str, Any]:
-    """Some systems with what a conversion could get wrong: untied output, padding, no bias."""
+    """Return changes that a conversion could get wrong: untied output, padding, no bias."""
     if "token_router" in SYSTEMS[system]:
         return {"unpadded_vocab_size": 101}
     changes = {"unpadded_vocab_size": 101, "num_experts": None, "moe_ffn_hidden_size": None}

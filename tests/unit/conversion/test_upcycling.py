@@ -1,4 +1,4 @@
-"""A dense checkpoint becomes a sparse one whose loss is the same at the start."""
+"""A dense checkpoint becomes a sparse one with the same loss at the start."""
 
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ def dense(folder: Path, system: str, **changes: Any) -> Path:
 
 
 def upcycled(source: Path, target: Path, **model: Any) -> tuple[list[str], float]:
-    """Return what was printed, and the largest difference of logits relative to the largest one."""
+    """Return what was printed, and the largest logit difference relative to the largest logit."""
     said = run(convert.upcycle, source, target, model=model)
     tokens = torch.randint(101, (2, 30))
     before, after = megatron_logits(source, tokens), megatron_logits(target, tokens)

@@ -1,7 +1,7 @@
-"""Whatever flag changes a model or one of its losses comes back from an exported folder.
+"""Every flag that changes a model or one of its losses survives an export.
 
-Asked of every flag of the parser that reaches Megatron's configuration of a model, so that one that
-`options.MODEL_FLAGS` forgets is found by what it does.
+The tests try every flag of the parser that reaches Megatron's model configuration, so that a flag
+that `options.MODEL_FLAGS` lacks is found by its effect.
 """
 
 import argparse
@@ -47,9 +47,9 @@ OF_A_RUN = {
     "vocab_size": "of the tokenizer",
     "make_vocab_size_divisible_by": "padding, which convert_checkpoint.py asks for by itself",
 }
-"""Flags that change a loss and are no part of a model, and why."""
+"""Flags that change a loss but are not part of a model, and why."""
 REFUSALS = (UsageError, SystemExit, AssertionError, ValueError)
-"""Ours, the parser's, and Megatron's own."""
+"""Errors of ours, of the parser, and of Megatron."""
 
 
 def values_to_try(action: argparse.Action) -> Iterator[list[str]]:
@@ -72,18 +72,18 @@ def step(model: Any) -> tuple[float, float]:
 
 
 def imported(args: argparse.Namespace, parse: Callable[..., Any]) -> argparse.Namespace:
-    """The arguments of a run that goes on from the exported folder of a run with these."""
+    """Return the arguments of a run that resumes from the export of a run with `args`."""
     config = huggingface.config_of(model_flags(args))
     values = type(config).from_dict(config.to_dict())
     words = model_arguments(build_parser(), huggingface.flags_of(values), trains=True)
     return parse(" ".join(words), base=TRAINING)
 
 
-@pytest.mark.slow  # a hundred flags make a model twice
+@pytest.mark.slow  # a hundred flags build a model twice
 @pytest.mark.usefixtures("megatron")
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_a_flag_that_changes_a_training_step_comes_back(system: str, parse: Callable[..., Any]):
-    """Or is refused, at the start or by the export."""
+    """Or it is refused, at the start or by the export."""
     reach = {field.name for field in dataclasses.fields(SMLPTransformerConfig)} | set(MODEL_FLAGS)
     kept, lost = set(), {}
     for action in build_parser()._actions:
@@ -114,7 +114,7 @@ def _step_of(args: argparse.Namespace) -> tuple[float, float]:
     model = build_model(args)
     torch.manual_seed(7)
     with torch.no_grad():
-        for parameter in model.parameters():  # whatever they start with
+        for parameter in model.parameters():  # whatever their initial values
             parameter.normal_(std=0.1)
     return step(model)
 
@@ -131,7 +131,7 @@ COEFFICIENTS = {
 
 @pytest.mark.parametrize("system", COEFFICIENTS)
 def test_what_was_exported_goes_on_training_as_its_checkpoint(system: str, tmp_path: Path):
-    """--use-checkpoint-args knows the coefficients of its losses, and dropout."""
+    """--use-checkpoint-args restores the coefficients of its losses, and dropout."""
     base = MINIMAL.replace("--attention-dropout 0 --hidden-dropout 0", "") + "--lr 0.02"
     words = f"{(SYSTEMS | {'llama': MODERN})[system]} {COEFFICIENTS[system]}"
     with pretrained(f"{words} --save {tmp_path / 'run'}", base=base):

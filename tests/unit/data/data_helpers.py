@@ -1,4 +1,4 @@
-"""Corpora and flags that several test files make."""
+"""Corpora and flags that several test files use."""
 
 import argparse
 import bz2
@@ -24,7 +24,7 @@ from megatron_smlp.data.prepare.preprocessing import Summary
 ROOT = Path(__file__).resolve().parents[3]
 PYTHON = sys.executable
 LENGTH = 32
-"""Tokens of a sample of `dataset_config`."""
+"""Tokens per sample of `dataset_config`."""
 WORDS = [
     *("the", "a", "of", "and", "sea", "ship", "whale", "captain's", "don't", "12", "3.14"),
     *("<|endoftext|>", "x\ty", "under\u00a0way", "caf\u00e9", "cafe\u0301", "na\u00efve"),
@@ -34,7 +34,7 @@ WORDS = [
 
 
 def make_documents(count: int, seed: int = 0) -> list[str]:
-    """Texts of 1 to 60 words in several scripts, with odd white space."""
+    """Return texts of 1 to 60 words in several scripts, with odd white space."""
     rng = random.Random(seed)
     gaps = [" ", " ", " ", "  ", "\n", "\n\n", ". ", ", ", "\r\n"]
     documents = []
@@ -71,14 +71,14 @@ Run = Callable[..., Summary]
 def write_pair(
     run: Run, folder: Path, name: str, texts: Sequence[str], flags: Sequence[object] = BYTE_FLAGS
 ) -> str:
-    """Preprocess texts; the prefix of their pair."""
+    """Preprocess texts; return the prefix of their pair."""
     run(write_jsonl(folder / f"{name}.jsonl", texts), folder / name, *flags)
     return str(folder / f"{name}_text_document")
 
 
 @contextlib.contextmanager
 def small_files(limit: int) -> Iterator[None]:
-    """The system refuses what grows beyond `limit` bytes, as a full disk does: without a name."""
+    """Refuse files beyond `limit` bytes, as a full disk does: the error names no file."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
@@ -103,7 +103,7 @@ def megatron_tokenizer(flags: Sequence[object]) -> Any:
 def write_with_megatron(
     prefix: Path, documents: Sequence[Sequence[str]], tokenizer: Any, *, append_eod: bool
 ) -> None:
-    """The loop of Megatron's tool: sentences without ids are dropped, EOD joins the last one."""
+    """Write like Megatron's tool: sentences without ids are dropped, EOD joins the last one."""
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
     builder = IndexedDatasetBuilder(
@@ -125,7 +125,7 @@ def assert_same_pair(ours: Path | str, theirs: Path | str) -> None:
 def dataset_config(
     blends: Blends, cache: Path, split: str = "900,50,50", surplus: float = 0.005
 ) -> Any:
-    """Megatron's, of a dataset of bytes."""
+    """Return Megatron's configuration for a dataset of bytes."""
     from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 
     tokenizer = SimpleNamespace(

@@ -1,4 +1,4 @@
-"""Blend lists that are right, and what is said about those that are not."""
+"""Valid blend lists, and the errors for invalid ones."""
 
 import json
 from argparse import Namespace

@@ -68,13 +68,13 @@ def test_flags_of_megatron_are_accepted_with_a_note(corpus: Path, tmp_path: Path
 COMMANDS = {
     name: start.args[0] for name, start in vars(commands).items() if isinstance(start, partial)
 }
-"""Module of each tool, by its command."""
+"""Maps each command to its tool's module."""
 IN_DATA_MD = ("preprocess", "merge_datasets", "inspect_dataset", "train_tokenizer")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_flag_is_in_the_documentation(command: str):
-    """Those of preparing data in docs/data.md, those of other tools in some page."""
+    """Flags of data preparation are in docs/data.md, those of other tools in some page."""
     pages = [ROOT / "docs" / "data.md"]
     if command not in IN_DATA_MD:
         pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
@@ -87,7 +87,7 @@ def test_every_flag_is_in_the_documentation(command: str):
 def _flags(tool: Any) -> set[str]:
     actions = list(tool.build_parser()._actions)
     for action in list(actions):
-        if isinstance(action.choices, dict):  # The commands of inspect_dataset, and of others.
+        if isinstance(action.choices, dict):  # Subcommands, as of inspect_dataset.
             actions += [each for command in action.choices.values() for each in command._actions]
     return {flag for action in actions if action.help != "==SUPPRESS==" for flag in _long(action)}
 
@@ -102,7 +102,7 @@ def test_sigterm_ends_the_run_and_its_workers(corpus: Path, tmp_path: Path):
     flags = ["--input", corpus, pipe, "--output-prefix", prefix, *BYTE_FLAGS, "--workers", 2]
     command = [PYTHON, str(ROOT / "tools/preprocess_data.py"), *map(str, flags)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    with pipe.open("wb", buffering=0) as stream:  # Opens when the tool has read the first file.
+    with pipe.open("wb", buffering=0) as stream:  # Opens once the tool has read the first file.
         stream.write(b"\n")
         time.sleep(0.2)
         process.send_signal(signal.SIGTERM)
@@ -198,7 +198,7 @@ def test_run_tool(capsys: Capture, monkeypatch: Patch):
         return main
 
     def closed_by_ctrl_c() -> None:
-        """Native code let the interruption go, and then complained of what it had closed."""
+        """Native code swallowed the interruption, then raised an error about what it had closed."""
         with contextlib.suppress(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
         raise ValueError("read of closed file")

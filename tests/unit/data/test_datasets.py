@@ -78,7 +78,7 @@ def test_a_split_without_documents_is_refused_where_megatron_would_hang(
 def test_a_dataset_without_weights_that_is_shorter_than_a_sample(
     run: Run, prefixes: list[str], tmp_path: Path, flags: str
 ):
-    """With weights it is read again and again."""
+    """With weights it is read repeatedly."""
     short = write_pair(run, tmp_path, "short", ["a" * LENGTH] * (10 if flags == "--split" else 1))
 
     def build(words: list[str]) -> None:
@@ -103,7 +103,7 @@ def test_a_whole_validation_of_less_than_a_sample(run: Run, prefixes: list[str],
 
 
 def test_many_weighted_datasets_and_few_samples(run: Run, tmp_path: Path):
-    """Of the first 8 samples are there, for 5 of 10, and 12 of all 24 are drawn from it."""
+    """The first has 8 samples; it needs 5 of 10, but 12 of all 24 are drawn from it."""
     name = write_pair(run, tmp_path, "a", ["a" * (8 * LENGTH + 1)])
     blend = parse_blend(["19", name, *["1", name] * 19], source="x")
     blends, sizes = Blends(per_split=[blend, None, None]), [10, 0, 0]
@@ -136,7 +136,7 @@ def test_caches_cut_short_by_a_crash_are_built_again(prefixes: list[str], tmp_pa
 
 
 def test_only_unfinished_indices_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Not what the user keeps in the folder, nor what cannot be read for a moment."""
+    """Neither the user's own files in the folder nor files that are unreadable for a moment."""
     np.save(tmp_path / "labels.npy", np.array([{"a": 1}], dtype=object))
     kept = tmp_path / "0-WatchedGPTDataset-train-shuffle_index.npy"
     np.save(kept, np.arange(9))
@@ -179,12 +179,12 @@ def test_a_dataset_that_grew_is_read_through_an_index_of_its_own(run: Run, tmp_p
 def test_a_pair_that_changes_while_it_is_read(
     prefixes: list[str], tmp_path: Path, damage: str, what: str, workers: int
 ):
-    """One line, also out of a worker of the data loader; without it SIGBUS, or zeros."""
+    """A one-line error, also from a data loader worker, in place of SIGBUS or zeros."""
     prefix = prefixes[0]
     train = _build([prefix], [400, 5, 5], tmp_path / "cache")[0]
     batches = iter(DataLoader(train, num_workers=workers, prefetch_factor=1 if workers else None))
     next(batches)
-    for suffix in (".bin", ".idx"):  # a copy of the same bytes is no change
+    for suffix in (".bin", ".idx"):  # a copy with the same bytes is not a change
         shutil.copyfile(prefix + suffix, tmp_path / "copy")
         (tmp_path / "copy").rename(prefix + suffix)
     next(batches)
@@ -193,7 +193,7 @@ def test_a_pair_that_changes_while_it_is_read(
     else:
         size = Path(f"{prefix}.bin").stat().st_size
         os.truncate(f"{prefix}.bin", 1000)
-        os.truncate(f"{prefix}.bin", 1000 if damage == "cut" else size)  # zeros at its end
+        os.truncate(f"{prefix}.bin", 1000 if damage == "cut" else size)  # fills its end with zeros
     with pytest.raises(ChangedDataError) as error:
         list(batches)
     text = str(error.value)
@@ -208,7 +208,7 @@ def _build_in_a_process(words: list[str], cache: Path, results: Any) -> None:
 
 def test_two_jobs_that_start_at_once(prefixes: list[str], tmp_path: Path):
     words = ["0.5", prefixes[0], "0.5", prefixes[1]]
-    # Forked: Megatron is imported already, so that both are at the cache at the same time.
+    # Forked: Megatron is already imported, so that both reach the cache at the same time.
     context = multiprocessing.get_context("fork")
     results = context.Queue()
     arguments = (words, tmp_path / "cache", results)

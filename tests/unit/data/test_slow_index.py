@@ -1,4 +1,4 @@
-"""Two ranks whose sample index takes longer to build than a collective may last."""
+"""Two ranks whose sample index takes longer to build than a collective's timeout."""
 
 import time
 from datetime import timedelta
@@ -13,7 +13,7 @@ from megatron_smlp import first_rank
 from megatron_smlp.errors import DataError
 
 TIMEOUT, SLOW = 3.0, 5.0
-"""Seconds of a collective, and of an index."""
+"""Seconds of a collective's timeout, and of building an index."""
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def _fail(words: list[str], cache: str) -> None:
     WatchedGPTDataset._build_document_sample_shuffle_indices = build
     with pytest.raises(DataError, match="read once without weights"):  # also where none is read
         _built(words, cache, rank, samples=10**6, reads=rank == 0)
-    time.sleep(2)  # the store is that of rank 0
+    time.sleep(2)  # rank 0 hosts the store
 
 
 def _join() -> int:

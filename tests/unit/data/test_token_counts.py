@@ -14,7 +14,7 @@ NUMBERS = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "10"]
 
 @pytest.mark.parametrize("parts", [1, 3, 20])
 def test_ranks_count_parts_of_the_whole(run: Run, tmp_path: Path, parts: int):
-    """Without weights only a sum is kept."""
+    """Without weights only the sum over datasets is kept."""
     prefix = write_pair(run, tmp_path, "data", ["1 2 2", "3 2 9"], NUMBERS)
     blend = parse_blend([prefix, prefix], source="x")
     shares = [

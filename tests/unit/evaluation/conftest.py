@@ -1,4 +1,4 @@
-"""A trained checkpoint of a few systems with a real tokenizer, and its exported twin."""
+"""Trained checkpoints of a few systems with a real tokenizer, each with its exported twin."""
 
 import json
 import random
@@ -11,7 +11,7 @@ from evaluation_helpers import EXAMPLES, SYSTEMS, TEXT, Run, preprocessed, train
 
 @pytest.fixture(scope="package")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A byte-level BPE of 300 entries."""
+    """Train a byte-level BPE of 300 entries."""
     from megatron_smlp.data.prepare.train_tokenizer_cli import main
 
     folder: Path = tmp_path_factory.mktemp("tokenizer")
@@ -25,7 +25,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="package")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """COPA and PIQA of random words."""
+    """Write COPA and PIQA files of random words."""
     folder: Path = tmp_path_factory.mktemp("tasks")
     draw = random.Random(1)
 
@@ -48,11 +48,11 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(
     request: pytest.FixtureRequest, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Run:
-    """A run of a few steps in this process."""
+    """Train for a few steps in this process."""
     return trained(SYSTEMS[request.param], tokenizer, tmp_path_factory.mktemp(request.param))
 
 
 @pytest.fixture(scope="package")
 def data(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dataset of three short documents."""
+    """Write a dataset of three short documents."""
     return preprocessed(tokenizer, tmp_path_factory.mktemp("data"))

@@ -20,7 +20,7 @@ from megatron_smlp.conversion.convert import torch_dist_to_hf
 TEXT = "the model mixes every token with what came before it and nothing that comes after, twice"
 LENGTH = 24
 EXAMPLES = 12
-"""Of each task in the fixture `tasks`."""
+"""Number of examples of each task in the fixture `tasks`."""
 
 SIZES = f"--seq-length {LENGTH} --max-position-embeddings {LENGTH} --num-layers 2"
 SYSTEMS = {
@@ -44,7 +44,7 @@ class Run:
 
 
 def trained(flags: str, tokenizer: Path, folder: Path) -> Run:
-    """A run of a few steps in this process, and its export."""
+    """Train for a few steps in this process; return the run and its export."""
     words = (
         f"{flags} --tokenizer-type HuggingFaceTokenizer --tokenizer-model {tokenizer} "
         f"--save {folder / 'run'} --lr 3e-2 --init-method-std 0.2 --train-iters 3 --eval-iters 0"
@@ -97,7 +97,7 @@ metric_list: [{metric: acc}]
 
 
 def write_task(folder: Path, name: str, documents: Sequence[Any], form: str = CHOICE) -> None:
-    """Write a task of one's own: questions, and options of which the first is right."""
+    """Write a custom task: questions, each with options, of which the first is right."""
     rows = [json.dumps({"question": q, "options": options}) + "\n" for q, options in documents]
     data = folder / f"{name}.jsonl"
     data.write_text("".join(rows), encoding="utf-8")
@@ -129,7 +129,7 @@ def instances(pairs: list[Any], kind: str = "loglikelihood") -> list[Instance]:
 
 
 def scoring_cases() -> list[tuple[str, str]]:
-    """Contexts from none to over T, options of one token and more, the same context twice."""
+    """Return contexts from none to over T, options of one token and more, one context twice."""
     draw = random.Random(3)
     words = TEXT.split()
     pairs = [("", " the model"), ("the model", " mixes"), ("the model", " nothing"), ("a ", "b")]

@@ -1,4 +1,4 @@
-"""Loss by kind of token: every token is in one bin of each kind, by slow and plain definitions."""
+"""Loss by kind of token: each token is in one bin of each kind, as slow, plain definitions say."""
 
 import itertools
 import math
@@ -12,7 +12,7 @@ from megatron_smlp.evaluation.rows import RowScore
 
 
 def slow_repeat(tokens: list[int], t: int) -> int:
-    """Compare the ends of every two prefixes."""
+    """Compute the longest repeat by comparing the ends of each two prefixes."""
     longest = 0
     for s in range(t):
         length = 0

@@ -1,4 +1,4 @@
-"""--eval-tasks: scored between the steps of a training that does not notice."""
+"""--eval-tasks: tasks are scored between training steps without affecting the training."""
 
 from functools import partial
 from pathlib import Path
@@ -45,9 +45,9 @@ def test_the_training_does_not_notice(
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ):
-    """Same losses, router counts and weights, bitwise, dropout and GShard's draws included; and
-    the last scores are those that tools/evaluate.py gives for the saved checkpoint. The time of
-    a step is without what is done between the steps.
+    """Losses, router counts and weights stay bitwise the same, with dropout and GShard's draws; the
+    last scores are those that tools/evaluate.py gives for the saved checkpoint. A step's time
+    excludes what is done between steps.
     """
     with pretrained(training(system, tokenizer, tmp_path / "plain")):
         pass
@@ -65,7 +65,7 @@ def test_the_training_does_not_notice(
     assert [line["iteration"] for line in scored] == [3, 4]
     told = [line["seconds"] for line in lines if "seconds" in line]
     assert len(told) == 5, "tasks and validation twice each, and the test data"
-    # By the clocks of both logs; no step follows the test.
+    # Both logs have a clock; no step follows the test.
     assert len(excluded) == 2 * 5, "tasks and validation twice each, and a save"
     *between, _test = told
     assert sum(excluded) / 2 > sum(between)
@@ -86,14 +86,14 @@ LAYOUTS = {
 def test_two_processes_score_what_one_does(
     tasks: Path, tokenizer: Path, tmp_path: Path, layout: str
 ):
-    """The training does not notice, and the scores are the checkpoint's."""
+    """The training is unaffected, and the scores are the checkpoint's."""
     base = f"{base_for('--tokenizer-type')} --micro-batch-size 1 --train-iters 3"
     scores = f"--eval-tasks copa,piqa --eval-tasks-interval 2 --eval-tasks-data-dir {tasks}"
     runs = {}
     for kind, more in {"plain": "", "scored": scores}.items():
         words = training("partial", tokenizer, tmp_path / f"{kind}-run")
         runs[kind] = f"{base} {words} {LAYOUTS[layout]} {more}"
-    probe = "1" if layout == "dp2" else ""  # parameters are gathered where they are read
+    probe = "1" if layout == "dp2" else ""  # are parameters gathered where they are read?
     launch(runs, processes=2, folder=tmp_path, GATHER_PROBE=probe)
     lines = records(tmp_path / "scored")
     scored = [line for line in lines if "tasks" in line]
@@ -138,7 +138,7 @@ def _check_tensorboard(folder: Path, scored: list[dict[str, Any]]) -> None:
     ],
 )
 def test_wrong_flags_are_said_before_the_training(flags: str, said: str, tasks: Path):
-    """The tokenizer of `pretrained` has no texts."""
+    """The tokenizer of `pretrained` has no text."""
     words = f"--architecture gmlp {flags.format(tasks=tasks)}"
     with pytest.raises(UsageError, match=said), pretrained(words):
         pass

@@ -1,4 +1,4 @@
-"""The commands of docs/evaluation.md as a user types them: lm_eval, tools/evaluate.py, serve.py."""
+"""The commands of docs/evaluation.md as users type them: lm_eval, tools/evaluate.py, serve.py."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ LENGTH = 64
 
 @pytest.fixture(scope="module")
 def long_run(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Long enough for every example: local-completions cuts longer ones elsewhere than `hf`."""
+    """Train with room for every example: local-completions and `hf` truncate differently."""
     flags = f"{SYSTEMS['partial']} --seq-length {LENGTH} --max-position-embeddings {LENGTH}"
     return trained(flags, tokenizer, tmp_path_factory.mktemp("long"))
 

@@ -1,4 +1,4 @@
-"""Scores of one checkpoint under torchrun, in every layout, against those of one process."""
+"""Scores of a checkpoint under torchrun, in every layout, match those of one process."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ LAYOUTS = {
     "hash": {"pp2": PP, "ep2": "--expert-model-parallel-size 2"},
 }
 CASES = [(system, layout) for system, layouts in LAYOUTS.items() for layout in layouts]
-# Every way to split a model.
+# One layout for each way to split a model.
 FAST = [("gmlp", "tp2"), ("smlp", "ep2"), ("hash", "pp2")]
 
 
@@ -47,7 +47,7 @@ def folder(
     tokenizer: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    """`system/layout.jsonl`, the samples; `system/one.jsonl`, those of one process."""
+    """Write samples to `system/layout.jsonl`, and those of one process to `system/one.jsonl`."""
     made: Path = tmp_path_factory.mktemp("layouts")
 
     def command(system: str, layout: str, flags: str) -> list[str]:

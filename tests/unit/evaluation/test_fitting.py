@@ -1,4 +1,4 @@
-"""Examples that do not fit into a model: left out or cut, counted and named; the rest is scored."""
+"""Examples that do not fit a model are left out or cut, counted and named; the rest is scored."""
 
 import json
 import math
@@ -38,7 +38,7 @@ TOO_LONG, WITHOUT_TOKENS = 1, 3
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tasks of one's own: some examples do not fit, all of them, none that is to be written."""
+    """Write custom tasks: some examples do not fit, none does, or no text to generate does."""
     folder: Path = tmp_path_factory.mktemp("own")
     write_task(folder, "some", DOCUMENTS)
     write_task(folder, "rest", [d for n, d in enumerate(DOCUMENTS) if n not in (1, 3)])
@@ -123,7 +123,7 @@ def test_asked_to_stop_nothing_is_scored(model: Any, own: Path, tasks: Path):
 def test_a_task_of_which_nothing_fits_keeps_no_other_from_its_score(
     model: Any, own: Path, tasks: Path
 ):
-    """Nor the other task of its group, whose own score would say what it does not."""
+    """Nor the other task of its group; the group's own score would mislead, and is left out."""
     found = scored(model, own, tasks, "both", "copa")
     examples = {name: result.examples for name, result in found.items()}
     assert examples == {"never": 0, "rest": 3, "copa": EXAMPLES}
@@ -132,7 +132,7 @@ def test_a_task_of_which_nothing_fits_keeps_no_other_from_its_score(
 
 
 def test_only_exported_models_write(model: Any, own: Path, tasks: Path):
-    """Another one is refused before the first task is scored."""
+    """Others are refused before the first task is scored."""
     names = ("copa", "endless", "short")
     if isinstance(model, ScorerModel):
         with pytest.raises(UsageError, match="tasks that generate text are for exported models"):
@@ -151,7 +151,7 @@ def evaluate(words: str) -> None:
 def test_files_have_what_was_scored_before_a_failure(
     run: Run, own: Path, tasks: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):
-    """By code of a task's own, behind the model's scores."""
+    """The failure is in a task's own code, after the model has scored it."""
     write_task(tmp_path, "fails", DOCUMENTS[:1])
     with (tmp_path / "fails.yaml").open("a", encoding="utf-8") as file:
         file.write("process_results: !function failing.results\n")

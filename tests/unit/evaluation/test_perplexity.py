@@ -1,4 +1,4 @@
-"""Perplexity over a whole dataset: nothing twice, nothing left out."""
+"""Perplexity over a whole dataset: no token is counted twice or left out."""
 
 import argparse
 import itertools
@@ -85,7 +85,7 @@ def test_perplexity_is_that_of_the_exported_model(
             perplexity.validation_part(open_index(str(data)), "100,0,0")
     model = AutoModelForCausalLM.from_pretrained(run.exported, trust_remote_code=True).eval()
     again = ExportedScorer(model, longest=LENGTH, batch_size=8)
-    again.batch_size = 3  # as on a GPU: the last window, which is shorter, goes by itself
+    again.batch_size = 3  # as on a GPU: the last window, which is shorter, is a batch of its own
     twin = measured(again, tokenizer, data, stride=5, suffix_from=4)
     assert twin["perplexity"] == pytest.approx(strided["perplexity"], rel=1e-5)
     tokens = torch.from_numpy(open_index(str(data)).tokens.astype("int64"))
@@ -118,7 +118,7 @@ def test_perplexity_is_that_of_the_exported_model(
 
 
 class Even:
-    """A scorer to which all tokens are as likely."""
+    """A scorer for which all tokens are equally likely."""
 
     longest = 16
 
@@ -132,7 +132,7 @@ def tokenizer_of(folder: Path) -> Tokenizer:
 
 
 def test_what_stands_before_each_text_is_no_text(tokenizer: Path, tmp_path: Path):
-    """It is predicted, but neither a byte nor a word."""
+    """It is predicted, but counts neither as a byte nor as a word."""
     folder = beginning(tokenizer, tmp_path / "begins", 5)
     data = preprocessed(folder, tmp_path)
     result = measured(Even(), tokenizer_of(folder), data)
@@ -143,7 +143,7 @@ def test_what_stands_before_each_text_is_no_text(tokenizer: Path, tmp_path: Path
 
 @pytest.mark.parametrize("limit", [None, 1, 5])
 def test_bytes_are_those_of_what_is_predicted(tokenizer: Path, tmp_path: Path, limit: int | None):
-    """Of characters that are cut into tokens, and windows that cut them, too."""
+    """Also if tokens split characters, and windows split them."""
     texts = ["Größe 日本語の文", "🙂🙃 naïve", "ещё раз " * 9, "x"]
     known = tokenizer_of(tokenizer)
     data = preprocessed(tokenizer, tmp_path, texts)
@@ -192,7 +192,7 @@ def test_data_of_another_vocabulary_is_read_where_that_is_allowed(
 
 
 def _losses(model: Any, tokens: torch.Tensor, longest: int) -> list[float]:
-    """Of a text, in windows."""
+    """Return the loss of each token of a text, window by window."""
     losses: list[float] = []
     for begin in range(0, len(tokens) - 1, longest):
         part = tokens[None, begin : begin + longest + 1]

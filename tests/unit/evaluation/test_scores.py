@@ -1,4 +1,4 @@
-"""Log-likelihoods of Megatron's model against the exported one under lm-evaluation-harness."""
+"""Log-likelihoods of Megatron's model match the exported one's under lm-evaluation-harness."""
 
 import random
 from collections.abc import Iterator
@@ -46,7 +46,7 @@ def test_scores_are_those_of_the_exported_model(ours: ScorerModel, stock: HFLM):
 
 
 def test_what_the_model_would_say_is_greedy(ours: ScorerModel, run: Run):
-    """As in LAMBADA: the last word is right where every token of it is the likeliest."""
+    """As in LAMBADA: the last word is right if each of its tokens is the likeliest."""
     model = ExportedModel(run.exported, batch_size=1, device="cpu")
     context = model.tok_encode("the model mixes every token")
     said = model.model.generate(
@@ -68,7 +68,7 @@ def rows() -> list[Row]:
 
 
 def test_a_score_does_not_depend_on_its_batch(scorer: tuple[MegatronScorer, Any]):
-    """Bitwise in fp32 on a CPU: alone, together, in another order, asked for 1 or 8 at once."""
+    """Bitwise in fp32 on a CPU: alone, together, in another order, with batch size 1 or 8."""
     eight, _ = scorer
     one = MegatronScorer(eight.stages, longest=LENGTH, batch_size=1)
     some = rows()
@@ -79,7 +79,7 @@ def test_a_score_does_not_depend_on_its_batch(scorer: tuple[MegatronScorer, Any]
 
 
 def test_padded_batches_score_nearly_the_same(scorer: tuple[MegatronScorer, Any]):
-    """As on GPUs: rows of many lengths side by side, padded on the right."""
+    """As on GPUs: rows of many lengths in one batch, padded on the right."""
     alone, _ = scorer
     batched = MegatronScorer(alone.stages, longest=LENGTH, batch_size=1)
     batched.batch_size = 8

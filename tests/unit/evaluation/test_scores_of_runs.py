@@ -1,4 +1,4 @@
-"""Log-likelihoods of whole runs, each loaded and forgotten by its own test."""
+"""Log-likelihoods of whole runs; each test loads and unloads its own."""
 
 import shutil
 import signal
@@ -35,7 +35,7 @@ OTHERS = (
     "--architecture gmlp --spatial-heads 2 --num-experts 4 --token-router hash",
     "--architecture amlp --tiny-attention-width 8 --position-embedding-type rope --rotary-base 500",
 )
-"""Beside those of the fixture `run`."""
+"""Systems in addition to those of the fixture `run`."""
 
 
 @pytest.mark.parametrize("flags", OTHERS)
@@ -51,7 +51,7 @@ def test_another_system_scores_as_its_export(flags: str, tokenizer: Path, tmp_pa
 
 
 def test_a_tokenizer_that_begins_texts_begins_them_for_both(tokenizer: Path, tmp_path: Path):
-    """As Llama's does: preprocessing puts its token there, and so does the harness."""
+    """As Llama's does: preprocessing and the harness both put its token there."""
     folder = beginning(tokenizer, tmp_path / "begins", 0)
     run = trained(f"{SIZES} {OTHERS[0]}", folder, tmp_path)
     pairs, texts = scoring_cases(), [(TEXT,), ("a",)]
@@ -76,7 +76,7 @@ def test_a_tokenizer_that_begins_texts_begins_them_for_both(tokenizer: Path, tmp
 
 
 def test_one_checkpoint_of_a_run_without_its_tracker(tokenizer: Path, tmp_path: Path):
-    """Not random weights, which is what Megatron starts with where no tracker names any."""
+    """Without a tracker file, Megatron would start from random weights."""
     words = f"{SIZES} {OTHERS[0]} --save-interval 2"
     run = trained(words, tokenizer, tmp_path).checkpoint
     pairs = scoring_cases()[:3]
@@ -101,7 +101,7 @@ def test_one_checkpoint_of_a_run_without_its_tracker(tokenizer: Path, tmp_path: 
 
 
 def test_a_tokenizer_that_has_moved(run: Run, tokenizer: Path, tmp_path: Path):
-    """Its folder alone is named; whoever loads it reads that one."""
+    """Only its folder is given, and every loader reads that one."""
     moved = beginning(tokenizer, tmp_path / "moved", 7)
     with loaded(run.checkpoint, "--tokenizer-model", str(moved)) as (args, _, its_tokenizer):
         assert args.tokenizer_type == "HuggingFaceTokenizer"
@@ -109,7 +109,7 @@ def test_a_tokenizer_that_has_moved(run: Run, tokenizer: Path, tmp_path: Path):
 
 
 def test_weights_of_half_precision_on_a_cpu(monkeypatch: pytest.MonkeyPatch):
-    """fp32 holds them, unless fp16 is asked for by name."""
+    """They are loaded as fp32, unless fp16 is asked for by name."""
     given = Namespace(bf16=False, fp16=False)
     for is_cpu, dtype, expected in (
         (True, "auto", []),
@@ -133,20 +133,20 @@ def test_what_is_refused(run: Run, tmp_path: Path):
 
 
 def test_a_program_that_loaded_a_model_is_ended_by_sigterm(run: Run):
-    """Megatron's handler notes the signal for a training loop, which is not there to look."""
+    """Megatron's handler only records the signal for a training loop, and there is none."""
     before = signal.getsignal(signal.SIGTERM)
     with loaded(run.checkpoint):
         assert signal.getsignal(signal.SIGTERM) == before
 
 
 TOLERANCE = {"auto": 0.05, "float32": 1e-4}
-"""Of a log-likelihood per token: in bf16 every sum rounds to 8 bits."""
+"""Tolerance of a log-likelihood per token: in bf16 every sum rounds to 8 bits."""
 
 
 @pytest.fixture(scope="module")
 def half(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """HASH, whose choice is of the ids: where two scores of BASE are nearly the same, rounding to 8
-    bits, which differs between two implementations, decides for one expert or the other."""
+    """Train with HASH, which routes by ids: where two of BASE's scores are nearly equal, rounding
+    to 8 bits, which differs between two implementations, decides for one expert or the other."""
     folder: Path = tmp_path_factory.mktemp("bf16")
     flags = SYSTEMS["partial"].replace("--token-router base", "--token-router hash")
     return trained(f"{flags} --bf16", tokenizer, folder)
@@ -154,7 +154,7 @@ def half(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.mark.parametrize("dtype", ["auto", "float32"])
 def test_a_bf16_run_is_scored_in_one_precision_by_both(half: Run, dtype: str):
-    """Without a word in bf16, as stock lm-eval without one; asked for float32, within 1e-4."""
+    """Without --dtype in bf16, as in stock lm-eval; with float32, within 1e-4."""
     pairs = scoring_cases()
     with loaded(half.checkpoint, dtype=dtype) as (args, stages, tokenizer):
         wanted = torch.bfloat16 if dtype == "auto" else torch.float32

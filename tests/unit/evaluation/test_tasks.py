@@ -1,4 +1,4 @@
-"""Local files of the six tasks: found, checked, and turned into the harness's own documents."""
+"""Local files of the six tasks are found, checked, and turned into the harness's own documents."""
 
 import json
 from pathlib import Path
@@ -53,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def requests(selection: Selection) -> dict[str, list[list[tuple[str, str]]]]:
-    """task -> for each document its (context, option) pairs, as a model gets them."""
+    """Map each task to its documents' (context, option) pairs, as a model gets them."""
     made = {}
     for task in selection.tasks:
         task.build_all_requests()
@@ -69,7 +69,7 @@ def test_prompts_are_those_of_the_harness(folder: Path):
     made = requests(select_tasks(names, data_dir=str(folder)))
     assert made["copa"] == [
         [
-            ("The man broke his toe because", f"  {choice}")  # two blanks, as the harness has them
+            ("The man broke his toe because", f"  {choice}")  # two spaces, as in the harness
             for choice in ("he got a hole in his sock.", "he dropped a hammer on his foot.")
         ]
     ]
@@ -102,7 +102,7 @@ def test_copa_asks_in_the_papers_words(folder: Path):
     ],
 )
 def test_the_right_option_counts(folder: Path, name: str, right: int):
-    """And no other: a document scores 1 where its option is the likeliest, else 0."""
+    """And only that one: a document scores 1 if its right option is the likeliest, else 0."""
     plain, _, style = name.partition("_")
     [task] = select_tasks([plain], data_dir=str(folder), prompt_style=style or "harness").tasks
     assert task.config.task == name
@@ -160,7 +160,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("offline")
 @pytest.mark.slow
 def test_no_network_is_one_line():
-    """Without --data-dir the harness asks the hub."""
+    """Without --data-dir the harness downloads from the hub."""
     with pytest.raises(UsageError, match=r"--tasks copa cannot be loaded .* --data-dir"):
         select_tasks(["copa"], data_dir=None)
 
@@ -228,7 +228,7 @@ def test_a_malformed_file_is_named_with_its_line(
 
 
 def test_numbers_as_text_and_ends_of_lines_within_a_string(tmp_path: Path):
-    """And a byte order mark. Two characters at which Python ends lines are no ends of JSON's."""
+    """Also a byte order mark. Two characters at which Python ends lines do not end JSON's."""
     copa = {**ROWS["copa.jsonl"], "premise": "A\u2028man\u0085ran.", "label": "1"}
     text = "\ufeff" + json.dumps(copa, ensure_ascii=False) + "\r\n"
     (tmp_path / "copa.jsonl").write_text(text, encoding="utf-8", newline="")

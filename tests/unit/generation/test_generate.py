@@ -1,4 +1,4 @@
-"""tools/generate.py: prompts of all three kinds, both kinds of models, position T, bad input."""
+"""tools/generate.py: all three kinds of prompts, both kinds of models, position T, bad input."""
 
 import argparse
 import io
@@ -72,8 +72,8 @@ def test_a_checkpoint_says_what_its_export_says(
 def test_a_file_of_prompts_equals_one_by_one(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    """Different lengths together; the last prompt ends at position T and stops no other. The mark
-    at the beginning, which some editors write, is no part of the first."""
+    """Prompts differ in length; the last reaches position T and stops no other. A byte order mark,
+    which some editors write, is not part of the first."""
     prompts = ["a", "the files are", "", "nine words ", "x" * (LONGEST - 3)]
     path = tmp_path / "prompts.txt"
     path.write_text("\n".join(prompts) + "\n", encoding="utf-8-sig")

@@ -1,4 +1,4 @@
-"""A tokenizer that puts a token before each text: generate, serve and evaluate put it there too."""
+"""If a tokenizer puts a token before each text, generate, serve and evaluate do so too."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ from megatron_smlp.serving.app import Work
 from megatron_smlp.serving.requests import RequestError, parse
 
 BEGIN = 7
-"""The id of the token, which has a text of its own."""
+"""Id of that token, which decodes to text."""
 GREEDY = ["--temperature", "0", "--max-new-tokens", "5"]
 
 

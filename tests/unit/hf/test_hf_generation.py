@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*right-padding.*")
 
 
 def _padded(ids: Tensor, side: str) -> tuple[Tensor, Tensor]:
-    """The first LENGTHS tokens of each row of ids, padded on one side, and their mask."""
+    """Return the first LENGTHS tokens of each row of ids, padded on one side, and their mask."""
     width = max(LENGTHS)
     padded, mask = torch.zeros(2, len(LENGTHS), width, dtype=torch.int64)
     for row, length in enumerate(LENGTHS):
@@ -46,7 +46,7 @@ def test_every_position_equals_the_full_forward(system: str, batch: int):
 @pytest.mark.parametrize("system", SYSTEMS)
 @torch.no_grad()
 def test_prompts_of_different_lengths_equal_one_by_one(system: str, side: str):
-    """The last column predicts the next token on either side of padding, then step by step."""
+    """With padding on either side the last column predicts the next token, then step by step."""
     model = make_model(system)
     ids = make_ids(3, 28)
     full = [model(row[None]).logits[0] for row in ids]
@@ -74,7 +74,7 @@ def test_the_loss_is_the_same_on_either_side_of_padding():
 
 @pytest.mark.parametrize("system", ["gmlp", "amlp", "smlp_partial", "base"])
 def test_beam_search_and_sampling_with_cache_equal_without(system: str):
-    """Beams reorder the cache; with the same random numbers samples are the same too."""
+    """Beams reorder the cache; with the same random numbers, samples are equal too."""
     model = make_model(system)
     prompts, mask = _padded(make_ids(3, 12), "left")
     for mode in ({"num_beams": 3}, {"do_sample": True, "top_k": 20, "num_return_sequences": 2}):
@@ -132,7 +132,7 @@ def test_too_long_prompts_and_sequences_are_refused():
 
 
 def test_a_rank_that_has_come_to_position_t_steps_on():
-    """As with sharded weights, where each step of the others needs all ranks."""
+    """As needed with sharded weights, where each step of the other ranks needs all ranks."""
     model, ids = make_model("gmlp"), make_ids(2, LONGEST)
     cache = model(ids, use_cache=True).cache
     inputs = model.prepare_inputs_for_generation(ids, 1, cache, use_cache=True)
@@ -146,8 +146,8 @@ def test_a_rank_that_has_come_to_position_t_steps_on():
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("system", ["transformer", "smlp_partial", "minhash", "gshard"])
 def test_padding_takes_no_position(system: str, side: str, columns: int):
-    """Columns up to T or more, as of padding="max_length": prompts have the room that they have
-    alone, up to T."""
+    """There are T columns or more, as with padding="max_length": prompts have the same room up to T
+    as alone."""
     model = make_model(system)
     ids = make_ids(3, 12)
     prompts, mask = _padded(ids, side)
@@ -184,7 +184,7 @@ def test_a_cache_that_would_not_be_read_is_refused():
 
 
 def test_a_cache_of_the_users_is_marked_as_theirs():
-    """Or transformers, which on some devices steps once too often, would do so with it."""
+    """Otherwise transformers, which on some devices steps once too often, would do so with it."""
     model = make_model("gmlp")
     cache = SMLPCache(model.config)
     model.generate(make_ids(1, 3), cache=cache, max_new_tokens=2)
@@ -203,7 +203,7 @@ def test_generate_follows_its_own_configuration(use_cache: bool):
 @pytest.mark.parametrize("width", [SHORT_ROW, SHORT_ROW + 1])
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_one_row_is_multiplied_like_any_other(width: int, has_bias: bool):
-    """Values and gradients, on either side of the width where the way changes."""
+    """Values and gradients, on either side of the width at which the method changes."""
     inputs = [torch.randn(7, width), *([torch.randn(7)] if has_bias else [])]
     inputs = [tensor.requires_grad_() for tensor in (torch.randn(1, 1, width), *inputs)]
     ours, plain = linear(*inputs), torch.nn.functional.linear(*inputs)
@@ -219,7 +219,7 @@ def test_one_row_is_multiplied_like_any_other(width: int, has_bias: bool):
 
 
 def test_no_token_is_forgotten():
-    """As drafts of a smaller model are, which transformers then refuses."""
+    """Assisted generation drops a draft model's tokens, so transformers refuses it."""
     model, ids = make_model("gmlp"), make_ids(1, 12)
     cache = model(ids, use_cache=True).cache
     with pytest.raises(ValueError, match="forget no token"):

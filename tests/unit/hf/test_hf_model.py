@@ -1,4 +1,4 @@
-"""transformers' conventions: configuration, saving, initial values, checkpointing, losses."""
+"""Conventions of transformers: configuration, saving, initial values, checkpointing, losses."""
 
 import json
 import weakref
@@ -75,7 +75,7 @@ def test_partial_prediction_trains_on_targets_behind_the_prefix(partial_loss: st
 
 
 def test_samples_within_the_prefix_train_on_what_they_have():
-    """P = 8: of a batch, each sample by itself; the others' labels begin at token 9."""
+    """P = 8: each sample of a batch is treated separately; the others' labels begin at token 9."""
     model = make_model("smlp_partial").train()
     ids = make_ids(3, 20)
     mask = torch.ones_like(ids)

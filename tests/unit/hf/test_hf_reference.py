@@ -1,4 +1,4 @@
-"""The model against other implementations, and against loops over its own equations."""
+"""The model matches other implementations, and loops over its own equations."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
 
 def _peer(model: SMLPForCausalLM) -> gMLP:
-    """g-mlp-pytorch's causal gMLP or aMLP with the weights of our one-head model."""
+    """Return g-mlp-pytorch's causal gMLP or aMLP with the weights of our one-head model."""
     config = model.config
     peer = gMLP(
         num_tokens=config.vocab_size,
@@ -59,7 +59,7 @@ def test_one_head_equals_g_mlp_pytorch(architecture: str, length: int):
 
 
 def _gate_chunks(mixer, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """passed [B, T, F], gate before its norm and normed [B, T, C, f]."""
+    """Return passed [B, T, F], and the gate before its norm and normed, each [B, T, C, f]."""
     passed, gate = functional.gelu(mixer.up_proj(hidden)).chunk(2, dim=-1)
     chunks = gate.unflatten(-1, (mixer.num_heads, -1))
     centred = chunks - chunks.mean(-1, keepdim=True)
@@ -98,7 +98,7 @@ def _indices(normed: Tensor):
 
 @pytest.mark.parametrize("length", [5, 8, 9, 21])
 def test_partial_prediction_equals_a_loop_over_rows_with_its_gradients(length: int):
-    """P = 8: shorter, equal, one longer, and well longer than the prefix."""
+    """P = 8: shorter than the prefix, equal, one longer, and much longer."""
     model = make_model("smlp_partial").double()
     mixer = model.model.layers[-1].mixer
     assert model.config.prefix_length == 8
@@ -111,7 +111,7 @@ def test_partial_prediction_equals_a_loop_over_rows_with_its_gradients(length: i
     for output in (mixer(hidden, layout, None)[0], _looped_partial(mixer, hidden, 8)):
         outputs.append(output)
         gradients.append(torch.autograd.grad(output.square().sum(), parameters))
-    # The router itself works in fp32, whatever the rest does.
+    # The router itself computes in fp32, whatever the rest does.
     torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)
     for left, right in zip(*gradients, strict=True):
         torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4 * right.abs().max())
@@ -120,7 +120,7 @@ def test_partial_prediction_equals_a_loop_over_rows_with_its_gradients(length: i
 @pytest.mark.parametrize("system", ["gmlp_toeplitz", "smlp_partial_toeplitz"])
 @pytest.mark.parametrize("length", [40, 70])
 def test_a_toeplitz_model_is_the_dense_one_with_its_matrices(system: str, length: int):
-    """Also where the sequence is longer than T = 40: then each token reads 40."""
+    """Also if the sequence is longer than T = 40, when each token reads 40."""
     model = make_model(system).double()
     dense = make_model(
         system, toeplitz=False, max_position_embeddings=length, prefix_fraction=8.5 / length

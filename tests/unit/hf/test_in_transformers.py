@@ -1,4 +1,4 @@
-"""The model among transformers' own tools: Trainer, autocast, offloading, new tokens, old names."""
+"""The model with transformers' own tools: Trainer, autocast, offloading, new tokens, old names."""
 
 import json
 import subprocess
@@ -18,7 +18,7 @@ from megatron_smlp.hf.modeling_smlp import SMLPForCausalLM, SMLPHashRouter
 
 
 def trainer(model: Any, ids: torch.Tensor, folder: Path, **options: Any) -> Trainer:
-    """Eight equal rows, so that a loss does not depend on which of them are taken."""
+    """Return a Trainer with eight equal rows, so that a loss does not depend on which it draws."""
     pytest.importorskip("accelerate")
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -67,7 +67,7 @@ def test_smoothed_labels_are_the_next_tokens(tmp_path: Path):
 
 
 def test_the_trainer_refuses_packed_rows(tmp_path: Path):
-    """It leaves out columns that `forward` does not name, and would mix the documents."""
+    """It drops columns that `forward` does not name, and would mix the documents."""
     its = trainer(make_model("gmlp"), make_ids(1, 12), tmp_path)
     for row in its.eval_dataset:
         row["position_ids"] = torch.arange(12) % 6
@@ -166,7 +166,7 @@ def test_outputs_that_the_configuration_asks_for():
 
 
 class Rounded(nn.Module):
-    """A projection in bytes, as what quantises a model puts it in the place of an nn.Linear."""
+    """An int8 projection like those with which quantizers replace an nn.Linear."""
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
@@ -184,7 +184,7 @@ class Rounded(nn.Module):
 @pytest.mark.parametrize("system", SYSTEMS)
 @torch.no_grad()
 def test_projections_are_quantised(system: str):
-    """Whatever has the very class nn.Linear is replaced; then whole rows and steps are the same."""
+    """Every module of exactly class nn.Linear is replaced; full passes and steps still agree."""
     model, ids = make_model(system), make_ids(1, 30)
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())
     layers = {n: m for n, m in model.named_modules() if type(m) is nn.Linear}
@@ -203,7 +203,7 @@ def test_projections_are_quantised(system: str):
 
 @pytest.mark.slow
 def test_layers_on_two_devices():
-    """In a process of its own: where the CPU platform is active, "cuda" is the CPU."""
+    """Runs in a process of its own: with the CPU platform active, "cuda" is the CPU."""
     pytest.importorskip("accelerate")
     run_command(
         [sys.executable, "-W", "ignore", str(REPOSITORY / "tests" / "support" / "two_devices.py")],
@@ -219,10 +219,10 @@ def test_a_vocabulary_of_strings_keeps_its_size():
 @pytest.mark.parametrize(
     ("new", "multiple", "size", "padding"),
     [
-        (VOCABULARY - 5, None, VOCABULARY - 5, []),  # one of the ten rows of padding got a token
+        (VOCABULARY - 5, None, VOCABULARY - 5, []),  # five of the ten padding rows got a token
         (VOCABULARY - 9, 8, 96, [92, 93, 94, 95]),
-        (VOCABULARY, None, VOCABULARY, []),  # as many rows as there are: all of them are wanted
-        (VOCABULARY - 9, 101, 101, list(range(92, 101))),  # as many rows, of which one is new
+        (VOCABULARY, None, VOCABULARY, []),  # as many rows as there are: all of them are used
+        (VOCABULARY - 9, 101, 101, list(range(92, 101))),  # as many rows, one of them a new token
         (VOCABULARY + 2, 8, 104, [103]),
         (None, 8, 104, list(range(91, 104))),
     ],
@@ -266,7 +266,7 @@ assert "megatron_smlp" not in sys.modules
 
 @torch.no_grad()
 def test_the_code_goes_along_with_weights(tmp_path: Path):
-    """Saved by our own class, as Trainer does it, and from there once more."""
+    """Saved by our own class, as Trainer does, loaded, and saved again."""
     model, ids = make_model("smlp_deterministic"), torch.arange(12)[None]
     model.save_pretrained(tmp_path / "saved")
     environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
@@ -278,7 +278,7 @@ def test_the_code_goes_along_with_weights(tmp_path: Path):
 
 
 def test_a_folders_code_is_not_run(tmp_path: Path):
-    """With this package the Auto classes have ours, whatever lies in the folder."""
+    """With this package the Auto classes use ours, whatever code is in the folder."""
     model = make_model("gmlp")
     model.save_pretrained(tmp_path)
     for file in tmp_path.glob("*.py"):

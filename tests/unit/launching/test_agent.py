@@ -1,4 +1,4 @@
-"""What the agents of a round tell each other, over torch's own stores."""
+"""What the agents of a rendezvous round tell each other, over torch's own stores."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +19,7 @@ from megatron_smlp.launching.rendezvous import DONE, Rendezvous, agree_on_restar
 from megatron_smlp.restart_note import RESTART, note_cause
 
 LONG_AGO = -1e9
-"""On the clock of another machine, which began to run at another time."""
+"""On another machine's monotonic clock, which started at another time."""
 
 
 def store_of(kind: str, folder: Path) -> Store:
@@ -27,7 +27,7 @@ def store_of(kind: str, folder: Path) -> Store:
 
 
 def causes_after(store: Store, *environments: dict[str, str]) -> list[str | None]:
-    """The causes that each machine's ranks are told in a round of these."""
+    """Return the cause that each machine's ranks are told in a round of these machines."""
     store.set_timeout(timedelta(seconds=20))
 
     def join(environment: dict[str, str]) -> str | None:
@@ -60,7 +60,7 @@ def test_the_clock_of_a_note_is_that_of_its_reader():
 
 
 def test_a_machine_with_another_number_of_processes_is_refused():
-    """By itself; the others know that they have to go on without it."""
+    """It refuses itself; the others learn that they must go on without it."""
     store = HashStore()
     for machine, processes in enumerate((1, 8, 8)):
         store.set(f"processes/{machine}", str(processes))
@@ -84,7 +84,7 @@ def test_a_machine_that_goes_before_it_answers_is_not_waited_for_for_ever():
 def test_wrong_use_is_the_runs_where_the_first_machine_says_so(
     machine: int, final: tuple[int, ...]
 ):
-    """Alone, another one lacks something of its own, as a driver."""
+    """If only another machine says so, it lacks something of its own, such as a driver."""
     agent = Agent.__new__(Agent)
     agent._worker_group = SimpleNamespace(group_rank=machine)
     agent._first_machine_ended = lambda: False  # type: ignore[method-assign]
@@ -93,7 +93,7 @@ def test_wrong_use_is_the_runs_where_the_first_machine_says_so(
 
 
 def waiting_agent(store: Store, *, least: int, waiting: int, here: int) -> Agent:
-    """Of machine 0 of two; as many machines wait, and are in the round, as it says."""
+    """Return the agent of machine 0 of two, with these numbers waiting and in the round."""
     agent = Agent.__new__(Agent)
     agent._worker_group = SimpleNamespace(group_rank=0, group_world_size=2)
     agent._store = store
@@ -110,10 +110,10 @@ def waiting_agent(store: Store, *, least: int, waiting: int, here: int) -> Agent
 @pytest.mark.parametrize(
     ("least", "waiting", "here", "is_over"),
     [
-        (2, 0, 2, True),  # nobody comes, until the time is over
-        (2, 1, 2, True),  # a stranger waits, where the number is fixed
+        (2, 0, 2, True),  # nobody comes before the timeout
+        (2, 1, 2, True),  # another machine waits, but the number is fixed
         (2, 0, 1, True),
-        (2, 1, 1, False),  # the other one's ranks failed after these had ended
+        (2, 1, 1, False),  # the other machine's ranks failed after these had ended
         (1, 1, 2, False),  # a machine that another agent saw first
     ],
 )

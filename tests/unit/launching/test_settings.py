@@ -1,4 +1,4 @@
-"""launching/settings.py and network.py: what a launcher is told, checked before it starts."""
+"""launching/settings.py and network.py: a launcher's settings are checked before it starts."""
 
 import errno
 import fcntl
@@ -81,7 +81,7 @@ def test_an_address_of_another_machine(given: str):
 
 
 def test_a_name_that_is_the_machines_own_loopback(monkeypatch: pytest.MonkeyPatch):
-    """As Debian's /etc/hosts has it: the others would be told 127.0.1.1."""
+    """As in Debian's /etc/hosts: the other machines would be told 127.0.1.1."""
     found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.1.1", 0))]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
     own = {"lo": ["127.0.0.1"], "eth0": ["10.0.0.7", "fe80::7"]}
@@ -137,7 +137,7 @@ def test_a_folder_of_its_own_is_not_shared(tmp_path: Path):
 
 
 def test_a_folder_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """As Lustre is without -o flock: torch would say that a connection has failed."""
+    """Like Lustre without -o flock: torch would say that a connection has failed."""
 
     def flock(*_: object) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))

@@ -1,4 +1,4 @@
-"""launching/supervisor.py around agents that end as they are told to."""
+"""launching/supervisor.py with agents that exit as the test tells them to."""
 
 import json
 import signal
@@ -21,7 +21,7 @@ from megatron_smlp.launching.settings import read
 from megatron_smlp.launching.supervisor import Supervisor
 from megatron_smlp.launching.training_argv import check_counts, given
 
-# Ends with the next code of a list, after it has made the checkpoint that goes with it.
+# Exits with the next code of a list, after writing the checkpoint that goes with it.
 AGENT = """
 import json, os, signal, sys
 from pathlib import Path
@@ -44,7 +44,7 @@ sys.exit(code)
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """Supervise agents that end with these codes, and with these checkpoints there."""
+    """Return a function that supervises agents with these exit codes and newest checkpoints."""
     monkeypatch.setattr(supervisor, "FIRST_DELAY", 0)
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)
     agent = tmp_path / "agent.py"
@@ -75,7 +75,7 @@ def test_a_run_that_is_over_is_over(run: Callable[..., int], tmp_path: Path):
 
 
 def test_a_run_is_handed_its_whole_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Plugins too, which other commands load: its ranks do."""
+    """Plugins too: other commands load them, but here the ranks do."""
     plugin = tmp_path / "own.py"
     plugin.touch()
     words = ["train.py", "--plugin", str(plugin), "--allow-other-plugin", "--lr", "1"]
@@ -93,7 +93,7 @@ def test_a_limit_of_waiting_is_the_checkpoints_where_its_flags_are_taken():
 
 
 def test_a_closed_terminal_is_nothing_to_a_run_under_nohup(monkeypatch: pytest.MonkeyPatch):
-    """Neither to the launcher, nor to torchrun's agent, nor to the ranks, which inherit it."""
+    """The launcher, torchrun's agent and the ranks, which inherit SIGHUP's handling, ignore it."""
     for handler in (signal.SIG_DFL, signal.SIG_IGN):
         monkeypatch.setattr(signal, "getsignal", lambda number, handler=handler: handler)
         launcher = Supervisor(read({}, several=False), ["train.py"])
@@ -104,10 +104,10 @@ def test_a_closed_terminal_is_nothing_to_a_run_under_nohup(monkeypatch: pytest.M
 
 
 PLANS = {
-    # (Exit code and newest checkpoint of each agent), whether there is --save -> code, starts.
+    # (Exit code, newest checkpoint) of each agent, whether --save is given -> code, starts.
     **{f"{code} would come again": ([(code, 5), (0, 0)], True, code, 1)
        for code in (2, 3, NO_PROGRESS, MISSING, CLOSED)},
-    # Two failures of its ranks that an agent has counted, then one of its own that it has not.
+    # Two failures of ranks, which an agent has counted, then its own, which it has not.
     "what an agent has counted": ([(82, 0), (1, 0), (0, 5)], True, NO_PROGRESS, 2),
     "an agent that got on": ([(82, 5), (80, 10), (82, 15), (0, 15)], True, 0, 4),
     "nothing to go on from": ([(1, 0), (0, 0)], False, 1, 1),
@@ -142,7 +142,7 @@ def test_three_failures_without_a_checkpoint_are_enough(
 def test_a_warning_before_anything_new_is_saved_is_the_last_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, iteration: int, expected: int
 ):
-    """SIGUSR1, after which a queue starts the same again: for ever, where that is of no use."""
+    """After SIGUSR1 a queue starts the same job again: forever, if there is no progress."""
     monkeypatch.setattr(supervisor, "SHARING", 0.1)
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)
 
@@ -164,7 +164,7 @@ def test_a_warning_before_anything_new_is_saved_is_the_last_one(
 
 
 def test_a_checkpoint_that_is_older_is_no_progress(tmp_path: Path):
-    """A start that goes back to one (--ckpt-step, --no-resume) and fails, again and again."""
+    """A start that goes back to one (--ckpt-step, --no-resume) fails again and again."""
     newest = iter([6000, 4000, 4500, 4000])
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Failures, "latest", lambda self: next(newest))
@@ -188,7 +188,7 @@ def test_where_a_run_saves(tmp_path: Path):
     assert Failures(["--config", str(config), "--no-use-checkpoint-args"]).folder is None
 
 
-# With the real agent, torchrun's, around ranks that need no Megatron.
+# For the real agent, torchrun's, with ranks that need no Megatron.
 RANK = """
 import os, signal, sys, time
 from pathlib import Path
@@ -249,7 +249,7 @@ def test_ranks_that_always_fail(tmp_path: Path, what: str, code: int, times: int
     process = launched(tmp_path, what)
     output, _ = process.communicate(timeout=400)
     assert process.returncode == code, output
-    # What the ranks of one start are told; one may be ended before it can note it.
+    # What each start's ranks are told; a rank may be ended before it can write that down.
     told = {path.read_text(encoding="utf-8") for path in tmp_path.glob("rank*.*[0-9]")}
     assert len(told) == times
 
@@ -258,8 +258,8 @@ def test_ranks_that_always_fail(tmp_path: Path, what: str, code: int, times: int
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("kind", ["server", "host"])
 def test_whoever_waits_is_told_that_a_run_is_over(tmp_path: Path, kind: str):
-    """Of three machines one is a spare. Nobody waits until REJOIN_TIMEOUT, and a later start finds
-    nothing in its way."""
+    """One of three machines is a spare. Nobody waits for REJOIN_TIMEOUT, and a later start is not
+    blocked by leftovers."""
     port = str(free_port())
     launch = [sys.executable, str(REPOSITORY / "tools" / "launch.py")]
     variables = {"RENDEZVOUS": kind, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -295,13 +295,13 @@ def test_whoever_waits_is_told_that_a_run_is_over(tmp_path: Path, kind: str):
         assert codes(nodes) == [0, 0, 0]
         nodes = started("until-told", 2)
         assert codes(nodes) == [0, 0]
-        # One that is asked to stop asks the others, which do not wait for it at the end.
+        # A machine that is asked to stop asks the others, which do not wait for it at the end.
         (tmp_path / "over").unlink()
         before = len(list(tmp_path.glob("rank*.*[0-9]")))
         nodes = started("until-told", 2)
         while len(list(tmp_path.glob("rank*.*[0-9]"))) < before + 2:
             time.sleep(0.1)
-        time.sleep(1)  # they set their handlers
+        time.sleep(1)  # until they have set their handlers
         nodes[1].send_signal(signal.SIGTERM)
         assert codes(nodes) == [0, 0]
     finally:
@@ -315,7 +315,7 @@ def test_sigterm_lets_the_ranks_end_well(tmp_path: Path):
     assert process.stdout is not None
     ready = 0
     while ready < 2:
-        ready += process.stdout.readline().count("waiting")  # two may write into one line
+        ready += process.stdout.readline().count("waiting")  # both may write to one line
         assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=100)
@@ -335,7 +335,7 @@ def test_sigterm_lets_the_ranks_end_well(tmp_path: Path):
     ],
 )
 def test_a_number_of_machines_that_could_not_go_on(flags: str, named: str):
-    """It would end the whole run in the middle, when a machine leaves."""
+    """Otherwise the whole run would end in the middle, when a machine leaves."""
     with pytest.raises(UsageError, match=named):
         check_counts(flags.split(), machines=range(2, 5), processes=8)
 

@@ -1,4 +1,4 @@
-"""What is read from a training's command line before there is a parser."""
+"""What is read from a training's argv before there is a parser."""
 
 import sys
 from pathlib import Path
@@ -18,7 +18,7 @@ TP_2 = "--tensor-model-parallel-size 2"
 
 @pytest.fixture
 def hopper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a stand-in for nvidia-smi, whatever GPU there is."""
+    """Put a stub of nvidia-smi first in PATH, whatever GPU there is; return its folder."""
     smi = tmp_path / "tools" / "nvidia-smi"
     smi.parent.mkdir()
     smi.write_text("#!/bin/sh\necho 9.0\n")
@@ -50,7 +50,7 @@ def test_one_connection_where_megatron_needs_it(
     given: str | None,
     expected: str | None,
 ):
-    """A stand-in for nvidia-smi says what GPU it is."""
+    """A stub of nvidia-smi says which GPU it is."""
     (tmp_path / "base.yaml").write_text("tensor_model_parallel_size: 4\n")
     (tmp_path / "top.yaml").write_text("include: base.yaml\nseq-length: 32\n")
     (tmp_path / "one.yaml").write_text("tensor_model_parallel_size: 1\n")
@@ -79,7 +79,7 @@ def test_launchers_tell_their_ranks(monkeypatch: pytest.MonkeyPatch, hopper: Pat
 
 
 def test_a_run_says_it_before_cuda_can_start(hopper: Path):
-    """CUDA reads it as it starts, which only torch can do."""
+    """CUDA reads the variable as it starts, and only torch can start it."""
     program = f"""
 import os, sys, pretrain_smlp
 

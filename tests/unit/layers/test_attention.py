@@ -1,4 +1,4 @@
-"""Our attention core against Megatron's own, which builds the T x T scores."""
+"""Our attention core matches Megatron's own, which materializes the T x T scores."""
 
 import contextlib
 import itertools
@@ -45,7 +45,7 @@ def _gradients(core: DotProductAttention, inputs: list[Tensor], upstream: Tensor
 
 
 def test_within_documents_it_is_attention_of_each_alone():
-    """An end belongs to the document that it ends."""
+    """An end-of-document token belongs to the document that it ends."""
     tokens = torch.tensor([[1, 1, 0, 1, 1, 1, 0, 0, 1, 1, 1, 1, 1]])
     query, key, value = torch.randn(3, TOKENS, 1, HEADS, WIDTH)
     core = _core(CausalCoreAttention)
@@ -93,7 +93,7 @@ def test_dropout_is_for_training_only():
 
 
 class Tracker:
-    """Notes under which name random numbers are drawn."""
+    """Records the names under which random numbers are drawn."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
@@ -142,7 +142,7 @@ def test_one_head_on_all_ranks_draws_alike(
 
 
 def test_initial_values_do_not_depend_on_the_tensor_parallel_size():
-    """Nor do the numbers that are drawn after them."""
+    """Nor do the random numbers drawn after them."""
 
     def drawn(*, tp: int, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         torch.manual_seed(3)
@@ -173,8 +173,7 @@ def test_what_it_cannot_do_is_refused_when_the_layer_is_built(changes: dict[str,
 
 
 def test_replicated_heads_get_one_gradient(tmp_path: Path):
-    """Two ranks whose attention has other gradients, as those of a GPU are by rounding, go on with
-    the same weights."""
+    """Two ranks whose attention gradients differ, as on a GPU by rounding, keep equal weights."""
     launch_calls(_train_apart, str(tmp_path), processes=2, log=tmp_path / "log")
     ours, theirs = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert len(ours) == len(theirs) == 4

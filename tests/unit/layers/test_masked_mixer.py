@@ -1,4 +1,4 @@
-"""The masked mixer against a loop over heads and tokens: outputs and every gradient."""
+"""The masked mixer matches a loop over heads and tokens: outputs and every gradient."""
 
 from typing import Any
 

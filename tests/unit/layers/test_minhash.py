@@ -1,4 +1,4 @@
-"""The projection of hashed strings against plain loops: the table, the features, gradients."""
+"""The MinHash projection matches plain loops: the table, the features, gradients."""
 
 import hashlib
 from collections import Counter
@@ -17,12 +17,12 @@ pytestmark = pytest.mark.usefixtures("megatron")
 WORDS = ["the", "Ġtheir", "a", "", "Ġ", "über", "日本語だ", "aaaa", "<|endoftext|>"]
 TOKENS = [(number, word.encode()) for number, word in enumerate(WORDS)]
 UNWRITTEN = len(WORDS)
-"""An id that no token has."""
+"""An id without a token."""
 HIDDEN = 24
 
 
 def naive_fingerprint(word: str, count: int) -> list[int]:
-    """The smallest of each hash function's values, in whole numbers."""
+    """Return the smallest value of each hash function, as integers."""
     shingles = [word[i : i + 3] for i in range(len(word) - 2)] + [word]
     values = []
     for function in range(count):
@@ -43,13 +43,13 @@ def test_the_table_is_that_of_a_loop(count: int, size: int):
 
 
 def test_values_that_are_written_down():
-    """Checkpoints hold what these hashes were: another function would be another model."""
+    """Checkpoints hold these hashes: another function would be another model."""
     table = fingerprints([(0, "Ġtheir".encode())], num_ids=1, hash_count=6, filter_size=1000)
     assert table.tolist() == [[438, 830, 3, 739, 399, 4]]
 
 
 def test_bytes_that_are_no_text():
-    """tiktoken's tokens may end within a character: each such byte is a character."""
+    """tiktoken's tokens may end inside a character: each such byte counts as a character."""
     tokens = [(0, b"\xe6"), (1, b"\xe6\x97"), (2, b"ab\xff\xfe"), (3, "日".encode())]
     table = fingerprints(tokens, num_ids=4, hash_count=32, filter_size=4096)
     assert len({tuple(row) for row in table.tolist()}) == 4

@@ -1,4 +1,4 @@
-"""Norms: torch's under Megatron's signature, and one that a head split over ranks can use."""
+"""Norms: torch's under Megatron's signature, and one for a head that is sharded over ranks."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +14,7 @@ EPS = 1e-5
 
 
 def on_ranks[T](function: Callable[[int, ProcessGroupGloo], T], *, size: int) -> list[T]:
-    """Run `function(rank, group)` on as many threads as ranks, over a gloo group of their own."""
+    """Run `function(rank, group)` on as many threads as ranks, with a gloo group of their own."""
     store = HashStore()
 
     def rank_main(rank: int) -> T:
@@ -28,9 +28,9 @@ def on_ranks[T](function: Callable[[int, ProcessGroupGloo], T], *, size: int) ->
 @pytest.mark.usefixtures("megatron")
 @pytest.mark.parametrize("size", [2, 3])
 def test_a_split_head_is_normed_as_a_whole(size: int):
-    """Each rank has its share of one head's features; statistics and gradients span all."""
+    """Each rank has a shard of one head's features; statistics and gradients span all shards."""
     features, shape = 12, (5, 2)
-    # Away from zero mean and unit variance, where local statistics would pass for global ones.
+    # Not of zero mean and unit variance, where local statistics would pass for global ones.
     x = torch.randn(*shape, features) * torch.linspace(0.1, 3, features) + torch.arange(features)
     weight, bias, upstream = (
         torch.randn(features),
@@ -72,7 +72,7 @@ def test_a_split_head_is_normed_as_a_whole(size: int):
 
 
 def test_what_is_summed_over_a_group_is_contiguous(monkeypatch: pytest.MonkeyPatch):
-    """NCCL takes nothing else, and gloo takes everything."""
+    """NCCL accepts nothing else, while gloo accepts anything."""
     summed = []
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda x, group: summed.append(x))
     x = torch.randn(3, 4).T.requires_grad_()

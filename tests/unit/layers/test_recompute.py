@@ -1,4 +1,4 @@
-"""Recomputing activations in the backward pass gives the same gradients, and does recompute."""
+"""Recomputing activations in the backward pass happens, and gives the same gradients."""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +24,7 @@ CORES = ("core_attention", "spatial")  # what `core_attn` recomputes: the T x T 
 
 
 def _gradients(args: Any) -> tuple[dict[str, torch.Tensor], int]:
-    """Gradients of a training step, and how often the mixers' cores ran for them."""
+    """Return the gradients of a training step, and how often the mixers' cores ran."""
     torch.manual_seed(7)
     model = build_model(args).train()
     calls = 0

@@ -1,4 +1,4 @@
-"""Spatial gating in Megatron's slot against slower twins: outputs and every gradient."""
+"""Spatial gating in Megatron's slot matches slower references: outputs and every gradient."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -26,7 +26,7 @@ def gmlp_layer(*, heads: int = 1, length: int = 16) -> SlottedLayer:
 
 
 def _stir(parameters: Iterable[nn.Parameter]) -> None:
-    """Away from the initial values, where the gate is almost 1 and hides a wrong mixing."""
+    """Move away from the initial values, where the gate is almost 1 and hides wrong mixing."""
     with torch.no_grad():
         for parameter in parameters:
             parameter.add_(torch.randn_like(parameter), alpha=0.3)
@@ -37,7 +37,7 @@ def _forward(layer: SlottedLayer) -> Callable[[Tensor], Tensor]:
 
 
 def naive_gating(mixer: SpatialGating, x: Tensor, *, heads: int) -> Tensor:
-    """The equation, head by head and token by token, on Megatron's weights. x: [T', B, D]."""
+    """Compute the equation by head and token, with Megatron's weights. x: [T', B, D]."""
     u = functional.gelu(functional.linear(x, mixer.linear_fc1.weight, mixer.linear_fc1.bias))
     u1, u2 = u.chunk(2, dim=-1)
     width = u2.shape[-1] // heads
@@ -59,7 +59,7 @@ def naive_gating(mixer: SpatialGating, x: Tensor, *, heads: int) -> Tensor:
 @pytest.mark.parametrize("heads", [1, 2, 3])
 @pytest.mark.parametrize(("length", "tokens"), [(63, 63), (16, 16), (16, 5), (16, 1)])
 def test_heads_equal_the_naive_loop(heads: int, length: int, tokens: int):
-    # In double precision: sums of up to 63 terms in another order differ by rounding in single.
+    # In double precision: reordered sums of up to 63 terms differ by rounding in single.
     mixer = gmlp_layer(heads=heads, length=length).self_attention.double()
     values = torch.randn(2, tokens, BATCH, mixer.config.hidden_size).double()
 
@@ -99,7 +99,7 @@ def test_initial_values(heads: int):
 
 
 def test_initial_values_in_fp16_are_many():
-    """1e-3 / 1024 is under fp16's normal numbers: there would be some thirty values to draw."""
+    """1e-3 / 1024 is below fp16's normal numbers: only some thirty values could be drawn."""
     weight = SpatialProjection(1, length=1024, dtype=torch.float16).weight.detach()
     assert weight.abs().max() <= torch.finfo(torch.float16).tiny
     assert len(weight.unique()) > 1000
@@ -121,7 +121,7 @@ def test_initial_values_do_not_depend_on_the_tensor_parallel_size():
 
 @pytest.mark.parametrize("tokens", [16, 5])
 def test_deterministic_feature_moe_equals_heads(tokens: int):
-    """Chunk i goes to expert i: as many heads as experts, to the last bit."""
+    """Chunk i goes to expert i: bitwise the same as with as many heads as experts."""
     heads = gmlp_layer(heads=4)
     routed = SlottedLayer(
         layer_config(architecture="smlp", feature_router="deterministic", num_feature_experts=4)
@@ -134,7 +134,7 @@ def test_deterministic_feature_moe_equals_heads(tokens: int):
 
 @pytest.mark.parametrize("kind", [{}, {"architecture": "mixer", "mixer_expansion": True}])
 def test_the_activation_of_a_gated_ffn_is_none_of_a_mixers(kind: dict[str, Any]):
-    """As --swiglu has it, for experts."""
+    """With --swiglu, which is for experts."""
     swiglu = {"gated_linear_unit": True, "activation_func": functional.silu}
     kind = {"architecture": "gmlp", **kind}
     plain, gated = (
@@ -147,7 +147,7 @@ def test_the_activation_of_a_gated_ffn_is_none_of_a_mixers(kind: dict[str, Any])
 
 
 def test_every_sharded_parameter_is_marked():
-    """Megatron's gradient norm counts an unmarked one once per tensor parallel group, not per rank.
+    """Megatron's gradient norm counts an unmarked one once per TP group, not once per rank.
 
     At the initial values these gradients are so small that a whole run would not show it.
     """

@@ -1,4 +1,4 @@
-"""Toeplitz spatial gating against the dense one with the same matrices: outputs, every gradient."""
+"""Toeplitz spatial gating matches the dense one with the same matrices: outputs, every gradient."""
 
 from typing import Any
 
@@ -46,7 +46,7 @@ def _matrices(vectors: Tensor, length: int) -> Tensor:
 
 
 def _by_distance(gradient: Tensor, num_distances: int) -> Tensor:
-    """Of [h, T', T'] matrices: the sums along their diagonals."""
+    """Return the sums along the diagonals of [h, T', T'] matrices."""
     sums = [
         gradient.diagonal(-k, 1, 2).sum(-1) for k in range(min(num_distances, len(gradient[0])))
     ]
@@ -84,7 +84,7 @@ def test_equals_the_dense_layer_with_its_matrices(system: str, tokens: int):
     assert left[weight][:, tokens:].count_nonzero() == 0
     left[weight] = left[weight][:, : right[weight].shape[1]]
     for name, ours_is in left.items():
-        # The prefix router works in fp32, whatever the rest does.
+        # The prefix router computes in fp32, whatever the rest does.
         exactly = 1e-9 if "partial" not in system else 1e-5
         torch.testing.assert_close(
             ours_is,

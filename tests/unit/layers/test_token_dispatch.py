@@ -1,5 +1,5 @@
-"""Our dispatcher of tokens with one expert each, and Megatron's: the same numbers to the bit, on
-gloo and where the CPU stands in for a CUDA device, whose operators and waits are counted."""
+"""Our dispatcher of tokens with one expert each is bitwise Megatron's, on gloo and where the CPU
+stands in for a CUDA device, whose operators and waits are counted."""
 
 import json
 import sys
@@ -18,7 +18,7 @@ MOST_OPERATORS, MOST_WAITS = 12, 1
 
 @pytest.fixture(scope="module", params=["gloo", pytest.param("stand-in", marks=pytest.mark.slow)])
 def answers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Answers:
-    """By layout, those of each rank: case -> what `compare` writes."""
+    """Map each layout to each rank's answers: case -> what `compare` writes."""
     folder: Path = tmp_path_factory.mktemp("dispatches")
     asked = [layout for layout in LAYOUTS if (layout,) in selected(request, "layout")] or [*LAYOUTS]
     if request.param == "gloo":
@@ -39,8 +39,8 @@ def answers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 @pytest.mark.parametrize("layout", slow_unless_in(["ep2", SPLIT], LAYOUTS))
 def test_results_are_megatrons_to_the_bit(answers: Answers, layout: str):
-    """Outputs, and gradients of tokens, routers and experts, also where an expert has no token, a
-    rank none, or all."""
+    """Outputs, and gradients of tokens, routers and experts, also if an expert has no token, or a
+    rank has none or all."""
     expected = "MoEAlltoAllTokenDispatcher" if layout == SPLIT else "TopOneDispatcher"
     for rank, cases in enumerate(answers[layout]):
         for case, answer in cases.items():
@@ -52,7 +52,7 @@ def test_results_are_megatrons_to_the_bit(answers: Answers, layout: str):
 @pytest.mark.slow
 @pytest.mark.parametrize("answers", ["stand-in"], indirect=True)
 def test_a_layer_asks_for_few_operators_and_one_number(answers: Answers):
-    """In a forward pass, from the router's choices to the layer's output, the experts aside."""
+    """In a forward pass, from the router's choices to the layer's output, without the experts."""
     counted = {
         layout: [case["sorted"] for cases in ranks for case in cases.values()]
         for layout, ranks in answers.items()

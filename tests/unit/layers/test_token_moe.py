@@ -1,4 +1,4 @@
-"""Token MoE in the channel slot: Megatron's MoELayer, experts without a bias, any router."""
+"""Token MoE in the channel slot: Megatron's MoELayer, experts without bias, any router."""
 
 import weakref
 from collections.abc import Callable
@@ -50,7 +50,7 @@ def gradients_of(
     counts: list[int],
     weights: torch.Tensor,
 ) -> list[torch.Tensor]:
-    """Output and gradients of tokens, weights and all experts, the idle ones' too."""
+    """Return the output, and the gradients of tokens, weights and all experts, even idle ones."""
     inputs = [hidden, weights, *experts.parameters()]
     output, bias = forward(experts, hidden, torch.tensor(counts), weights)
     assert bias is None
@@ -67,7 +67,7 @@ def gradients_of(
 def test_weighting_outputs_is_weighting_hidden_layers(
     dtype: torch.dtype, close: dict[str, float], counts: list[int]
 ):
-    """Ours against Megatron's own forward, of the same experts."""
+    """Ours matches Megatron's own forward with the same experts."""
     experts = layer_of(params_dtype=dtype).experts
     assert type(experts) is Experts
     hidden = torch.randn(sum(counts), experts.config.hidden_size, dtype=dtype, requires_grad=True)
@@ -84,7 +84,7 @@ def test_weighting_outputs_is_weighting_hidden_layers(
     ("dtype", "rows"), [(torch.float32, [4, 0, 65]), (torch.bfloat16, [ROWS, 0, 2 * ROWS])]
 )
 def test_a_product_in_16_bits_has_one_of_few_shapes(dtype: torch.dtype, rows: list[int]):
-    """oneDNN compiles a kernel for each."""
+    """oneDNN compiles a kernel for each shape."""
     experts = layer_of(params_dtype=dtype, num_moe_experts=3).experts
     seen = []
     for expert in experts.local_experts:
@@ -107,7 +107,7 @@ ACTIVATIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("counts", [[4, 0, 7, 2], [0, 0, 0, 5], [0, 0, 0, 0]], ids=str)
 @pytest.mark.parametrize("changes", ACTIVATIONS.values(), ids=ACTIVATIONS)
 def test_grouped_gemms_are_the_loop(dtype: torch.dtype, counts: list[int], changes: dict[str, Any]):
-    """Outputs and gradients, by grouped_mm on the CPU; and weights are waited for."""
+    """Outputs and gradients, with grouped_mm on the CPU; and weights are waited for."""
     experts = layer_of(params_dtype=dtype, **changes).experts
     called = []
     for expert in experts.local_experts:
@@ -127,7 +127,7 @@ def test_grouped_gemms_are_the_loop(dtype: torch.dtype, counts: list[int], chang
 
 
 def test_grouped_gemms_keep_no_copy_of_the_weights(monkeypatch: pytest.MonkeyPatch):
-    """As large as all experts of a rank, it would be kept for each micro-batch under way."""
+    """As large as all experts of a rank, it would be kept for each micro-batch in flight."""
     experts = layer_of().experts
     stack, stacked = torch.stack, []
 
@@ -165,7 +165,7 @@ def test_experts_that_cannot_be_grouped_say_why_once(
 
 @pytest.mark.parametrize(("topk", "kind"), [(1, TopOneDispatcher), (2, OneRankDispatcher)])
 def test_one_rank_sends_the_same_tokens(topk: int, kind: type):
-    """Ours against Megatron's, of the same weights: outputs and gradients."""
+    """Ours matches Megatron's with the same weights: outputs and gradients."""
 
     def answers(dispatch: str) -> list[torch.Tensor]:
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Balance for every input; the summed score against scipy's exact optimum."""
+"""Every input gives a balanced assignment, with nearly the total score of scipy's exact optimum."""
 
 from collections.abc import Callable
 
@@ -35,7 +35,7 @@ both = pytest.mark.parametrize("solve", SOLVERS.values(), ids=SOLVERS)
     [(1024, 16), (1024, 64), (1000, 7), (600, 4), (128, 128), (513, 128), (65, 64), (10, 64)],
 )
 def test_reaches_nearly_the_optimum(solve: Solver, make, num_tokens: int, num_experts: int):
-    """As a share of the way from a random balanced assignment to the optimum.
+    """Measured as a share of the way from a random balanced assignment to the optimum.
 
     The plain ratio says little where the optimum is near zero or negative.
     """
@@ -73,7 +73,7 @@ def test_is_balanced_for_every_finite_input(solve: Solver, values: np.ndarray):
     )
 )
 def test_no_exchange_of_two_tokens_improves_tied_integer_scores(solve: Solver, values: np.ndarray):
-    """Small integers tie all the time: what polishing promises holds there, too."""
+    """Small integers tie all the time: the guarantee of polishing holds there, too."""
     scores = torch.from_numpy(values)
     experts = solve(scores)
     own, counts = values[np.arange(len(values)), experts], np.bincount(experts, minlength=6)

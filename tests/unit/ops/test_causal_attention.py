@@ -1,4 +1,4 @@
-"""Attention in blocks of rows against torch's SDPA: outputs, gradients, and when it is used."""
+"""Attention in blocks of rows matches torch's SDPA in outputs and gradients; when it is used."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ BATCH, HEADS, WIDTH = 2, 4, 6
 def _inputs(
     tokens: int, *, groups: int = HEADS, dtype: torch.dtype = torch.float64
 ) -> list[Tensor]:
-    """q, k, v and the gradient of y, laid out as Megatron has them: tokens first."""
+    """Return q, k, v and the gradient of y in Megatron's layout: tokens first."""
     sizes = (HEADS, groups, groups, HEADS)
     return [torch.randn(tokens, BATCH, n, WIDTH).to(dtype).permute(1, 2, 0, 3) for n in sizes]
 
@@ -36,7 +36,7 @@ def test_blocks_equal_sdpa(tokens: int, groups: int):
 
 
 def test_bf16_is_as_close_as_rounded_scores_are():
-    """A half of the last place of a score, 2^-9 of it, and no more than a few of those."""
+    """The error is at most a few times half a unit in a score's last place, 2^-9 of it."""
     inputs = [2 * x for x in _inputs(200, dtype=torch.bfloat16)]
     exact = _results(attend, [x.double() for x in inputs])
     for ours, theirs in zip(_results(attention_in_blocks, inputs), exact, strict=True):
@@ -66,7 +66,7 @@ def test_training_on_short_sequences_is_in_blocks(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_forward_pass_rounds_alike_with_and_without_gradients():
-    """Recomputation makes it both ways."""
+    """Recomputation runs it both ways."""
     operands = [x.requires_grad_() for x in _inputs(64, dtype=torch.bfloat16)[:3]]
     with torch.no_grad():
         first = attend(*operands, training=True)

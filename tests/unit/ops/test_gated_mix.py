@@ -1,4 +1,4 @@
-"""The causal gate's kernels, interpreted, against their reference: outputs and gradients."""
+"""The causal gate's kernels, interpreted, match their reference: outputs and gradients."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PARTED = {
     "parts, bf16": Gate(63, 3, 2, 1000, torch.bfloat16, torch.bfloat16, has_added=True),
     "parts, routed": Gate(70, 3, 2, 1050, torch.float32, experts=3, prefix=7, garbage=True),
 }
-"""Of dM's sums two parts or more, which are not equally long."""
+"""Gates for which dM's sums are split into two or more parts of unequal length."""
 SLOW_GATES = {
     "1000 tokens": Gate(1000, 2, 2, 24, torch.bfloat16),
     "2047 tokens": Gate(2047, 1, 1, 144, torch.float16, torch.bfloat16),
@@ -44,18 +44,18 @@ SLOW_GATES = {
     "many columns, LayerNorm": Gate(256, 3, 2, 176, torch.float32, has_added=True, normed=True),
     "1000 tokens, routed": Gate(1000, 2, 3, 150, torch.bfloat16, experts=4, prefix=100),
 }
-# Of the largest value. A half rounds y, and dg and g, which the gradients are made of.
+# Relative to the largest value. Half precision rounds y, dg and g, which gradients are made of.
 ROUNDING = {torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
 
 NORMED = ("GELU and LayerNorm", "GELU and LayerNorm, bf16")
 LONGEST, LAST = "fp16, M in fp32", 129
-"""Over a tile, which is 128 rows."""
+"""Beyond a tile, which has 128 rows."""
 
 
 @pytest.fixture(scope="module")
 def interpretations() -> dict[str, list[Any]]:
-    """What each function makes of its gates: all in one process, as importing takes longest."""
+    """Return each function's results for its gates, from one process: importing takes longest."""
     calls: dict[str, list[tuple[Any, ...]]] = {
         "by_kernels": [(gate,) for gate in GATES.values()],
         "norm_by_kernels": [(GATES[name],) for name in NORMED],
@@ -94,7 +94,7 @@ def test_outputs_and_gradients_are_the_twins(case: str, answers: dict[str, list[
 
 @pytest.mark.parametrize("case", slow_unless_in(["parts"], PARTED))
 def test_sums_in_parts(case: str):
-    """The same bits whichever program comes first, and nothing of memory that none has written."""
+    """The same bits whichever program comes first, and no unwritten memory is read."""
     gate = PARTED[case]
     matrices = gate.experts or gate.heads
     columns = gate.batch * gate.heads * gate.width // matrices
@@ -106,13 +106,13 @@ def test_sums_in_parts(case: str):
 
 
 def test_db_is_summed_where_dg_is_made(interpretations: dict[str, list[Any]]):
-    """dM's programs, of which each reads dg's rows, add up sums that are given to them."""
+    """dM's programs, each of which reads dg's rows, add to sums that are passed to them."""
     (of_bias,) = interpretations["biases_of_no_shift"]
     assert not of_bias.any()
 
 
-# Steps of 64 columns, one after another, in a program of dM of a gMLP at T = 1,024, with eight
-# samples of 2,048 features; 136 programs of 256 steps before there were parts.
+# (programs, serial steps of 64 columns in each) of dM in a gMLP at T = 1,024, with eight samples
+# of 2,048 features; without parts there were 136 programs of 256 steps.
 PROGRAMS = {"80": (216, 43), "89": (252, 37), "90": (252, 37), "100": (288, 32), "120": (360, 26)}
 
 
@@ -128,7 +128,7 @@ def test_programs_of_dm_fill_a_gpu(architecture: str):
 
 @pytest.mark.parametrize("name", NORMED)
 def test_the_means_have_gradients_too(name: str, interpretations: dict[str, list[Any]]):
-    """Partial prediction routes by them."""
+    """Partial prediction routes by the means."""
     gate, ours = GATES[name], interpretations["norm_by_kernels"][NORMED.index(name)]
     exact = norm_exactly(gate)
     assert ours[1].dtype == torch.float32
@@ -146,7 +146,7 @@ def test_longer_sequences():
 
 
 def test_later_tokens_are_in_no_row(interpretations: dict[str, list[Any]]):
-    """Bit by bit, and past the end of a tile."""
+    """Bitwise, and past the end of a tile."""
     before = interpretations["by_kernels"][list(GATES).index(LONGEST)][0]
     (changed,) = interpretations["with_other_tokens_from"]
     assert torch.equal(changed[:LAST], before[:LAST])

@@ -1,4 +1,4 @@
-"""RMSNorm some rows at a time is torch's: outputs and gradients."""
+"""RMSNorm computed some rows at a time matches torch's: outputs and gradients."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The triangular and the Toeplitz product against their references: outputs, gradients, causality.
+"""The triangular and the Toeplitz product match their references: outputs, gradients, causality.
 
 Letters: E heads, T tokens, K weights of a Toeplitz matrix, N columns.
 """
@@ -45,7 +45,7 @@ def _inputs(
     dtype: torch.dtype = torch.float32,
     num_weights: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The weight, the values and the gradient of the output."""
+    """Return the weight, the values and the gradient of the output."""
     generator = torch.Generator().manual_seed(heads * 7919 + length * 31 + columns)
     weight_shape = product.shape(heads, length, num_weights)
     shapes = [weight_shape, (heads, length, columns), (heads, length, columns)]
@@ -78,7 +78,7 @@ def test_matches_reference_in_float32(
 
 @pytest.fixture(params=[False, True], ids=["", "tiles"])
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """The cuts of a CPU without and with AMX, whatever this one has."""
+    """Use the block sizes of a CPU without and with AMX, whatever this one has."""
     monkeypatch.setattr(blocks, "multiplies_tiles", lambda: request.param)
     is_there: bool = request.param
     return is_there

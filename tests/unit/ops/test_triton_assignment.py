@@ -1,4 +1,4 @@
-"""The kernels of balanced assignment, interpreted: the properties of their reference."""
+"""The kernels of balanced assignment, interpreted, have the properties of their reference."""
 
 from __future__ import annotations
 
@@ -65,17 +65,17 @@ def _solved(all_scores: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
 
 @pytest.fixture(scope="module")
 def solved() -> dict[str, tuple[Tensor, Tensor]]:
-    """All cases of the fast tests, by one process."""
+    """Solve all cases of the fast tests, in one process."""
     turned = {"turned": _scores(*GOOD["random"]).T.contiguous().T}
     return _solved({name: _scores(*case) for name, case in GOOD.items()} | EVEN | turned)
 
 
 def _assert_good(scores: Tensor, experts: Tensor, prices: Tensor) -> None:
-    """As a share of the way from a random balanced assignment to the optimum."""
+    """Check the share of the way from a random balanced assignment to the optimum."""
     assert_balanced(experts, *scores.shape)
     best, chance = optimum(scores), scores.double().mean(dim=1).sum().item()
     assert (total(scores, experts) - chance) / (best - chance) >= 0.999
-    # Not unique: but at them, most tokens prefer the expert that they have.
+    # Prices are not unique, but at them most tokens prefer the expert that they have.
     assert abs(float(prices.mean())) <= 1e-5 * float(scores.abs().max())
     preferred = (scores - prices).argmax(dim=1)
     assert (preferred == experts).float().mean() >= 0.9
@@ -105,7 +105,7 @@ def test_prices_are_the_twins(solved: dict[str, tuple[Tensor, Tensor]]):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(700)  # what interprets is ended after ten minutes
+@pytest.mark.timeout(700)  # the interpreting process is ended after ten minutes
 @pytest.mark.parametrize("name", [*GOOD_SLOW, *EVEN_SLOW])
 def test_larger_and_wilder_scores(name: str):
     scores = _scores(*GOOD_SLOW[name]) if name in GOOD_SLOW else EVEN_SLOW[name]

@@ -1,7 +1,7 @@
-"""Triton kernels compile for GPUs that are not here and take what is written; who runs them.
+"""Triton kernels compile for absent GPUs, within recorded resources; which GPUs run them.
 
-benchmarks/results/kernels.json is made by tests/support/compiled_kernels.py. A smaller number is
-written down by running that again; a larger one needs a reason.
+tests/support/compiled_kernels.py makes benchmarks/results/kernels.json. If a number gets smaller,
+run it again to record that; a larger one needs a reason.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ WRITTEN = REPOSITORY / "benchmarks" / "results" / "kernels.json"
 EVERY = list(itertools.product(CASES, CAPABILITIES))
 FAST = [(name, 90) for name in ("gate: forward", "gate: dM, db, routed", "norm: backward")]
 FAST += [("assignment: prices", 90), ("gate: dM in parts", 90), ("gate: dv, fp32 M", 89)]
-# What multiplies matrices on each: anything else would be several times as slow.
+# The matmul instruction on each: anything else would be several times as slow.
 MULTIPLIES = {80: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: "tcgen05", 120: "mma.sync"}
 
 
@@ -45,7 +45,7 @@ VARIANTS = {
     "gate: forward, added": ("gate: forward", {"HAS_ADDED": True}),
     "norm: backward, means": ("norm: backward", {"HAS_MEANS": True}),
 }
-"""Constants with which a kernel is launched and not measured."""
+"""Constants with which a kernel is launched but not measured."""
 EVERY_CONSTANT = CASES | {
     name: replace(CASES[base], constants=CASES[base].constants | constants)
     for name, (base, constants) in VARIANTS.items()
@@ -54,7 +54,7 @@ EVERY_CONSTANT = CASES | {
 
 @pytest.mark.parametrize("name", EVERY_CONSTANT)
 def test_a_kernel_takes_every_kind_of_integer(name: str):
-    """Triton's front end makes a constant of an integer that is 1; its interpreter does not."""
+    """Triton's front end turns an integer that is 1 into a constant; its interpreter does not."""
     case = EVERY_CONSTANT[name]
     for one in integers(case):
         lowered(case, ones=[one], divided=False)
@@ -63,7 +63,7 @@ def test_a_kernel_takes_every_kind_of_integer(name: str):
 
 
 def test_what_is_written_of_all_kernels():
-    """Little is spilled, all fits where they run, and products are the tensor cores'."""
+    """Little is spilled, kernels fit where they run, and products use tensor cores."""
     written = json.loads(WRITTEN.read_text(encoding="utf-8"))
     assert set(written) == set(CASES)
     for (name, capability), record in ((e, written[e[0]][str(e[1])]) for e in EVERY):
@@ -95,7 +95,7 @@ def test_a_gpu_has_the_row_of_its_architecture(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture
 def on_cuda() -> Any:
-    """What says that it is on a GPU; a fake tensor would not where the CPU platform is active."""
+    """Return a stub that says it is on a GPU; under the CPU platform a fake tensor would not."""
     return SimpleNamespace(device=SimpleNamespace(type="cuda"))
 
 
@@ -111,7 +111,7 @@ def forgotten(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_without_a_driver_it_is_said_once(
     on_cuda: Any, forgotten: Any, caplog: pytest.LogCaptureFixture
 ):
-    """Triton looks for a driver on this machine, which has none."""
+    """Triton looks for a driver on this machine and finds none."""
     assert not any(use_kernels("mixing", on_cuda) for _ in range(3))
     (line,) = [record.getMessage() for record in caplog.records]
     assert line.startswith(
@@ -142,7 +142,7 @@ def test_what_runs_for_a_question_is_said_when_it_runs_again(
 def test_which_gpus_run_them(
     arch: int, shared: int, reason: str, on_cuda: Any, forgotten: Any, caplog: Any
 ):
-    """By what a driver says, in whose place a few numbers stand."""
+    """By what a driver reports; a stub reports a few numbers in its place."""
     from triton.runtime import driver
 
     utilities = SimpleNamespace(get_device_properties=lambda _: {"max_shared_mem": shared})

@@ -1,4 +1,4 @@
-"""Freed memory stays in the process: measured by page faults, in a process of its own."""
+"""Freed memory stays in the process, as page faults in a separate process show."""
 
 import platform
 import subprocess
@@ -35,6 +35,6 @@ def test_steps_after_the_first_fetch_no_pages() -> None:
     command = [sys.executable, "-c", PROGRAM]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     given_back, kept = map(int, done.stdout.split())
-    pages = 10 * (88 << 20) // 4096  # what ten steps touch
+    pages = 10 * (88 << 20) // 4096  # pages that ten steps touch
     assert given_back > pages / 2
     assert kept < pages / 100

@@ -1,4 +1,4 @@
-"""A CPU is where a run computes if there is no GPU, or if someone chose it; never by accident."""
+"""A run computes on the CPU if there is no GPU, or if the user chose so; never by accident."""
 
 import os
 import sys
@@ -15,7 +15,7 @@ from megatron_smlp.platform import choice
 
 @pytest.fixture
 def nvidia(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The kernel's driver knows a GPU, and torch finds none."""
+    """Pretend that the kernel's driver knows a GPU that torch does not find."""
     (tmp_path / "0000:01:00.0").mkdir()
     monkeypatch.setattr(choice, "DRIVER", tmp_path)
     monkeypatch.delenv(choice.VISIBLE, raising=False)

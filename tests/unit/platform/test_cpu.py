@@ -1,4 +1,4 @@
-"""Where there is CUDA, the CPU platform sets no flag."""
+"""If CUDA is available, the CPU platform sets no flag."""
 
 from argparse import Namespace
 

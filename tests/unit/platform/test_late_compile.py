@@ -1,4 +1,4 @@
-"""Deferred `torch.compile`: real compilation, by the first call."""
+"""Deferred `torch.compile`: the first call really compiles."""
 
 from typing import Any
 

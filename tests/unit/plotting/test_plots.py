@@ -1,4 +1,4 @@
-"""Plots: records read from metrics.jsonl, series of them, the figures of these, the command."""
+"""Plots: records read from metrics.jsonl, series made of them, figures of these, the command."""
 
 import json
 from pathlib import Path
@@ -44,7 +44,7 @@ def losses(records: list[dict[str, Any]], name: str = "loss") -> list[tuple[int,
 
 class TestOverlap:
     def test_later_lines_replace_what_they_repeat(self, tmp_path: Path):
-        """Stopped after 6, went on from 2: from 3 on, what counts is what the second part wrote."""
+        """The run stopped after 6 and resumed from 2: from 3 on, the second part's lines count."""
         first = [step(1), step(2), validation(2, 0.9), step(3, 3.0), step(6, 4.0), validation(6, 9)]
         second = [step(3, 0.3), step(4, 0.4), validation(4, 9.0), validation(4, 0.5), step(5, 0.6)]
         path = write(tmp_path, *first, *second)
@@ -97,7 +97,7 @@ def progress(iteration: int) -> dict[str, float]:
 
 
 def routed_lines(count: int = 3) -> list[dict[str, Any]]:
-    """Layer 2 has experts of 1/4 and 3/4, layer 4 of 1/2; validations at every second step."""
+    """Layer 2's experts get 1/4 and 3/4, layer 4's 1/2 each; validations at every second step."""
     lines: list[dict[str, Any]] = []
     for iteration in range(1, count + 1):
         routers = [router(4, [0.5, 0.5]), router(2, [0.25, 0.75], entropy=0.7, drop_rate=0.2)]
@@ -199,7 +199,7 @@ class TestParts:
     """A loss over all targets and one over a suffix never share an axis."""
 
     def drawn(self, runs: list[Run], *, suffix: bool) -> list[tuple[list[float], list[float]]]:
-        """Of each run the y of its line and of its dots, where they are drawn."""
+        """Return each run's y values: of its line and of its dots, as far as they are drawn."""
         panel = loss_figure(runs, axes=["steps"], window=1, suffix=suffix).axes[0]
         curves = [list(map(float, line.get_ydata())) for line in panel.lines]
         return [tuple(curves[2 * i : 2 * i + 2]) for i in range(len(runs))]

@@ -1,4 +1,4 @@
-"""smlp-check: every row of it that needs no training turns red for what it is there for."""
+"""smlp-check: each row that needs no training fails for the fault that it is meant to find."""
 
 import textwrap
 from pathlib import Path
@@ -33,7 +33,7 @@ ALONE = "if not self.training:\n            return experts, scores > self.bound\
 
 
 def advice(registry: plugins.Registry, tmp_path: Path, text: str) -> str:
-    """The first advice for a file of this text; empty: all rows passed."""
+    """Return the first advice for a file with this text; empty if all rows pass."""
     path = tmp_path / "tried.py"
     path.write_text(text, encoding="utf-8")
     plugin_files.load(str(path))

@@ -1,4 +1,4 @@
-"""A plugin's class in transformers: what it computes, what it keeps in fp32, what goes along."""
+"""A plugin's class in transformers: what it computes, keeps in fp32, and ships with the export."""
 
 import math
 from pathlib import Path
@@ -20,7 +20,7 @@ from megatron_smlp.hf.modeling_smlp import HOSTED, SMLPForCausalLM
 
 pytestmark = pytest.mark.usefixtures("registry")
 
-# A table that follows from the length: in the class itself, and in a module of its own.
+# A table that is derived from the length: in the class itself, and in a submodule.
 MEAN = """
 import torch
 from torch import nn
@@ -106,7 +106,7 @@ def test_smoothed_labels_are_the_next_tokens(tmp_path: Path):
 def test_the_packages_own_classes_refuse_a_plugins_part(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """As where megatron_smlp.hf is imported, whose classes are then taken, and no plugin's host."""
+    """With megatron_smlp.hf imported, its classes are used, and they host no plugin."""
     load(tmp_path, MEAN)
     monkeypatch.delitem(HOSTED, "mixer", raising=False)
     with pytest.raises(ValueError, match="has a plugin's mixer, whose code is in its folder"):
@@ -124,7 +124,7 @@ def test_a_checkpoint_generates_what_its_export_does(tmp_path: Path):
         pass
     model = model_of(TorchDistCheckpoint(str(run), iteration=None))
     argv = ["--load", str(run), "--save", str(tmp_path / "hf"), "--to", "hf"]
-    assert cli.main(argv) in (None, 0)  # whose forward check compares with Megatron's model
+    assert cli.main(argv) in (None, 0)  # its forward check compares with Megatron's model
     exported = type(model).from_pretrained(tmp_path / "hf").eval()
     ids = make_ids(2, 9) % 100
     torch.testing.assert_close(exported(ids).logits, model(ids).logits)
@@ -152,7 +152,7 @@ def test_buffers_of_a_routers_rule_stay_in_fp32(tmp_path: Path):
 
 
 def test_the_z_loss_is_of_a_routers_own_scores(tmp_path: Path):
-    """All 1 here: ln (2 e) = 1 + ln 2, squared, in each of two layers."""
+    """The scores are all 1: (ln (2 e))^2 = (1 + ln 2)^2 in each of two layers."""
     load(tmp_path, LEVEL)
     plugin = {"files": {}, "options": {}, "layers": None}
     sizes = {"num_experts": 2, "num_attention_heads": 2, "moe_z_loss_coeff": 0.5}
@@ -179,14 +179,14 @@ def test_a_file_may_not_be_called_as_one_of_an_export(tmp_path: Path, name: str)
 
 
 def test_an_order_of_the_packages_mixers_takes_their_options_along(tmp_path: Path):
-    """--toeplitz, which spatial gating has; a mixer that only the package's systems have, not."""
+    """Spatial gating has --toeplitz; mixers that only the package's systems have are refused."""
     layers = [["attention", "mlp"], ["spatial_gating", "none"]]
     plugin = {"files": {}, "options": {}, "layers": layers}
     common = {"plugin": plugin, "num_attention_heads": 2}
     model = built(config("turns", toeplitz=True, **common))
     assert model(make_ids(1, 5)).logits.isfinite().all()
     with pytest.raises(ValueError, match="13 tokens is longer than max_position_embeddings=12"):
-        model(make_ids(1, 13))  # behind the last learned position
+        model(make_ids(1, 13))  # past the last learned position
     common["position_embedding_type"] = "none"
     model = built(config("turns", toeplitz=True, **common))
     assert model(make_ids(1, 13)).logits.isfinite().all()

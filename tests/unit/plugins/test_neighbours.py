@@ -1,4 +1,4 @@
-"""AFT and CausalRN (plugins/) against their equations, pair by pair: outputs and every gradient."""
+"""AFT and CausalRN (plugins/) match their equations, pair by pair: outputs and every gradient."""
 
 import sys
 from types import ModuleType
@@ -46,7 +46,7 @@ def assert_same(mixer: plugins.Mixer, equation: Any, *inputs: Tensor, rtol: floa
 
 
 def aft(qkv: Tensor, weight: Tensor) -> Tensor:
-    """A softmax over all earlier tokens, for each feature."""
+    """Compute AFT: for each feature, a softmax over all tokens up to the own one."""
     query, key, value = qkv.unbind(-1)
     count = key.shape[1]
     exponents = weight[:count, :count, None] + key[:, None]  # [B, T, T, F]
@@ -79,7 +79,7 @@ def causal_rn(left: Tensor, right: Tensor, *, quadratic: bool) -> Tensor:
             rows.append(n(sum(pairs) / (t + 1)))
             continue
         mean = torch.exp(a[:, t]) * sum(torch.exp(b[:, s]) for s in range(t + 1)) / (t + 1)
-        # Its scale is not seen by n, but for eps: the mixer's is 1 for the largest feature.
+        # n ignores its scale, except for eps: the mixer scales the largest feature to 1.
         rows.append(n(mean / mean.amax(-1, keepdim=True)))
     return torch.stack(rows, dim=1)
 

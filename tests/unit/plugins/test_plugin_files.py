@@ -1,4 +1,4 @@
-"""What can be wrong with a plugin is one line with the file and its line; nothing stays behind."""
+"""A faulty plugin gets a one-line error with file and line, and nothing of it stays registered."""
 
 import hashlib
 import json
@@ -65,7 +65,7 @@ def test_a_wrong_file_is_one_line_and_leaves_nothing(tmp_path: Path, text: str, 
 
 
 def test_a_failure_behind_the_first_option_leaves_nothing(tmp_path: Path):
-    """Nor takes away what a file before it has registered; a router's name goes from the lists."""
+    """What an earlier file registered stays; the failed router's name leaves the lists."""
     plugin_files.load(written(tmp_path, GOOD, "good"))
     flags, scoring = dict(options.OUR_FLAGS), list(systems.SCORING)
     text = (
@@ -93,7 +93,7 @@ def test_options_of_a_mixer_in_two_architectures(tmp_path: Path):
 
 
 def test_a_switch_that_is_on_can_be_put_off(parse: Callable[..., Any], tmp_path: Path):
-    """By a word of the command line, and by a line of a file."""
+    """By the command line, and by a line of a file."""
     text = GOOD.replace("smallest=1)", "smallest=1)\n    sharp: bool = option(True, 'x')")
     plugin_files.load(written(tmp_path, text))
     config = tmp_path / "config.yaml"
@@ -104,7 +104,7 @@ def test_a_switch_that_is_on_can_be_put_off(parse: Callable[..., Any], tmp_path:
 
 
 def test_layers_of_the_package_bring_their_flags(parse: Callable[..., Any]):
-    """An order of one's own has spatial gating, and none of what else a sparse all-MLP has."""
+    """A custom layer order has spatial gating, but nothing else of a sparse all-MLP."""
     plugin_files.load(str(REPOSITORY / "plugins" / "alternating.py"))
     words = "--architecture alternating --num-attention-heads 4"
     args = parse(f"{words} --spatial-heads 4 --toeplitz")

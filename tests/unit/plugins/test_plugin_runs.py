@@ -1,4 +1,4 @@
-"""Plugins in real runs: the whole of smlp-check, what a layout shows, an export without us."""
+"""Plugins in real runs: all of smlp-check, what a layout reveals, an export without us."""
 
 import json
 import math
@@ -112,7 +112,7 @@ def test_an_export_needs_torch_and_transformers_alone(tmp_path: Path, monkeypatc
 
 
 def test_what_a_plugin_does_in_a_training(tmp_path: Path):
-    """Updates, then listeners in each step; with weights of zero all tokens are as likely."""
+    """Each step runs updates, then listeners; with zero weights all tokens are equally likely."""
     path, log = tmp_path / "watched.py", tmp_path / "log"
     path.write_text(WATCHED.format(log=str(log)), encoding="utf-8")
     flags = "--architecture gmlp --train-iters 2 --bf16 --nonfinite-loss skip"

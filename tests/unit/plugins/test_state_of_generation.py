@@ -1,4 +1,4 @@
-"""A plugin's state in generation: the same tokens as without a cache, from new tokens alone."""
+"""A plugin's state in generation: new tokens alone give the same text as without a cache."""
 
 from typing import Any
 
@@ -34,7 +34,7 @@ def model(registry: Any) -> Any:
 
 @pytest.fixture
 def lengths_seen(registry: Any, model: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """T' of each call of the first layer's mixer."""
+    """Return a list that collects T' of each call of the first layer's mixer."""
     seen: list[int] = []
     mixer = model.model.layers[0].mixer.mixer
     mixer.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[1]))
@@ -63,7 +63,7 @@ def test_prompts_of_several_lengths(model: Any, side: str):
 
 @torch.no_grad()
 def test_more_tokens_of_some_samples(model: Any):
-    """A chunk in which one sample has no token: its state stays."""
+    """A sample that has no token in a chunk keeps its state."""
     ids = make_ids(2, 10)
     whole = model(ids).logits
     out = model(ids[:, :4], use_cache=True)

@@ -1,4 +1,4 @@
-"""Drop what Megatron keeps of routers between tests."""
+"""Drop what Megatron keeps about routers between tests."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,7 @@ from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracke
 
 @pytest.fixture(autouse=True)
 def tracker() -> Iterator[None]:
-    """An empty tracker of metrics."""
+    """Start and end each test with an empty metrics tracker."""
     destroy_moe_metrics_tracker()
     yield
     destroy_moe_metrics_tracker()

@@ -1,4 +1,4 @@
-"""BASE: what it reads, the prices that it keeps, evaluation and gates by them."""
+"""BASE: what it reads, the prices that it keeps, and evaluation and gates that use them."""
 
 from typing import Any
 
@@ -40,8 +40,8 @@ def base_layer(**changes: Any) -> Any:
 
 
 def by_the_equation(layer: Any, x: Tensor, reads: str, gate: str) -> Tensor:
-    """x + sigmoid(v . w_e) f_e(LN x) with v = x or LN x, or of the scores at prices, centred;
-    x: <fp64>[n, D], residual of the slot."""
+    """Return x + sigmoid(v . w_e) f_e(LN x) with v = x or LN x, or with the priced, centered scores
+    in place of v . w_e; x: <fp64>[n, D], residual of the slot."""
     norm, moe = layer.pre_mlp_layernorm, layer.mlp
     h = functional.layer_norm(
         x, x.shape[-1:], norm.weight.double(), norm.bias.double(), layer.config.layernorm_epsilon
@@ -49,7 +49,7 @@ def by_the_equation(layer: Any, x: Tensor, reads: str, gate: str) -> Tensor:
     scores = (x if reads == "residual" else h) @ moe.router.weight.double().T
     if layer.training:
         experts, prices = priced_assignment(scores.detach())
-        mean = scores.mean(dim=0)  # without a gradient to what it adds to all of an expert's scores
+        mean = scores.mean(dim=0)  # no gradient along a shift of all of an expert's scores
         priced = scores - mean + (mean - prices.double()).detach()
     else:
         prices = moe.router.prices.double()
@@ -89,7 +89,7 @@ def test_layer_is_the_equation(reads: str, gate: str, training: bool):
 
 class TestPrices:
     def test_they_even_the_greedy_choice(self):
-        """In the unit of the scores, whatever that is."""
+        """Prices are in the unit of the scores, whatever that is."""
         scores = 40 * torch.randn(4096, 8) + 100 * torch.arange(8)
         experts, prices = priced_assignment(scores)
         assert torch.equal(experts, balanced_assignment(scores))
@@ -144,7 +144,7 @@ class TestPrices:
         torch.testing.assert_close(probs.sum(1), torch.tensor([0.7, 2.0, 0.2]).sigmoid())
 
     def test_priced_gates_do_not_feel_a_shift_of_an_experts_or_a_tokens_scores(self):
-        """Nor do they drive it: the gradient has no part along it."""
+        """Nor do they cause one: the gradient has no component along it."""
         router = make_router("base", num_experts=EXPERTS, base_gate="price")
         tokens = torch.randn(50, 2, EXPERTS)
         constants = torch.tensor([5.0, -3.0, 0.0, 9.0]) + torch.randn(50, 2, 1)

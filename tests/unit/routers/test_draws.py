@@ -1,4 +1,4 @@
-"""Draws: the hash in plain integers, even numbers, and the same ones whatever the micro-batches."""
+"""Draws match the hash in plain integers, and do not depend on the micro-batches."""
 
 import torch
 
@@ -9,7 +9,7 @@ WORD = 1 << 64
 
 
 def hashed(value: int) -> int:
-    """SplitMix64's next number from this state, in Python's unbounded integers."""
+    """Return SplitMix64's next number from this state, in Python's unbounded integers."""
     value = (value + 0x9E3779B97F4A7C15) % WORD
     value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 % WORD
     value = (value ^ (value >> 27)) * 0x94D049BB133111EB % WORD

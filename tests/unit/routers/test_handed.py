@@ -1,4 +1,4 @@
-"""A model's call hands its routers values that reach each pass, and each pass that repeats one."""
+"""A model's call hands its routers values that reach each pass and its recomputation."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from megatron_smlp.routers.handed import Handed, repeats_a_pass
 
 
 class Recomputed(torch.autograd.Function):
-    """A checkpoint function that tells nobody, as Transformer Engine's does under FP8."""
+    """A checkpoint function that does not announce itself, like Transformer Engine's under FP8."""
 
     @staticmethod
     def forward(ctx: Any, run: Any, x: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ class Recomputed(torch.autograd.Function):
 
 
 class Layer:
-    """Multiplies by what it is handed, and notes what it saw."""
+    """Multiplies by what it is handed, and records what it saw."""
 
     def __init__(self) -> None:
         self.handed, self.seen = Handed(), []
@@ -40,7 +40,7 @@ class Layer:
 
 
 def test_a_recomputed_pass_finds_its_own_micro_batch():
-    """Two micro-batches are under way, as on a pipeline stage; backward in order of forward."""
+    """Two micro-batches are in flight, as on a pipeline stage; backward follows forward's order."""
     layer, x = Layer(), torch.ones(1, requires_grad=True)
     outputs = []
     for value in (2.0, 3.0):
@@ -52,7 +52,7 @@ def test_a_recomputed_pass_finds_its_own_micro_batch():
 
 
 def test_an_evaluation_for_which_nothing_is_handed_leaves_nothing_behind():
-    """GShard's keys are of training alone; the layer is called all the same."""
+    """GShard's keys exist in training only; the layer is called all the same."""
     layer, x = Layer(), torch.ones(1, requires_grad=True)
     gradients = []
     for value in (2.0, 3.0, 4.0):

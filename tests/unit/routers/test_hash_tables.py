@@ -1,4 +1,4 @@
-"""HASH's tables: their balance, and the table a model starts with."""
+"""HASH's tables: their balance, and the initial table of a model."""
 
 import numpy as np
 import pytest

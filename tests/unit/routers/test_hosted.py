@@ -1,4 +1,4 @@
-"""A plugin's token router in its host: how many experts a token has, and steps that are skipped."""
+"""A plugin's token router in its host: the number of experts per token, and skipped steps."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def test_a_rule_gives_as_many_experts_as_it_says(tmp_path: Path):
 
 
 def test_a_skipped_step_leaves_nothing_in_a_rule():
-    """Neither of what its scores were, nor of the lowest of them."""
+    """Neither of its scores nor of the lowest of them."""
     plugin_files.load(str(REPOSITORY / "plugins" / "threshold.py"))
     rules, batches = [], torch.randn(2, 4, 1, 2)
     for skipped in (torch.full((4, 1, 2), torch.nan), None):

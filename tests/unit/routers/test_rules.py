@@ -22,7 +22,7 @@ def experts_of(routing_map: Tensor) -> list[list[int]]:
 
 
 class TestScores:
-    """Properties that all rules with scores share."""
+    """Properties of all rules with scores."""
 
     def test_scores_are_fp32_whatever_the_models_precision(self):
         router = make_router("switch", num_experts=64, params_dtype=torch.bfloat16)
@@ -50,7 +50,7 @@ class TestGShard:
         torch.testing.assert_close(probs[:, 0], torch.full((count,), row[0] / (row[0] + second)))
 
     def test_a_draw_belongs_to_a_token_of_a_layer(self):
-        """Other layers draw others; a repeated pass draws the same, also out of order."""
+        """Layers draw different numbers; a recomputed pass draws the same, also out of order."""
         router, even = make_router("gshard", num_experts=2), torch.full((40, 2, 2), 0.0)
         even[..., 1] = -2.0  # g2 / (g1 + g2) = 0.12
         seen: list[list[list[int]]] = []
@@ -75,11 +75,11 @@ class TestGShard:
         ("factor", "num_tokens", "slots"), [(0.5, 5, 2), (1.0, 7, 6), (1.1, 6, 5), (0.1, 3, 1)]
     )
     def test_slots(self, factor: float, num_tokens: int, slots: int):
-        """ceil(2 c ceil(N / 3)): an uneven share is rounded up before it is multiplied."""
+        """ceil(2 c ceil(N / 3)): an uneven share is rounded up before the multiplication."""
         assert make_router("gshard", num_experts=3).capacity(factor, num_tokens) == slots
 
     def test_first_choices_take_slots_before_second_ones(self):
-        """Capacity ceil(2 * 0.5 * ceil(6 / 2)) = 3, while all six tokens ask both experts."""
+        """Capacity ceil(2 * 0.5 * ceil(6 / 2)) = 3, while all six tokens request both experts."""
         router = make_router("gshard", num_experts=2, moe_eval_capacity_factor=0.5).eval()
         probs, routing_map = router(probable(SIX))
         # Expert 0: first choices 0, 1, 2 fill it. Expert 1: 3 and 5 first, then 0 as a second one.

@@ -1,4 +1,4 @@
-"""Statistics of the routers, on examples small enough to count by hand."""
+"""Router statistics, on examples small enough to count by hand."""
 
 from typing import Any
 
@@ -72,7 +72,7 @@ class TestSwitch:
 
 class TestGShard:
     def test_a_second_choice_that_is_not_used_is_not_counted(self, monkeypatch):
-        """Draws of 0.5: asked where 2 g2 / (g1 + g2) > 0.5 (here g1 + g2 = 1): tokens 0, 2, 5."""
+        """Draws of 0.5: used where 2 g2 / (g1 + g2) > 0.5 (here g1 + g2 = 1): tokens 0, 2, 5."""
         router = make_router("gshard", num_experts=2, moe_train_capacity_factor=0.5)
         monkeypatch.setattr(router, "draw", lambda count, device: torch.full((count,), 0.5))
         statistics = counted(router)
@@ -105,7 +105,7 @@ class TestBaseAndHash:
         assert trained.drop_rate == 0
 
     def test_balance_hides_an_expert_that_its_gate_closes(self):
-        """The first two lose least by expert 1. Sigmoid(-6) is under 0.01, sigmoid(-4) is not."""
+        """The first two lose least with expert 1. Sigmoid(-6) is under 0.01, sigmoid(-4) is not."""
         router = make_router("base", num_experts=2)
         statistics = counted(router)
         router(torch.tensor([[1.0, -4.0], [2.0, -6.0], [3.0, -9.0], [9.0, -4.0]])[:, None])
@@ -116,7 +116,7 @@ class TestBaseAndHash:
 
 class TestTopK:
     def test_everything(self):
-        """Of all choices, and the balance loss over them: E sum_e f_e P_e."""
+        """Statistics are over all choices, and so is the balance loss: E sum_e f_e P_e."""
         three = [[0.5, 0.3, 0.2], [0.1, 0.6, 0.3], [0.25, 0.35, 0.4]]
         changes = {"moe_router_topk": 2, "moe_router_pre_softmax": False}
         router = make_router("topk", num_experts=3, **changes, moe_aux_loss_coeff=0.01)
@@ -134,12 +134,12 @@ class TestTopK:
 class TestARuleThatSkips:
     @pytest.fixture
     def router(self, registry: Any) -> Any:
-        """A plugin's rule, in evaluation: a token visits the experts of which it scores over 0."""
+        """Return a plugin's rule, in evaluation: a token visits the experts with scores over 0."""
         plugin_files.load(str(REPOSITORY / "plugins" / "threshold.py"))
         return make_router("threshold", num_experts=2).eval()
 
     def test_the_gate_is_that_of_the_first_expert_visited(self, router: Any):
-        """The first token's is its second choice; the last visits none."""
+        """The first token visits only its second expert; the last visits none."""
         statistics = counted(router)
         router(torch.tensor([[-1.0, 2.0], [1.0, 3.0], [-1.0, -2.0]])[:, None])
         load = load_of(statistics, training=False)
@@ -154,7 +154,7 @@ class TestARuleThatSkips:
 
 
 def prefix_router(**changes: Any) -> PrefixRouter:
-    """P = 1, two experts, W_r = (1, 0): the mean of a chunk is the log odds of expert 0."""
+    """Return P = 1, two experts, W_r = (1, 0): the mean of a chunk is the log odds of expert 0."""
     router = PrefixRouter(
         layer_config(**changes),
         layer_number=1,
@@ -168,7 +168,7 @@ def prefix_router(**changes: Any) -> PrefixRouter:
 
 
 CHUNKS = torch.tensor([[0.7, 0.6], [0.2, 0.9]])
-"""p of expert 0, for the chunks of two samples."""
+"""Probabilities of expert 0, for the chunks of two samples."""
 
 
 def chunk_means(length: int = 3) -> torch.Tensor:
@@ -201,7 +201,7 @@ class TestFeatureRouter:
 class TestFeatureRouterInTraining:
     @pytest.mark.parametrize("per_token", [False, True])
     def test_gradient_of_the_balance_loss(self, per_token: bool):
-        """Nothing but the attached loss; Megatron divides by the tokens where it counts them."""
+        """There is only the attached loss; Megatron divides by the tokens if it counts them."""
         router, means = prefix_router(calculate_per_token_loss=per_token), chunk_means()
         (router(means).scale * 0).sum().backward()
         weight = torch.tensor([[1.0, 0.0]], requires_grad=True)
@@ -226,7 +226,7 @@ REAL = torch.tensor([[True, True, True, True], [True, True, False, False]])
 class TestPadding:
     @pytest.mark.parametrize("way", ["statistics", "megatron"])
     def test_is_not_counted(self, way: str):
-        """By what the step says of the batch, or by the mask that Megatron hands to the router."""
+        """By what the step says of the batch, or by the mask that Megatron passes to the router."""
         router = make_router("switch", num_experts=2)
         statistics = counted(router)
         tokens = PADDED.transpose(0, 1).contiguous()  # [T, B, D]
@@ -252,7 +252,7 @@ class TestPadding:
             assert statistics.take(training=False) == {}
 
     def test_is_what_no_target_follows(self):
-        """A masked target before the end, as --eod-mask-loss makes them, belongs to a token."""
+        """A masked target before the end, as from --eod-mask-loss, belongs to a real token."""
         from megatron_smlp.training.forward import real_tokens
 
         mask = torch.tensor([[1.0, 0, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]])

@@ -1,4 +1,4 @@
-"""The bias of Megatron's top-k router moves with the load, and is kept."""
+"""The bias of Megatron's top-k router moves against the load, and is saved."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def biases(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_training_moves_the_bias_against_the_load(tmp_path: Path):
-    """By its rate in each step, in fp32 in a model of bf16 too; and a resume goes on with it."""
+    """By its rate in each step, in fp32 even in a bf16 model; and a resume continues with it."""
     words = f"{BIASED} --moe-router-bias-update-rate 0.01 --bf16 --log-interval 1"
     with pretrained(f"{words} --save {tmp_path} --train-iters 1"):
         pass
@@ -46,14 +46,14 @@ def test_training_moves_the_bias_against_the_load(tmp_path: Path):
 
 @pytest.mark.usefixtures("megatron")
 def test_a_step_that_is_held_back_leaves_the_bias():
-    """And a cast to bf16 leaves bias and loads in fp32."""
+    """A cast to bf16 leaves bias and loads in fp32."""
     changes = {"moe_router_topk": 2, "moe_router_pre_softmax": False}
     changes |= {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}
     router = make_router("topk", num_experts=4, **changes).bfloat16()
     router._maintain_float32_expert_bias()
     assert router.local_tokens_per_expert.dtype == router.expert_bias.dtype == torch.float32
     for skipped, left in ((False, 1), (True, 1), (False, 2)):
-        with torch.no_grad():  # the first pass of one that is recomputed
+        with torch.no_grad():  # as the first pass of a recomputed layer
             router(torch.randn(5, 1, 4, dtype=torch.bfloat16))
             router(torch.randn(5, 1, 4, dtype=torch.bfloat16))
         router.expert_bias += 1  # as Megatron does, once the gradients are summed

@@ -1,7 +1,7 @@
-"""The same weights give the same logits and gradients in megatron_smlp/hf/, the plain reference.
+"""With the same weights, megatron_smlp/hf/, the plain reference, has the same logits and gradients.
 
-In evaluation, and in training with capacity limits: losses and drops are the same too. BASE's
-assignment and GShard's draws are put into the reference, which has simpler ones.
+In evaluation, and in training with capacity limits, where losses and drops are the same too. The
+tests replace the reference's simpler BASE assignment and GShard draws with ours.
 """
 
 from collections.abc import Callable
@@ -37,7 +37,7 @@ MODERN = (
     "--normalization RMSNorm --disable-bias-linear --untie-embeddings-and-output-weights "
     "--qk-layernorm"
 )
-# Mixers that only differ from these beside the token router are compared with one of them, or none.
+# These differ from LAYERS in other parts than the token router: one router, or none, will do.
 MIXERS = {
     "gmlp": "--architecture gmlp --spatial-heads 2",
     "amlp": "--architecture amlp --tiny-attention-width 8",
@@ -81,7 +81,7 @@ ROUTERS = {
 
 
 def by_global_name(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A model's tensors as its checkpoint names them: local experts become one tensor."""
+    """Return a model's tensors as its checkpoint names them: local experts become one tensor."""
     whole: dict[str, Any] = {}
     for name, tensor in tensors.items():
         before, found, after = name.partition(".local_experts.")
@@ -120,7 +120,7 @@ def reference_of(model: Any, args: Any) -> SMLPForCausalLM:
 
 
 def drawn(layer: int, gates: Tensor) -> Tensor:
-    """Return the draws of a model that was told of no samples."""
+    """Return the draws of a model without sample keys."""
     return uniform(torch.zeros(1, dtype=torch.int64), layer=layer, positions=len(gates))
 
 
@@ -158,7 +158,7 @@ def batch(vocab_size: int) -> tuple[Tensor, Tensor]:
 
 
 def gradient_of(parameter: Tensor) -> Tensor:
-    """Zeros for what was not used: the prefix router of a sequence that ends within the prefix."""
+    """Return zeros if unused, as is the prefix router of a sequence that ends within the prefix."""
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
@@ -189,14 +189,14 @@ def test_losses_and_gradients_in_training(twins: tuple[Any, SMLPForCausalLM, Any
 
 
 def test_both_train_on_the_same_targets(parse: Callable[..., Any]):
-    """Partial prediction's suffix: the step's mask, and the one inside the reference."""
+    """Partial prediction's suffix: by the step's mask, and by the one inside the reference."""
     args = parse(MIXERS["partial"])
     model = build_model(args).train()
     reference = reference_of(model, args).train()
     tokens, positions = batch(args.padded_vocab_size)
     losses = model(tokens, positions, None, labels=tokens.roll(-1, dims=1))
     mask = torch.ones_like(losses)
-    mask[:, -1] = 0  # no token follows
+    mask[:, -1] = 0  # no token follows the last one
     total, count, _ = ForwardStep()._loss(mask, losses)
     outputs = reference(tokens, labels=tokens)
     torch.testing.assert_close(total / count, outputs.loss - outputs.aux_loss, rtol=0, atol=1e-5)
@@ -208,7 +208,7 @@ def spread_and_mean(values: Tensor) -> tuple[float, float]:
 
 @pytest.mark.parametrize("case", STARTS)
 def test_both_start_alike(case: str, parse: Callable[..., Any]):
-    """Every kind of parameter is drawn with the same spread, around the same mean."""
+    """Every kind of parameter is initialized with the same standard deviation and mean."""
     sizes = "--hidden-size 64 --ffn-hidden-size 128 --seq-length 48 --num-experts 4"
     args = parse(f"{STARTS[case]} {sizes}")
     model = build_model(args)

@@ -66,7 +66,7 @@ def running(app: Any) -> Iterator[str]:
             time.sleep(0.01)
         try:
             yield f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
-        finally:  # also of a test that fails, whose process would not end
+        finally:  # even if the test fails: the process would not end otherwise
             server.should_exit = True
             thread.join(timeout=20)
         assert not thread.is_alive()
@@ -120,7 +120,7 @@ def test_greedy_answers_with_log_probabilities(client: openai.OpenAI, lm: Langua
 
 
 def test_pieces_together_are_the_whole(client: openai.OpenAI):
-    """Characters of several bytes never arrive in parts; seeds repeat; n answers differ."""
+    """Multi-byte characters never arrive in parts; seeds repeat; n answers differ."""
     asked: dict[str, Any] = {
         "model": "hf", "prompt": "é", "max_tokens": 20, "temperature": 1.5, "top_p": 0.9,
         "seed": 7, "n": 3, "logprobs": 0, "echo": True,
@@ -159,9 +159,9 @@ MODEL = SimpleNamespace(generation_config=GenerationConfig())
 
 
 class ByteFallback:
-    """ASCII characters, and bytes for all others, as Llama's tokenizers fall back to them.
+    """ASCII characters, and bytes for all others, as Llama's tokenizers fall back to bytes.
 
-    Its decoder shows each byte of an unfinished character as a character.
+    Its decoder shows each byte of an incomplete character as a character.
     """
 
     def __init__(self) -> None:
@@ -174,7 +174,7 @@ class ByteFallback:
 
 @pytest.mark.parametrize("stop", ["\u5b57", "b\u5b57"])
 def test_a_stop_text_that_ends_in_single_bytes_ends_an_answer(stop: str):
-    """With its last byte, and nothing of it is sent."""
+    """It ends with the text's last byte, and nothing of the text is sent."""
     lm = LanguageModel(MODEL, tokenizer=ByteFallback(), end=None, name="bytes")
     assert lm.decode(list("ab\u5b57".encode()[:-1])) == "ab\ufffd\ufffd"
     answer, sent, ended = Answer(lm, list(b"prompt"), [stop]), "", []
@@ -304,7 +304,7 @@ def test_the_coldest_temperatures_and_one_choice_are_greedy(
 
 
 def test_a_repetition_penalty_is_transformers_own(client: openai.OpenAI, lm: LanguageModel):
-    """And leaves the log-probabilities as they are without it."""
+    """It does not change the log-probabilities."""
     ids = torch.tensor([lm.encode("abab")])
     new = lm.model.generate(
         ids,
@@ -355,7 +355,7 @@ def test_lm_eval_scores_as_the_model_does(url: str, lm: LanguageModel, folder: P
 def test_no_more_than_may_wait_get_in_at_once(
     lm: LanguageModel, monkeypatch: pytest.MonkeyPatch, streams: bool
 ):
-    """All of a burst arrive before the first is parsed; mistakes free their place."""
+    """All requests of a burst arrive before the first is parsed; bad requests free their place."""
     count, max_waiting = 5, 2
     num_parsing, opened = 0, threading.Event()
 
@@ -388,7 +388,7 @@ def test_no_more_than_may_wait_get_in_at_once(
 
 @pytest.mark.parametrize("streams", [True, False])
 def test_a_client_that_goes_away_frees_its_place(lm: LanguageModel, streams: bool):
-    """Of one place: it is taken, then free, long before the answers would have been ready."""
+    """There is one place: it is taken, then free long before the answers would be ready."""
     num_answers, num_tokens, calls = 100, LONGEST - 1, 0
 
     def count(*_: Any) -> None:
@@ -402,7 +402,7 @@ def test_a_client_that_goes_away_frees_its_place(lm: LanguageModel, streams: boo
         where = f"{address}/completions"
 
         async def go_away() -> int:
-            """While it is answered; what another client is told meanwhile."""
+            """Leave while being answered; return the status that another client gets meanwhile."""
             async with httpx.AsyncClient(timeout=60) as client:
                 asking = asyncio.create_task(client.post(where, json=asked))
                 while not calls:

@@ -1,4 +1,4 @@
-"""A study whose runs are pretended, for the tests of its report."""
+"""A study with simulated runs, for the tests of its report."""
 
 from pathlib import Path
 
@@ -17,5 +17,5 @@ def known(tmp_path: Path) -> State:
 
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A report's figures, which take seconds, are others' to look at."""
+    """Skip a report's figures, which take seconds and which other tests cover."""
     monkeypatch.setattr(Drawing, "figures", lambda *_: iter(()))

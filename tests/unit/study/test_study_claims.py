@@ -1,4 +1,4 @@
-"""Which claims a study tests, of which comparisons, and why some stay undecided."""
+"""Which claims a study tests, by which comparisons, and why some stay undecided."""
 
 import json
 from pathlib import Path
@@ -33,7 +33,7 @@ def test_one_lucky_seed_is_not_the_best_system(tmp_path: Path):
 
 
 def test_token_experts_without_attention_are_no_sparse_transformer(tmp_path: Path):
-    """The lowest loss of a rival is theirs; C2 and C4 are against Switch alone."""
+    """They have the lowest loss of all rivals, but C2 and C4 compare with Switch only."""
     experts = {"num-experts": 4, "token-router": "switch", "moe-token-dispatcher-type": "alltoall"}
     path = write_study(
         tmp_path, systems=["switch", "gmlp_experts", "amlp_experts", "smlp_deterministic"],
@@ -63,7 +63,7 @@ def test_a_claim_that_ends_level_names_its_rivals(tmp_path: Path):
 
 
 def test_that_each_part_helps_is_of_parts_alone(tmp_path: Path):
-    """Both MoEs help; that one rule of the feature MoE is worse than the other refutes nothing."""
+    """Both MoEs help; one rule of the feature MoE being worse than the other refutes nothing."""
     systems = ["gmlp", "gmlp_token_moe", "smlp_deterministic", "smlp_partial"]
     no_features = {"from": "smlp_deterministic", "feature-router": "none", "num-feature-experts": 1}
     ablations = [
@@ -85,7 +85,7 @@ def test_that_each_part_helps_is_of_parts_alone(tmp_path: Path):
     ]  # fmt: skip
     [other] = made.others.comparisons
     assert (other.other, other.verdict, made.others.verdict) == ("smlp_partial", "refuted", "")
-    assert other.found.p == other.found.holm  # Holm's steps are over these alone
+    assert other.found.p == other.found.holm  # Holm's steps are over these only
     assert "| other | loss behind the prefix: smlp_deterministic - smlp_partial |" in made.text()
     assert len(json.loads(made.json())["others"]) == 1
 
@@ -95,13 +95,13 @@ def test_that_each_part_helps_is_of_parts_alone(tmp_path: Path):
     [
         (["transformer", "gmlp", "mixer"], [["gmlp", "mixer"], ["transformer", "mixer"]],
          ["transformer", "mixer"]),
-        (["gmlp", "mixer"], [["gmlp", "mixer"]], []),  # which is asked among the others
+        (["gmlp", "mixer"], [["gmlp", "mixer"]], []),  # which is among the other comparisons
     ],
 )  # fmt: skip
 def test_claims_are_those_that_the_systems_can_decide(
     tmp_path: Path, systems: list[str], ablations: list[list[str]], against: list[str]
 ):
-    """Dense ones alone, and a subject that is no sMLP: it has no rival in itself."""
+    """Only dense systems, and a subject that is no sMLP, which is not its own rival."""
     path = write_study(
         tmp_path, systems=systems, subject="gmlp", ablations=ablations,
         **{"needed-flops-tolerance": 0.1},
@@ -117,7 +117,7 @@ def test_claims_are_those_that_the_systems_can_decide(
 
 
 def test_a_study_of_ones_own_is_not_about_the_paper(tmp_path: Path):
-    """A pair that would be of C5, and a rival that is an sMLP itself, are as any other."""
+    """A pair that would belong to C5, and a rival that is an sMLP, are treated like any other."""
     pair = ["smlp_deterministic", "smlp_partial"]
     systems = ["transformer", "switch", *pair]
     for is_papers, claims in ((True, ["C1", "C2", "C3", "C4"]), (False, ["lowest"])):
@@ -126,14 +126,14 @@ def test_a_study_of_ones_own_is_not_about_the_paper(tmp_path: Path):
         made = page_of_study(folder, loss_of, systems=systems, paper=is_papers, ablations=[pair])
         assert [claim.name for claim in made.claims] == claims
         assert ("paper" in made.text()) == is_papers
-    # The pair is asked for already, as that of a claim's.
+    # A claim already has the pair.
     assert [each.other for each in made.claims[0].comparisons] == [
         "transformer", "switch", "smlp_partial"
     ]  # fmt: skip
 
 
 def test_the_primary_comparison_is_looked_at_as_seeds_come_in(tmp_path: Path):
-    """In the order of the file: without the second seed of five there is no look yet."""
+    """Looks follow the file's order: without the second of five seeds there is none yet."""
     pair = ["smlp_deterministic", "switch"]
     wobble = {11: 0.0, 12: 0.01, 13: -0.01, 14: 0.005, 15: -0.005}
 

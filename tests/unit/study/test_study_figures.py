@@ -12,7 +12,7 @@ from megatron_smlp.study.state import State
 
 
 def test_of_how_many_seeds_a_loss_is_not_reached_is_said(known: State, tmp_path: Path):
-    """One seed of three never comes to Switch's loss; all come to the Transformer's."""
+    """One seed of three never reaches Switch's loss; all reach the Transformer's."""
 
     def loss(run: PlannedRun) -> float:
         is_slow = (run.system, run.seed) == ("smlp_deterministic", 12)
@@ -29,7 +29,7 @@ def test_of_how_many_seeds_a_loss_is_not_reached_is_said(known: State, tmp_path:
 
 
 def test_costs_are_the_tokens_of_the_runs(known: State, tmp_path: Path):
-    """A horizon ends at the evaluation that is nearest to it: after 50, 100, 195 iterations."""
+    """A horizon ends at the evaluation nearest to it: after 50, 100, 195 iterations."""
     pretend(known, loss_of)
     made = page_of(known, tmp_path)
     tokens, _ = made.measured.tables.curve("switch", 11, VALIDATION_LOSS)

@@ -50,7 +50,7 @@ def test_refused(tmp_path: Path, changes: dict[str, Any], message: str):
 
 
 def test_what_is_compared_may_differ(tmp_path: Path):
-    """And nothing else of the optimizer."""
+    """Nothing else of the optimizer may."""
     variants = {"switch": {"from": "switch", "weight-decay": 0.0, "clip-grad": 2.0}}
 
     def check(*names: str) -> None:

@@ -1,4 +1,4 @@
-"""The primary comparison: what its looks spend, and what they say."""
+"""The primary comparison: the alpha that its looks spend, and their verdicts."""
 
 import math
 

@@ -63,7 +63,7 @@ def test_the_hash_is_of_flags_data_and_parents(tmp_path: Path):
 
 
 def tuned(tmp_path: Path, best: dict[str, float]):
-    """A study whose trials are over; the loss grows with the distance from the best factor."""
+    """Plan a study whose trials are over; the loss grows with the distance from the best factor."""
     known = state_of(write_study(tmp_path, tuning=TUNING), runs=tmp_path)
     pretend(known, lambda run: 5.0 + abs(run.factor - best[run.system]))
     return known.plan()
@@ -130,7 +130,7 @@ class TestWhatIsLeft:
         counts = {name: trials.count(name) for name in known.systems}
         assert counts == {"transformer": 3, "switch": 4, "smlp_deterministic": 4}
         assert plan.factors["switch"] == 4.0
-        (known.folder_of(first) / "ended.json").unlink()  # it is tried again, and ends well
+        (known.folder_of(first) / "ended.json").unlink()  # it is retried, and succeeds
         pretend(known, losses)
         trials = [run.system for run in known.plan().runs if run.phase == "tuning"]
         assert {trials.count(name) for name in known.systems} == {4}
@@ -201,6 +201,6 @@ def test_what_no_run_depends_on_may_change(tmp_path: Path, changes: dict[str, An
     begun_as(known, other)
     keys = {run.key for run in known.plan().runs}
     assert keys <= {run.key for run in other.plan().runs}
-    if "seeds" in changes:  # and what was added is not taken away again
+    if "seeds" in changes:  # and seeds that were added cannot be removed again
         with pytest.raises(UsageError, match=r"study\.seeds\.switch: \[11, 12, 13, 14\] -> "):
             begun_as(known, known)

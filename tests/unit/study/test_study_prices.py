@@ -1,4 +1,4 @@
-"""A plan's estimate of a study's cost; every command of the paper's studies can start."""
+"""A plan estimates a study's cost; every command of the paper's studies can start."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +24,7 @@ def planned(path: Path, capsys: pytest.CaptureFixture[str], *more: str) -> list[
 
 
 def test_gpu_hours_and_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """With GPUs so slow and a vocabulary so large that the printed figures have three digits."""
+    """GPUs are so slow and the vocabulary so large that the printed figures have three digits."""
     cluster = {"gpus": 2, "tflops": 1e-4, "utilization": 0.5}
     fixed = {"bf16": True, "eval-iters": 20, "micro-batch-size": 4, "global-batch-size": 8}
     path = write_study(tmp_path, cluster=cluster, fixed=fixed, **{"vocab-size": 8_000_000})
@@ -35,8 +35,8 @@ def test_gpu_hours_and_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     row = next(words for words in lines if words[:1] == ["transformer"] and len(words) == 5)
     tokens = int(row[3].replace(",", ""))
     [priced] = [words for words in lines if words[:1] == ["transformer"] and "GiB" in words]
-    # 3 forward passes of this many tokens, and one of an evaluation's 20 batches of 8 samples, at
-    # half of 1e-4 TFLOP/s.
+    # Training: 3 forward passes of this many tokens; an evaluation: one of 20 batches of 8 samples;
+    # all at half of 1e-4 TFLOP/s.
     evaluated = tokens * 20 / Calendar.of(state.study, system).evaluation
     tflops = costs["forward_needed_tflops_per_1024_tokens"] * (3 * tokens + evaluated) / 1024
     hours = tflops / 5e-5 / 3600
@@ -67,7 +67,7 @@ def test_the_papers_commands_can_start(
     study: str,
     system: str,
 ):
-    """Through all checks, ours and Megatron's, and built as one rank of the cluster would."""
+    """They pass all checks, ours and Megatron's, and one rank of the cluster builds its model."""
     known = state_of(REPOSITORY / "studies" / f"{study}.yaml", runs=tmp_path)
     assert known.study.cluster is not None
     monkeypatch.setenv("WORLD_SIZE", str(known.study.cluster.gpus))

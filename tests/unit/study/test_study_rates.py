@@ -1,4 +1,4 @@
-"""Designs of rates and seeds: fits whose truth is known, plans, and reports."""
+"""Designs of rates and seeds: fits to data with known truth, plans, and reports."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from megatron_smlp.study.rates import Rates
 from megatron_smlp.study.state import State
 
 RATES = (0.5, 0.71, 1.0, 1.41, 2.0)
-CURVATURE = 0.045  # nats per octave squared, as was measured of seven systems
+CURVATURE = 0.045  # nats per octave squared, as measured for seven systems
 SD = 0.013
 
 
@@ -50,7 +50,7 @@ def test_without_noise_the_truth_is_found():
 
 
 def test_against_scipys_curve_fit(monkeypatch: pytest.MonkeyPatch):
-    """With the minima themselves as the coefficients, so that it has their errors as well."""
+    """curve_fit has the minima themselves as coefficients, and so gives their errors as well."""
     points = sample({"a": (0.3, 3.97), "b": (-0.4, 4.0)}, rng=np.random.default_rng(2))
     x, losses = (np.array([p[i] for own in points.values() for p in own]) for i in (0, 1))
     is_b = np.arange(10) >= 5
@@ -63,7 +63,7 @@ def test_against_scipys_curve_fit(monkeypatch: pytest.MonkeyPatch):
     found = Rates.of(points)
     one = found.difference("a", "b")
     assert (one.mean, found.df) == (pytest.approx(fit[0], abs=1e-6), 5)
-    # Beside that, what curvatures of their own would add.
+    # Without what systems' own curvatures would add to the error.
     monkeypatch.setattr(rates, "BENDS", 0.0)
     assert found.difference("a", "b").error == pytest.approx(math.sqrt(covariance[0, 0]), rel=1e-3)
     assert one.error > found.difference("a", "b").error
@@ -71,7 +71,7 @@ def test_against_scipys_curve_fit(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_intervals_cover_where_curvatures_are_not_quite_the_same():
-    """Of `cpu`'s range they would cover 88 times in 100 as if all had one curvature."""
+    """If one curvature were assumed, over `cpu`'s range they would cover 88 times in 100."""
     rng, covered = np.random.default_rng(8), []
     for _ in range(400):
         points = sample(TRUTH, rng=rng)
@@ -109,7 +109,7 @@ def known(tmp_path: Path) -> State:
 
 
 def loss_of(run: PlannedRun) -> float:
-    """sMLP is 0.05 ahead at its best rate; Switch's lies outside of its rates."""
+    """Return a loss: sMLP is 0.05 ahead at its best rate; Switch's is outside of its rates."""
     at = math.log2(run.factor) - BEST[run.system]
     noise = 0.004 * math.cos(7 * run.seed + len(run.system))
     ahead = 0.05 * (run.system == "smlp_deterministic")
@@ -129,7 +129,7 @@ def test_a_plan_has_a_whole_training_for_each_pair_of_rate_and_seed(known: State
 
 
 def test_what_has_no_minimum_lies_nowhere(known: State, tmp_path: Path):
-    """The losses of a rate go up on both sides of it in no system."""
+    """No system has a rate at which the losses rise on both sides."""
     pretend(known, lambda run: 5.0 - 0.05 * math.log2(run.factor) ** 2)
     assert "Outside of its rates" not in page_of(known, tmp_path).text()
 
@@ -139,7 +139,7 @@ def test_a_design_is_compared_by_its_minima(known: State, tmp_path: Path):
     made = page_of(known, tmp_path)
     claims = {claim["name"]: claim for claim in json.loads(made.json())["claims"]}
     found = claims["C1"]["comparisons"][0]["found"]
-    # 15 runs less 7 coefficients; at one rate the two would differ by another 0.007.
+    # 15 runs minus 7 coefficients; at a common rate the two would differ by another 0.007.
     assert (found["df"] >= 8, found["n"]) == (True, 5)
     assert found["mean"] == pytest.approx(-0.05, abs=0.006)
     assert claims["C1"]["verdict"] == "confirmed"

@@ -43,7 +43,7 @@ def test_a_true_difference_is_confirmed_and_time_undecided_without_a_timing(
     verdicts = {name: claims[name]["verdict"] for name in ("C1", "C2", "C3")}
     assert verdicts == {"C1": "confirmed", "C2": "undecided", "C3": "undecided"}
     means = [claims[name]["comparisons"][0]["found"]["mean"] for name in ("C1", "C2")]
-    # 0.3 nats a doubling, 0.05 ahead: between 200K and 400K tokens, a sixth of them fewer.
+    # 0.3 nats a doubling, 0.05 ahead: a sixth of the tokens between 200K and 400K is saved.
     assert means == [pytest.approx(-0.05, abs=0.005), pytest.approx(1 - 0.5 / 6, abs=0.01)]
 
 
@@ -60,7 +60,7 @@ def test_runs_of_a_rate_that_is_no_longer_best_do_not_count(known: State, tmp_pa
 
 
 def test_trials_and_experts_have_their_tables(tmp_path: Path):
-    """A trial that diverged has no loss; experts are those of training and of evaluations."""
+    """A diverged trial has no loss; expert tables cover training and evaluations."""
     losses = {1: 5.25, 2: 5.125, 4: math.inf}
 
     def of_rate(run: PlannedRun) -> float:
@@ -74,7 +74,7 @@ def test_trials_and_experts_have_their_tables(tmp_path: Path):
 
 
 def test_losses_of_one_horizon_are_drawn_where_the_subject_has_others(tmp_path: Path):
-    """Those behind its prefix."""
+    """Its own are the losses behind its prefix."""
     systems = ["transformer", "smlp_partial"]
     made = page_of_study(
         tmp_path, loss_of, systems=systems, subject="smlp_partial", horizons=["100K"]
@@ -86,7 +86,7 @@ def test_losses_of_one_horizon_are_drawn_where_the_subject_has_others(tmp_path: 
 def test_runs_that_another_study_made_are_taken_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    """By what they are, whatever the other study calls the system; the trials before the others."""
+    """Runs match by content, whatever the other study calls the system; trials come first."""
     monkeypatch.setattr(StudyData, "contents", lambda _: {})
     tuning = {"seed": 1, "horizon": "100K", "lr": [1, 2]}
     first, second = tmp_path / "first", tmp_path / "second"
@@ -100,9 +100,9 @@ def test_runs_that_another_study_made_are_taken_over(
         subject="smlp_partial", variants={"mine": {"from": "switch"}},
     )  # fmt: skip
     folder = str(first / "results")
-    argv = study_argv("reuse", second, "--of", folder, folder)  # what both have is taken once
+    argv = study_argv("reuse", second, "--of", folder, folder)  # a run that both have is taken once
     assert cli.main(argv) == 0
-    # Of each a trial of either rate, and 5 pieces to three horizons of three seeds.
+    # Each system has a trial of either rate, and for three seeds 5 pieces to three horizons.
     assert "34 runs taken over, 17 to do" in capsys.readouterr().out
     results = Results(second / "results")
     assert set(results.runs["system"]) == {"mine", "transformer"}
@@ -129,12 +129,12 @@ def test_the_csv_files_alone_give_the_same_report(known: State, tmp_path: Path):
     assert cli.main(study_argv("report", tmp_path)) == 0
     assert (results / "report.md").read_text(encoding="utf-8") == first
     figures = {path.stem for path in results.glob("*.png")}
-    # No system here is trained on what is behind a prefix alone, which has a figure of its own.
+    # No system here trains only behind a prefix, which would have a figure of its own.
     assert figures == {"loss", "learning-rates", "expert-load", "speed-up"}
 
 
 def test_a_figure_that_is_not_drawn_any_more_goes(known: State, tmp_path: Path):
-    """Of the report's own: what else lies in the folder is somebody's."""
+    """Only the report's own figures go: other files in the folder are the user's."""
     pretend(known, loss_of)
     results = tmp_path / "results"
     results.mkdir(exist_ok=True)
@@ -177,14 +177,14 @@ def test_what_was_trained_past_the_end_of_a_run_is_not_of_its_curve(known: State
 
 
 def without(known: State, system: str, *, seeds: tuple[int, ...], horizon: int | None) -> None:
-    """Forget the runs of a system to a horizon, as if they were on their way."""
+    """Remove the runs of a system to a horizon, as if they were still running."""
     for run in known.plan().runs:
         if (run.system, run.horizon) == (system, horizon) and run.seed in seeds:
             shutil.rmtree(known.folder_of(run))
 
 
 def test_seeds_that_are_on_their_way_do_not_count_as_the_fast_ones(known: State, tmp_path: Path):
-    """Two are not at the end: one is at the target already, and the other may take forever."""
+    """Two are unfinished: one has already reached the target, the other may take forever."""
     ahead = {11: 0.4, 12: 0.0, 13: 0.5}
 
     def loss(run: PlannedRun) -> float:
@@ -199,7 +199,7 @@ def test_seeds_that_are_on_their_way_do_not_count_as_the_fast_ones(known: State,
 
 
 def test_each_is_compared_with_each_by_its_cost(known: State, tmp_path: Path):
-    """Losses are on straight lines between horizons, so that each share is one of small numbers."""
+    """Losses lie on straight lines between horizons, so that shares are simple fractions."""
     behind = {"transformer": 0.3, "switch": 0.0, "smlp_deterministic": 0.075}
 
     def loss(run: PlannedRun) -> float:
@@ -212,18 +212,18 @@ def test_each_is_compared_with_each_by_its_cost(known: State, tmp_path: Path):
     switch, smlp = "switch", "smlp_deterministic"
     pairs = (switch, smlp), (smlp, switch), (switch, "transformer")
     costs = {pair: cost_ratio(made.measured, pair, unit=TOKENS) for pair in pairs}
-    # Switch is where sMLP ends three quarters of the way from the second horizon to the third.
+    # Switch reaches sMLP's last loss three quarters of the way from horizon two to horizon three.
     share = (tokens[1] + 3 * tokens[2]) / 4 / tokens[2]
     assert costs["switch", "smlp_deterministic"].found.mean == pytest.approx(share)
     assert costs["smlp_deterministic", "switch"].unreached == 3
-    # Seed 12 of the Transformer ends where Switch begins, the others where it is at the second.
+    # Seed 12 of the Transformer ends at Switch's first loss, the others at its second horizon's.
     bound = costs["switch", "transformer"]
     mean = (tokens[1] ** 2 * tokens[0]) ** (1 / 3) / tokens[2]
     assert (bound.found.mean, bound.is_bound) == (pytest.approx(mean), True)
 
 
 def test_a_horizon_that_diverged_leaves_a_bound(known: State, tmp_path: Path):
-    """Where one seed of the subject diverged at the first horizon, and is there at the next."""
+    """One seed of the subject diverged at the first horizon, but is there at the next."""
 
     def loss(run: PlannedRun) -> float:
         if run.system != "smlp_deterministic":
@@ -246,7 +246,7 @@ FOLDERS = [path.relative_to(RESULTS).as_posix() for path in sorted(RESULTS.glob(
 
 @pytest.mark.parametrize("name", slow_unless_in(("rope/intel-xeon", "long/amd-epyc"), FOLDERS))
 def test_a_kept_report_is_that_of_its_csv_files(name: str, tmp_path: Path):
-    """With the study's file, which is what it was begun as: `tools/study.py report` writes it."""
+    """With the study's file, as it was when the study began: `tools/study.py report` writes it."""
     folder = RESULTS / name
     study = REPOSITORY / "studies" / f"{folder.parent.name}.yaml"
     argv = ["report", str(study), "--runs", str(tmp_path), "--results", str(folder)]

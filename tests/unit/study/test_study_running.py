@@ -1,4 +1,4 @@
-"""Workers on runs that are pretended to be trained: what they do where another one is faster."""
+"""Workers on runs with simulated training: what they do if another worker is faster."""
 
 import json
 import subprocess
@@ -23,7 +23,7 @@ from megatron_smlp.study.state import CHECKPOINTS, DIVERGED, DONE, FAILED, State
 
 @pytest.fixture
 def known(tmp_path: Path) -> State:
-    """A study of three trials a system, and of one run of each system that they decide about."""
+    """Return a study with three trials a system, and one run of each that the trials decide."""
     tuning = {"seed": 1, "horizon": "50K", "lr": [0.5, 1, 2]}
     path = write_study(
         tmp_path, systems=["transformer", "smlp_deterministic"], tuning=tuning,
@@ -40,7 +40,7 @@ def without_data_and_delay(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def trained(known: State, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The folders of the runs that were trained, in order, instead of training them."""
+    """Replace training by a stub; return the folders of the runs it was called for, in order."""
     folders: list[Path] = []
 
     def train(_: object, *, folder: Path, **__: object) -> int:
@@ -64,7 +64,7 @@ def ended(known: State, run: PlannedRun) -> tuple[str, int]:
 
 
 def failing(known: State, run: PlannedRun, broken: list[bool]) -> Callable[..., int]:
-    """Return a training that ends with 1 for one run while `broken` has something."""
+    """Return a training that exits with 1 for one run while `broken` is not empty."""
     train = running.run_command
 
     def start(command: Sequence[str], *, folder: Path, **how: Any) -> int:
@@ -85,7 +85,7 @@ def make(known: State, run: PlannedRun, folder: Path, *, processes: int = 1) -> 
 def test_a_run_that_a_killed_worker_left_whole_is_not_trained_past_its_end(
     known: State, trained: list[Path], tmp_path: Path
 ):
-    """The worker was killed between the last checkpoint and the note that the run is over."""
+    """The worker was killed between the last checkpoint and recording that the run is over."""
     first = known.plan().runs[0]
     folder = known.folder_of(first)
     folder.mkdir(parents=True)
@@ -116,7 +116,7 @@ def test_a_run_that_falls_short_twice_is_a_failure(
 def test_a_branch_that_is_tried_again_goes_on_from_its_trunk(
     tmp_path: Path, trained: list[Path], monkeypatch: pytest.MonkeyPatch
 ):
-    """The trunk is kept while a branch has failed, and trained again only where it was lost."""
+    """The trunk is kept while a branch has failed, and retrained only if it was lost."""
     path = write_study(tmp_path, systems=["transformer"], subject="transformer", seeds=[11],
                        horizons=["50K", "100K"])  # fmt: skip
     known = state_of(path, runs=tmp_path / "more")
@@ -142,14 +142,14 @@ def test_a_branch_that_is_tried_again_goes_on_from_its_trunk(
     assert starts == [branch]
     checkpoints = known.folder_of(trunk) / CHECKPOINTS
     assert not checkpoints.exists()
-    iteration_folder(checkpoints, trunk.end - 1).mkdir(parents=True)  # it is on its way again
+    iteration_folder(checkpoints, trunk.end - 1).mkdir(parents=True)  # it is running again
     assert not known.has_checkpoint(trunk)
 
 
 def test_what_would_go_on_from_a_trunk_that_diverged_is_of_its_sources(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """A report leaves out a seed of which the sources are not known."""
+    """A report leaves out a seed whose sources are not known."""
     path = write_study(tmp_path, systems=["transformer"], subject="transformer", seeds=[11],
                        horizons=["50K", "100K"])  # fmt: skip
     known = state_of(path, runs=tmp_path / "more")
@@ -185,8 +185,8 @@ def test_a_failed_trial_does_not_stop_the_other_systems(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):
-    """A second worker finds nothing to do, and says why; a report of the CSV files does too; one
-    that retries makes it whole."""
+    """A second worker finds nothing to do and says why, as does a report of the CSV files; a worker
+    with --retry completes the study."""
     first, train = known.plan().runs[0], running.run_command
     monkeypatch.setattr(running, "run_command", failing(known, first, [True]))
     monkeypatch.setattr(process, "run_command", lambda *_, **__: 1)  # no fingerprints
@@ -225,7 +225,7 @@ def test_a_failed_trial_does_not_stop_the_other_systems(
 def test_a_run_of_several_processes_that_diverges_is_no_failure(
     known: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Its exit code comes through the launcher of its ranks: it is not trained a second time."""
+    """The launcher of its ranks passes on its exit code: it is not trained a second time."""
     script = tmp_path / "pretrain_smlp.py"
     script.write_text("raise SystemExit(3)\n", encoding="utf-8")
     monkeypatch.setattr(process, "_script", lambda: str(script))

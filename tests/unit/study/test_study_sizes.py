@@ -1,4 +1,4 @@
-"""A study of several sizes: what each is, and what the report says over them."""
+"""A study of several sizes: what each size is, and what the report says across them."""
 
 import math
 from pathlib import Path
@@ -22,7 +22,7 @@ FFN = {"smlp_deterministic": 6, "transformer": 4, "switch": 4}
 
 
 def size(width: int, **keys: Any) -> dict[str, Any]:
-    """The systems of SMALL at another width."""
+    """Return the systems of SMALL at another width."""
     flags = {name: {"ffn-hidden-size": by * width} for name, by in FFN.items()}
     for name in ("smlp_deterministic", "switch"):
         flags[name]["moe-ffn-hidden-size"] = FFN[name] * width
@@ -48,13 +48,13 @@ def states(path: Path) -> list[tuple[State, Results]]:
 
 
 GAPS = {"transformer": (0.06, 0.04), "switch": (0.05, 0.05)}
-"""How far each is behind sMLP at the end, at D = 64 and at 128."""
+"""How far each system is behind sMLP at the end, at D = 64 and at 128."""
 CHANGE = {"transformer": 0.01, "switch": 0.0}
-"""How much further at each earlier horizon."""
+"""How much further behind it is at each earlier horizon."""
 
 
 def loss_of(run: PlannedRun) -> float:
-    """At D = 256 the Transformer is 0.03 behind where 0.02 are predicted."""
+    """Return a loss: at D = 256 the Transformer is 0.03 behind, where 0.02 is predicted."""
     width = run.flags["hidden_size"]
     place = {64: 0, 128: 1}.get(width)
     gap = {None: 0.03} if place is None else {name: own[place] for name, own in GAPS.items()}
@@ -75,7 +75,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def cells(text: str, *begin: str) -> list[str]:
-    """Return the cells behind the first ones of the row that begins with these."""
+    """Return the remaining cells of the row that begins with these."""
     [line] = [line for line in text.splitlines() if line.startswith(f"| {' | '.join(begin)} |")]
     return [cell.strip() for cell in line.strip("|").split("|")][len(begin) :]
 
@@ -139,7 +139,7 @@ def test_the_report_over_sizes(path: Path, capsys: pytest.CaptureFixture[str]):
                 truth = -gaps[place] - earlier * CHANGE[rival]
                 assert abs(mean - truth) < 0.004 < half < 0.02
             assert slope[0] == pytest.approx(CHANGE[rival], abs=0.002)
-    # One run each: no interval of its own.
+    # With one run each there is no interval.
     assert len(numbers(cells(text, "D256", "256", "transformer")[0])) == 1
     ranks = cells(text, "D64", "0.4M")
     assert ranks[0].split()[0] == "smlp_deterministic"
@@ -164,7 +164,7 @@ def test_a_prediction_is_there_before_its_size_is(path: Path):
 
 
 def test_two_sizes_of_one_width_predict_no_third(tmp_path: Path):
-    """As of two lengths: there is no line in the width through them."""
+    """As with two lengths: no line over the width goes through them."""
     pair = {"systems": LAST["systems"]}
     sizes = {"D64": size(64, **pair), "short": size(64, **pair), "D128": size(128, **pair)}
     sizes["short"]["fixed"]["seq-length"] = 128
@@ -179,7 +179,7 @@ def test_two_sizes_of_one_width_predict_no_third(tmp_path: Path):
 
 
 def test_equal_time_is_that_of_the_fastest(path: Path):
-    """At twice the speed of the others the Transformer has half a doubling more, in nats 0.3."""
+    """At twice the others' speed the Transformer has another doubling, which is worth 0.3 nats."""
     known, results = states(path)[0]
     results.collect(known)
     speed = {"transformer": 2000.0, "switch": 1000.0, "smlp_deterministic": 1000.0}
@@ -207,6 +207,6 @@ def test_a_prediction_covers_what_goes_on_as_it_did():
         sides = [of_error(rng.normal(mean, 0.01), 0.01, df=200, n=5) for mean in means[:2]]
         found = prediction(sides, widths)
         covered.append(found.low < means[2] < found.high)
-    # From one doubling two more: d_2 + 2 (d_2 - d_1).
+    # Extrapolates one doubling to two more: d_2 + 2 (d_2 - d_1).
     assert found.mean == pytest.approx(3 * sides[1].mean - 2 * sides[0].mean)
     assert 0.92 < np.mean(covered) < 0.98

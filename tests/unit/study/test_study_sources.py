@@ -1,4 +1,4 @@
-"""Which sources made a study's runs, and which runs of other sources a report compares."""
+"""Which sources made a study's runs, and which runs from other sources a report compares."""
 
 import json
 import shutil
@@ -42,7 +42,7 @@ def test_sources_are_what_decides_a_step(
 
 @pytest.mark.parametrize("begun", sorted((REPOSITORY / "studies/results").glob("*/*/study.json")))
 def test_keys_of_committed_results_stay(begun: Path):
-    """Whatever the project's version is by now."""
+    """Whatever the project's version is now."""
     number, versions, contents = json.loads(begun.read_text(encoding="utf-8"))["identity"]
     now, packages, same = json.loads(identity_of(contents))
     assert (now, packages["megatron-smlp"], same) == (number, versions["megatron-smlp"], contents)
@@ -56,7 +56,7 @@ def table(*lines: tuple[str, str, str, str]) -> pandas.DataFrame:
 def test_sources_are_alike_by_fingerprints_of_one_machine():
     known = table(
         ("gmlp", "a", "cpu", "1"), ("gmlp", "b", "cpu", "1"),  # alike
-        ("gmlp", "b", "gpu", "2"), ("gmlp", "c", "gpu", "2"),  # as well, elsewhere
+        ("gmlp", "b", "gpu", "2"), ("gmlp", "c", "gpu", "2"),  # also alike, elsewhere
         ("gmlp", "d", "cpu", "2"), ("gmlp", "e", "gpu", "1"),  # the same hash on another machine
         ("switch", "a", "cpu", "3"), ("switch", "d", "cpu", "3"),
     )  # fmt: skip
@@ -67,7 +67,7 @@ def test_sources_are_alike_by_fingerprints_of_one_machine():
 
 @pytest.fixture
 def known(tmp_path: Path) -> State:
-    """A study of which all is trained; by no sources that anybody noted."""
+    """Return a study that is fully trained, without recorded sources."""
     state = state_of(write_study(tmp_path, horizons=["100K"]), runs=tmp_path / "runs")
     pretend(state, lambda run: 5.0 + run.seed / 100 + len(run.system) / 100)
     return state
@@ -103,7 +103,7 @@ def test_runs_of_other_sources_are_left_out(known: State, tmp_path: Path):
 
 
 def test_they_are_compared_where_the_first_steps_are_the_same(known: State, tmp_path: Path):
-    """Of the system that both trained: the others' runs are then as if of one state."""
+    """The system that both trained decides: the others' runs then count as of one state."""
     made(known, {"transformer": "old", "switch": "new", "smlp_deterministic": "old"})
     fingerprinted(tmp_path, ("switch", "new", "cpu", "1"), ("switch", "old", "cpu", "1"))
     assert "| switch | missing |" not in report(known, tmp_path)
@@ -117,4 +117,4 @@ def test_a_branch_is_of_the_sources_of_its_trunk_too(tmp_path: Path):
     note(known.folder_of(first), {"commit": "x", "sources": "new"})
     text = report(known, tmp_path)
     assert "1 of transformer, of sources old new" in text
-    assert "4 of transformer, of sources old (commit of-old)" in text  # which go on from it
+    assert "4 of transformer, of sources old (commit of-old)" in text  # its branches

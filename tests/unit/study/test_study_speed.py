@@ -1,4 +1,4 @@
-"""Quiet timings: rounds, their file, the machine's name, and what they decide."""
+"""Quiet timings: their rounds, their file, the machine's name, and what they decide."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ from megatron_smlp.study.state import State
 
 
 def timing(steps: dict[str, list[float]], gemm: list[float]) -> list[dict[str, object]]:
-    """Lines of speed.csv, of each system's seconds a step by round."""
+    """Return lines of speed.csv from each system's seconds per step in each round."""
     return [
         {"system": name, "round": number + 1, "seconds_per_iteration": step,
          "tokens_per_second": 2048 / step, "tflops": 0.1, "gemm_tflops": gemm[number],
@@ -31,7 +31,7 @@ def timing(steps: dict[str, list[float]], gemm: list[float]) -> list[dict[str, o
 def timed(
     known: State, folder: Path, own: list[float], others: list[float], gemm: list[float]
 ) -> tuple[dict[str, dict], str]:
-    """The report of a study whose subject takes other times than its rivals."""
+    """Return the report of a study whose subject takes other step times than its rivals."""
     pretend(known, loss_of)
     steps = {"transformer": others, "switch": others, "smlp_deterministic": own}
     Results(folder / "results").add_speed(timing(steps, gemm))
@@ -53,7 +53,7 @@ def test_time_is_tokens_times_step_time(known: State, tmp_path: Path):
 
 
 def test_a_time_is_as_uncertain_as_its_timing(known: State, tmp_path: Path):
-    """The seeds need a sixth fewer tokens, nearly alike; the rounds are far apart."""
+    """The seeds agree on a sixth fewer tokens, but the rounds are far apart."""
     claims, _ = timed(known, tmp_path, [0.7, 1.1, 0.75, 1.2], [1.0] * 4, [0.4] * 4)
     found = claims["C2"]["comparisons"][0]["found"]
     assert found["low"] < 0.75
@@ -79,7 +79,7 @@ def test_two_quiet_rounds_decide_nothing(known: State, tmp_path: Path):
 
 @pytest.mark.parametrize(("step", "ended"), [(1.3, "undecided"), (0.7, "confirmed")])
 def test_a_bound_confirms_and_never_refutes(tmp_path: Path, step: float, ended: str):
-    """At one horizon the step time is all that is known; tokens would have been fewer."""
+    """With one horizon only the step time is known; fewer tokens would have been enough."""
     known = state_of(write_study(tmp_path, horizons=["200K"]), runs=tmp_path / "runs")
     others = [1.01, 1.0, 1.02]
     claims, _ = timed(known, tmp_path, [step * x for x in others], others, [0.4] * 3)
@@ -109,7 +109,7 @@ def test_rounds_of_one_kind_are_put_together(tmp_path: Path, changed: dict[str, 
 def test_a_machine_is_named_by_its_gpus_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None, name: str
 ):
-    """Two machines of one processor and other GPUs do not share a folder."""
+    """Two machines with the same processor but different GPUs do not share a folder."""
     driver = tmp_path / "nvidia-smi"
     driver.write_text("#!/bin/sh\nprintf 'NVIDIA H100 80GB HBM3\\nNVIDIA H100 80GB HBM3\\n'\n")
     driver.chmod(0o755)

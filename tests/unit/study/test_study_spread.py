@@ -1,4 +1,4 @@
-"""Differences of systems whose truth is known, and against scipy."""
+"""Differences of systems, compared with a known truth and with scipy."""
 
 import math
 
@@ -27,7 +27,7 @@ def test_two_systems_are_students_test():
 
 
 def test_systems_that_agree_share_their_deviation():
-    """Dunnett's variance: that within groups of an analysis of variance."""
+    """Dunnett's variance: the within-group variance of an analysis of variance."""
     groups = sample([0.01] * 5, n=3, rng=np.random.default_rng(8))
     found = Spread.of(groups)
     within = np.mean([np.var(losses, ddof=1) for losses in groups.values()])
@@ -60,7 +60,7 @@ def test_two_that_disagree_are_welchs_test():
 
 
 def test_one_seed_has_the_deviation_of_the_others():
-    """It is shown, with the interval that it has; a verdict takes three."""
+    """It is shown with its interval; a verdict takes three seeds."""
     groups = sample([0.01] * 4, n=3, rng=np.random.default_rng(6)) | {"e": [4.1]}
     found = Spread.of(groups)
     half = found.mean("e").high - 4.1

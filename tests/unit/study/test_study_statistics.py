@@ -1,4 +1,4 @@
-"""Statistics on curves with a known answer, and against scipy."""
+"""Statistics, compared with known answers and with scipy."""
 
 import math
 from dataclasses import replace
@@ -41,7 +41,7 @@ class TestPairedDifference:
     @pytest.mark.parametrize("n", [3, 4, 10])
     @pytest.mark.parametrize("comparisons", [1, 3, 7])
     def test_what_is_visible_passes_holms_first_step_with_its_power(self, n: int, comparisons: int):
-        """Of 100,000 studies, whose other comparisons see nothing: the test's own p at alpha / m.
+        """In 100,000 studies whose other comparisons find nothing: the test's own p at alpha / m.
 
         A sum of Student's quantiles at alpha, in place of noncentral Student's at alpha / m, gave
         0.77 for three seeds and one comparison, and 0.19 for seven."""
@@ -79,14 +79,14 @@ class TestHolm:
 
 
 def difference(mean: float, *, p: float, sd: float = 0.02) -> Difference:
-    """As of three seeds, with this p."""
+    """Return a difference of three seeds with this p."""
     half = 1.1 * abs(mean) if p >= 0.05 else 0.9 * abs(mean)
     error = sd / math.sqrt(3)
     return Difference(mean=mean, low=mean - half, high=mean + half, p=p, n=3, error=error, df=16)
 
 
 class TestConjunction:
-    """Less than all of them: each at plain alpha, and Holm's steps for anything else."""
+    """Lower than all rivals takes plain alpha for each; any other verdict takes Holm's steps."""
 
     def test_all_at_plain_alpha_confirm_it(self):
         found = with_holm({name: difference(-0.1, p=0.04) for name in "abc"})
@@ -118,7 +118,7 @@ class TestLevel:
         assert level(found) == pytest.approx(max(sides))
 
     def test_less_is_more_than_level(self):
-        """A difference that is seen is told, though it is within the margin."""
+        """A detected difference is reported, even within the margin."""
         near = with_holm({"a": difference(-0.005, p=0.01, sd=0.002)})
         assert verdicts(near, margin=0.03) == {"a": CONFIRMED}
         unseen = with_holm({"a": difference(-0.005, p=0.3, sd=0.005)})
@@ -155,7 +155,7 @@ class TestCostToReach:
         ],
     )  # fmt: skip
     def test_by_hand(self, losses: list[float], target: float, cost: float):
-        """Between points, at one, never, at once, the first time, behind one that diverged."""
+        """Reached between points, at one, never, at once, a first time, after a diverged one."""
         assert cost_to_reach([1, 2, 4], losses, target) == cost
 
 

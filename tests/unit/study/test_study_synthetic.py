@@ -1,4 +1,4 @@
-"""Whole studies whose truth is known: how often claims, intervals and looks say what is not so."""
+"""Whole studies with known truth: how often claims, intervals and looks are wrong."""
 
 import itertools
 import math
@@ -21,7 +21,7 @@ from megatron_smlp.study.verdicts import claims_of, primary_looks
 
 SD = 0.013
 SHARED = 0.5
-"""Of a run's variance: what it deviates by at one horizon it does at the next as well."""
+"""Share of a run's variance by which it deviates at all horizons alike."""
 CURVATURE = 0.045
 STUDIES = 120
 HORIZONS = (100_000, 200_000, 400_000)
@@ -33,8 +33,8 @@ SUBJECT = "smlp_deterministic"
 def studies(
     known: State, gaps: dict[str, float], *, slope: float = 0.0, seed: int
 ) -> Iterator[Measured]:
-    """Yield studies in which systems end that far behind the subject, by `slope` more with every
-    doubling before, each with a best rate and a curvature of its own where there is a design."""
+    """Yield studies in which systems end that far behind the subject, and `slope` more for each
+    earlier doubling; under a design, each has a best rate and a curvature of its own."""
     study, rng = known.study, np.random.default_rng(seed)
     for _ in range(STUDIES):
         lines = []
@@ -69,7 +69,7 @@ def verdicts(measured: list[Measured]) -> list[str]:
 
 
 def test_what_is_not_so_is_confirmed_as_seldom_as_alpha_says(planned: State):
-    """One rival is as good and the others far behind, where that is most often."""
+    """One rival is as good and the others far behind, where false claims are most frequent."""
     made = list(studies(planned, {"transformer": 0.2, "switch": 0.2}, seed=1))
     ends = [primary_looks(measured)[-1].verdict for measured in made]
     for said, most in ((verdicts(made), 0.06), (ends, 0.08)):
@@ -92,7 +92,7 @@ def test_what_is_so_is_found_with_power(
 
 
 def test_intervals_cover_and_two_that_differ_by_the_margin_are_seldom_called_level(planned: State):
-    """The gap to HASH is 0.03 at the end, and grew by 0.01 a doubling."""
+    """The gap to HASH is 0.03 at the end, after growing by 0.01 a doubling."""
     gaps = {"transformer": 0.2, "switch": 0.2, "hash": 0.03}
     made = list(studies(planned, gaps, slope=-0.01, seed=6))
     assert verdicts(made).count(LEVEL) <= 0.08 * STUDIES
@@ -101,7 +101,7 @@ def test_intervals_cover_and_two_that_differ_by_the_margin_are_seldom_called_lev
     for found, truth in ((ends, -0.03), (slopes, -0.01)):
         assert 0.89 < np.mean([each.low < truth < each.high for each in found]) < 0.995
         assert np.mean([each.mean for each in found]) == pytest.approx(truth, abs=0.004)
-    # As independent runs their errors would be 1.4 times as large, and they would cover always.
+    # With independent runs their errors would be 1.4 times as large, and they would always cover.
     assert np.median([each.high - each.low for each in slopes]) < 0.04
 
 

@@ -1,4 +1,4 @@
-"""Final checkpoints: what is scored of them, and the claim on zero-shot tasks."""
+"""Final checkpoints: what is scored, and the claim on zero-shot tasks."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from megatron_smlp.study.tables import Tables
 
 
 def test_what_was_looked_at_is_not_looked_at_again(tmp_path: Path):
-    """Tasks may be added to checkpoints whose text is known, and the other way round."""
+    """Tasks may be added to checkpoints with scored text, and vice versa."""
     results = Results(tmp_path)
     lines = [("text", "routing", "greedy"), ("text", "position", "0"), ("tasks", "task", "copa")]
     for key, kind, label in lines:
@@ -32,7 +32,7 @@ def test_what_was_looked_at_is_not_looked_at_again(tmp_path: Path):
     assert what_is_missing(results.evaluations, "text", tasks) == (False, tasks)
     assert what_is_missing(results.evaluations, "tasks", tasks) == (True, ["piqa"])
     assert what_is_missing(results.evaluations, "neither", tasks) == (True, tasks)
-    results.add_evaluations([one | {"value": 0.5}])  # as of a group of tasks that is asked again
+    results.add_evaluations([one | {"value": 0.5}])  # as when a group of tasks is scored again
     assert list(results.evaluations["value"]) == [1.0, 1.0, 0.5]
 
 
@@ -58,7 +58,7 @@ def test_the_lowest_of_the_longest_runs_is_exported(
 
 
 def test_what_final_checkpoints_were_found_to_do(known: State, tmp_path: Path):
-    """C4 by hand: two tasks, right answers 3 % more often, with seeds that differ by less."""
+    """C4 by hand: two tasks, 3 % more right answers, and seeds that differ by less."""
     pretend(known, loss_of)
     results = Results(tmp_path / "results")
     results.collect(known)
@@ -96,8 +96,8 @@ def by_book(
 ) -> tuple[str, ...]:
     """Return the cells of Switch's row, which is 0.05 behind sMLP in bits per byte of ten books.
 
-    Books differ in how hard they are, and by `books` in that difference; runs by `seeds`, alike in
-    all books."""
+    Books differ in difficulty, and in Switch's gap with deviation `books`; runs differ with
+    deviation `seeds`, by the same amount in all books."""
     hard, behind = rng.normal(2.0, 0.3, BOOKS), rng.normal(0.05, books, BOOKS)
     lines = [
         {"system": name, "seed": seed, "kind": "document", "label": str(book + 1), "value": value}
@@ -117,7 +117,7 @@ def by_book(
 def test_bits_per_byte_are_compared_over_seeds_and_over_books(
     known: State, seeds: float, books: float, too_narrow: str
 ):
-    """An interval over one of the two alone is not of other seeds and other books."""
+    """An interval over only one of the two does not hold for other seeds and other books."""
     rng, covered = np.random.default_rng(1), {"seeds": [], "books": [], "both": []}
     for _ in range(30):
         cells = by_book(known, rng, seeds=seeds, books=books)
@@ -132,7 +132,7 @@ def test_bits_per_byte_are_compared_over_seeds_and_over_books(
 
 
 def test_few_questions_decide_nothing_however_the_seeds_agree(known: State, tmp_path: Path):
-    """Five more of a hundred are right, and three seeds agree: by the questions it is luck."""
+    """Five more of a hundred are right, and three seeds agree: by the questions that is luck."""
     pretend(known, loss_of)
     ahead = {"smlp_deterministic": 0.05}
     Results(tmp_path / "results").add_evaluations([

@@ -1,4 +1,4 @@
-"""--hash-table balanced: HASH's table by the counts of what the run trains on."""
+"""--hash-table balanced: HASH's table, balanced by the token counts of the training data."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +14,7 @@ from megatron_smlp.routers.hash_table import balanced_table
 
 
 def test_a_run_balances_by_its_own_data(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
-    """The buffer of the checkpoint is the tool's table; a resume keeps it without counting."""
+    """The checkpoint's buffer is the tool's table; a resume keeps it without counting again."""
     ids = np.minimum(np.random.default_rng(3).geometric(0.1, size=6000), 99).astype(np.uint16)
     prefix = str(tmp_path / "data")
     ids.tofile(bin_path(prefix))

@@ -21,7 +21,7 @@ MESSAGE = r"layer {} \({}\) reads later positions: with other inputs from positi
 
 
 def peeking(forward: Any, *, layer: int, by: float = 0.1) -> Any:
-    """The same with a share of the next position's output added, in one layer alone."""
+    """Add a share of the next position's output to `forward`'s, in one layer only."""
 
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
         mixed, *rest = forward(self, *args, **kwargs)
@@ -69,7 +69,7 @@ def test_a_plugin_is_called_by_its_own_name(tmp_path: Path):
 @pytest.mark.usefixtures("registry")
 @pytest.mark.parametrize("init", ["ones", "zeros"])
 def test_a_parameter_of_which_a_plugin_takes_the_logarithm(tmp_path: Path, init: str):
-    """The one starts where that is finite, and the other does not."""
+    """With ones it starts where the logarithm is finite; with zeros it does not."""
     path = tmp_path / "decays.py"
     path.write_text(
         f"from megatron_smlp.plugins import TokenMixer, {init}, register\n@register('decays')\n"
@@ -100,7 +100,7 @@ def test_a_dry_run_asks_a_layer_of_each_kind(
 
 
 def test_a_run_that_goes_on_is_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Its start was; what it loads is of no mixer that can be told from another here."""
+    """Its first start was; what it loads does not tell one mixer from another."""
     words = f"{GMLP} --save {tmp_path} --train-iters 4"
     with pretrained(f"{words} --exit-interval 2"):
         pass
@@ -110,7 +110,7 @@ def test_a_run_that_goes_on_is_not_asked(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_ranks_that_hold_parts_of_the_positions(tmp_path: Path):
-    """Sequence parallelism cuts them: each mixer gathers, and both ranks end alike."""
+    """Sequence parallelism shards them: each mixer gathers, and both ranks end alike."""
     launch_calls(_refused, str(tmp_path), processes=2, log=tmp_path / "log")
     texts = {(tmp_path / f"{rank}").read_text() for rank in range(2)}
     assert len(texts) == 1

@@ -1,4 +1,4 @@
-"""Consumed FLOPs: the choices that were sent, in both conventions, also after a resume."""
+"""Consumed FLOPs count the choices that were sent, in both conventions, also after a resume."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from megatron_smlp.routers.statistics import RouterKey, RouterLoad
 from megatron_smlp.systems import LayerSlots
 from megatron_smlp.training.compute import Compute
 
-TOKENS = 64  # of a step: 4 samples of 16
+TOKENS = 64  # in a step: 4 samples of 16
 GSHARD = """
     --architecture transformer --num-attention-heads 4 --token-router gshard --num-experts 4
     --moe-layer-freq 2 --moe-train-capacity-factor 0.5 --global-batch-size 4 --log-interval 2
@@ -24,7 +24,7 @@ def load(choices: float, drop_rate: float = 0.0) -> RouterLoad:
 
 @pytest.fixture
 def shape() -> ModelShape:
-    """Two token MoEs, of two choices a token."""
+    """Return a shape with two token MoEs, each with two choices a token."""
     slots = [LayerSlots("attention", channel, 2) for channel in ("token_moe", "token_moe", "mlp")]
     return ModelShape(
         slots=tuple(slots),
@@ -63,7 +63,7 @@ def test_only_what_was_sent_counts(shape: ModelShape):
 
 
 def test_a_run_counts_its_own_choices(tmp_path: Path):
-    """GShard draws few of its second experts, and a capacity drops others."""
+    """GShard draws few second experts, and the capacity limit drops others."""
     with pretrained(f"{GSHARD} --log-dir {tmp_path}"):
         lines = [line for line in records(tmp_path) if "loss" in line]
     choice = 3 * 2 * (2 * 32 * 64)  # of matrices of 32 x 64
@@ -81,7 +81,7 @@ def test_a_run_counts_its_own_choices(tmp_path: Path):
 
 
 def test_a_run_goes_on_counting_in_another_folder(tmp_path: Path):
-    """What the routers did not send before is in the checkpoint."""
+    """The checkpoint holds the number of choices that the routers have not sent so far."""
     whole, other = tmp_path / "whole", tmp_path / "other"
     with pretrained(f"{GSHARD} --save {whole} --save-interval 2"):
         pass

@@ -1,4 +1,4 @@
-"""Workers of a data loader, which a launcher's SIGTERM reaches as it reaches their rank."""
+"""Data loader workers, to which a launcher's SIGTERM goes as well as to their rank."""
 
 import signal
 
@@ -8,7 +8,7 @@ from megatron_smlp.training.batches import _begun
 
 
 class Held(Dataset[bool]):
-    """Whether SIGTERM is held in the process that reads."""
+    """Each item says whether SIGTERM is blocked in the process that reads it."""
 
     def __len__(self) -> int:
         return 1

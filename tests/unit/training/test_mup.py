@@ -1,4 +1,4 @@
-"""--use-mup is Megatron's muP, for dense Transformers: its rates at D = 32 of a base of 8."""
+"""--use-mup is Megatron's muP, for dense Transformers: its rates at D = 32 with a base of 8."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +21,7 @@ RATE, EPSILON = 1e-3, 1e-8
 
 
 class Start(Listener):
-    """What a run begins with."""
+    """Records each parameter's maximum learning rate and epsilon when the run is built."""
 
     def built(self, parts: Any) -> None:
         model = parts.model[0].module
@@ -85,7 +85,7 @@ def test_it_is_for_dense_transformers_and_adam(parse: Callable[..., Any], words:
 
 
 def test_an_export_is_refused(tmp_path: Path):
-    """transformers' model has no such factors."""
+    """The model in transformers has no such factors."""
     with pretrained(f"{SCALED} --train-iters 1 --save {tmp_path / 'run'}"):
         pass
     with pytest.raises(UsageError, match="--use-mup True has no equal"):

@@ -26,7 +26,7 @@ def test_durations(seconds: float, text: str):
 
 
 def test_a_step_is_timed_without_what_is_excluded(monkeypatch: pytest.MonkeyPatch):
-    """10 s with 4 s of saving, over 2 steps; then 5 s of one, from the last look on."""
+    """10 s over 2 steps, 4 s of them saving; then 1 step of 5 s, counted from the last reading."""
     clock = 100.0
     monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: clock))
     steps = StepClock()
@@ -75,7 +75,7 @@ class TestMetricsFile:
         assert record == {"iteration": 1, "loss": "nan", "mfu": None, "perplexity": "inf"}
 
     def test_a_resumed_run_replaces_what_came_after_its_checkpoint(self, tmp_path: Path):
-        """Steps after the save, and half a line of a run that was killed, go; the rest stays."""
+        """Steps after the save and the half line of a killed run go; the rest stays."""
         metrics = MetricsFile(str(tmp_path))
         for iteration in range(1, 6):
             metrics.write({"iteration": iteration, "loss": 1.0})
@@ -88,7 +88,7 @@ class TestMetricsFile:
         assert [(line["iteration"], line["loss"]) for line in lines] == expected
 
     def test_a_second_restart_from_one_checkpoint_knows_the_time_too(self, tmp_path: Path):
-        """The first one's own record has none."""
+        """The record of the first restart has no time itself."""
         metrics = MetricsFile(str(tmp_path))
         metrics.write({"iteration": 3, "wall_seconds": 3600.0})
         metrics.write({"iteration": 4, "wall_seconds": 4000.0})

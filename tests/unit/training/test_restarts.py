@@ -1,4 +1,4 @@
-"""What a failure cost (restart_report.py), and whom the others wait for (slow_hosts.py)."""
+"""What a failure cost (restart_report.py), and which host the others wait for (slow_hosts.py)."""
 
 import time
 from pathlib import Path
@@ -20,7 +20,7 @@ from megatron_smlp.training.speed import StepClock
 
 
 def fail_at(iteration: int, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run of support/checkpoints.py that ends as a crash does."""
+    """Run support/checkpoints.py's training until it crashes at this iteration."""
 
     def reached(self: SaveLease, done: int) -> None:
         if done == iteration:
@@ -35,7 +35,7 @@ def fail_at(iteration: int, words: str, monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_failure_and_its_cost_are_told_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
-    """Saved every two steps, lost after the fifth; the launcher has left the cause."""
+    """Saves are every two steps; the run dies after the fifth; the launcher noted the cause."""
     run, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
     pretrain(f"--save {undisturbed}")
     fail_at(6, f"--save {run}", monkeypatch)
@@ -87,8 +87,8 @@ def test_the_slowest_is_named_once_after_three_lines():
         [{0: 1.0, 1: 2.0}, {0: 2.0, 1: 1.0}] * 5,  # never the same host three times
         [{0: 1.0, 1: 2.0}, {0: 1.0, 1: 2.0}, {0: 1.0, 1: 1.0}] * 3,
         [{0: 1e-3, 1: 9e-3}] * 9,  # of a step of milliseconds: noise
-        [{0: 1e-3, 1: 2.9e-2, 2: 1e-3}] * 9,  # not 3 % of a step: no loss
-        [{0: 5.0}] * 9,  # nobody to compare with
+        [{0: 1e-3, 1: 2.9e-2, 2: 1e-3}] * 9,  # under 3 % of a step: no loss
+        [{0: 5.0}] * 9,  # no other to compare with
     ],
 )
 def test_others_are_not(lines: list[dict[int, float]]):
@@ -98,7 +98,7 @@ def test_others_are_not(lines: list[dict[int, float]]):
 
 
 def test_a_stage_is_compared_with_itself():
-    """Whose layers may take longer than those of others."""
+    """Its layers may take longer than those of other stages."""
     hosts = SlowHosts.__new__(SlowHosts)
     hosts.stages = [0, 0, 1, 1]
     assert hosts._slowest_stage([2.0, 2.0, 1.0, 1.1]) == {2: 1.0, 3: 1.1}
@@ -113,7 +113,7 @@ def test_an_own_part_is_of_forward_passes_alone(monkeypatch: pytest.MonkeyPatch)
         for _ in range(2):  # micro-batches
             with part.timed(step):
                 clock += 2
-            clock += 5  # waits for another stage
+            clock += 5  # waiting for another stage
     with torch.no_grad(), part.timed(2):
         clock += 20
     assert part.pop_seconds() == 4
@@ -121,7 +121,7 @@ def test_an_own_part_is_of_forward_passes_alone(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_run_of_two_machines_names_the_slow_one(tmp_path: Path):
-    """Two ranks that take themselves for two machines; one sleeps in each step."""
+    """Two ranks pretend to be two machines; one sleeps in each step."""
     from support.launches import launch_calls
 
     launch_calls(_train_slowly, str(tmp_path), processes=2, log=tmp_path / "log")
@@ -133,7 +133,7 @@ def test_a_run_of_two_machines_names_the_slow_one(tmp_path: Path):
     for rank in range(2):
         waits = (tmp_path / f"waits{rank}").read_text().splitlines()
         assert len(waits) > 10
-        assert set(waits) == {"0:07:00"}  # no group's messages are waited for any longer
+        assert set(waits) == {"0:07:00"}  # no group waits longer for a message
 
 
 def _train_slowly(folder: str) -> None:
@@ -154,8 +154,8 @@ def _train_slowly(folder: str) -> None:
         waits = [
             str(group._get_backend(torch.device("cpu")).options._timeout)
             for group in distributed_c10d._world.pg_map
-            # Megatron gives it none. No step uses it, and of saves only those of
-            # --dist-ckpt-optim-fully-reshardable-mem-efficient and of older formats.
+            # Megatron sets no timeout for it. No step uses it, and only saves with
+            # --dist-ckpt-optim-fully-reshardable-mem-efficient or in older formats do.
             if group.group_desc != "EXPERT_DATA_PARALLEL_GROUP_GLOO"
         ]
         Path(folder, f"waits{rank}").write_text("\n".join(waits))
@@ -169,7 +169,7 @@ def _train_slowly(folder: str) -> None:
 
 
 def test_building_the_datasets_is_in_no_steps_time(monkeypatch: pytest.MonkeyPatch):
-    """They are built after the model, which takes minutes where a sample index is new."""
+    """They are built after the model, and take minutes where a sample index is new."""
     events: list[str] = []
 
     def note(kind: Any, name: str) -> None:

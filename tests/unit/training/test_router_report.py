@@ -1,4 +1,4 @@
-"""Reports of the routers, printed and written, in whole runs of a model with both kinds."""
+"""Router reports, printed and written, in whole runs of a model with both kinds of router."""
 
 import json
 import math
@@ -76,7 +76,7 @@ class TestCollapse:
 class TestRun:
     @pytest.fixture(scope="class")
     def folder(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        """Four steps, a line every second one, a validation after the second and the fourth."""
+        """Train four steps, with a line and a validation every two."""
         folder = tmp_path_factory.mktemp("routers")
         flags = f"{PARTIAL} --log-dir {folder} --log-interval 2 --eval-interval 2"
         with pretrained(f"{flags} --tensorboard-dir {folder}/events"):
@@ -135,7 +135,7 @@ class TestRun:
 
 
 def test_console_line_and_warning(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
-    """A centroid that every token likes: greedy evaluation sends all tokens to one expert."""
+    """Every token prefers one centroid: greedy evaluation sends all tokens to one expert."""
     flags = f"{PARTIAL} --log-dir {tmp_path} --train-iters 20 --log-interval 20"
     with pretrained(flags):
         shown = capfd.readouterr().out.splitlines()
@@ -168,12 +168,12 @@ def test_console_line_and_warning(tmp_path: Path, capfd: pytest.CaptureFixture[s
 def test_every_stage_reads_what_its_routers_look_at(
     parse: Callable[..., Any], flags: str, everywhere: bool
 ):
-    """Token ids, or which tokens are padding where there may be any."""
+    """HASH needs token ids; where there may be padding, routers need to know which tokens are."""
     assert needs_every_batch(parse(flags)) == everywhere
 
 
 def test_wall_time_goes_on_over_a_restart(tmp_path: Path):
-    """From the checkpoint's last line, not from zero, nor from what was lost behind it."""
+    """From the checkpoint's last line, not from zero, nor from steps lost after the checkpoint."""
     flags = f"--architecture gmlp --log-interval 1 --save {tmp_path} --lr-decay-iters 4"
     with pretrained(f"{flags} --train-iters 2 --save-interval 2"):
         before = records(tmp_path)

@@ -16,7 +16,7 @@ from megatron_smlp.training import slow_paths
 from megatron_smlp.training.forward import ForwardStep
 
 GMLP = "--architecture gmlp --log-interval 1"
-# Steps so large that the weights are useless after the first: the loss of the second is not finite.
+# Steps are so large that the first ruins the weights: the second step's loss is not finite.
 DIVERGING = f"{GMLP} --lr 1e30 --lr-decay-style constant"
 
 
@@ -59,7 +59,7 @@ def test_the_peak_gives_the_share_of_it(tmp_path: Path):
 def test_slow_paths_of_any_rank_are_shown_once(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], caplog: Any
 ):
-    """What a layer says of itself in the log, and one of another pipeline stage."""
+    """One that a layer here logs of itself, and one of another pipeline stage."""
     call = ForwardStep.__call__
 
     def without_kernels(self: ForwardStep, *args: Any, **kwargs: Any) -> Any:
@@ -80,7 +80,7 @@ def test_slow_paths_of_any_rank_are_shown_once(
 def test_a_run_ends_when_its_time_is_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
-    """At the second step an hour has gone by; it is saved."""
+    """By the second step an hour has passed; that step is saved."""
     from megatron_smlp.training.agreement import StepAgreement
 
     steps, send = [], StepAgreement.send
@@ -185,7 +185,7 @@ class TestNonFiniteLoss:
         steps = [record for record in records(tmp_path) if "loss" in record]
         assert [step["skipped"] for step in steps] == [False, True, True, True]
         assert "non-finite loss on rank 0 at iteration 2: this step's update is skipped" in output
-        # JSON has no NaN: a reader that follows the standard must get through.
+        # JSON has no NaN: standard readers must be able to parse the file.
         assert all(isinstance(step["loss"], float | str) for step in steps)
         assert not math.isfinite(float(steps[1]["loss"]))
 
@@ -193,7 +193,7 @@ class TestNonFiniteLoss:
     def test_gradients_under_a_finite_loss(
         self, clip_grad: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ):
-        """The root's derivative at 0 is infinite, times the 0 within: NaN, as of an overflow."""
+        """The root's infinite derivative at 0 times the 0 within is NaN, as in an overflow."""
         whole = ForwardStep._loss
 
         def overflowing(*given: Any) -> Any:
@@ -215,10 +215,10 @@ class TestNonFiniteLoss:
 def test_weights_and_biases_get_the_loss_without_a_folder_for_tensorboard(
     tmp_path: Path, monkeypatch
 ):
-    """Megatron sends W&B what it sends to TensorBoard, and nothing where that has no folder."""
+    """Megatron sends W&B what it sends to TensorBoard, and nothing if that has no folder."""
     import wandb
 
-    wandb.teardown()  # a session that another test began has read the environment already
+    wandb.teardown()  # a session started by another test has already read the environment
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     words = f"{GMLP} --eval-interval 2 --wandb-project p --wandb-exp-name n --save {tmp_path}"

@@ -1,4 +1,4 @@
-"""Ranks that were started with other flags, data or packages, in a store that is torch's own."""
+"""Ranks started with different flags, data or packages, compared through torch's own store."""
 
 import argparse
 import re
@@ -25,7 +25,7 @@ FLAGS = {
 
 
 def stores(monkeypatch: pytest.MonkeyPatch, **of_second: Any) -> list[Any]:
-    """The stores of two ranks, of which the second has other flags."""
+    """Return the stores of two ranks; `of_second` overrides flags of the second."""
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
     return meet(FLAGS, FLAGS | of_second)
@@ -48,7 +48,7 @@ def test_a_later_run_in_the_same_store_is_compared_anew(monkeypatch: pytest.Monk
     kept += meet(FLAGS | {"lr": 0.1}, FLAGS | {"lr": 0.1})
     with pytest.raises(UnlikeRanksError, match=r"--lr is 0\.002 here, and 0\.1 there"):
         meet(FLAGS | {"lr": 0.1}, FLAGS)
-    assert len(kept) == 4  # so long the store is there
+    assert len(kept) == 4  # the store lives until here
 
 
 def test_machines_have_paths_of_their_own(monkeypatch: pytest.MonkeyPatch):
@@ -78,7 +78,7 @@ def test_other_flags_are_refused(
 
 
 def test_other_packages_are_refused(monkeypatch: pytest.MonkeyPatch):
-    """The first asked for a version of torch is told another one than the second."""
+    """The rank that asks first is told another version of torch than the second."""
     versions = iter(("2.15.0", "2.14.0"))
     monkeypatch.setattr(same_everywhere, "versions", lambda: {"torch": next(versions)})
     with pytest.raises(UnlikeRanksError, match=r"torch is 2\.1[45]\.0 here, and 2\.1[45]\.0 there"):

@@ -1,4 +1,4 @@
-"""signals.py before the first step: SIGTERM ends a run with 0, wherever it is."""
+"""signals.py before the first step: SIGTERM ends a run with exit code 0, wherever it is."""
 
 import os
 import select
@@ -9,7 +9,7 @@ import sys
 import pytest
 from support.launches import REPOSITORY, clean_environment
 
-# A main thread that waits in native code, where no Python handler runs: the mutex of a condition.
+# The main thread waits in native code (on a mutex), where no Python signal handler runs.
 BLOCKED = """
 import ctypes, os, sys
 from megatron_smlp.signals import StartUp
@@ -61,13 +61,13 @@ def test_other_ranks_say_nothing():
 
 
 def test_from_the_first_step_on_it_is_the_loops():
-    """The loop would finish its step; nothing ends the process before that."""
+    """The loop would finish its step first; nothing else ends the process."""
     assert signalled("start_up.over()").returncode == 1000
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's signal of a parent's death")
 def test_a_rank_ends_with_its_agent():
-    """Killed without a chance to end its ranks, as by the kernel when memory is short."""
+    """The agent is killed without a chance to end its ranks, as by the kernel's OOM killer."""
     rank = (
         "import os, time\n"
         "from megatron_smlp.launching.parent import end_with_agent\n"
@@ -93,7 +93,7 @@ def test_a_rank_ends_with_its_agent():
     try:
         rank_id = int(process.stdout.readline())
         process.kill()
-        # It ends when the rank, who writes there too, has.
+        # The pipe closes once the rank, which also writes to it, has ended.
         ended = bool(select.select([process.stdout], [], [], 60)[0])
         assert ended
         assert process.stdout.read() == ""

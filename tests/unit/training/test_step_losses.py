@@ -23,7 +23,7 @@ TOKENS, PREFIX = 16, 4
 
 
 def losses_and_mask() -> tuple[Tensor, Tensor]:
-    """<float>[2, 16] each; two targets are left out, one before P and one behind it."""
+    """<float>[2, 16] each; two targets are masked, one before P and one after it."""
     mask = torch.ones(2, TOKENS)
     mask[0, 1] = mask[1, 9] = 0
     return torch.randn(2, TOKENS).exp().requires_grad_(), mask
@@ -60,7 +60,7 @@ def test_training_counts_the_targets_that_are_predicted(
     total, count, reports = ForwardStep()._loss(mask, losses)
     torch.testing.assert_close(total / count, mean(losses, mask, start=start))
     torch.testing.assert_close(loss_of(reports["lm loss"]), mean(losses, mask, start=start))
-    # What is trained on and what is compared are told apart, whichever of them is the loss.
+    # The trained and the compared loss have separate names, whichever of them is "lm loss".
     parts = {"lm loss": start} | ({SUFFIX_LOSS: PREFIX} if "partial" in flags else {})
     parts |= {WHOLE_LOSS: 0} if start else {}
     assert {name: loss_of(report).item() for name, report in reports.items()} == {
@@ -87,7 +87,7 @@ def test_validation_reports_the_whole_and_the_suffix(parse: Callable[..., Any], 
 def test_a_system_reports_a_suffix_where_asked(
     parse: Callable[..., Any], trains: bool, position: str
 ):
-    """0.45 of 16 tokens are 7."""
+    """0.45 of 16 tokens is 7."""
     losses, mask = losses_and_mask()
     given = losses if trains else losses.detach()
     parse("--architecture gmlp")
@@ -112,7 +112,7 @@ def test_a_suffix_that_is_none_is_refused(parse: Callable[..., Any], position: s
 def test_balance_losses_weigh_as_the_main_loss(
     parse: Callable[..., Any], per_token: bool, grad_scale: float | None, expected: float
 ):
-    """Once for all three micro-batches, or for each of them where tokens are counted."""
+    """Once for all three micro-batches, or once for each if the loss is per token."""
     parse(f"{PARTIAL} --global-batch-size 6 --micro-batch-size 2")
     scale = None if grad_scale is None else lambda loss: loss * grad_scale
     model = nn.Module()

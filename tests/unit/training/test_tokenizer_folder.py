@@ -24,7 +24,7 @@ HUGGING_FACE = "--tokenizer-type HuggingFaceTokenizer"
 
 @pytest.fixture
 def files(tmp_path: Path) -> str:
-    """vocab.json and merges.txt of a small vocabulary, as the flags that name them."""
+    """Write vocab.json and merges.txt of a small vocabulary; return the flags that name them."""
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator(
         ["every token mixes with what came before it"] * 9,
@@ -37,7 +37,7 @@ def files(tmp_path: Path) -> str:
 
 
 def test_training_has_the_tokenizer_of_the_data(files: str, parse: Callable[..., Any]) -> None:
-    """Same identity as the preprocessing tool computes, same ids, same end of document."""
+    """The preprocessing tool's identity, the same ids, and the same end of document."""
     from megatron.training import get_tokenizer
 
     words = f"--architecture gmlp --tokenizer-type GPT2BPETokenizer {files}"
@@ -56,7 +56,7 @@ def test_training_has_the_tokenizer_of_the_data(files: str, parse: Callable[...,
 
 
 def test_a_tokenizer_without_an_end_is_refused(parse: Callable[..., Any], tmp_path: Path) -> None:
-    """Megatron's dataset would end in a TypeError."""
+    """Megatron's dataset would fail with a TypeError."""
     ByteLevelBPETokenizer().save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "TokenizersBackend"}')
     with pytest.raises(UsageError, match=rf"--tokenizer-model {tmp_path} has no end of document"):
@@ -66,7 +66,7 @@ def test_a_tokenizer_without_an_end_is_refused(parse: Callable[..., Any], tmp_pa
 def test_the_tokenizer_is_read_for_the_first_save_alone(
     files: str, parse: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """That of another type is read by another Python, which may ask the hub."""
+    """Another tokenizer type is read in a separate Python process, which may ask the hub."""
     args = parse(f"--architecture gmlp --tokenizer-type GPT2BPETokenizer {files}")
     first = run_record(args, iteration=1)["tokenizer"]["identity"]
     assert first
@@ -75,7 +75,7 @@ def test_the_tokenizer_is_read_for_the_first_save_alone(
 
 
 def test_checkpoints_name_the_files_of_the_user(files: str, tmp_path: Path) -> None:
-    """The folder is gone with the run: generation, evaluation and export look for the files."""
+    """The folder is gone after the run: generation, evaluation and export look for the files."""
     words = f"--architecture gmlp --tokenizer-type GPT2BPETokenizer {files}"
     base = " ".join(MINIMAL.split()).replace("--tokenizer-type NullTokenizer --vocab-size 100", "")
     with pretrained(f"{words} --save {tmp_path / 'run'}", base=base):

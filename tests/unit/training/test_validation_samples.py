@@ -1,4 +1,4 @@
-"""Every validation of a run reads the same samples, and so do runs of other seeds; how many."""
+"""Every validation of a run, and of runs with other seeds, reads the same samples; how many."""
 
 import re
 from collections.abc import Callable
@@ -37,7 +37,7 @@ def random_pair(path: Path, *, documents: int, vocab_size: int = 99) -> str:
 
 @pytest.mark.parametrize("order", ["single", "cyclic"])
 def test_validations_of_one_run_and_of_its_continuation(tmp_path: Path, order: str):
-    """The weights stand still, so that the loss is a function of the samples."""
+    """The weights stay fixed, so that the loss depends on the samples only."""
     words = f"{RUN} --save {tmp_path} --dataloader-type {order}"
     with pretrained(f"{words} --train-iters 6"):
         first = validations(tmp_path)
@@ -57,7 +57,7 @@ def test_validations_of_one_run_and_of_its_continuation(tmp_path: Path, order: s
 
 
 def test_a_checkpoint_is_evaluated_without_training(tmp_path: Path):
-    """Also by a run that is complete, which would otherwise have nothing left to do."""
+    """Also by a complete run, which would otherwise have nothing left to do."""
     words = f"--architecture gmlp --eval-iters 2 --log-interval 1 --train-iters 3 --save {tmp_path}"
     with pretrained(f"{words} --lr 1e-1 --save-interval 2"):
         pass
@@ -101,7 +101,7 @@ def test_other_seeds_train_on_others_and_validate_on_the_same(
 def test_a_split_that_nobody_reads_may_be_empty(
     parse: Callable[..., Any], tmp_path: Path, flag: str
 ):
-    """The default leaves none of 30 documents for the tests. Megatron has it for one flag only."""
+    """The default split leaves none of 30 documents to test. Megatron has it for one flag only."""
     prefix = random_pair(tmp_path / "data", documents=30)
     (tmp_path / "names").write_text(prefix)
     data = f"{flag} {prefix if flag == '--data-path' else tmp_path / 'names'}"
@@ -116,7 +116,7 @@ def test_a_split_that_nobody_reads_may_be_empty(
 @pytest.mark.parametrize("named", [True, False])
 @pytest.mark.parametrize("how", ["--full-validation", "--eval-iters 2", "--eval-iters 0"])
 def test_each_of_several_validation_sets_has_its_own_numbers(tmp_path: Path, named: bool, how: str):
-    """Whole, or some batches of each. The first set has two ids, the second 99."""
+    """Read whole, or some batches of each. The first set has two ids, the second 99."""
     train, narrow, wide = (
         random_pair(tmp_path / name, documents=documents, vocab_size=vocab_size)
         for name, documents, vocab_size in (("train", 300, 2), ("a", 10, 2), ("b", 10, 99))
@@ -148,7 +148,7 @@ def test_each_of_several_validation_sets_has_its_own_numbers(tmp_path: Path, nam
 
 
 def test_a_whole_validation_beside_a_share_for_tests(tmp_path: Path):
-    """Of which nothing is read without --eval-iters."""
+    """Nothing of the test share is read without --eval-iters."""
     prefix = random_pair(tmp_path / "data", documents=100)
     base = MINIMAL.replace("--mock-data", f"--data-path {prefix} --split 80,15,5")
     flags = "--architecture gmlp --full-validation --multiple-validation-sets --eval-iters 0"
@@ -158,20 +158,20 @@ def test_a_whole_validation_beside_a_share_for_tests(tmp_path: Path):
 
 
 def test_a_schedule_of_batches_reads_mixed_data_to_its_end(tmp_path: Path):
-    """The last batch reads beyond --train-samples: 1, 4, then 7."""
+    """The last batch reads past --train-samples: 1, 4, then 7."""
     one, other = (random_pair(tmp_path / name, documents=30) for name in ("a", "b"))
     base = SCHEDULED.replace("--mock-data", f"--data-path 0.5 {one} 0.5 {other} --split 1,0,0")
     flags = "--architecture gmlp --micro-batch-size 1 --train-samples 5 --eval-iters 0"
     flags += " --step-batch-size-schedule 0:1,16:3 --log-interval 1"
     flags += f" --save {tmp_path}"
-    for _ in range(2):  # the second time nothing is left to read
+    for _ in range(2):  # the second run has nothing left to read
         with pretrained(flags, base=base):
             pass
     assert [line["consumed_samples"] for line in records(tmp_path)] == [1, 4, 7]
 
 
 def test_another_schedule_at_a_resume_ends_with_the_samples(tmp_path: Path):
-    """Its steps are counted from where the run stands, not from the first sample."""
+    """Its steps are counted from the resumed position, not from the first sample."""
     flags = "--architecture gmlp --micro-batch-size 1 --train-samples 8 --eval-iters 0"
     base = SCHEDULED
     flags += f" --log-interval 1 --save {tmp_path} --step-batch-size-schedule"
@@ -183,7 +183,7 @@ def test_another_schedule_at_a_resume_ends_with_the_samples(tmp_path: Path):
 
 
 def test_a_whole_validation_is_the_same_over_ranks(tmp_path: Path):
-    """Sets of an odd number of samples, and of less than one for each rank."""
+    """Also for sets with an odd number of samples, or with fewer samples than ranks."""
     train, small, odd = (
         random_pair(tmp_path / name, documents=documents)
         for name, documents in (("train", 300), ("small", 1), ("odd", 4))
@@ -213,7 +213,7 @@ def test_a_whole_validation_is_the_same_over_ranks(tmp_path: Path):
 
 
 def test_a_set_that_was_not_evaluated_at_the_end_is_evaluated_by_the_same_command(tmp_path: Path):
-    """Also where another one's name begins with its own."""
+    """Also if another set's name begins with its own."""
     train, valid = (random_pair(tmp_path / name, documents=30) for name in ("train", "valid"))
     names = ("en_web", "en")
     flags = (

@@ -1,4 +1,4 @@
-"""Merging and splitting, against Megatron's builder and against each other."""
+"""Merging is compared with Megatron's builder, and splitting with what was split."""
 
 import resource
 import shutil
@@ -86,7 +86,7 @@ def test_two_at_work_on_one_output_are_refused(pairs: list[str], tmp_path: Path)
             merge(pairs, output_prefix=output)
         assert (folder / "begun").exists()
     folder.mkdir()
-    (folder / "ours.bin").write_bytes(b"half")  # of a merge that was killed
+    (folder / "ours.bin").write_bytes(b"half")  # left by a killed merge
     merge(pairs, output_prefix=output)
     assert _problems(output) == []
     assert not list(tmp_path.glob("*.merging"))
@@ -134,7 +134,7 @@ def test_every_document_is_in_one_part(
 ):
     whole, output = open_index(pairs[0]), str(tmp_path / "split")
     documents = [whole.document(number).tobytes() for number in range(whole.num_documents)]
-    for left in tmp_path.glob("split_*"):  # of the example before
+    for left in tmp_path.glob("split_*"):  # from the previous example
         left.unlink()
     try:
         parts = split(pairs[0], output_prefix=output, weights=weights, by=by, seed=seed)
@@ -171,7 +171,7 @@ def test_a_split_beside_the_manifest_of_what_is_split(run: Run, tmp_path: Path):
 
 
 def test_a_pair_that_is_not_what_its_manifest_describes(pairs: list[str], tmp_path: Path):
-    """The parts would have a manifest that fits them, and names a tokenizer that may not."""
+    """The parts' manifest would match them, but might name the wrong tokenizer."""
     for half in (".bin", ".idx"):
         shutil.copyfile(pairs[1] + half, pairs[0] + half)
     output = str(tmp_path / "out")
@@ -185,7 +185,7 @@ def test_a_pair_that_is_not_what_its_manifest_describes(pairs: list[str], tmp_pa
 def test_a_split_that_dies_leaves_no_part_beside_one_of_another_split(
     pairs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: int | None
 ):
-    """A document of an older valid part may be in the new train part. None: while it writes."""
+    """A document of an old valid part may be in the new train part. None: it dies while writing."""
     cut: dict[str, Any] = {
         "output_prefix": f"{tmp_path}/split",
         "weights": [1, 1],

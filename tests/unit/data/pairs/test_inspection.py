@@ -1,4 +1,4 @@
-"""`inspect_dataset` on good pairs, and fuzzed pairs through everything that reads them."""
+"""`inspect_dataset` on good pairs, and fuzzed pairs through everything that reads pairs."""
 
 import random
 from collections.abc import Callable
@@ -121,8 +121,8 @@ def _damage(rng: random.Random, prefix: str) -> str:
 def test_fuzzed_pairs_give_an_error_or_the_right_tokens(
     prefix: str, tmp_path: Path, with_manifest: bool
 ):
-    """With a manifest every change is seen. Without, other tokens or other borders of documents
-    may be another good dataset; the borders of sequences never change unseen."""
+    """With a manifest every change is detected. Without, other tokens or document boundaries may be
+    another valid dataset; sequence boundaries never change undetected."""
     files = {suffix: Path(prefix + suffix).read_bytes() for suffix in (".bin", ".idx")}
     if not with_manifest:
         (tmp_path / "data.json").unlink()

@@ -1,4 +1,4 @@
-"""Training refuses data that it must not read, and knows the rest by a checksum."""
+"""Training refuses data that it must not read, and identifies the rest by a checksum."""
 
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def test_good_data_passes(prefix: str, tmp_path: Path):
 def test_ids_of_large_data_without_a_manifest(
     prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: int
 ):
-    """64 blocks that overlap, as in a file a little over the limit."""
+    """64 overlapping blocks, as in a file slightly over the limit."""
     monkeypatch.setattr("megatron_smlp.data.pairs.quick_check.WHOLE_BYTES", 1000)
     for module in ("content", "quick_check"):
         monkeypatch.setattr(f"megatron_smlp.data.pairs.{module}.BLOCK_BYTES", 1001)
@@ -52,7 +52,7 @@ def test_ids_of_large_data_without_a_manifest(
 def test_a_moved_boundary_in_a_large_dataset_is_seen(
     run: Run, tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Lengths and pointers that agree, far from the ends that the quick fingerprint reads."""
+    """Lengths and pointers agree, far from the ends that the quick fingerprint reads."""
     monkeypatch.setattr("megatron_smlp.data.pairs.quick_check.WHOLE_BYTES", 1000)
     monkeypatch.setattr("megatron_smlp.data.pairs.manifest.FINGERPRINT_BYTES", 64)
     run(corpus, tmp_path / "large", *BYTE_FLAGS)
@@ -79,7 +79,7 @@ def _pair(folder: Path, data: bytes) -> str:
 def test_a_large_file_is_looked_at_in_many_places(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ):
-    """Its ends and its middle: here 64 blocks of 20 kB, which overlap."""
+    """Its ends and its middle: here 64 overlapping blocks of 20 kB."""
     monkeypatch.setattr(content, "WHOLE_BYTES", 1000)
     monkeypatch.setattr(content, "BLOCK_BYTES", 20_000)
     data = bytearray(1_000_000)

@@ -1,4 +1,4 @@
-"""Bad lines of every kind: refused with file:line and reason, or listed and counted."""
+"""Bad lines of every kind are refused with file:line and reason, or listed and counted."""
 
 import contextlib
 import json
@@ -106,7 +106,7 @@ def test_a_truncated_archive_gives_all_it_has(run: Run, tmp_path: Path, suffix: 
 
 @pytest.mark.parametrize("suffix", COMPRESSORS)
 def test_a_damaged_later_member_of_an_archive(run: Run, tmp_path: Path, suffix: str):
-    """The file objects of bz2 and lzma take it for the end, in silence."""
+    """The file objects of bz2 and lzma silently take it for the end."""
     source = tmp_path / f"two.jsonl{suffix}"
     member = COMPRESSORS[suffix](GOOD + b"\n")
     source.write_bytes(member + bytes([member[0] ^ 1]) + member[1:])
@@ -129,7 +129,7 @@ def test_a_number_outside_of_the_vocabulary(run: Run, tmp_path: Path):
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        # As the out-of-memory killer would.
+        # Like the out-of-memory killer.
         ("os.kill(os.getpid(), signal.SIGKILL)", r"died near \S+:1 \(signal SIGKILL, most likely"),
         ("os._exit(7)", r"died near \S+:1 \(exit code 7\)"),
         ("raise BaseException('panic')", r"failed near \S+:1: BaseException: panic"),
@@ -168,7 +168,7 @@ def test_workers_end_when_the_parent_is_killed(tmp_path: Path):
     flags = ["--input", source, "--output-prefix", tmp_path / "data", *BYTE_FLAGS, "--workers", 2]
     command = [PYTHON, str(ROOT / "tools/preprocess_data.py"), *map(str, flags)]
     parent = subprocess.Popen(command, start_new_session=True)
-    with source.open("wb", buffering=0) as stream:  # Opens when the tool reads, with its workers.
+    with source.open("wb", buffering=0) as stream:  # Opens once the tool reads and has its workers.
         stream.write(GOOD)
         parent.kill()
         parent.wait()
@@ -188,7 +188,7 @@ def _living_of(session: int) -> list[int]:
 
 
 def test_a_tokenizer_whose_ids_have_gaps(run: Run, tmp_path: Path, tokenizer_folder: Path):
-    """Training would read beyond its vocabulary."""
+    """Otherwise training would read ids outside its vocabulary."""
     folder = shutil.copytree(tokenizer_folder, tmp_path / "tokenizer")
     rules = json.loads((folder / "tokenizer.json").read_text())
     rules["model"]["vocab"]["X"] = 1000

@@ -1,4 +1,4 @@
-"""A run killed at any moment goes on where it stopped, and gives the same bytes."""
+"""A run killed at any moment resumes where it stopped and writes the same bytes."""
 
 import contextlib
 import json
@@ -25,7 +25,7 @@ SUFFIXES = ("_text_document.bin", "_text_document.idx", ".rejected.jsonl", ".jso
 
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Small chunks and a commit after every few of them; one bad line in ten."""
+    """Write a corpus with one bad line in ten; use small chunks, with commits every few."""
     monkeypatch.setattr("megatron_smlp.data.prepare.sources.CHUNK_BYTES", 2000)
     monkeypatch.setattr("megatron_smlp.data.prepare.compression.BLOCK_BYTES", 500)
     monkeypatch.setattr(preprocessing, "SHARD_SECONDS", 0.0)
@@ -44,12 +44,12 @@ def _outputs(prefix: Path) -> list[bytes]:
 
 
 class _KilledError(BaseException):
-    """Ends a run without any cleaning up that it would do for an `Exception`."""
+    """Ends a run without the cleanup that it does for an `Exception`."""
 
 
 @contextlib.contextmanager
 def _killed(place: object, method: str, calls: int) -> Iterator[pytest.MonkeyPatch]:
-    """Whoever calls this method once more than so often is killed."""
+    """Kill the run at its next call of this method after `calls` calls."""
     left = [calls]
     original = getattr(place, method)
 
@@ -84,7 +84,7 @@ def test_a_run_stopped_at_each_step(
 
 @pytest.mark.parametrize("calls", range(4))
 def test_a_run_stopped_between_two_names(run: Run, tmp_path: Path, source: Path, calls: int):
-    """Killed while it gives the rejected list, `.bin` and `.idx` their names, or after them."""
+    """Killed while naming the rejected list, `.bin` and `.idx`, or after naming all."""
     whole, prefix = tmp_path / "a" / "data", tmp_path / "b" / "data"
     run(source, whole, *FLAGS)
     with _killed(pair_writer, "link_durably", calls) as patch:
@@ -98,7 +98,7 @@ def test_a_run_stopped_between_two_names(run: Run, tmp_path: Path, source: Path,
 def test_what_a_kill_left_behind_does_not_reach_the_published_files(
     run: Run, tmp_path: Path, source: Path
 ):
-    """Killed after the journal is gone, when the folder still has the files by a second name."""
+    """Killed after the journal is gone, while the folder still hard-links the published files."""
     prefix = tmp_path / "data"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(output, "remove_locked", _die)
@@ -159,7 +159,7 @@ def test_another_finished_run_is_not_replaced(run: Run, tmp_path: Path, source: 
 def test_a_tokenizer_of_other_rules_is_another_one(
     run: Run, tmp_path: Path, tokenizer_folder: Path
 ):
-    """The same vocabulary gives other ids."""
+    """The vocabulary is the same, but gives other ids."""
     folder = shutil.copytree(tokenizer_folder, tmp_path / "tokenizer")
     flags = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", folder]
     source = write_jsonl(tmp_path / "source.jsonl", ["Hello"])
@@ -185,7 +185,7 @@ def test_one_bad_record_does_not_cost_the_work_before_it(run: Run, tmp_path: Pat
 
 @pytest.mark.usefixtures("source")
 def test_a_pipe_is_not_resumed(run: Run, tmp_path: Path):
-    """Nor is it said to go on, though shards are there."""
+    """Nor does the error suggest --resume, although shards are there."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     with pytest.raises(DataError, match=r"--resume: .*pipe cannot be read again; give a file"):
@@ -216,7 +216,7 @@ def test_a_corpus_of_the_name_of_the_manifest_is_not_replaced(run: Run, tmp_path
 
 
 def test_kill_9_at_random_moments(run: Run, tmp_path: Path, source: Path):
-    """Real processes that kill themselves while they work, until one gets through."""
+    """Real processes kill themselves at work, until one gets through."""
     source.write_bytes((source.read_bytes() + b"\n") * 6)
     program = tmp_path / "dies.py"
     program.write_text(f"""

@@ -1,4 +1,4 @@
-"""The pairs equal what Megatron's own tokenizer and `IndexedDatasetBuilder` write."""
+"""The pairs are the bytes that Megatron's own tokenizer and `IndexedDatasetBuilder` write."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,7 +55,7 @@ def test_any_number_of_workers_gives_the_same_bytes(
 
 @pytest.fixture(scope="module")
 def nltk_data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """punkt_tab data of a made-up training text."""
+    """Write punkt_tab data trained on a made-up text."""
     import nltk
     from nltk.tokenize import punkt
 
@@ -64,14 +64,14 @@ def nltk_data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     root = tmp_path_factory.mktemp("nltk_data")
     folder = root / "tokenizers" / "punkt_tab" / "english"
     folder.mkdir(parents=True)
-    with pytest.MonkeyPatch.context() as patch:  # NLTK writes only where it may read.
+    with pytest.MonkeyPatch.context() as patch:  # NLTK writes only to folders that it may read.
         patch.setattr(nltk.data, "path", [str(root)])
         punkt.save_punkt_params(trainer.get_params(), dir=str(folder))
         yield
 
 
 def _megatron_splitter(keep_newlines: bool) -> Any:
-    """As Megatron's tool builds it, with the format of the data that NLTK still loads."""
+    """Build Megatron's splitter, from the data format that NLTK still loads."""
     from nltk.tokenize import punkt
 
     splitter = punkt.PunktTokenizer("english")

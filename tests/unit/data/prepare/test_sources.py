@@ -1,4 +1,4 @@
-"""The same documents out of every input format, and the place to go on from."""
+"""Every input format gives the same documents, and a position to resume from."""
 
 import gzip
 import json
@@ -160,7 +160,7 @@ def test_a_damaged_array_has_no_records(tmp_path: Path, body: str, why: str):
 def test_rows_of_a_parquet_file_are_cut_by_their_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """A chunk of 1,024 long documents would be all that is read ahead, for one worker."""
+    """Otherwise one chunk of 1,024 long documents, for one worker, would fill the read-ahead."""
     monkeypatch.setattr("megatron_smlp.data.prepare.sources.CHUNK_BYTES", 20_000)
     texts = [f"{number:04} " * 200 for number in range(500)] + ["x" * 50_000, "", "y"]
     path = _write_parquet(tmp_path / "a.parquet", {"text": texts})
@@ -172,7 +172,7 @@ def test_rows_of_a_parquet_file_are_cut_by_their_bytes(
 
 
 def test_long_documents_of_a_parquet_file_are_read_as_they_are_needed(tmp_path: Path):
-    """20 MB in one row group and under 1,024 rows, in pages of 4 rows."""
+    """20 MB in one row group of under 1,024 rows, in pages of 4 rows."""
     pyarrow = pytest.importorskip("pyarrow")
     texts = [f"{number:05}" * 20_000 for number in range(200)]
     path = _write_parquet(tmp_path / "a.parquet", {"text": texts}, write_batch_size=4)

@@ -1,4 +1,4 @@
-"""Every tokenizer type gives Megatron's ids, its end of document, its size, and one identity."""
+"""Every tokenizer type has Megatron's ids, end of document and size, and one identity."""
 
 import argparse
 import base64
@@ -92,7 +92,7 @@ def gpt2_flags(gpt2_files: tuple[Path, Path]) -> Flags:
 
 @pytest.fixture
 def bos_flags(tokenizer_folder: Path, tmp_path: Path) -> Flags:
-    """A folder whose template puts ids around each text."""
+    """Write a tokenizer folder whose template puts ids around each text."""
     folder = tmp_path / "bos"
     folder.mkdir()
     backend = tokenizers.Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
@@ -109,7 +109,7 @@ def bos_flags(tokenizer_folder: Path, tmp_path: Path) -> Flags:
 
 @pytest.fixture
 def class_flags(gpt2_files: tuple[Path, Path], tmp_path: Path) -> Flags:
-    """A folder that names a class, whose pipeline only `transformers` knows."""
+    """Write a tokenizer folder that names a class, whose pipeline only `transformers` knows."""
     folder = tmp_path / "class"
     folder.mkdir()
     for path in gpt2_files:
@@ -130,7 +130,7 @@ def test_ids_are_those_of_megatron(
     monkeypatch: pytest.MonkeyPatch,
 ):
     flags = request.getfixturevalue(kind)
-    # Megatron's GPT2BPETokenizer asks for "gpt2", which a folder of that name answers offline.
+    # Megatron's GPT2BPETokenizer loads "gpt2"; offline, a folder of that name provides it.
     working = tmp_path_factory.mktemp("working")
     (working / "gpt2").mkdir()
     (working / "gpt2" / "config.json").write_text('{"model_type": "gpt2"}')
@@ -187,7 +187,7 @@ def test_decoding_leaves_the_vocabularys_padding_out(kind: str, request: pytest.
 
 @pytest.fixture(scope="module")
 def both_encoders(tokenizer_folder: Path) -> tuple[Encoder, Encoder]:
-    """The fast and the slow one."""
+    """Return the fast and the slow encoder."""
     pytest.importorskip("gigatoken")
     tokenizer = HuggingFaceTokenizer((tokenizer_folder / "tokenizer.json").read_text(), 0, False)
     fast = tokenizer.build()
@@ -233,7 +233,7 @@ def test_without_gigatoken_or_where_it_is_wrong_the_slow_one_is_taken(
 
 
 def test_user_defined_pieces_that_gigatoken_gets_wrong(tmp_path: Path):
-    """It takes what follows one for the start of a text."""
+    """It treats what follows such a piece as the start of a text."""
     pytest.importorskip("gigatoken")
     pieces = {"user_defined_symbols": ["<sep>", "[X]"], "model_type": "bpe"}
     tokenizer = resolve(sentencepiece_model(tmp_path / "sp", **pieces))
@@ -246,7 +246,7 @@ def test_user_defined_pieces_that_gigatoken_gets_wrong(tmp_path: Path):
 
 
 def test_added_tokens_that_gigatoken_gets_wrong(tokenizer_folder: Path):
-    """It finds a whole word within longer ones too; 256 plain tokens are no reason against it."""
+    """It matches whole words inside longer ones too; 256 plain tokens do not rule it out."""
     pytest.importorskip("gigatoken")
     backend = tokenizers.Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
     backend.add_special_tokens([f"<|reserved_{number}|>" for number in range(256)])
@@ -289,7 +289,7 @@ def test_an_end_of_document_that_is_not_there(tmp_path: Path, run: Any, corpus: 
 
 
 def test_a_tokenizer_learns_from_so_many_bytes(tmp_path: Path):
-    """The rest of the corpus changes nothing, also where it lies in the same chunk and text."""
+    """The rest of the corpus changes nothing, even within the same chunk and text."""
     start = "\u00e4b \u00e4b cd cd " * 20
     learned = []
     for name, text in (("part", start), ("whole", start + "xy xy zw zw " * 900)):
@@ -305,7 +305,7 @@ def test_a_tokenizer_learns_from_so_many_bytes(tmp_path: Path):
 
 
 def test_a_checkpoint_does_not_say_whom_to_trust():
-    """Its tokenizer may bring code, which runs where the user of the checkpoint lets it."""
+    """Its tokenizer may bring code, which runs only if the user of the checkpoint allows it."""
     recorded = Namespace(
         tokenizer_type="HuggingFaceTokenizer", tokenizer_model="x", trust_remote_code=True
     )
@@ -314,7 +314,7 @@ def test_a_checkpoint_does_not_say_whom_to_trust():
 
 
 def test_every_tokenizer_flag_of_megatron_is_known():
-    """But for those that would change the ids."""
+    """Except for those that would change the ids."""
     from megatron.training.arguments import _add_tokenizer_args
 
     theirs = _add_tokenizer_args(argparse.ArgumentParser())._option_string_actions
