@@ -58,7 +58,7 @@ def blends_from_arguments(args: argparse.Namespace) -> Blends:
     given = [name for name in (*WHOLE_FLAGS, *PER_SPLIT_FLAGS) if getattr(args, name, None)]
     if len(given) > 1 and not set(given) <= set(SPLIT_FLAGS):
         flags = " and ".join(flag_of(name) for name in given)
-        raise UsageError(f"{flags} exclude one another; give one of them")
+        raise UsageError(f"{flags} cannot be combined; give one of them")
     if "data_path" in given:
         return Blends(parse_blend(args.data_path, source="--data-path"))
     if "data_args_path" in given:
@@ -102,8 +102,8 @@ def _read_per_split(path: str) -> list[Blend | None]:
             raise TypeError(f"{text[:80]}")
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(
-            f"{flag} {path} must be JSON with the keys {', '.join(SPLITS)}, each with a list of "
-            f"weights and prefixes, a text of them, or null ({type(error).__name__}: {error})"
+            f"{flag} {path} must be JSON with the keys {', '.join(SPLITS)}, each a list or string "
+            f"of weights and prefixes, or null ({type(error).__name__}: {error})"
         ) from None
     return _three_blends(lists, [f"{flag} {path}, {name}:" for name in SPLITS])
 
@@ -141,9 +141,7 @@ def parse_blend(entries: Sequence[str], *, source: str) -> Blend:
                 f"first_prefix 0.3 second_prefix), or none at all"
             )
     if len(entries) % 2:
-        raise UsageError(
-            f"{source} ends with the weight {entries[-1]}: a prefix is missing after it"
-        )
+        raise UsageError(f"{source} ends with the weight {entries[-1]}, which has no prefix")
     prefixes = entries[1::2]
     weights = [_weight(*pair, source) for pair in zip(entries[::2], prefixes, strict=True)]
     return Blend(list(map(strip_suffix, prefixes)), weights)
@@ -162,7 +160,7 @@ def _weight(entry: str, name: str, source: str) -> float:
     weight = float(entry)
     if not math.isfinite(weight) or weight <= 0:
         raise UsageError(
-            f"{source}: the weight {entry} of {name!r} is not above 0; leave a dataset out that is "
-            f"not to be read"
+            f"{source}: the weight {entry} of {name!r} must be above 0; omit a dataset that should "
+            f"not be read"
         )
     return weight

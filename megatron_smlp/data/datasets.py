@@ -127,7 +127,7 @@ def build_datasets(
     folders = cache_folders(prefixes, path_to_cache=config.path_to_cache)
     others = f" and {len(folders) - 1} more" if len(folders) > 1 else ""
     where = f"{next(iter(folders), 'no folder')}{others}"
-    what = f"building the sample index in {where}, or waiting for another run or rank that does"
+    what = f"building the sample index in {where}, or waiting for another run or rank to do so"
     with (
         telling(what, say),
         first_rank_first(rank, silence=silence),
@@ -138,7 +138,7 @@ def build_datasets(
         except IndexError as error:
             if "oversamples" not in str(error):
                 raise
-            raise DataError(f"{error} It is --mid-level-dataset-surplus.") from None
+            raise DataError(f"{error} Raise --mid-level-dataset-surplus.") from None
         except Exception as error:
             if not isinstance(error.__cause__, OSError):  # as Megatron raises it on rank 0
                 raise
@@ -172,9 +172,9 @@ def _check_splits(config: GPTDatasetConfig, num_samples: Sequence[int | None]) -
             if is_read_once and tokens <= config.sequence_length:
                 how = "with --full-validation" if is_whole else "without weights"
                 raise DataError(
-                    f"{prefix!r} has {tokens} tokens for {name}, and a sample takes "
-                    f"{config.sequence_length} and one more: {how} each dataset is read once; "
-                    f"leave it out, merge it into another one (tools/merge_datasets.py), "
+                    f"{prefix!r} has {tokens} tokens for {name}, but a sample takes "
+                    f"{config.sequence_length} + 1: {how} each dataset is read once; "
+                    f"omit it, merge it into another one (tools/merge_datasets.py), "
                     f"{'' if is_whole else 'give weights, '}or make the split's share larger"
                 )
 
@@ -206,7 +206,7 @@ def _check_suffices(split: str, dataset: Any, wanted: int | None) -> None:
     weighted = " ".join(f"{count} {name}" for count, name in zip(tokens, names, strict=True))
     raise DataError(
         f"the {split} datasets have {len(dataset)} samples and are read once without weights, but "
-        f"the run wants {wanted}; give weights to go on over the same data, by size: {weighted}"
+        f"the run needs {wanted}; give weights to repeat the data, by size: {weighted}"
     )
 
 

@@ -27,9 +27,9 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN", help="folder of a metrics.jsonl, or the file"
+        "runs", nargs="+", type=Path, metavar="RUN", help="metrics.jsonl, or its folder"
     )
-    parser.add_argument("--labels", nargs="+", metavar="NAME", help="one a run (default: folders)")
+    parser.add_argument("--labels", nargs="+", metavar="NAME", help="one each (default: folders)")
     parser.add_argument(
         "--output", type=Path, default=Path("plots"), metavar="FOLDER", help="default: plots"
     )
@@ -37,20 +37,20 @@ def build_parser() -> argparse.ArgumentParser:
         "--against",
         nargs="+",
         choices=["steps", "tokens", "flops", "square-flops", "time"],
-        help="what the loss is drawn against, a panel each (default: all)",
+        help="x axes of the loss, one panel each (default: all)",
     )
     parser.add_argument(
         "--formats",
         nargs="+",
         choices=FORMATS,
         default=list(FORMATS),
-        help=f"kinds of files, one of each a figure (default: {' '.join(FORMATS)})",
+        help=f"file formats of each figure (default: {' '.join(FORMATS)})",
     )
     parser.add_argument(
         "--smooth",
         type=int,
         metavar="LINES",
-        help="logged lines that a training curve averages over, with the curve itself thin behind "
+        help="logged lines to average a training curve over, with the raw curve thin behind "
         "it; 1: none (default: a fiftieth of each run's lines)",
     )
     return parser
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     require_package("matplotlib", purpose="a plot", extra="'megatron-smlp[plots]'")
     if args.smooth is not None and args.smooth < 1:
-        raise UsageError(f"--smooth {args.smooth}: 1 or more logged lines are expected.")
+        raise UsageError(f"--smooth {args.smooth}: give 1 or more logged lines.")
     from megatron_smlp.plotting.series import read_runs
 
     runs = read_runs(args.runs, labels=args.labels)
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(
-            f"--output {args.output}: {error.strerror}: give a folder that can be written to."
+            f"--output {args.output}: {error.strerror}: give a writable folder."
         ) from error
     for name, figure in figures(runs, against=args.against, window=args.smooth):
         for kind in args.formats:

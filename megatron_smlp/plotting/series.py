@@ -63,7 +63,7 @@ def read_run(path: Path, *, label: str) -> Run:
     present = read_records(file)
     training, validation = (_by_iteration(present, name) for name in ("loss", "validation_loss"))
     if not training:
-        raise UsageError(f"{file}: no training step is recorded in it: nothing can be drawn.")
+        raise UsageError(f"{file}: no training step is recorded: nothing to draw.")
     return Run(label, training, validation)
 
 

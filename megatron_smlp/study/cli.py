@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 HELP = {
     "plan": "check that the study is fair, and list its runs",
-    "run": "work on it: start as many workers, on as many machines, as you like",
-    "reuse": "take over the runs of other studies' results that are also runs of this one",
+    "run": "train its runs; start any number of workers, on any machines",
+    "reuse": "take over the runs of other studies' results that this one shares",
     "evaluate": "score final checkpoints: zero-shot tasks, and where in a text the loss lies",
     "export": "write the best run of each system for transformers, with a model card",
     "status": "what is done, running, failed",
@@ -51,16 +51,16 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("study", type=Path, metavar="STUDY", help="file of studies/")
         for flag, default, help_text in (
             ("--runs", RUNS, f"of all runs (default: {RUNS})"),
-            ("--data", DATA, f"what examples/study_data.sh made (default: {DATA})"),
+            ("--data", DATA, f"made by examples/study_data.sh (default: {DATA})"),
             ("--results", None, "CSV files and report (default: studies/results/NAME/HARDWARE)"),
         ):
             command.add_argument(flag, type=Path, default=default, metavar="FOLDER", help=help_text)
     run, evaluate = parsers["run"], parsers["evaluate"]
     run.add_argument("--processes", type=int, default=1, metavar="N", help="of each run")
-    run.add_argument("--retry", action="store_true", help="try the runs that failed once more")
+    run.add_argument("--retry", action="store_true", help="retry the failed runs")
     run.add_argument(
         "--expiry", type=float, default=state.EXPIRY, metavar="SECONDS",
-        help="after which this worker counts as dead for others if it gives no sign",
+        help="of silence after which other workers consider this one dead",
     )  # fmt: skip
     run.add_argument(
         "--speed", action="store_true",
@@ -72,8 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parsers["report"].add_argument(
         "--accept-other-sources", action="store_true",
-        help="compare runs also where other sources made them that are not known to compute the "
-        "same",
+        help="also compare runs made by other sources that are not known to compute the same",
     )  # fmt: skip
     evaluate.add_argument(
         "--tasks", metavar="A,B",
@@ -89,7 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--save", type=Path, required=True, metavar="FOLDER", help="for a folder STUDY-SYSTEM each"
     )
-    export.add_argument("--overwrite", action="store_true", help="replace what is in these folders")
+    export.add_argument("--overwrite", action="store_true", help="replace existing folders")
     export.add_argument("--license", metavar="NAME", help="in the model cards, as the Hub names it")
     return parser
 
@@ -136,7 +135,7 @@ def read_states(args: argparse.Namespace) -> list[tuple[State, Results]]:
     name, studies = read_studies(args.study)
     if args.results is None and not (here := default_folder(name)).exists():
         for other in sorted(here.parent.glob("*")):
-            text = f"{here} is not there; --results {other} reads and adds to another machine's"
+            text = f"{here} does not exist; --results {other} extends another machine's"
             print(f"note: {text}", file=sys.stderr)
     return [_read_state(args, name, study) for study in studies]
 
@@ -244,7 +243,7 @@ def _reuse(args: argparse.Namespace, known: State, results: Results) -> int:
     others = [Results(folder) for folder in args.of]
     for other in others:
         if other.runs.empty:
-            raise UsageError(f"--of {other.folder}: no runs.csv with a run is there.")
+            raise UsageError(f"--of {other.folder}: has no runs.csv with a run.")
     had = len(results.runs)
     # Repeat, since only the results of trials determine which runs follow them.
     while any(results.take_over(_with(known, results), other) for other in others):
@@ -265,7 +264,7 @@ def _evaluate(args: argparse.Namespace, known: State, results: Results) -> int:
     from megatron_smlp.study.final import evaluate_finals
 
     if args.data_dir and not args.tasks:
-        raise UsageError(f"--data-dir {args.data_dir} has the files of --tasks: give both")
+        raise UsageError(f"--data-dir {args.data_dir} has no effect without --tasks")
     with _alone(known, "evaluation"):
         results.collect(known)
         done = evaluate_finals(
@@ -297,9 +296,9 @@ def _status(args: argparse.Namespace, known: State, _: Results) -> int:
         if status == state.FAILED:
             ending = known.ending(run) or {}
             print("\n".join(f"          {line}" for line in ending.get("last_lines", [])[-3:]))
-            print(f"          tools/study.py run {args.study} --retry tries it again")
+            print(f"          tools/study.py run {args.study} --retry retries it")
     if plan.pending:
-        print(f"{len(plan.pending)} more runs are known when the learning rates are chosen")
+        print(f"{len(plan.pending)} more runs follow once the learning rates are chosen")
     if failure := known.failure(plan):
         print(failure)
     return 0
@@ -317,7 +316,7 @@ def _report(args: argparse.Namespace, states: Sequence[tuple[State, Results]]) -
             print(*write_report(pages[-1]), sep="\n")
     if not any(len(results.runs) for _, results in states):
         raise UsageError(
-            f"{args.study}: no run is over: start `tools/study.py run {args.study}` first."
+            f"{args.study}: no run has ended: run `tools/study.py run {args.study}` first."
         )
     if len(states) > 1:
         name, _ = read_studies(args.study)

@@ -45,7 +45,7 @@ class StudyData:
         tokenizer = Tokenizer.from_file(str(self.folder / TOKENIZER / "tokenizer.json"))
         if (own := tokenizer.get_vocab_size()) != size:
             raise UsageError(
-                f"vocab-size {size:,} of the study, and the tokenizer of --data {self.folder} has "
+                f"vocab-size {size:,} of the study, but the tokenizer of --data {self.folder} has "
                 f"{own:,} entries: make data with VOCABULARY={size} examples/study_data.sh."
             )
 
@@ -63,7 +63,7 @@ class StudyData:
                 digest.update(file.name.encode() + file.read_bytes())
         except OSError as error:
             raise UsageError(
-                f"--data {self.folder}: {error.filename}: {error.strerror}: give a folder that "
-                "examples/study_data.sh made."
+                f"--data {self.folder}: {error.filename}: {error.strerror}: give a folder made "
+                "by examples/study_data.sh."
             ) from error
         return content | {TOKENIZER: digest.hexdigest()}

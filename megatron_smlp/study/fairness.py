@@ -53,9 +53,9 @@ def _check_common_flags(study: Study, systems: Mapping[str, System]) -> None:
         values = {name: system.flags.get(flag) for name, system in systems.items()}
         if len({json.dumps(value) for value in values.values()}) > 1:
             raise UsageError(
-                f"{flag_of(flag)} differs between the systems of the study, which differ in "
-                "architecture and learning rate alone, on the same data in the same batches: give "
-                "it once, in `fixed`, or name it in `may-differ` where it is what is compared.\n"
+                f"{flag_of(flag)} differs between the systems of the study, which may differ only "
+                "in architecture and learning rate, on the same data in the same batches: set "
+                "it once, in `fixed`, or list it in `may-differ` if the study compares it.\n"
                 + _lines(values)
             )
 
@@ -79,8 +79,8 @@ def _check_trials(study: Study) -> None:
     trials = {name: len(study.tuning.factors(name)) for name in study.systems}
     if len(set(trials.values())) > 1:
         raise UsageError(
-            "tuning: lr: the systems have different numbers of trials, and more trials are an "
-            f"advantage: give every system as many.\n{_lines(trials)}"
+            "tuning: lr: the systems have different numbers of trials, and more are an "
+            f"advantage: give each the same number.\n{_lines(trials)}"
         )
 
 
@@ -91,7 +91,7 @@ def _check_flops(study: Study, systems: Mapping[str, System]) -> None:
         spread = flops_spread(systems, convention)
         if spread > tolerance:
             raise UsageError(
-                f"FLOPs per token, {title}, differ by {spread:.1%} between the systems, and "
+                f"FLOPs per token, {title}, differ by {spread:.1%} between the systems, but "
                 f"{tolerance:.0%} is allowed ({key}): change the sizes in {study.base}.\n"
                 f"{flops_table(study, systems)}"
             )

@@ -101,8 +101,8 @@ def export_best(known: State, system: str, folder: Path, more: Sequence[str]) ->
     finals = [r for r in known.plan().runs if r.system == system and _is_final(known, r)]
     if not finals:
         raise UsageError(
-            f"{system} has no checkpoint at the longest horizon in {known.folder}: train it here "
-            "by `tools/study.py run`, or give the --runs folder that has it."
+            f"{system} has no checkpoint at the longest horizon in {known.folder}: train it "
+            "with `tools/study.py run`, or give the --runs folder that has it."
         )
     best = min(finals, key=lambda run: float((known.ending(run) or {})["loss"]))
     load = known.folder_of(best) / CHECKPOINTS

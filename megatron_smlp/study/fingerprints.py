@@ -84,4 +84,4 @@ def lines_on_sources(known: State, results: Results, *, processes: int = 1) -> I
     )
     if others:
         runs = ", ".join(f"{count} of {name}" for name, count in others.items())
-        yield f"note: runs that are over, of sources that may compute otherwise than {now}: {runs}"
+        yield f"note: finished runs of sources that may compute differently from {now}: {runs}"

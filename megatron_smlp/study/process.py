@@ -74,7 +74,7 @@ def plugin_paths(flags: Mapping[str, Any]) -> list[str]:
 def _script() -> str:
     spec = importlib.util.find_spec("pretrain_smlp")
     if spec is None or spec.origin is None:
-        raise UsageError("pretrain_smlp.py is not there: run tools/study.py, or `make env` first.")
+        raise UsageError("pretrain_smlp.py not found: run tools/study.py, or `make env` first.")
     return spec.origin
 
 

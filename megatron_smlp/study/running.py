@@ -104,7 +104,7 @@ class Worker:
         attempts = failures = code = 0
         while failures < ATTEMPTS and not self._is_whole(run):
             if holder := holder_of(folder / CHECKPOINTS):  # a training that saves as it ends
-                progress.show(over, f"{counts}; {run.title}: waiting for {holder}, which saves")
+                progress.show(over, f"{counts}; {run.title}: waiting for {holder} to save")
                 if lease.lost.wait(WAIT_SECONDS):
                     return
                 continue

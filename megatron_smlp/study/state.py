@@ -85,7 +85,7 @@ class State:
             run for run in self.to_do(plan) if any(parent.key in keys for parent in run.parents)
         ]
         names = "; ".join(run.title for run in failed)
-        return f"failed: {names}; runs that wait for that: {len(waiting)}" if failed else ""
+        return f"failed: {names}; blocked runs: {len(waiting)}" if failed else ""
 
     def folder_of(self, run: PlannedRun) -> Path:
         return self.folder / run.folder
@@ -223,8 +223,8 @@ def check_unchanged(before: dict[str, Any], now: dict[str, Any], *, where: Path)
     if changes:
         lines = "\n".join(f"  {change}" for change in changes)
         raise UsageError(
-            f"the study changed since what is in {where} was begun: change it back, or give the "
-            f"new one another `name`, or --runs and --results of its own.\n{lines}"
+            f"the study has changed since {where} was begun: revert the changes, or give the "
+            f"new one another `name`, or its own --runs and --results.\n{lines}"
         )
 
 

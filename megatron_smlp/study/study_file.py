@@ -92,7 +92,7 @@ def _list(parse: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]]:
             raise ValueError(f"{value!r}: give a list as [1, 2]")
         items = tuple(parse(item) for item in value)
         if len({str(item) for item in items}) < len(items):
-            raise ValueError(f"{value!r}: an item is there twice")
+            raise ValueError(f"{value!r}: an item is repeated")
         return items
 
     return read
@@ -248,7 +248,7 @@ def _study(content: dict[str, Any]) -> Study:
 
 
 _sizes = _given(
-    "`name: keys of the study that are others there` lines",
+    "`name: keys of the study to override` lines",
     lambda value: (
         isinstance(value, dict)
         and len(value) > 0
@@ -313,12 +313,12 @@ def _check(study: Study) -> None:
     named -= {OTHERS}
     for name in sorted(named):
         if name not in study.systems:
-            raise ValueError(f"{name!r} is none of the systems: {', '.join(study.systems)}")
+            raise ValueError(f"{name!r} is not in `systems`: {', '.join(study.systems)}")
     _check_design(study)
     if tuning and tuning.horizon > study.longest:
         raise ValueError(
-            f"tuning: horizon: {tuning.horizon:,} tokens are more than the longest of horizons, "
-            f"{study.longest:,}, and no run is longer: give as many or fewer."
+            f"tuning: horizon: {tuning.horizon:,} tokens exceed the longest of horizons, "
+            f"{study.longest:,}: give at most that many."
         )
     for system in study.systems:
         seeds = study.seeds_of(system)
@@ -327,7 +327,7 @@ def _check(study: Study) -> None:
         if tuning and tuning.seed in seeds:
             raise ValueError(
                 f"seeds: {tuning.seed} of {system!r} is also the tuning's: the learning rate "
-                "would be chosen on a run that counts. Take another one."
+                "would be chosen on a run that counts. Use another seed."
             )
 
 
@@ -335,16 +335,16 @@ def _check_design(study: Study) -> None:
     if study.design is None:
         return
     if study.tuning or study.seeds:
-        raise ValueError("design: it is in place of tuning and seeds: remove those, or it.")
+        raise ValueError("design: it cannot be combined with tuning or seeds: remove one.")
     count = len(study.design.seeds)
     for system in study.systems:
         rates = study.rates_of(system)
         if len(rates) != count:
             raise ValueError(
-                f"design: lr: {len(rates)} rates for {system!r} and {count} seeds: give each rate "
-                "a seed of its own."
+                f"design: lr: {len(rates)} rates for {system!r}, but {count} seeds: give each rate "
+                "its own seed."
             )
     if count < LEAST_RATES:
         raise ValueError(
-            f"design: lr: {count} rates: a parabola takes {LEAST_RATES}: give as many, or more."
+            f"design: lr: {count} rates: a parabola needs {LEAST_RATES}: give at least as many."
         )

@@ -111,7 +111,7 @@ def _system(study: Study, name: str, *, folder: Path) -> System:
         )
     if clash := sorted(given & set(OWN_FLAGS)):
         raise UsageError(
-            f"{', '.join(clash)} of study {study.name!r}, {name}: a study sets that itself for "
+            f"{', '.join(clash)} of study {study.name!r}, {name}: the study sets it for "
             "each run, from horizons, seeds and --data. Remove it."
         )
     flags = {key: value for key, value in flags.items() if key not in OWN_FLAGS}
@@ -122,8 +122,8 @@ def _system(study: Study, name: str, *, folder: Path) -> System:
     flags = {key: value for key, value in flags.items() if value is not None}
     if len(warm_ups := WARM_UPS & {*flags}) > 1:
         raise UsageError(
-            f"{' and '.join(sorted(warm_ups))} of study {study.name!r}, {name}, exclude one "
-            "another: give one of them."
+            f"{' and '.join(sorted(warm_ups))} of study {study.name!r}, {name}, cannot be "
+            "combined: give one of them."
         )
     # A system with a capacity is evaluated without it: its loss is not that of dropped tokens.
     flags.pop("moe_eval_capacity_factor", None)

@@ -196,7 +196,7 @@ def test_a_study_of_several_sizes(tmp_path: Path, data: Path):
 def test_data_of_another_vocabulary_are_refused(tmp_path: Path, data: Path):
     study = write_study(tmp_path, **TINY | {"vocab-size": 281})
     said = run_command([*TOOL, "run", *words(study, data)], code=2).stderr
-    assert "vocab-size 281 of the study, and the tokenizer" in said
+    assert "vocab-size 281 of the study, but the tokenizer" in said
     assert "VOCABULARY=281" in said
 
 

@@ -40,7 +40,7 @@ def find_pairs(inputs: Sequence[str], *, output_prefix: str) -> list[str]:
         for prefix in _pairs_in(Path(name)) if is_folder else [strip_suffix(name)]:
             first = prefixes.setdefault(bin_path(prefix).resolve(), prefix)
             if first is not prefix:
-                print(f"note: {prefix} is {first} again: merged once", file=sys.stderr)
+                print(f"note: {prefix} repeats {first}: merged once", file=sys.stderr)
     if bin_path(output_prefix).resolve() in prefixes:
         raise DataError(f"--output-prefix {output_prefix} is one of the inputs; give another name")
     return list(prefixes.values())
@@ -96,7 +96,7 @@ def origin_of(prefix: str) -> Origin | None:
     """
     origin = find_manifest(prefix)
     if origin and not is_unchanged(prefix, origin.pair):
-        raise DataError(f"{prefix!r} is not what its manifest {origin.path} describes; validate it")
+        raise DataError(f"{prefix!r} does not match its manifest {origin.path}; validate it")
     return origin
 
 

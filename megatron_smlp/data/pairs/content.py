@@ -109,11 +109,11 @@ class Watch:
         except OSError as error:
             raise self._changed(f"{error.filename}: {error.strerror}") from None
         if not is_same:
-            raise self._changed("its files hold something else than at the start")
+            raise self._changed("its content differs from the start")
         self.state = state  # same content: copied again, or touched
 
     def _changed(self, what: str) -> ChangedDataError:
         return ChangedDataError(
-            f"the dataset {self.prefix!r} was changed while this run reads it ({what}): put "
-            "the same files back, and go on from the last checkpoint by the same command."
+            f"the dataset {self.prefix!r} changed while this run was reading it ({what}): restore "
+            "its files, and resume from the last checkpoint with the same command."
         )

@@ -50,7 +50,7 @@ def validate(prefix: str, *, vocab_size: int | None = None) -> Iterator[tuple[st
         else:
             yield rule, None
     if origin is None:
-        yield "manifest (none: counts and checksums are not known)", None
+        yield "manifest (none: counts and checksums unknown)", None
 
 
 def require_sound_index(index: Index) -> None:
@@ -91,8 +91,7 @@ def check_documents(index: Index) -> None:
     before = _first(starts, lambda at, part: np.diff(starts[at : at + len(part) + 1]) < 0)
     if before is not None:
         raise DataError(
-            f"document {before + 1} starts at sequence {starts[before + 1]}, before the one ahead "
-            "of it"
+            f"document {before + 1} starts at sequence {starts[before + 1]}, before its predecessor"
         )
 
 
@@ -118,7 +117,7 @@ def check_ids(index: Index, vocab_size: int | None, *, blocks: Sequence[slice] =
             sequence = int(np.searchsorted(index.pointers, where * index.dtype.itemsize, "right"))
             raise DataError(
                 f"token {where} (sequence {sequence - 1}) has id {tokens[where]}, outside "
-                f"of 0 to {limit - 1}"
+                f"0 to {limit - 1}"
             )
 
 
@@ -129,7 +128,7 @@ def _check_checksums(index: Index, pair: PairRecord) -> None:
         (bin_path(index.prefix), pair.bin_sha256),
     ):
         if sha256_of(path) != expected:
-            raise DataError(f"SHA-256 of {path} is not that of the manifest: its bytes changed")
+            raise DataError(f"SHA-256 of {path} differs from the manifest: its bytes changed")
 
 
 def _first(array: Array, is_wrong: Callable[[int, Array], Array]) -> int | None:

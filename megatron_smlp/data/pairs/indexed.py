@@ -101,7 +101,7 @@ def refuse_existing(prefixes: Iterable[str], *, output_prefix: str, why: str = "
     for prefix in prefixes:
         if bin_path(prefix).exists() or idx_path(prefix).exists():
             raise DataError(
-                f"--output-prefix {output_prefix}: {prefix}.bin is there already{why}; give "
+                f"--output-prefix {output_prefix}: {prefix}.bin already exists{why}; give "
                 "--overwrite to replace it, or another prefix"
             )
 
@@ -148,7 +148,7 @@ def open_index(prefix: str) -> Index:
 
 def _missing(prefix: str, path: Path) -> DataError:
     names = sorted(index.stem for index in path.parent.glob("*.idx"))
-    nearby = f"; in that folder there are: {', '.join(names[:5])}" if names else ""
+    nearby = f"; that folder has: {', '.join(names[:5])}" if names else ""
     return DataError(
         f"no dataset at {prefix!r}: {path} does not exist{nearby} (give the path without .bin/.idx)"
     )
@@ -158,12 +158,12 @@ def _read_header(path: Path) -> tuple[np.dtype[Any], int, int]:
     with path.open("rb") as stream:
         raw = stream.read(HEADER.size)
     if len(raw) < HEADER.size:
-        raise damage(path, f"{len(raw)} bytes, and its header has {HEADER.size}")
+        raise damage(path, f"{len(raw)} bytes, but a header has {HEADER.size}")
     magic, version, code, sequences, starts = HEADER.unpack(raw)
     if magic != MAGIC or version != 1 or code not in DTYPE_CODES:
         raise DataError(
             f"{path} is not a Megatron index of token ids: its header is {magic!r}, version "
-            f"{version}, type code {code}; {MAGIC!r}, 1 and one of {list(DTYPE_CODES)} are expected"
+            f"{version}, type code {code}; expected {MAGIC!r}, 1 and one of {list(DTYPE_CODES)}"
         )
     return DTYPE_CODES[code], sequences, starts
 
@@ -191,7 +191,7 @@ def _check_ends(index: Index) -> None:
     if size != index.expected_bin_bytes:
         raise DataError(
             f"{bin_path(index.prefix)} has {size} bytes, but its index describes "
-            f"{index.expected_bin_bytes}: truncated, or .bin and .idx are of different datasets"
+            f"{index.expected_bin_bytes}: truncated, or .bin and .idx do not belong together"
         )
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = Parser(description="Look into, check and cut .bin/.idx pairs.", allow_abbrev=False)
+    parser = Parser(description="Inspect, check and split .bin/.idx pairs.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_command(commands, "show", _show, "header, counts, origin")
     check = _add_command(commands, "validate", _validate, "check every byte; exit 0 or 1")
@@ -42,7 +42,7 @@ def _add_command(
 
 
 def _add_split(commands: "argparse._SubParsersAction[Parser]") -> None:
-    split = _add_command(commands, "split", _split, "cut into train, valid, test by documents")
+    split = _add_command(commands, "split", _split, "split documents into train, valid, test")
     split.add_argument("--output-prefix", metavar="PREFIX", help="default: the pair's own prefix")
     split.add_argument(
         "--weights",
@@ -54,17 +54,17 @@ def _add_split(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     split.add_argument("--by", choices=["documents", "tokens"], default="tokens")
     split.add_argument(
-        "--seed", type=int, help="pick documents at random (default: cut them in their order)"
+        "--seed", type=int, help="assign documents at random (default: in their order)"
     )
-    split.add_argument("--overwrite", action="store_true", help="replace pairs that are there")
+    split.add_argument("--overwrite", action="store_true", help="replace existing pairs")
 
 
 def _add_sample(commands: "argparse._SubParsersAction[Parser]") -> None:
     sample = _add_command(
-        commands, "sample", _sample, "documents as ids, or (tokenizer flags) text"
+        commands, "sample", _sample, "documents as ids, or text (tokenizer flags)"
     )
     sample.add_argument("--documents", nargs="+", type=int, metavar="N", help="from 0")
-    sample.add_argument("--count", type=int, default=3, help="of random documents (default 3)")
+    sample.add_argument("--count", type=int, default=3, help="random documents (default 3)")
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("--max-tokens", type=int, default=100, help="of each (default 100)")
     add_tokenizer_arguments(sample, required=False)

@@ -83,7 +83,7 @@ def read_manifest(path: Path) -> Manifest:
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
         if body["version"] != VERSION:
-            raise ValueError(f"version {body['version']}, and {VERSION} is expected")
+            raise ValueError(f"version {body['version']}, expected {VERSION}")
         return Manifest(
             tokenizer=TokenizerRecord(**body["tokenizer"]),
             pairs={name: PairRecord(**pair) for name, pair in body["pairs"].items()},
@@ -121,7 +121,7 @@ def check_output_prefix(prefix: str) -> None:
     """
     if prefix.rpartition("/")[2] in ("", ".", ".."):
         raise DataError(
-            f"--output-prefix {prefix!r} is not the start of a file name: add one to the folder, "
+            f"--output-prefix {prefix!r} does not end in a file name: add one, "
             f"as {prefix.rstrip('/') or '.'}/NAME"
         )
 
@@ -139,13 +139,13 @@ def check_manifest_path(path: Path, *, pairs: Iterable[str]) -> None:
         return
     if not (path.is_file() and is_manifest(path)):
         raise DataError(
-            f"{path} is there and is not a dataset manifest, whose name it has; give another "
-            f"--output-prefix, or move it away"
+            f"{path} exists and is not a dataset manifest; give another "
+            f"--output-prefix, or move the file"
         )
     for name in set(read_manifest(path).pairs) - set(pairs):
         if path.with_name(name + ".bin").exists():
             raise DataError(
-                f"{path} describes {name} and would be replaced, so that nothing knew any more "
+                f"{path} describes {name} and would be replaced, losing the record of "
                 f"how that was made; give another --output-prefix, or delete {name}.bin"
             )
 

@@ -15,7 +15,7 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         required=True,
         metavar="PATH",
-        help="folders (every pair in them, sorted by name) or prefixes, in the order of the output",
+        help="folders (every pair in them, sorted by name) or prefixes, in output order",
     )
     parser.add_argument("--output-prefix", required=True, metavar="PREFIX")
     parser.add_argument(
@@ -23,7 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="merge pairs whose manifests name different tokenizers",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace a pair that is there")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing pair")
     return parser
 
 
@@ -48,4 +48,4 @@ def main(argv: Sequence[str] | None = None) -> None:
     if (origin := find_manifest(output)) is None:
         print("no manifest was written: not every input has one with the same tokenizer")
     elif "+" in (keys := origin.pair.key):
-        print(f"note: documents of several keys are in it: {keys}")
+        print(f"note: it has documents of several keys: {keys}")

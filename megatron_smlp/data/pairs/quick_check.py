@@ -48,8 +48,8 @@ def _check_unchanged(index: Index, origin: Origin) -> None:
         is_same = is_same and sha256_once(data) == origin.pair.bin_sha256
     if not (is_same and is_unchanged(index.prefix, origin.pair)):
         raise DataError(
-            f"the dataset {index.prefix!r} is not what its manifest {origin.path} describes: a "
-            f"file was damaged or swapped; see tools/inspect_dataset.py validate"
+            f"the dataset {index.prefix!r} does not match its manifest {origin.path}: a "
+            f"file was damaged or swapped; run tools/inspect_dataset.py validate"
         )
 
 
@@ -59,7 +59,7 @@ def _check_tokenizer(index: Index, origin: Origin, identity: str | None) -> None
         return
     raise DataError(
         f"the dataset {index.prefix!r} was written with another tokenizer ({written.type}, "
-        f"{written.vocab_size} entries, vocabulary {written.identity[:12]}) than this run has "
+        f"{written.vocab_size} entries, vocabulary {written.identity[:12]}) than this run's "
         f"(vocabulary {identity[:12]}), see {origin.path}; give the same tokenizer, preprocess "
         "again, or pass --allow-tokenizer-mismatch if the ids mean the same"
     )
@@ -76,8 +76,8 @@ def _check_vocabulary(index: Index, origin: Origin | None, vocab_size: int) -> N
             check_ids(index, vocab_size, blocks=blocks)
         except DataError as error:
             raise DataError(
-                f"the dataset {index.prefix!r} is not for this run's vocabulary of {vocab_size} "
-                f"entries, or damaged: {error}"
+                f"the dataset {index.prefix!r} exceeds this run's vocabulary of {vocab_size} "
+                f"entries, or is damaged: {error}"
             ) from None
         return
     max_id, written = origin.pair.max_id, origin.manifest.tokenizer

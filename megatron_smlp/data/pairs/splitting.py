@@ -42,11 +42,11 @@ def split(
     for name, share, count in zip(NAMES, shares, counts, strict=True):
         if share > 0 and count == 0:
             raise DataError(
-                f"--weights: {name} would get no document of {index.num_documents}; give it more"
+                f"--weights: {name} gets none of {index.num_documents} documents; raise it"
             )
         if not share and (left := idx_path(f"{output_prefix}_{name}")).exists():
             raise DataError(
-                f"--weights leaves out {name}, but {left} is there, of another split, whose "
+                f"--weights omits {name}, but {left} exists from another split, whose "
                 f"documents may be in the new parts; delete it, or give another --output-prefix"
             )
     _write_parts(index, part_of, output_prefix)
@@ -57,8 +57,8 @@ def _shares(weights: Sequence[float]) -> list[float]:
     is_sound = all(0 <= weight < math.inf for weight in weights) and sum(weights) > 0
     if not 1 <= len(weights) <= len(NAMES) or not is_sound:
         raise DataError(
-            f"--weights {' '.join(map(str, weights))}: one to three numbers of 0 or more are "
-            f"expected, for {', '.join(NAMES)}, and one of them above 0"
+            f"--weights {' '.join(map(str, weights))}: give one to three numbers of 0 or more, "
+            f"for {', '.join(NAMES)}, at least one above 0"
         )
     padded = [*weights, 0.0, 0.0][: len(NAMES)]
     return [weight / sum(padded) for weight in padded]

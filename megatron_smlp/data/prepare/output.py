@@ -131,7 +131,7 @@ class PartialOutput:
             if self.journal.settings != settings:
                 raise DataError(
                     f"--resume: {self.folder} was left by a run with other flags, tokenizer files "
-                    f"or input, or of an older version; give the same ones, or leave out --resume "
+                    f"or input, or by an older version; give the same ones, or omit --resume "
                     f"to start again"
                 )
         else:

@@ -45,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
         default="raise",
         help="stop at the first bad record with file:line (default), or list and count them",
     )
-    group.add_argument("--split-sentences", action="store_true", help="a sequence a sentence")
+    group.add_argument("--split-sentences", action="store_true", help="sequence per sentence")
     group.add_argument("--lang", help="language of --split-sentences (default: english)")
     group.add_argument("--keep-newlines", action="store_true", help="with --split-sentences")
     group = parser.add_argument_group("output")
@@ -58,10 +58,10 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--append-eod", action="store_true", help="end each document with the end-of-document id"
     )
-    group.add_argument("--overwrite", action="store_true", help="replace a dataset that is there")
-    group.add_argument("--resume", action="store_true", help="go on where a killed run stopped")
+    group.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
+    group.add_argument("--resume", action="store_true", help="resume a killed run")
     group.add_argument(
-        "--workers", type=int, default=1, metavar="N", help="processes that encode (default 1)"
+        "--workers", type=int, default=1, metavar="N", help="encoding processes (default 1)"
     )
     add_tokenizer_arguments(parser)
     for flag in IGNORED_FLAGS:
@@ -73,7 +73,7 @@ class _Ignored(argparse.Action):
     """Accepts a flag of Megatron's tool that does nothing here."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
-        note_ignored(option, "all of the input is read, in order, and it changes no id")
+        note_ignored(option, "all input is read, in order, and no id depends on it")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if Path(args.output_prefix + ".partial").exists():
             rest = "a pipe cannot be resumed: start again"
             if can_be_resumed(files):
-                rest = "finished shards are kept, go on with --resume"
+                rest = "finished shards are kept, rerun with --resume"
         print(f"interrupted: {rest}", file=sys.stderr)
         return 128 + signal.SIGINT
     _print_summary(summary, time.monotonic() - began)

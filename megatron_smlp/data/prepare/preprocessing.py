@@ -132,7 +132,7 @@ def _sentences(args: argparse.Namespace) -> SentenceSettings | None:
         return settings
     if args.lang or args.keep_newlines:
         flag = "--lang" if args.lang else "--keep-newlines"
-        note_ignored(flag, "it says how --split-sentences splits, which is not given")
+        note_ignored(flag, "it has no effect without --split-sentences")
     return None
 
 
@@ -146,7 +146,7 @@ def _check(args: argparse.Namespace, spec: TokenizerSpec, tokenizer: Tokenizer) 
     for key in args.json_keys:
         if "/" in key:
             raise UsageError(
-                f"--json-keys {key}: a key is part of its files' names, which cannot hold '/'; "
+                f"--json-keys {key}: keys become part of file names, which cannot contain '/'; "
                 f"rename it in the input"
             )
     for name, kinds in READ_BY.items():
@@ -173,7 +173,7 @@ def _complete_already(args: argparse.Namespace, digest: str) -> Summary | None:
             done = Counts(**counts)
             return Summary(args.output_prefix, done, 0.0, 0, "", already_complete=True)
     if not args.overwrite:
-        why = ", damaged or of other flags, tokenizer files or input, or of an older version"
+        why = ", damaged or from other flags, tokenizer files or input or an older version"
         refuse_existing(pairs_of(args).values(), output_prefix=args.output_prefix, why=why)
     return None
 
@@ -197,7 +197,7 @@ def _encode(
             if partial.has_journal:
                 left = "a pipe cannot be resumed: start again with --on-error skip"
                 if can_be_resumed(files):
-                    left = "finished shards are kept, --on-error skip --resume goes on"
+                    left = "finished shards are kept; add --on-error skip --resume"
             raise DataError(f"{first} [{first.reason}]; {left}")
         partial.write(encoded)
         position = chunk.end

@@ -29,8 +29,8 @@ def remedy(keys: Sequence[str]) -> str:
     """Return what to do about a rejected record."""
     names = " and ".join(map(repr, keys))
     return (
-        f"expected: parquet, or JSON with a text under {names} in each line, or each object of an "
-        "array in a .json; --json-keys names other keys, --on-error skip leaves bad records out"
+        f"expected: parquet, or JSON with a string under {names} in each line, or each object of a "
+        ".json array; --json-keys sets other keys, --on-error skip omits bad records"
     )
 
 
@@ -95,7 +95,7 @@ def _parse_json(raw: memoryview) -> Any:
 
 def _texts(record: Any, keys: Sequence[str]) -> tuple[str, ...]:
     if not isinstance(record, dict):
-        detail = f"a JSON object is expected, not {type(record).__name__}"
+        detail = f"expected a JSON object, not {type(record).__name__}"
         raise _RefusedError("not_an_object", detail)
     return tuple(_text(record, key) for key in keys)
 
@@ -113,6 +113,6 @@ def _text(record: dict[str, Any], key: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:  # JSON escapes can express it, but it is no character
-        detail = f"key {key!r} holds half of a surrogate pair at character {error.start + 1}"
+        detail = f"key {key!r} has a lone surrogate at character {error.start + 1}"
         raise _RefusedError("lone_surrogate", detail) from None
     return text

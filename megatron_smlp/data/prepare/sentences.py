@@ -33,7 +33,7 @@ class Splitter:
         except (LookupError, OSError):
             raise DataError(
                 f"--split-sentences --lang {settings.language}: NLTK has no punkt_tab data for it; "
-                f"get it once with: {DOWNLOAD}, or set NLTK_DATA to a folder that holds "
+                f"download it with: {DOWNLOAD}, or set NLTK_DATA to a folder that has "
                 f"tokenizers/punkt_tab/{settings.language}"
             ) from None
         if settings.keep_newlines:

@@ -130,7 +130,7 @@ def _parquet_chunks(path: Path, *, keys: Sequence[str], begin: Position) -> Iter
     for key in keys:
         if key not in names:
             raise DataError(
-                f"--json-keys {key}: {path} has no column of this name, but {', '.join(names)}"
+                f"--json-keys {key}: {path} has no such column; it has {', '.join(names)}"
             )
     row = 0
     try:

@@ -30,15 +30,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--vocab-size", type=int, required=True, metavar="ENTRIES", help=f"with {EOD}; 257 or more"
     )
     parser.add_argument("--output", required=True, metavar="FOLDER")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace a tokenizer that is there"
-    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing tokenizer")
     parser.add_argument(
         "--max-bytes",
         type=float,
         default=1e9,
         metavar="BYTES",
-        help="text to learn from; more changes little and takes memory (default 1e9)",
+        help="text to learn from; more costs memory for little gain (default 1e9)",
     )
     parser.add_argument("--on-error", choices=["raise", "skip"], default="raise")
     return parser
@@ -53,20 +51,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     args = build_parser().parse_args(argv)
     if not 1 <= args.max_bytes < math.inf:
-        raise UsageError(f"--max-bytes {args.max_bytes:g}: 1 or more is expected, as 1e9")
+        raise UsageError(f"--max-bytes {args.max_bytes:g}: give 1 or more, as 1e9")
     if args.vocab_size <= NUM_BYTES:
         least = NUM_BYTES + 1
         raise UsageError(f"--vocab-size {args.vocab_size}: at least {least} (bytes and {EOD})")
     if (Path(args.output) / "tokenizer.json").exists() and not args.overwrite:
         raise DataError(
-            f"--output {args.output} holds a tokenizer already; give --overwrite to replace it, or "
+            f"--output {args.output} already has a tokenizer; give --overwrite to replace it, or "
             "another folder"
         )
     tokenizer = _train(_pieces(args), args.vocab_size)
     learned = tokenizer.get_vocab_size()
     if learned < args.vocab_size:
         raise DataError(
-            f"--vocab-size {args.vocab_size}: the input has pairs for {learned} entries only; give "
+            f"--vocab-size {args.vocab_size}: the input only yields {learned} entries; give "
             f"more text or --vocab-size {learned}"
         )
     _write_folder(tokenizer, Path(args.output))

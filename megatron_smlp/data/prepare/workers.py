@@ -127,7 +127,7 @@ class _Worker:
 
     def wait_until_ready(self) -> str:
         """Return the description of the worker's encoder."""
-        return str(self._receive("at its start"))
+        return str(self._receive("at start-up"))
 
     def encode(self, chunk: Chunk) -> EncodedChunk:
         place = f"near {chunk.file}:{chunk.first_line}"
@@ -154,7 +154,7 @@ class _Worker:
             cause = f"signal {signal.Signals(-code).name}"
         hint = ", most likely for lack of memory" if code == -signal.SIGKILL else ""
         return DataError(
-            f"a worker process died {place} ({cause}{hint}); finished shards are kept: go on with "
+            f"a worker process died {place} ({cause}{hint}); finished shards are kept: rerun with "
             f"--resume, perhaps with fewer --workers"
         )
 

@@ -56,12 +56,11 @@ def strings_of_tokens(args: argparse.Namespace) -> Iterable[tuple[int, bytes]]:
     try:
         entries = read_tokenizer(TokenizerSpec.from_arguments(args)).entries
     except DataError as error:
-        raise UsageError(f"--input-projection minhash reads the tokenizer: {error}.") from error
+        raise UsageError(f"--input-projection minhash needs the tokenizer: {error}.") from error
     if entries is None:
         raise UsageError(
-            f"--input-projection minhash hashes the strings of tokens, and --tokenizer-type "
-            f"{args.tokenizer_type} has none: give the tokenizer of a text, or leave "
-            "--input-projection out."
+            f"--input-projection minhash hashes token strings, and --tokenizer-type "
+            f"{args.tokenizer_type} has none: give a text tokenizer, or omit --input-projection."
         )
     return entries
 
@@ -88,14 +87,14 @@ def resolve_for(
         tokenizer = read_tokenizer(bare(spec))
     except DataError as error:
         raise UsageError(
-            f"{error}. That is the tokenizer of {source}; where it has moved, give "
+            f"{error}. That is the tokenizer of {source}; if it has moved, give "
             "--tokenizer-type and --tokenizer-model (or its other flags)"
         ) from error
     has = tokenizer.vocab_size
     if has > entries or (has < entries and not may_be_smaller):
         raise UsageError(
-            f"the tokenizer has {has} entries and {source} was trained with {entries}: they do not "
-            "belong together; give the tokenizer of that run"
+            f"the tokenizer has {has} entries, but {source} was trained with {entries}: "
+            "they do not belong together; give the tokenizer of that run"
         )
     return tokenizer
 

@@ -212,7 +212,7 @@ def _ask_transformers(spec: TokenizerSpec) -> tuple[str, int | None]:
     )
     if done.returncode != 0:
         reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "no reason given"
-        place = "" if Path(str(name)).exists() else "there is no such folder here, and "
+        place = "" if Path(str(name)).exists() else "no such folder exists, and "
         raise DataError(
             f"--tokenizer-model {name}: {place}transformers cannot load it ({reason}); give a "
             f"folder with tokenizer.json and tokenizer_config.json"

@@ -193,7 +193,7 @@ def add_tokenizer_arguments(parser: argparse.ArgumentParser, *, required: bool =
     group.add_argument(
         "--tokenizer-hf-no-include-special-tokens",
         action="store_true",
-        help="leave out the tokens that a Hugging Face tokenizer puts around each text",
+        help="omit the tokens that a Hugging Face tokenizer adds around each text",
     )
     group.add_argument("--trust-remote-code", action="store_true")
     group.add_argument("--tiktoken-pattern", choices=["v1", "v2"])

@@ -100,9 +100,9 @@ def _read_ranks(path: Path) -> list[bytes]:
         pairs = sorted((int(rank), base64.b64decode(token)) for token, rank in rows)
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"--tokenizer-model {path} holds no tiktoken ranks: give a list of JSON, as Megatron "
+            f"--tokenizer-model {path} has no tiktoken ranks: give a JSON list, as Megatron "
             f"reads it ({error})"
         ) from None
     if [rank for rank, _ in pairs] != list(range(len(pairs))):
-        raise DataError(f"--tokenizer-model {path}: the ranks must run from 0 without a gap")
+        raise DataError(f"--tokenizer-model {path}: the ranks must run from 0 without gaps")
     return [token for _, token in pairs]

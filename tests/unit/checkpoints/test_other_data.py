@@ -96,4 +96,4 @@ def test_a_dataset_cut_short_under_a_run_ends_it_in_one_line(tmp_path: Path):
             os.truncate(f"{prefix}.bin", 1000)
     (message,) = process.stderr.read().splitlines()
     assert process.wait(timeout=60) == 1
-    assert f"error: the dataset {prefix!r} was changed while this run reads it" in message
+    assert f"error: the dataset {prefix!r} changed while this run was reading it" in message

@@ -70,7 +70,7 @@ def test_flags_and_files(tmp_path: Path):
         {"data_path": ["a"], "train_data_path": ["b"]},
         {"train_data_path": ["b"], "per_split_data_args_path": "f"},
     ):
-        with pytest.raises(UsageError, match="exclude one another"):
+        with pytest.raises(UsageError, match="cannot be combined"):
             blends_from_arguments(Namespace(**flags))
 
 

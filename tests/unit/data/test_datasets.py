@@ -114,7 +114,7 @@ def test_many_weighted_datasets_and_few_samples(run: Run, tmp_path: Path):
 
 def test_datasets_without_weights_that_do_not_suffice(prefixes: list[str], tmp_path: Path):
     _build(prefixes, [500, 5, 5], tmp_path / "cache")
-    with pytest.raises(DataError, match=r"read once without weights.*wants 100000.*by size: \d+ "):
+    with pytest.raises(DataError, match=r"read once without weights.*needs 100000.*by size: \d+ "):
         _build(prefixes, [100_000, 5, 5], tmp_path / "cache")
 
 
@@ -171,8 +171,8 @@ def test_a_dataset_that_grew_is_read_through_an_index_of_its_own(run: Run, tmp_p
 @pytest.mark.parametrize(
     ("damage", "what", "workers"),
     [
-        ("cut", "something else", 0),
-        ("blank", "something else", 1),
+        ("cut", "content differs from the start", 0),
+        ("blank", "content differs from the start", 1),
         ("remove", "No such", 0),
     ],
 )
@@ -197,7 +197,7 @@ def test_a_pair_that_changes_while_it_is_read(
     with pytest.raises(ChangedDataError) as error:
         list(batches)
     text = str(error.value)
-    assert text.startswith(f"the dataset {prefix!r} was changed while this run reads it")
+    assert text.startswith(f"the dataset {prefix!r} changed while this run was reading it")
     assert what in text
     assert "Traceback" not in text
 

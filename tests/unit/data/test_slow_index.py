@@ -29,9 +29,7 @@ def test_ranks_wait_for_an_index(tmp_path: Path, prefixes: list[str], kind: str)
     words = ["1", prefixes[0], "2", prefixes[1]] if kind == "a blend" else prefixes[:1]
     rank = int(kind == "slow on the second")
     launch_calls(_wait, words, str(tmp_path / "cache"), rank, processes=2, log=log)
-    told = (
-        f"index in {tmp_path / 'cache'}, or waiting for another run or rank that does: 1 s so far"
-    )
+    told = f"index in {tmp_path / 'cache'}, or waiting for another run or rank to do so: 1 s so far"
     assert told in log.read_text(encoding="utf-8")
 
 

@@ -32,16 +32,16 @@ DESIGN = {"lr": [0.5, 1, 2], "seeds": [1, 2, 3]}
     ("changes", "message"),
     [
         ({"horizon": [1]}, "unknown key 'horizon': did you mean horizons?"),
-        ({"primary": ["smlp_deterministic", "gmlp"]}, "'gmlp' is none of the systems"),
-        ({"design": DESIGN}, "in place of tuning and seeds"),
-        ({"seeds": None, "design": DESIGN | {"seeds": [1, 2]}}, "3 rates for .* and 2 seeds"),
-        ({"seeds": None, "design": {"lr": [1, 2], "seeds": [1, 2]}}, "a parabola takes 3"),
-        ({"seeds": [11, 11]}, "an item is there twice"),
+        ({"primary": ["smlp_deterministic", "gmlp"]}, "'gmlp' is not in `systems`"),
+        ({"design": DESIGN}, "cannot be combined with tuning or seeds"),
+        ({"seeds": None, "design": DESIGN | {"seeds": [1, 2]}}, "3 rates for .*, but 2 seeds"),
+        ({"seeds": None, "design": {"lr": [1, 2], "seeds": [1, 2]}}, "a parabola needs 3"),
+        ({"seeds": [11, 11]}, "an item is repeated"),
         ({"horizons": ["12 miles"]}, "give a number of tokens"),
         ({"seeds": {"transformer": [1]}}, "none for 'switch'"),
         ({"tuning": {"seed": 11, "horizon": 1000, "lr": [1]}}, "also the tuning's"),
         ({"decay": 1.5}, "between 0 and 1"),
-        ({"tuning": {"seed": 1, "horizon": "500K", "lr": [1]}}, "500,000 tokens are more than"),
+        ({"tuning": {"seed": 1, "horizon": "500K", "lr": [1]}}, "500,000 tokens exceed"),
     ],
 )
 def test_refused(tmp_path: Path, changes: dict[str, Any], message: str):
@@ -76,7 +76,7 @@ def test_what_is_compared_may_differ(tmp_path: Path):
                 "min-lr": 5.0e-4,
             }.items()
         ),
-        ({"fixed": {"seed": 3}}, "a study sets that itself"),
+        ({"fixed": {"seed": 3}}, "the study sets it for each run"),
         ({"fixed": {"plugin": "mine.py"}}, r"in the system's own file, .*transformer.yaml"),
         ({"variants": {"switch": {"plugin": "mine.py"}}}, "system's own file, .*switch.yaml"),
         (

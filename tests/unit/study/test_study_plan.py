@@ -156,7 +156,7 @@ class TestWhatIsLeft:
         known = state_of(write_study(tmp_path), runs=tmp_path)
         trunk = known.plan().runs[0]
         fail(known, trunk)
-        assert known.failure(known.plan()) == f"failed: {trunk.title}; runs that wait for that: 4"
+        assert known.failure(known.plan()) == f"failed: {trunk.title}; blocked runs: 4"
 
 
 def begun_as(known: State, other: State) -> None:

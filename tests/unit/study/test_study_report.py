@@ -113,7 +113,7 @@ def test_runs_that_another_study_made_are_taken_over(
     assert list(results.fingerprints["system"]) == ["mine"]
     assert cli.main(argv) == 0
     assert " 0 runs taken over, 17 to do" in capsys.readouterr().out
-    with pytest.raises(UsageError, match=r"--of \S+runs: no runs.csv with a run is there"):
+    with pytest.raises(UsageError, match=r"--of \S+runs: has no runs.csv with a run"):
         cli.main([*argv[:-2], str(tmp_path / "first" / "runs")])
 
 

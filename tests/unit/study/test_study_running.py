@@ -110,7 +110,7 @@ def test_a_run_that_falls_short_twice_is_a_failure(
     worker(known, tmp_path).work()
     assert {known.status(run) for run in known.plan().runs} == {FAILED}
     assert len(starts) == running.ATTEMPTS * len(known.plan().runs)
-    assert known.failure(known.plan()).endswith("runs that wait for that: 2")
+    assert known.failure(known.plan()).endswith("blocked runs: 2")
 
 
 def test_a_branch_that_is_tried_again_goes_on_from_its_trunk(
@@ -193,7 +193,7 @@ def test_a_failed_trial_does_not_stop_the_other_systems(
     monkeypatch.setattr(StudyData, "contents", lambda _: {})
     monkeypatch.setattr(StudyData, "check_vocabulary", lambda *_: None)
     monkeypatch.setattr("signal.signal", lambda *_: None)
-    line = f"failed: {first.title}; runs that wait for that: 1"
+    line = f"failed: {first.title}; blocked runs: 1"
     for _ in range(2):
         assert cli.main(study_argv("run", tmp_path)) == 1
         assert f"{line}. See tools/study.py status" in capsys.readouterr().err

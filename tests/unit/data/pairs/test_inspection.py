@@ -29,7 +29,7 @@ def test_show_and_validate(prefix: str, capsys: pytest.CaptureFixture[str]):
     assert inspect_cli.main(["validate", prefix]) == 0
     assert "FAILED" not in capsys.readouterr().out
     assert inspect_cli.main(["validate", prefix, "--vocab-size", "200"]) == 1
-    assert "outside of 0 to 199" in capsys.readouterr().out
+    assert "outside 0 to 199" in capsys.readouterr().out
 
 
 def test_sample_decodes(prefix: str, capsys: pytest.CaptureFixture[str]):
@@ -69,16 +69,16 @@ def test_split_and_merge_give_the_pair_back(prefix: str, tmp_path: Path):
     parts = [str(tmp_path / f"part_{name}") for name in ("train", "valid", "test")]
     merge_cli.main(["--input", *parts, "--output-prefix", str(tmp_path / "again")])
     assert (tmp_path / "again.bin").read_bytes() == Path(prefix + ".bin").read_bytes()
-    with pytest.raises(DataError, match=r"part_train.bin is there already; give --overwrite"):
+    with pytest.raises(DataError, match=r"part_train.bin already exists; give --overwrite"):
         inspect_cli.main(["split", prefix, *flags])
     merging = ["--input", *parts, "--output-prefix", str(tmp_path / "again")]
-    with pytest.raises(DataError, match=r"again.bin is there already; give --overwrite"):
+    with pytest.raises(DataError, match=r"again.bin already exists; give --overwrite"):
         merge_cli.main(merging)
     assert inspect_cli.main(["split", prefix, *flags, "--overwrite"]) == 0
     merge_cli.main([*merging, "--overwrite"])
     assert (tmp_path / "again.idx").read_bytes() == Path(prefix + ".idx").read_bytes()
     fewer = ["--weights", "0.5", "0.5", *flags[4:], "--overwrite"]
-    with pytest.raises(DataError, match=r"leaves out test, but .*part_test\.idx is there, of anot"):
+    with pytest.raises(DataError, match=r"omits test, but .*part_test\.idx exists from another"):
         inspect_cli.main(["split", prefix, *fewer])
 
 

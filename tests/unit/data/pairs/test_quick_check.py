@@ -64,7 +64,7 @@ def test_a_moved_boundary_in_a_large_dataset_is_seen(
     write_index(
         idx_path(prefix), dtype=index.dtype, lengths=lengths, sequences_per_document=sequences
     )
-    with pytest.raises(DataError, match="is not what its manifest"):
+    with pytest.raises(DataError, match="does not match its manifest"):
         verify_for_training(prefix)
     assert any("SHA-256" in str(problem) for _, problem in validate(prefix))
 

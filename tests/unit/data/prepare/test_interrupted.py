@@ -167,14 +167,14 @@ def test_a_tokenizer_of_other_rules_is_another_one(
     rules = json.loads((folder / "tokenizer.json").read_text())
     rules["normalizer"] = {"type": "Lowercase"}
     (folder / "tokenizer.json").write_text(json.dumps(rules))
-    with pytest.raises(DataError, match="of other flags, tokenizer files or input"):
+    with pytest.raises(DataError, match="from other flags, tokenizer files or input"):
         run(source, tmp_path / "data", *flags, "--resume")
 
 
 def test_one_bad_record_does_not_cost_the_work_before_it(run: Run, tmp_path: Path, source: Path):
     good = [line for line in source.read_text(encoding="utf-8").splitlines() if line != "bad"]
     source.write_text("\n".join([*good[:300], "bad", *good[300:]]), encoding="utf-8")
-    with pytest.raises(DataError, match=r"shards are kept, --on-error skip --resume goes on"):
+    with pytest.raises(DataError, match=r"shards are kept; add --on-error skip --resume"):
         run(source, tmp_path / "data", *FLAGS, "--on-error", "raise")
     summary = run(source, tmp_path / "data", *FLAGS, "--resume")
     assert 0 < summary.text_bytes < summary.counts.text_bytes == source.stat().st_size
@@ -210,7 +210,7 @@ def test_the_manifest_of_another_pair_is_not_replaced(run: Run, tmp_path: Path, 
 def test_a_corpus_of_the_name_of_the_manifest_is_not_replaced(run: Run, tmp_path: Path):
     source = write_jsonl(tmp_path / "books.json", ["a", "b"])
     before = source.read_bytes()
-    with pytest.raises(DataError, match=r"books\.json is there and is not a dataset manifest"):
+    with pytest.raises(DataError, match=r"books\.json exists and is not a dataset manifest"):
         run(source, tmp_path / "books", *FLAGS)
     assert source.read_bytes() == before
 

@@ -186,7 +186,7 @@ def test_long_documents_of_a_parquet_file_are_read_as_they_are_needed(tmp_path: 
     [
         ("null", r"a\.parquet:2: .*\[null_text\]"),
         ("not UTF-8", r"a\.parquet:1: .*\[damaged_file\]"),
-        ("no column", "--json-keys text: .* has no column"),
+        ("no column", "--json-keys text: .* has no such column"),
         ("JSON lines", r"a\.parquet:1: not a readable parquet file"),
     ],
 )

@@ -266,8 +266,8 @@ GENERIC = '{"tokenizer_class": "PreTrainedTokenizerFast"}'
     [
         ("tokenizer.json", "HuggingFaceTokenizer", "tokenizer.json is not readable"),
         ("sp.model", "SentencePieceTokenizer", "is not a SentencePiece model"),
-        ("ranks.json", "TikTokenizer", "holds no tiktoken ranks"),
-        ("ranks.tiktoken", "TikTokenizer", "holds no tiktoken ranks"),
+        ("ranks.json", "TikTokenizer", "has no tiktoken ranks"),
+        ("ranks.tiktoken", "TikTokenizer", "has no tiktoken ranks"),
     ],
 )
 def test_damaged_files(name: str, kind: str, message: str, tmp_path: Path):
