@@ -99,8 +99,8 @@ _SIZES = {
 """Flags whose value must be an integer."""
 _KNOWN = {*_DEFAULTS, *_REQUIRED, *(field.name for field in dataclasses.fields(TokenizerSpec))}
 EPILOG = """
-Flags are those of pretrain_smlp.py, whose command line may be given as it is; they win over the
-file, and --no-KEY leaves out a key of it. The tokenizer says how many entries the vocabulary has.
+Flags are those of pretrain_smlp.py, whose command line can be given unchanged; they override the
+file, and --no-KEY drops a key of it. The vocabulary size comes from the tokenizer.
 """
 
 
@@ -190,7 +190,7 @@ def _layer_freq(value: Any) -> int | list[int]:
         if isinstance(value, str) and re.fullmatch(r"(?!.*\*\*)[\d,\[\]()*+ ]+", value):
             value = eval(value, {})
     if not isinstance(value, int | list):
-        raise ValueError(f"--moe-layer-freq {value}: give a number or a list as [0, 1] or [0,1]*3")
+        raise ValueError(f"--moe-layer-freq {value}: give a number or list like [0, 1] or [0,1]*3")
     return value
 
 
@@ -262,7 +262,7 @@ def merged(file: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
         name, has_value, text = word.partition("=")
         if not word.startswith("--"):
             if not key:
-                raise ValueError(f"{word}: give a flag, as --num-layers, before its value")
+                raise ValueError(f"{word}: give a flag such as --num-layers first")
             given[key].append(_value(key, word))
             continue
         key = spelling(name.removeprefix("--"))
@@ -331,7 +331,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--config", type=Path, action="append", default=[],
-        help="YAML file of flags; of several a later one wins",
+        help="YAML file of flags; later files override",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
@@ -346,8 +346,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = estimate(values)
         for name in uncounted(values):
             raise ValueError(
-                f"{flag_of(name)} {values[name]}: memory and traffic with it are not counted here. "
-                f"--no-{flag_of(name)[2:]} leaves it out"
+                f"{flag_of(name)} {values[name]}: its effect on memory and traffic is not counted. "
+                f"--no-{flag_of(name)[2:]} omits it"
             )
     except ValueError as error:
         print(f"estimate.py: error: {error}", file=sys.stderr)

@@ -29,9 +29,9 @@ def build_parser() -> argparse.ArgumentParser:
         "plugins",
         nargs="+",
         metavar="FILE",
-        help="a plugin, as --plugin names it; behind those whose names it uses",
+        help="a plugin, as for --plugin; after those whose names it uses",
     )
-    parser.add_argument("--quick", action="store_true", help="leave out what trains or exports")
+    parser.add_argument("--quick", action="store_true", help="skip training and export")
     return parser
 
 
@@ -81,8 +81,8 @@ def _checks(plugins: Sequence[str], named: str, folder: Path, *, quick: bool) ->
     tables = dict(register.tables())
     if not any(tables.values()):
         raise UsageError(
-            f"{named} registers no mixer, router or architecture, and so nothing to check: "
-            "decorate a class by @register(NAME). What only looks on is tried by a training."
+            f"{named} registers no mixer, router or architecture, so nothing to check: "
+            "decorate a class with @register(NAME). Observers are tested by training."
         )
     yield from of_classes()
     if quick:
@@ -93,7 +93,7 @@ def _checks(plugins: Sequence[str], named: str, folder: Path, *, quick: bool) ->
         mixer = name if register.token_mixers else "attention"
         channel = "" if register.token_mixers else f', channel="{name}"'
         raise UsageError(
-            f"{named} registers no architecture, so that nothing can be trained: add "
+            f"{named} registers no architecture, so nothing can be trained: add "
             f'register.architecture("{name}", mixer="{mixer}"{channel}).'
         )
     for title, flags in MODELS.items():

@@ -64,11 +64,11 @@ def _apart(name: str, kind: type[FeatureRouter]) -> Row:
     halves = torch.cat([rule.scores(part) for part in means.chunk(2, dim=-1)], dim=1)
     return close(
         name,
-        "samples each alone, and halves of the chunks, as two ranks have them",
+        "each sample alone, and halves of the chunks, as on two ranks",
         max((samples - whole).abs().max().item(), (halves - whole).abs().max().item()),
         1e-12,
-        "the scores of a chunk depend on other samples or chunks: score each by itself, or another "
-        "batch and another tensor parallel size compute another model",
+        "the scores of a chunk depend on other samples or chunks: score each by itself, or the "
+        "model changes with the batch and the tensor parallel size",
     )
 
 

@@ -24,7 +24,7 @@ def main() -> None:
         for cached in (False, True)
     )
     if not torch.equal(whole, stepwise):
-        sys.exit("error: generation with a cache gives other tokens than without")
+        sys.exit("error: generation differs with and without a cache")
 
 
 if __name__ == "__main__":

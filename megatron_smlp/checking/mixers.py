@@ -108,7 +108,7 @@ def _shorter(name: str, kind: type[Mixer]) -> Row:
     return close(
         name, f"{shortest} tokens alone and as the first of {LENGTH}",
         _apart(short, whole[:, :shortest]), 1e-12,
-        "a short sequence is mixed otherwise than the beginning of a long one: forward is given T' "
+        "a short sequence is mixed differently from the start of a long one: forward gets T' "
         "tokens, at most `length`",
     )  # fmt: skip
 
@@ -117,18 +117,18 @@ def _continues(name: str, kind: type[Mixer]) -> Row:
     """Continue from the state, one or more tokens at a time; compare with all tokens at once."""
     mixer = built(kind).eval()
     given = inputs(kind)
-    compared = f"3, 1, 1 and {LENGTH - 5} tokens by its state, and {LENGTH} at once"
+    compared = f"3, 1, 1 and {LENGTH - 5} tokens with a state, and {LENGTH} at once"
     state: dict[str, Tensor] = {}
     mixed = []
     for call in zip(*(part.split([3, 1, 1, LENGTH - 5], dim=1) for part in given), strict=True):
         mixed.append(mixer(*call, state=state))
         for key, values in state.items():
             if values.shape[:1] != (BATCH,):
-                advice = f"state[{key!r}] has {list(values.shape)}: its axis 0 has to be the batch"
+                advice = f"state[{key!r}] has {list(values.shape)}: its axis 0 must be the batch"
                 return wrong(name, compared, advice)
     return close(
         name, compared, _apart(torch.cat(mixed, dim=1), mixer(*given)), 1e-12,
-        "with a state the outputs are others: leave in it what the tokens behind these need",
+        "outputs differ with a state: keep in it what later tokens need",
     )  # fmt: skip
 
 
@@ -146,7 +146,7 @@ def _gradients(name: str, kind: type[Mixer]) -> Row:
         return mixed
 
     inputs_and_parameters = (*given, *mixer.parameters())
-    return gradients(name, function, inputs_and_parameters, "a gradient is not that of the output")
+    return gradients(name, function, inputs_and_parameters, "a gradient does not match the output")
 
 
 def _split(name: str, kind: type[Mixer]) -> Row:
@@ -155,7 +155,7 @@ def _split(name: str, kind: type[Mixer]) -> Row:
     given = inputs(kind)
     mixed = whole(*given)
     advice = (
-        "with half of the features the output is another: a parameter that goes by features needs "
+        "with half of the features the output differs: a parameter sized by features needs "
         "cut=, or the class needs whole = True"
     )
     parts = []
@@ -174,7 +174,7 @@ def _split(name: str, kind: type[Mixer]) -> Row:
                 mine.weight.copy_(cut)
         parts.append(half(*(its.chunk(2, dim=2)[part] for its in given)))
     return close(
-        name, "halves of the features, as two ranks have them",
+        name, "halves of the features, as on two ranks",
         _apart(torch.cat(parts, dim=-1), mixed), 1e-12, advice,
     )  # fmt: skip
 
@@ -189,7 +189,7 @@ def _half(name: str, kind: type[Mixer]) -> Row:
     scale = max(1e-9, exact.abs().max().item())
     return close(
         name, "bf16 and fp32, of the largest output", _apart(rough, exact) / scale, 0.05,
-        "bf16 is far from fp32: compute what is sensitive by x.float() inside of forward",
+        "bf16 is far from fp32: use x.float() in forward where precision matters",
     )  # fmt: skip
 
 
@@ -204,8 +204,8 @@ def _flops(name: str, kind: type[Mixer]) -> Row:
         subject=name,
         compared="FLOPs of `cost` and those torch counts" if said else "FLOPs, as torch counts",
         apart=f"{needed:,} and {products:,}" if said or above else f"{products:,}",
-        advice="`cost` says another number of FLOPs than the products have: forward FLOPs are 2 "
-        "a multiply-add, of one sequence, without the host's projections" if is_off else "",
+        advice="`cost` disagrees with the FLOPs of the products: forward FLOPs are 2 per "
+        "multiply-add, of one sequence, without the host's projections" if is_off else "",
     )  # fmt: skip
 
 

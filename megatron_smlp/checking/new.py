@@ -60,9 +60,9 @@ TRAINED = {
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command."""
-    parser = Parser(prog="smlp-new", description="Write a plugin's file to begin with.")
+    parser = Parser(prog="smlp-new", description="Write a starter file for a plugin.")
     parser.add_argument("kind", choices=tuple(TEXTS))
-    parser.add_argument("name", metavar="NAME", help="as it is registered; the file is NAME.py")
+    parser.add_argument("name", metavar="NAME", help="name to register; the file is NAME.py")
     return parser
 
 
@@ -75,9 +75,9 @@ def main() -> None:
     options = build_parser().parse_args()
     path = Path(f"{options.name}.py")
     if not options.name.isidentifier():
-        raise UsageError(f"{options.name!r} is no name: use letters, digits and underscores.")
+        raise UsageError(f"{options.name!r} is not a valid name: use letters, digits and _.")
     if path.exists():
-        raise UsageError(f"{path} is there already: give another name, or remove it.")
+        raise UsageError(f"{path} already exists: give another name, or remove it.")
     title = options.name.title().replace("_", "")
     text = TEXTS[options.kind].replace("NAME", options.name).replace("CLASS", title)
     path.write_text(text, encoding="utf-8")

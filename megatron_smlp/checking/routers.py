@@ -46,13 +46,13 @@ def _chooses(name: str, kind: type[TokenRouter]) -> Row:
     elif not is_expert:
         advice = f"choose returns {int(chosen.max())} of {EXPERTS} experts: give 0 to E - 1"
     elif any(len(set(row)) < k for row in chosen.tolist()):
-        advice = "a token chooses an expert twice: choices are distinct in a row"
+        advice = "a token chooses an expert twice: choices must be distinct"
     elif weights.shape != chosen.shape:
         advice = f"weigh returns {list(weights.shape)} for {list(chosen.shape)} choices"
     elif not visited.all() and not kind.may_skip:
         advice = "tokens skip choices: set may_skip = True, or FLOPs and dispatch are wrong"
     elif k != kind.experts_per_token and not kind.may_skip:
-        advice = f"a token has {k} choices: set experts_per_token = {k}, which dispatch goes by"
+        advice = f"a token has {k} choices: set experts_per_token = {k}, which dispatch uses"
     return Row(subject=name, compared=compared, apart=f"{list(chosen.shape)}", advice=advice)
 
 
@@ -69,7 +69,7 @@ def _alone(name: str, kind: type[TokenRouter]) -> Row:
         subject=name,
         compared=f"{TOKENS} tokens together and each alone, evaluation",
         apart=f"{differing} differ",
-        advice="in evaluation a token's experts depend on the others of its batch, and so would "
+        advice="in evaluation a token's experts depend on the rest of its batch, and so would "
         "its score: choose by its own scores where self.training is False" if differing else "",
     )  # fmt: skip
 

@@ -115,9 +115,9 @@ class Runs:
         losses = [record["loss"] for record in self.metrics["one process"]]
         return Row(
             subject=self.name,
-            compared=f"{STEPS} steps in one process; counted parameters are the built ones",
+            compared=f"{STEPS} steps in one process; parameter counts match",
             apart=f"loss {losses[0]:.4f} to {losses[-1]:.4f}" if losses else "-",
-            advice=said and f"training ends: {said}",
+            advice=said and f"the run fails: {said}",
         )
 
     def _layout(self, title: str, flags: str, *, exact: bool = False) -> Row:
@@ -126,7 +126,7 @@ class Runs:
         compared = f"{title}: losses and gradient norms of steps {SAVED + 1} to {STEPS}"
         there, here = self.metrics["one process"][SAVED:], self.metrics[title]
         if said or len(there) != len(here):
-            advice = f"it ends: {said or 'no steps were logged'}"
+            advice = f"fails: {said or 'no steps were logged'}"
             return Row(subject=self.name, compared=compared, apart="-", advice=advice)
         worst = max(
             abs(b[key] - a[key]) / abs(a[key]) / (limit if not exact else 1)
@@ -134,10 +134,10 @@ class Runs:
             for key, limit in LIMITS.items()
         )
         if exact:
-            advice = "a run that goes on computes otherwise: what it reads is not all saved"
+            advice = "a resumed run computes differently: not all that it reads is saved"
             return close(self.name, compared, worst, 0.0, advice)
         advice = (
-            "another layout computes otherwise: read parameters by a call, mark what is split by "
+            "results depend on the layout: read parameters by a call, mark what is split by "
             "cut=, and compute nothing over features that another rank has (or whole = True)"
         )
         return close(self.name, f"{compared}, of what rounding allows", worst, 1.0, advice)
@@ -148,7 +148,7 @@ class Runs:
             subject=self.name,
             compared="logits of the exported model",
             apart="as trained" if not said else "-",
-            advice=said and f"the export ends: {said}",
+            advice=said and f"export fails: {said}",
         )
 
     def _import(self) -> Row:
@@ -156,7 +156,7 @@ class Runs:
         said = said or self._command(["-m", GENERATION, str(self.folder / "exported")])
         return Row(
             subject=self.name,
-            compared="exported again to Megatron; generation with a cache and without",
+            compared="converted back to Megatron; generation with and without a cache",
             apart="the same" if not said else "-",
             advice=said and f"the exported model: {said}",
         )

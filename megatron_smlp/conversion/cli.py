@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--load", "--checkpoint", type=Path, required=True, metavar="DIR",
-        help="to read: the --save folder of a run, an iter_ folder, or an exported one",
+        help="input: a run's --save folder, an iter_ folder or an exported folder",
     )  # fmt: skip
     parser.add_argument(
         "--save", "--output", type=Path, required=True, metavar="DIR", help="to write"
@@ -61,41 +61,41 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--average", type=int, metavar="N",
-        help="torch_dist: the mean of the weights of N checkpoints, that iteration's and those "
-        "before it; to torch_dist: a release, without optimizer state",
+        help="torch_dist: average the weights of N checkpoints, that iteration's and earlier "
+        "ones; to torch_dist: a release, without optimizer state",
     )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace what is in --save")
     parser.add_argument(
         "--no-check", dest="checks", action="store_false",
-        help="leave out the comparison of logits at the end",
+        help="skip the comparison of logits at the end",
     )  # fmt: skip
     parser.add_argument(
         "--max-shard-size", metavar="SIZE",
-        help=f"hf: limit of one weights file, as 500MB or 5GB (default: {SHARD_SIZE})",
+        help=f"hf: maximum weights file size, e.g. 500MB, 5GB (default: {SHARD_SIZE})",
     )  # fmt: skip
     parser.add_argument(
         "--tokenizer-model", metavar="FOLDER",
-        help="hf: Hugging Face tokenizer to put beside the model (default: that of the run)",
+        help="hf: Hugging Face tokenizer to save with the model (default: the run's)",
     )  # fmt: skip
     parser.add_argument(
         "--license", metavar="NAME",
-        help="hf: license in the model card, README.md, as the Hub names it, for example "
-        "apache-2.0 (default: the card says none)",
+        help="hf: license for the model card (README.md), by its Hub name, e.g. apache-2.0 "
+        "(default: none)",
     )  # fmt: skip
     parser.add_argument(
         "--make-vocab-size-divisible-by", type=int, metavar="N",
         help="pad the vocabulary to a multiple of this times the tensor parallel size (default: "
-        "leave it as it is; gpt2: 128)",
+        "unchanged; gpt2: 128)",
     )  # fmt: skip
     for name in LAYOUT:
         parser.add_argument(
             flag_of(f"target_{name}"), type=int, metavar="N",
-            help="torch_dist: parallel size of the run that is meant, checked and recorded "
-            "(default: that of the run it comes from)",
+            help="torch_dist: parallel size of the target run, checked and recorded (default: "
+            "that of the source run)",
         )  # fmt: skip
     parser.add_argument(
         "--drop-optimizer", action="store_true",
-        help="torch_dist to torch_dist: write the weights alone, as a release",
+        help="torch_dist to torch_dist: write only the weights, as a release",
     )  # fmt: skip
     _add_upcycling(parser)
     return parser
@@ -103,9 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_upcycling(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the sparse model, spelled as pretrain_smlp.py spells them."""
-    group = parser.add_argument_group(
-        "upcycling", "to torch_dist: make a sparse model of a dense one"
-    )
+    group = parser.add_argument_group("upcycling", "to torch_dist: turn a dense model sparse")
     group.add_argument(
         "--upcycle", action="store_true",
         help="copy the dense FFNs and spatial matrices into experts, with new routers",
@@ -125,7 +123,7 @@ def _sparse_flags(options: argparse.Namespace) -> dict[str, Any]:
     given = {name: value for name, value in given.items() if value is not None}
     if given and not options.upcycle:
         flag = flag_of(next(iter(given)))
-        raise UsageError(f"{flag} says what --upcycle makes: give that too, or leave it out.")
+        raise UsageError(f"{flag} has no effect without --upcycle: give both or neither.")
     return given
 
 
@@ -181,8 +179,8 @@ def _check_used(options: argparse.Namespace) -> None:
             continue
         if source not in (None, options.source) or target not in (None, options.target):
             raise UsageError(
-                f"{flag_of(name)} says nothing about --from {options.source} --to "
-                f"{options.target}: leave it out."
+                f"{flag_of(name)} has no effect with --from {options.source} --to "
+                f"{options.target}: omit it."
             )
 
 
@@ -191,9 +189,9 @@ def _check_load(load: Path, source: str) -> None:
     is_run = (load / TRACKER).is_file() or (load / ".metadata").is_file()
     is_huggingface = (load / "config.json").is_file()
     if source == "torch_dist" and is_huggingface and not is_run:
-        raise UsageError(f"--load {load} is a folder of transformers: give --from hf.")
+        raise UsageError(f"--load {load} is a Hugging Face folder: give --from hf.")
     if source != "torch_dist" and is_run and not is_huggingface:
-        raise UsageError(f"--load {load} is a checkpoint of Megatron's: give --from torch_dist.")
+        raise UsageError(f"--load {load} is a Megatron checkpoint: give --from torch_dist.")
 
 
 def parse_size(text: str) -> int:

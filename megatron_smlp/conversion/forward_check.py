@@ -42,8 +42,8 @@ def check(before: Tensor, after: Tensor) -> str:
     limit = LIMIT * max(1.0, float(before.abs().max()) / LARGE)
     if not difference <= limit:
         raise CheckpointError(
-            f"{text}{difference:.2e}, which is over {limit:.1e}: nothing was written. Please "
-            "report it; --no-check writes the folder all the same."
+            f"{text}{difference:.2e}, over the limit {limit:.1e}: nothing was written. Please "
+            "report it; --no-check writes the folder anyway."
         )
     return f"{text}at most {difference:.2e}"
 
@@ -60,14 +60,14 @@ def check_loss(before: Tensor, after: Tensor, tokens: Tensor, *, why_not: str | 
         CheckpointError: they differ by more than LOSS_LIMIT without a reason, or are not finite.
     """
     old, new = loss(before, tokens), loss(after, tokens)
-    text = f"forward check: loss {new:.6f}, of the dense model {old:.6f}: "
+    text = f"forward check: loss {new:.6f}, dense model {old:.6f}: "
     if why_not is not None and math.isfinite(new):
         return f"{text}{abs(new - old):.1e} apart, since {why_not}"
     if abs(new - old) <= LOSS_LIMIT:
         return f"{text}{abs(new - old):.1e} apart"
     raise CheckpointError(
-        f"{text}{abs(new - old):.1e} is over {LOSS_LIMIT:g}: nothing was written. Please "
-        "report it; --no-check writes the folder all the same."
+        f"{text}{abs(new - old):.1e} apart, over {LOSS_LIMIT:g}: nothing was written. Please "
+        "report it; --no-check writes the folder anyway."
     )
 
 

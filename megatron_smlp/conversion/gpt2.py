@@ -65,21 +65,20 @@ def config_in(values: Mapping[str, Any], folder: Path) -> SMLPConfig:
     """
     if values.get("model_type") != MODEL_TYPE:
         raise UsageError(
-            f"{folder}/config.json is of a model of type {values.get('model_type')!r}, not "
-            f"{MODEL_TYPE!r}."
+            f"{folder}/config.json has model type {values.get('model_type')!r}, not {MODEL_TYPE!r}."
         )
     with impossible(f"{folder}/config.json"):
         theirs = theirs_of(values)
     for name, only in UNSUPPORTED.items():
         if getattr(theirs, name) != only:
             raise UsageError(
-                f"{folder}/config.json: {name}={getattr(theirs, name)} has no equal in Megatron's "
-                f"attention; a model with {only} can be imported."
+                f"{folder}/config.json: {name}={getattr(theirs, name)} is not supported by "
+                f"Megatron's attention; only {only} can be imported."
             )
     if theirs.activation_function not in ACTIVATIONS:
         raise UsageError(
             f"{folder}/config.json: activation_function={theirs.activation_function!r} cannot be "
-            f"imported; what can are {', '.join(ACTIVATIONS)}."
+            f"imported; only {', '.join(ACTIVATIONS)} can."
         )
     with impossible(f"{folder}/config.json"):
         return SMLPConfig(

@@ -66,14 +66,14 @@ def config_of(flags: Mapping[str, Any]) -> SMLPConfig:
     for name, only in only_ones.items():
         if flags[name] != only:
             raise UsageError(
-                f"{flag_of(name)} {flags[name]} has no equal in the Hugging Face "
-                f"model; it can be exported with {only} only."
+                f"{flag_of(name)} {flags[name]} is not supported by the Hugging Face "
+                f"model; only {only} can be exported."
             )
     if flags["seq_length"] != flags["max_position_embeddings"]:
         raise UsageError(
             f"--max-position-embeddings {flags['max_position_embeddings']} and --seq-length "
-            f"{flags['seq_length']} are one number in the Hugging Face model: a checkpoint can be "
-            "exported where they are equal."
+            f"{flags['seq_length']} must be equal for export: they are one setting in the "
+            "Hugging Face model."
         )
     with impossible("the model's flags"):
         return SMLPConfig(
@@ -144,8 +144,8 @@ def config_in(values: Mapping[str, Any], folder: Path) -> SMLPConfig:
     """
     if values["model_type"] != MODEL_TYPE:
         raise UsageError(
-            f"{folder}/config.json is of a model of type {values['model_type']!r}; what can be "
-            f"read is {MODEL_TYPE!r}, which this tool writes, 'llama' and 'gpt2'."
+            f"{folder}/config.json has model type {values['model_type']!r}; supported are "
+            f"{MODEL_TYPE!r}, which this tool writes, 'llama' and 'gpt2'."
         )
     plugin_texts.require((values.get("plugin") or {}).get("files", {}), str(folder))
     with impossible(f"{folder}/config.json"):
@@ -174,9 +174,9 @@ def read_config_json(folder: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise UsageError(f"{path} is missing: give the folder of a Hugging Face model.") from error
     except (OSError, ValueError, RecursionError, TypeError, KeyError) as error:
-        raise UsageError(f"{path} does not say the model's type ({error}).") from error
+        raise UsageError(f"{path} has no valid model type ({error}).") from error
     if not says_type:
-        raise UsageError(f"{path} does not say the model's type: model_type is not a string.")
+        raise UsageError(f"{path} has no valid model type: model_type is not a string.")
     return values
 
 
@@ -196,8 +196,8 @@ def check_folder(folder: Path) -> None:
     missing = [name for name in expected_shapes(model) if specs and name not in specs]
     if missing:  # transformers would initialize them at random
         raise UsageError(
-            f"{folder} has no weights for {missing[0]}, one of {len(missing)} of the model of "
-            "its config.json: the two do not belong together."
+            f"{folder} has no weights for {missing[0]}, one of {len(missing)} missing tensors "
+            "that config.json needs: the two do not match."
         )
 
 
@@ -207,7 +207,7 @@ def build(config: SMLPConfig) -> SMLPForCausalLM:
     Raises:
         UsageError: its sizes are beyond what a tensor can have.
     """
-    with impossible("no such model can be built"), torch.device("meta"):
+    with impossible("this model cannot be built"), torch.device("meta"):
         model = model_class(config)(config).eval()
     if config.plugin is not None:
         from megatron_smlp.plugins import compute_tables
@@ -228,7 +228,7 @@ def build_theirs(config: PreTrainedConfig) -> Any:
     Raises:
         UsageError: its sizes are beyond what a tensor can have.
     """
-    with impossible("no such model can be built"):
+    with impossible("this model cannot be built"):
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config).float().eval()
         if rotary := getattr(model.base_model, "rotary_emb", None):
@@ -322,7 +322,7 @@ def _add_tokenizer(
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UsageError(
-            f"--tokenizer-model {tokenizer} is not a folder of a Hugging Face tokenizer ({reason})."
+            f"--tokenizer-model {tokenizer} is not a Hugging Face tokenizer folder ({reason})."
         ) from error
     for name in ("local_files_only", "is_local"):  # arguments of this call, which would be saved
         loaded.init_kwargs.pop(name, None)

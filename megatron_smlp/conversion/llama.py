@@ -110,8 +110,8 @@ def config_in(values: Mapping[str, Any], folder: Path) -> SMLPConfig:
     ):
         if value != only:
             raise UsageError(
-                f"{folder}/config.json: {name}={value} has no equal here; a model with {only} can "
-                "be imported."
+                f"{folder}/config.json: {name}={value} is not supported; only {only} can be "
+                "imported."
             )
     heads, groups = theirs.num_attention_heads, theirs.num_key_value_heads
     with impossible(f"{folder}/config.json"):

@@ -64,7 +64,7 @@ def build(flags: Mapping[str, Any]) -> Any:
     try:
         return _build(flags)
     except (RuntimeError, OverflowError) as error:
-        raise UsageError(f"no such model can be built: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"this model cannot be built: {str(error).splitlines()[0]}") from error
 
 
 def _build(flags: Mapping[str, Any]) -> Any:

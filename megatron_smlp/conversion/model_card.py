@@ -139,8 +139,8 @@ def _loading(*, is_ours: bool, has_tokenizer: bool) -> str:
             "import torch",
             "from transformers import AutoModelForCausalLM",
             model,
-            "tokens = torch.tensor([[1, 2, 3]])  # there is no tokenizer in this folder",
+            "tokens = torch.tensor([[1, 2, 3]])  # no tokenizer in this folder",
             "print(model.generate(tokens, max_new_tokens=20))",
         ]
-    where = "In this folder; elsewhere its path, or its name on the Hub, takes the place of `.`:"
+    where = "In this folder; elsewhere, replace `.` by its path or its name on the Hub:"
     return "\n".join([where, "", "```python", *lines, "```"])

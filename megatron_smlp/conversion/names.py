@@ -71,7 +71,7 @@ class Names:
                 targets = self.of(name)
             except KeyError as error:
                 raise UsageError(
-                    f"the checkpoint's tensor {name} has no equal in the other model."
+                    f"the checkpoint's tensor {name} is unknown to the target model."
                 ) from error
             heads = HeadShape.of(flags) if QKV in name else None
             for number, target in enumerate(targets):

@@ -58,10 +58,10 @@ def account(
     """
     used = {name for recipe in plan.values() for name in recipe.sources}
     if missing := [*sorted(used - set(source)), *(name for name in expected if name not in plan)]:
-        raise UsageError(f"{where} lacks {_some(missing)}, or what they are made of.")
+        raise UsageError(f"{where} lacks {_some(missing)}, or their source tensors.")
     placed = {name for target in expected for name in plan[target].sources}
     if unknown := sorted(set(source) - placed):
-        raise UsageError(f"{where} holds {_some(unknown)}, which this model does not know.")
+        raise UsageError(f"{where} holds {_some(unknown)}, which this model does not have.")
     specs = {target: _outcome(target, recipe, source, where) for target, recipe in plan.items()}
     for target, spec in specs.items():
         if spec.shape != expected[target]:
@@ -79,9 +79,7 @@ def _outcome(target: str, recipe: Recipe, source: Mapping[str, Spec], where: str
             return Spec.of(recipe.make(*(source[name].on_meta() for name in recipe.sources)))
     except RuntimeError as error:  # torch's, for shapes that do not fit
         named = ", ".join(f"{n} {list(source[n].shape)}" for n in recipe.sources)
-        raise UsageError(
-            f"{where} holds {named}, of which {target} cannot be made: {error}"
-        ) from error
+        raise UsageError(f"{where}: {target} cannot be made from {named}: {error}") from error
 
 
 def _some(names: list[str]) -> str:

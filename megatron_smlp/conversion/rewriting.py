@@ -42,8 +42,8 @@ def check_layout(flags: Mapping[str, Any], layout: Mapping[str, int]) -> None:
     if flags["padded_vocab_size"] % tensor:
         raise UsageError(
             f"--target-tensor-model-parallel-size {tensor} does not divide the padded vocabulary "
-            f"{flags['padded_vocab_size']}: choose a divisor, or give "
-            "--make-vocab-size-divisible-by to pad it anew."
+            f"{flags['padded_vocab_size']}: choose a divisor, or repad it with "
+            "--make-vocab-size-divisible-by."
         )
 
 

@@ -51,7 +51,7 @@ class SafetensorsFolder:
                     held.add((name, path.name))
         if index is not None and (wrong := held ^ set(index.items())):
             name, place = min(wrong)
-            raise DamagedCheckpointError(f"{self.folder / place} and {INDEX} differ over {name}.")
+            raise DamagedCheckpointError(f"{self.folder / place} and {INDEX} disagree on {name}.")
 
     def read(self, name: str, row: int | None = None) -> Tensor:
         """Return one tensor, or one row of it; its memory maps the file until it is changed."""
@@ -87,7 +87,7 @@ class SafetensorsFolder:
         if embedding in self.specs and not torch.equal(self.read(embedding), self.read(head)):
             raise UsageError(
                 f"{self.folder} holds {head}, which is not {embedding} although "
-                'config.json ties them: say "tie_word_embeddings": false there to keep both.'
+                'config.json ties them: set "tie_word_embeddings": false there to keep both.'
             )
         del self.specs[head]
 
@@ -102,7 +102,7 @@ def _read_index(path: Path) -> dict[str, str] | None:
         raise DamagedCheckpointError(f"{path} is not an index of safetensors files.") from error
     for file in files.values():
         if Path(file).name != file:
-            raise UsageError(f"{path} names {file}, in another folder: refused.")
+            raise UsageError(f"{path} names {file}, which is in another folder.")
     return files
 
 

@@ -14,7 +14,7 @@ def check_target(target: Path, source: Path, *, overwrite: bool) -> None:
             f"--save {target} holds --load {source}, which would be deleted: give another folder."
         )
     if target.resolve() == Path.cwd():
-        raise UsageError(f"--save {target} is where you are, and cannot be replaced: name another.")
+        raise UsageError(f"--save {target} must not be the current folder: give another.")
     if target.exists() and not target.is_dir():
         raise UsageError(f"--save {target} is a file: give a folder.")
     if target.is_dir() and any(target.iterdir()) and not overwrite:

@@ -60,12 +60,12 @@ def target_flags(flags: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[s
         UsageError: the source is already sparse, or cannot become such a model.
     """
     if flags["token_router"] != "none" or flags["architecture"] == "smlp" or flags["num_experts"]:
-        raise UsageError("--upcycle: the checkpoint is of a sparse model already.")
+        raise UsageError("--upcycle: the checkpoint's model is already sparse.")
     target = {**flags, **changes}
     pair = flags["architecture"], target["architecture"]
     if pair[0] != pair[1] and pair != ("gmlp", "smlp"):
         raise UsageError(
-            f"--architecture {pair[1]}: a {pair[0]} cannot become one; gmlp becomes smlp, and any "
+            f"--architecture {pair[1]} cannot be made from {pair[0]}; gmlp can become smlp; any "
             "architecture gets token experts by --token-router."
         )
     if target["token_router"] == "none" and target["feature_router"] == "none":
@@ -78,11 +78,11 @@ def target_flags(flags: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[s
 
 def _add_experts(target: dict[str, Any]) -> None:
     if not target["num_experts"]:
-        raise UsageError(f"--token-router {target['token_router']}: give --num-experts too.")
+        raise UsageError(f"--token-router {target['token_router']} requires --num-experts.")
     if TOKEN_ROUTERS[target["token_router"]].upcycling_scale is None:
         known = ", ".join(name for name, rule in TOKEN_ROUTERS.items() if rule.upcycling_scale)
         raise UsageError(
-            f"--token-router {target['token_router']}: a dense model cannot become one, since its "
+            f"--token-router {target['token_router']} cannot be made from a dense model: its "
             f"weights depend on scores that start at random; give one of {known}."
         )
     has_ffn = ARCHITECTURES[target["architecture"]].channel == "mlp"
@@ -115,8 +115,8 @@ def _check_spatial(flags: Mapping[str, Any], target: Mapping[str, Any]) -> None:
     heads, experts = flags["spatial_heads"], target["num_feature_experts"]
     if target["feature_router"] == "partial" and heads > 1:
         raise UsageError(
-            f"--feature-router partial: any chunk may choose any expert, so the experts start as "
-            f"one matrix, and this model has {heads} (--spatial-heads): take deterministic."
+            f"--feature-router partial: any chunk may choose any expert, so all experts start as "
+            f"one matrix, but this model has {heads} (--spatial-heads): use deterministic."
         )
     if target["feature_router"] != "none" and experts % heads:
         raise UsageError(

@@ -15,7 +15,7 @@ from megatron_smlp.errors import UsageError, require_package
 from megatron_smlp.generation.cli import add_source_arguments, check_model_arguments
 
 EPILOG = """\
-Other flags are Megatron's and go with --checkpoint: the layout to evaluate in, for example
+Other flags go to Megatron (with --checkpoint): the layout to evaluate in, for example
 --tensor-model-parallel-size 2 under torchrun."""
 
 
@@ -29,42 +29,42 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_source_arguments(parser)
     tasks = parser.add_argument_group("tasks")
-    tasks.add_argument("--tasks", metavar="A,B", help="copa,piqa,... or any of the harness")
-    tasks.add_argument("--data-dir", metavar="DIR", help="local files of the tasks; no network")
+    tasks.add_argument("--tasks", metavar="A,B", help="copa,piqa,... or any harness task")
+    tasks.add_argument("--data-dir", metavar="DIR", help="local task files; no network")
     tasks.add_argument(
         "--include-path", metavar="DIR",
-        help="the harness's YAML files of tasks of your own, which --tasks may name too",
+        help="YAML files of your own harness tasks, for use in --tasks",
     )  # fmt: skip
     tasks.add_argument(
         "--prompt-style", choices=["lm_eval", "paper"], default="lm_eval",
-        help="how COPA asks (default lm_eval)",
+        help="COPA prompts (default lm_eval)",
     )  # fmt: skip
     tasks.add_argument(
         "--too-long", choices=["skip", "truncate", "stop"], default="skip",
-        help="of an option with more tokens than the model reads: leave the example out (default), "
-        "score the option's end alone, or stop; examples are named either way",
+        help="if an option exceeds the model's length: skip the example (default), score only the "
+        "option's end, or stop; such examples are named either way",
     )  # fmt: skip
-    tasks.add_argument("--samples", metavar="FILE", help="JSON lines: each example's scores")
-    tasks.add_argument("--markdown", metavar="FILE", help="a report beside the paper's figures")
+    tasks.add_argument("--samples", metavar="FILE", help="per-example scores, as JSON lines")
+    tasks.add_argument("--markdown", metavar="FILE", help="a report with the paper's figures")
     text = parser.add_argument_group("perplexity")
     text.add_argument("--data-path", metavar="PREFIX", help="a .bin/.idx pair, read once, whole")
-    text.add_argument("--split", metavar="A,B,C", help="of a run: read only what it validates on")
+    text.add_argument("--split", metavar="A,B,C", help="of the run: read only its validation set")
     text.add_argument(
         "--stride", type=int, metavar="N", help="tokens between windows (default: no overlap)"
     )
     text.add_argument(
         "--suffix-from", type=float, metavar="P",
-        help="report what position P of a window, or a fraction of T, and later ones predict too "
-        "(default: the prefix of partial prediction, else nothing)",
+        help="also report perplexity from position P, or a fraction of T, on (default: the prefix "
+        "of partial prediction, else none)",
     )  # fmt: skip
     text.add_argument(
         "--breakdown", action="store_true",
-        help="also the loss by position, by the token's frequency, by what it repeats, and by "
-        "document, where there are up to 100",
+        help="also report the loss by position, token frequency, repetition, and document (if 100 "
+        "or fewer)",
     )  # fmt: skip
     text.add_argument(
         "--allow-tokenizer-mismatch", action="store_true",
-        help="of data whose manifest names another vocabulary than the model's tokenizer has",
+        help="accept data whose manifest names another vocabulary than the model's tokenizer",
     )  # fmt: skip
     both = parser.add_argument_group("both")
     both.add_argument(
@@ -73,8 +73,8 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     both.add_argument(
         "--seq-length", type=int, metavar="N",
-        help="tokens that --checkpoint gets at once (default: those of its training; more with "
-        "--toeplitz models)",
+        help="sequence length for --checkpoint (default: that of training; can be longer with "
+        "--toeplitz)",
     )  # fmt: skip
     both.add_argument("--batch-size", type=int, default=8, metavar="B", help="(default 8)")
     both.add_argument("--output", metavar="FILE", help="write the results as JSON")
@@ -91,12 +91,10 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     options, rest = parser.parse_known_args(list(argv))
     check_model_arguments(options)
     if bool(options.tasks) == bool(options.data_path):
-        raise UsageError(
-            "say what to measure: --tasks copa,piqa,... or --data-path PREFIX (perplexity)"
-        )
+        raise UsageError("give either --tasks copa,piqa,... or --data-path PREFIX (perplexity)")
     if options.hf and options.tasks and options.seq_length:
         raise UsageError(
-            "--seq-length goes with --checkpoint DIR, the run that --hf came from, or with "
+            "--seq-length requires --checkpoint DIR, the run that --hf came from, or "
             "--data-path PREFIX"
         )
     text_flags = ("stride", "split", "suffix_from", "breakdown", "allow_tokenizer_mismatch")
@@ -110,9 +108,9 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
             value = getattr(options, flag)
             if excludes and value != parser.get_default(flag):
                 given = flag_of(flag) if value is True else f"{flag_of(flag)} {value}"
-                raise UsageError(f"{given} goes with {instead}")
+                raise UsageError(f"{given} requires {instead}")
     if options.hf and rest:
-        raise UsageError(f"{rest[0]} is not a flag of evaluate.py --hf; `--help` lists them")
+        raise UsageError(f"{rest[0]} is not a flag of evaluate.py --hf; see `--help`")
     require_positive(options, "limit", "batch_size", "stride", "seq_length")
     for flag in ("output", "samples", "markdown"):  # found before hours of work, not after them
         path = getattr(options, flag)
@@ -241,7 +239,7 @@ def _scorer(options: argparse.Namespace, megatron_flags: Sequence[str]) -> tuple
 def _exported_scorer(options: argparse.Namespace) -> tuple[argparse.Namespace, Any, Any]:
     """Return the facts that --suffix-from needs, scorer and tokenizer of --hf, in one process."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("--hf with --data-path runs in one process: leave out torchrun")
+        raise UsageError("--hf with --data-path runs in one process: omit torchrun")
     from megatron_smlp.evaluation.exported_scorer import ExportedScorer
     from megatron_smlp.generation.language_model import check_with_tokenizer, model_and_tokenizer
     from megatron_smlp.library_logging import quiet_libraries

@@ -52,7 +52,7 @@ class TaskEvaluation:
             raise UsageError(f"--eval-tasks: {error}") from error
         if self.tokenizer.identity is None:
             raise UsageError(
-                f"--eval-tasks {args.eval_tasks} needs a tokenizer of text, not --tokenizer-type "
+                f"--eval-tasks {args.eval_tasks} needs a text tokenizer, not --tokenizer-type "
                 f"{args.tokenizer_type}"
             )
 

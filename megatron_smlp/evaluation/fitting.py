@@ -55,10 +55,10 @@ def _option(model: Any, args: tuple[str, str], longest: int) -> Misfit | None:
     count = len(option_tokens(model, context, option))
     shown = repr(option if len(option) <= 60 else f"{option[:60]}...")
     if not count:
-        return Misfit(f"the option {shown} has no tokens of its own: there is nothing to score")
+        return Misfit(f"the option {shown} has no tokens of its own: nothing to score")
     if count > longest:
         return Misfit(
-            f"the option {shown} has {count} tokens and the model's sequences end at {longest}",
+            f"the option {shown} has {count} tokens; the model's limit is {longest}",
             can_be_cut=True,
         )
     return None
@@ -78,8 +78,7 @@ def _generation(model: Any, args: tuple[str, Mapping[str, Any]], longest: int) -
     if 0 < count < longest:
         return None
     return Misfit(
-        f"the task asks for {count} new tokens (max_gen_toks) and the model's sequences end at "
-        f"{longest}"
+        f"the task asks for {count} new tokens (max_gen_toks); the model's limit is {longest}"
     )
 
 

@@ -47,7 +47,7 @@ def run_tasks(
     if too_long == "stop":
         for name, number, misfit in itertools.chain.from_iterable(map(_Checked.named, checked)):
             raise UsageError(
-                f"--tasks {name}, example {number}: {misfit.reason}: leave such examples out "
+                f"--tasks {name}, example {number}: {misfit.reason}: skip such examples "
                 "(--too-long skip), or evaluate a model with a longer --seq-length"
             )
     for item in checked:
@@ -160,8 +160,8 @@ class ScorerModel(TemplateLM):
         super().__init__()
         if tokenizer.identity is None:
             raise UsageError(
-                "the tokenizer has numbers and no texts: tasks need a model that was trained with "
-                "a tokenizer of text"
+                "the tokenizer encodes no text: tasks need a model that was trained with a "
+                "text tokenizer"
             )
         self.scorer, self.encoder, self.end = scorer, tokenizer.build(), tokenizer.eod
         self.start = list(start)
@@ -179,8 +179,8 @@ class ScorerModel(TemplateLM):
     def eot_token_id(self) -> int:
         if self.end is None:
             raise UsageError(
-                "the tokenizer has no end-of-document token, which stands before a text without "
-                "context: evaluate tasks whose examples have one, or another tokenizer"
+                "the tokenizer has no end-of-document token, required before text without "
+                "context: use tasks whose examples have context, or another tokenizer"
             )
         return self.end
 
@@ -237,6 +237,6 @@ class ScorerModel(TemplateLM):
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Raise UsageError: a scorer generates no text."""
         raise UsageError(
-            "tasks that generate text are for exported models: convert the checkpoint "
-            "(tools/convert_checkpoint.py --to hf), and evaluate that with --hf"
+            "tasks that generate text require an exported model: convert the checkpoint "
+            "(tools/convert_checkpoint.py --to hf) and evaluate it with --hf"
         )

@@ -73,7 +73,7 @@ def load_model(
     iteration = iteration_of(folder)
     if iteration is None and folder.name != RELEASE and tracked_folder(folder.parent) is None:
         name = iteration_folder(Path(), saved.iteration)
-        raise UsageError(f"--checkpoint {checkpoint}: Megatron goes by names: rename it to {name}.")
+        raise UsageError(f"--checkpoint {checkpoint}: Megatron needs the name {name}: rename it.")
     spec = named_or_moved(given, recorded_tokenizer(saved.args, trusts=given.trust_remote_code))
     if spec is None:
         raise UsageError(
@@ -115,15 +115,15 @@ def sequence_length(args: argparse.Namespace, wanted: int | None) -> int:
     any_length = args.toeplitz and args.position_embedding_type != "learned_absolute"
     if wanted > args.seq_length and not any_length:
         raise UsageError(
-            f"--seq-length {wanted} is over the {args.seq_length} tokens of the training: only "
-            "a model with --toeplitz, and without learned positions, reads longer "
+            f"--seq-length {wanted} exceeds the {args.seq_length} tokens of training: only "
+            "a model with --toeplitz and without learned positions reads longer "
             f"sequences; give at most {args.seq_length}"
         )
     size = args.tensor_model_parallel_size
     if args.sequence_parallel and wanted % size:
         raise UsageError(
-            f"--seq-length {wanted} is not a multiple of --tensor-model-parallel-size {size}, over "
-            "which sequence parallelism cuts it: give a multiple"
+            f"--seq-length {wanted} is not a multiple of --tensor-model-parallel-size {size}, by "
+            "which sequence parallelism splits it: give a multiple"
         )
     return wanted
 
@@ -154,7 +154,7 @@ def _precision_flags(given: argparse.Namespace, dtype: str, *, stored: torch.dty
             return []  # fp32 holds the same weights, and a CPU has no fp16
         return [wanted]
     if dtype != "auto" and typed != [wanted]:
-        raise UsageError(f"{typed[0]} contradicts --dtype {dtype}: give one of them")
+        raise UsageError(f"{typed[0]} contradicts --dtype {dtype}: give only one")
     return []
 
 

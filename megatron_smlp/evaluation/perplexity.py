@@ -76,7 +76,7 @@ def validation_part(index: Index, split: str | None) -> Part:
         ) from error
     if first == last:
         raise UsageError(
-            f"--split {split} leaves no document of {index.prefix} for validation: leave it out "
+            f"--split {split} leaves no document of {index.prefix} for validation: omit it "
             "to read the whole pair"
         )
     return Part.of(index, first, last)
@@ -128,8 +128,8 @@ def measure(
     stride = options.stride or scorer.longest
     if stride > scorer.longest:
         raise UsageError(
-            f"--stride {stride} is over the model's {scorer.longest} tokens: the tokens between "
-            "windows would be left out; give at most that"
+            f"--stride {stride} exceeds the model's {scorer.longest} tokens: the tokens between "
+            "windows would be skipped; give at most that"
         )
     part = _part(tokenizer, options)
     tokens = part.tokens
@@ -194,7 +194,7 @@ def _part(tokenizer: Tokenizer, options: argparse.Namespace) -> Part:
         raise UsageError(f"--data-path {prefix}: {' '.join(str(error).split())}") from error
     part = validation_part(index, options.split)
     if (count := len(part.tokens)) < 2:
-        raise UsageError(f"--data-path {prefix} has {count} tokens: there is none to predict")
+        raise UsageError(f"--data-path {prefix} has {count} tokens: none to predict")
     return part
 
 

@@ -66,9 +66,7 @@ def select_tasks(
     """
     for flag, folder in (("--include-path", include_path), ("--data-dir", data_dir)):
         if folder is not None and not Path(folder).is_dir():
-            raise UsageError(
-                f"{flag} {folder} is not a folder: docs/evaluation.md says what is in it"
-            )
+            raise UsageError(f"{flag} {folder} is not a folder: see docs/evaluation.md")
     own: list[str | Path] = [include_path] if include_path else []
     options: dict[str, Any]
     if data_dir is None:
@@ -85,7 +83,7 @@ def select_tasks(
             "include_defaults": False,
             "metadata": {"data_dir": str(data_dir)},
         }
-        remedy = "and that its data is local: with --data-dir no network is used"
+        remedy = "and that its data is local: --data-dir uses no network"
         for name in set(names) & set(FILES):
             find_file(name, data_dir)
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read at the import of the harness
@@ -139,7 +137,7 @@ def _check_known(name: str, known: Sequence[str], *, include_path: str | None) -
     if name in known:
         return
     hint = did_you_mean(name, known, most=3, cutoff=0.5)
-    few = f"known are {', '.join(known)}" if len(known) < 20 else "`lm_eval ls tasks` lists all"
-    own = include_path and f"a file of {include_path} that is no task in YAML is passed over"
+    few = f"known: {', '.join(known)}" if len(known) < 20 else "`lm_eval ls tasks` lists all"
+    own = include_path and f"files of {include_path} that are not YAML tasks are ignored"
     text = "; ".join(part for part in (hint, few, own) if part)
     raise UsageError(f"--tasks {name} is not a task: {text}")

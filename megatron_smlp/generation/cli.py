@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from megatron_smlp.generation.language_model import LanguageModel
 
 EPILOG = """\
-Without --prompt and --prompts-file, prompts are read from the terminal, a line each; Ctrl-D ends.
-A model has as many positions as --seq-length of its run: at the last one, generation stops with a
-message on stderr."""
+Without --prompt or --prompts-file, prompts are read from the terminal, one per line; Ctrl-D ends.
+Generation stops with a message on stderr at the model's last position, the --seq-length of its
+run."""
 
 
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,13 +30,13 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         "--load",
         metavar="DIR",
-        help="the --save folder of a run, or an iter_ folder",
+        help="a run's --save folder, or an iter_ folder",
     )
-    model.add_argument("--hf", metavar="DIR", help="what tools/convert_checkpoint.py --to hf wrote")
-    model.add_argument("--device", help="(default: a GPU where there is one)")
+    model.add_argument("--hf", metavar="DIR", help="output of tools/convert_checkpoint.py --to hf")
+    model.add_argument("--device", help="(default: a GPU if available)")
     model.add_argument(
         "--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
-        help="of the weights, and to compute in (default: as they are stored)",
+        help="of weights and computation (default: as stored)",
     )  # fmt: skip
 
 
@@ -61,13 +61,13 @@ def check_model_arguments(options: argparse.Namespace) -> None:
     if bool(options.checkpoint) == bool(options.hf):
         raise UsageError("give one model: --checkpoint DIR (of a run) or --hf DIR (exported)")
     if options.hf and (step := getattr(options, "ckpt_step", None)) is not None:
-        raise UsageError(f"--ckpt-step {step} goes with --checkpoint DIR")
+        raise UsageError(f"--ckpt-step {step} requires --checkpoint DIR")
     if options.hf and getattr(options, "trust_remote_code", False) and not options.tokenizer_type:
-        raise UsageError("--trust-remote-code goes with --checkpoint DIR, or with --tokenizer-type")
+        raise UsageError("--trust-remote-code requires --checkpoint DIR or --tokenizer-type")
     flag = "checkpoint" if options.checkpoint else "hf"
     folder = getattr(options, flag)
     if not Path(folder).is_dir():
-        raise UsageError(f"--{flag} {folder}: there is no such folder")
+        raise UsageError(f"--{flag} {folder}: no such folder")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -146,7 +146,7 @@ def _check(options: argparse.Namespace) -> None:
     if options.num_samples > options.num_beams and not draws_freely:
         raise UsageError(
             f"--num-samples {options.num_samples} with --num-beams {options.num_beams} and "
-            f"--temperature {options.temperature:g}: a search ends with as many texts as beams; "
+            f"--temperature {options.temperature:g}: a search yields one text per beam; "
             "give as many --num-beams, or none and a temperature over 0"
         )
 
@@ -179,7 +179,7 @@ def _from_json(line: str, where: str) -> str:
         raise UsageError(f"{where} is not JSON: {error}") from error
     prompt = record.get("prompt") if isinstance(record, dict) else None
     if not isinstance(prompt, str):
-        raise UsageError(f'{where} has no "prompt" that is a text')
+        raise UsageError(f'{where} has no "prompt" string')
     return prompt
 
 
@@ -213,7 +213,7 @@ def _run_one(lm: LanguageModel, prompt: str, options: argparse.Namespace, *, whe
 def _report_the_end(lm: LanguageModel, done: Completion) -> None:
     if done.reached_the_end:
         print(
-            f"generate.py: stopped at position {lm.longest}, where the model's sequences end, "
+            f"generate.py: stopped at position {lm.longest}, the model's limit, "
             f"after {done.num_tokens} new tokens",
             file=sys.stderr,
         )

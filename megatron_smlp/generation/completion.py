@@ -44,7 +44,7 @@ def encode_prompt(lm: LanguageModel, prompt: str, *, where: str) -> list[int]:
         raise UsageError(f"{where} is empty: give some text to continue")
     if len(ids) >= lm.longest:
         raise UsageError(
-            f"{where} has {len(ids)} tokens and the model's sequences end at {lm.longest}: give "
+            f"{where} has {len(ids)} tokens; the model's limit is {lm.longest}: give "
             f"at most {lm.longest - 1}"
         )
     return ids

@@ -145,7 +145,7 @@ def _exported(options: argparse.Namespace) -> tuple[Any, TokenizerSpec | None, s
             output_loading_info=True,
         )
     if missing := sorted(loaded["missing_keys"]):
-        raise UsageError(f"--hf {folder} has no weights for {missing[0]}, which its model has.")
+        raise UsageError(f"--hf {folder} lacks weights for {missing[0]}, which its model has.")
     # Its other settings, such as a repetition penalty, would apply without being asked for.
     names = ("eos_token_id", "suppress_tokens")
     model.generation_config = GenerationConfig(

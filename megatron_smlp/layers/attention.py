@@ -54,7 +54,7 @@ class CausalCoreAttention(DotProductAttention):
         if self.config.window_size is not None or self.config.softmax_type != "vanilla":
             raise ValueError(
                 "--window-size and --softmax-type other than vanilla need Transformer Engine, "
-                "which is not in use (--transformer-impl local). Leave them out."
+                "which is not in use (--transformer-impl local). Omit them."
             )
         if self.config.apply_query_key_layer_scaling:
             # To stay in fp16's range, Megatron divides queries by the layer number, and multiplies

@@ -48,10 +48,7 @@ def check_flags(args: Any) -> None:
         ValueError: it is not.
     """
     if args.window >= args.seq_length:
-        raise ValueError(
-            f"--window {args.window} looks back over more than the --seq-length {args.seq_length} "
-            "tokens of a sample: give a smaller one."
-        )
+        raise ValueError(f"--window {args.window} must be below --seq-length {args.seq_length}.")
 
 
 def fingerprints(

@@ -133,11 +133,11 @@ def check_flags(args: Any) -> None:
     width = args.tiny_attention_width
     if width % 2:
         raise ValueError(
-            f"--tiny-attention-width {width} with --position-embedding-type rope, which turns "
-            "pairs of features: give an even number."
+            f"--tiny-attention-width {width} must be even with --position-embedding-type rope, "
+            "which rotates pairs of features."
         )
     if args.kv_channels != width:
         raise ValueError(
-            f"--kv-channels {args.kv_channels} with --position-embedding-type rope is the width of "
-            f"the head that is turned, --tiny-attention-width {width}: leave it out."
+            f"--kv-channels {args.kv_channels} with --position-embedding-type rope must equal "
+            f"--tiny-attention-width {width}, the width of the rotated head: omit it."
         )

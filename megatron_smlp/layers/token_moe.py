@@ -213,11 +213,11 @@ class Experts(SequentialMLP):
             reason = f"grouped GEMMs are for bfloat16, not {dtype} with weights in {weight.dtype}"
         elif width % 8 or weight.shape[1] % 8:
             sizes = f"{weight.shape[1]} and {width}"
-            reason = f"grouped GEMMs need widths that 8 divides, not {sizes}"
+            reason = f"grouped GEMMs need widths divisible by 8, not {sizes}"
         elif self.config.use_te_activation_func:
             reason = "their activation is Transformer Engine's"
         elif not _has_grouped_kernels():
-            reason = "torch has kernels for grouped GEMMs of compute capability 9 and 10 only"
+            reason = "torch has grouped GEMM kernels only for compute capability 9 and 10"
         if reason:
             _say_once(reason)
         return reason

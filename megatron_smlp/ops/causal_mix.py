@@ -185,7 +185,7 @@ def _check_shapes(weight: Tensor, values: Tensor) -> None:
     ):
         raise ValueError(
             f"causal_mix: weight has shape {tuple(weight.shape)} and values {tuple(values.shape)}, "
-            "but weight [E, T, T] and values [E, T, N] are needed; for a sequence of t < T tokens "
+            "expected weight [E, T, T] and values [E, T, N]; for a sequence of t < T tokens "
             "pass weight[:, :t, :t]"
         )
 

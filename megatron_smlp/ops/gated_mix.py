@@ -71,19 +71,19 @@ def gates_by_kernels(u: Tensor, heads: int, activation: Callable[[Tensor], Tenso
 @cache
 def _say_length_once(length: int) -> None:
     _LOGGER.warning(
-        "the causal gate reads its matrices number by number, and slower: %s does not divide %s "
-        "tokens; --seq-length %s is the next length that it does.",
+        "the causal gate reads its matrices element by element (slow): %s does not divide %s "
+        "tokens; --seq-length %s is the next multiple.",
         *(ALIGNED, length, -(-length // ALIGNED) * ALIGNED),
     )
 
 
 def _unsupported(u: Tensor, heads: int, activation: Callable[[Tensor], Tensor]) -> str:
     if activation is not functional.gelu:
-        return f"it is for GELU, not {getattr(activation, '__name__', activation)}"
+        return f"it needs GELU, not {getattr(activation, '__name__', activation)}"
     if u.dtype not in (torch.bfloat16, torch.float16):
-        return f"it is for bfloat16 and float16, not {u.dtype}"
+        return f"it needs bfloat16 or float16, not {u.dtype}"
     if u.shape[-1] > 2 * heads * WIDEST:
-        return f"it is for {WIDEST} features a head at most, not {u.shape[-1] // heads // 2}"
+        return f"it takes up to {WIDEST} features a head, not {u.shape[-1] // heads // 2}"
     if torch.is_autocast_enabled(u.device.type):
         return "autocast is on"
     return ""
@@ -202,8 +202,8 @@ def _check_shapes(
     if not fits or (added is not None and added.shape != values.shape):
         raise ValueError(
             f"gated_mix: u1 {tuple(u1.shape)}, values {tuple(values.shape)}, weight "
-            f"{tuple(weight.shape)} and bias {tuple(bias.shape)} do not fit; u1, values [T, B, K], "
-            "weight [H, T, T] and bias [H, T] with H a divisor of K are needed"
+            f"{tuple(weight.shape)} and bias {tuple(bias.shape)} do not match: expected u1, values "
+            "[T, B, K], weight [H, T, T] and bias [H, T], H a divisor of K"
         )
 
 

@@ -154,7 +154,7 @@ def _check_shapes(weight: Tensor, values: Tensor) -> None:
     if weight.dim() != 2 or values.dim() != 3 or len(weight) != len(values) or not weight.shape[1]:
         raise ValueError(
             f"toeplitz_mix: weight has shape {tuple(weight.shape)} and values "
-            f"{tuple(values.shape)}, but weight [E, K] with K >= 1 and values [E, T, N] are needed"
+            f"{tuple(values.shape)}, expected weight [E, K] with K >= 1 and values [E, T, N]"
         )
 
 

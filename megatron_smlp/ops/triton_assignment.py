@@ -35,7 +35,7 @@ def unsupported(scores: Tensor) -> str:
     """Return why the kernels cannot take these scores, or an empty string."""
     num_experts = scores.shape[1]
     if num_experts > MAX_EXPERTS:
-        return f"it is for at most {MAX_EXPERTS} experts, not {num_experts}"
+        return f"it takes at most {MAX_EXPERTS} experts, not {num_experts}"
     if scores.shape[0] * num_experts >= 2**31:
         return f"{scores.shape[0]} tokens are too many for 32 bit indices"
     return ""

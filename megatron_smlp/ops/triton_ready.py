@@ -33,13 +33,13 @@ def _missing() -> str | None:
     try:
         target = driver.active.get_current_target()
     except Exception as error:  # an assertion, an OSError, a RuntimeError: each driver has its own
-        return f"Triton cannot use a driver of a GPU ({str(error).partition('\n')[0]})"
+        return f"Triton cannot use a GPU driver ({str(error).partition('\n')[0]})"
     if target.backend != "cuda" or target.arch < CAPABILITY:
         return f"they need an NVIDIA GPU of capability 8.0 or more, not {target.arch}"
     properties = driver.active.utils.get_device_properties(driver.active.get_current_device())
     if properties["max_shared_mem"] < SHARED_MEMORY:
         found = properties["max_shared_mem"]
-        return f"they need {SHARED_MEMORY} bytes of shared memory, and this GPU has {found}"
+        return f"they need {SHARED_MEMORY} bytes of shared memory, but this GPU has {found}"
     return None
 
 

@@ -59,5 +59,5 @@ def _signs(load: RouterLoad) -> Iterator[tuple[str, str]]:
         what = f"entropy {load.entropy:.2f} of log E is under {COLLAPSED}, expert {busiest} gets"
         yield "load", f"{what} {load.load_share_max:.0%} of the choices"
     if load.closed_rate is not None and load.closed_rate > CLOSED:
-        what = f"{load.closed_rate:.0%} of the choices are weighed by less than {CLOSED_GATE}"
-        yield "gates", f"{what}, so that their experts neither do nor learn anything"
+        what = f"{load.closed_rate:.0%} of the choices are weighted below {CLOSED_GATE}"
+        yield "gates", f"{what}, so their experts neither do nor learn anything"

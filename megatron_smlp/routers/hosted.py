@@ -64,8 +64,8 @@ class HostedRouter(TokenRouter):
             buffer.copy_(value)  # the original pass has already updated them
         if not self.skips and chosen.shape[1] != self.kind.experts_per_token:
             raise ValueError(
-                f"{self.kind.__name__}.choose gives a token {chosen.shape[1]} experts, and "
-                f"experts_per_token is {self.kind.experts_per_token}: set it to that number."
+                f"{self.kind.__name__}.choose gives a token {chosen.shape[1]} experts, but "
+                f"experts_per_token is {self.kind.experts_per_token}: set it to match."
             )
         if self.training and not repeats_a_pass():
             self.loads = self.loads.to(chosen.device)

@@ -46,7 +46,7 @@ class Admission:
         known = {name.lower() for name in self.hosts} | {"localhost", socket.gethostname().lower()}
         if ANY not in known and host not in known and not _is_numeric(host):
             raise RequestError(
-                f"Host {host!r:.80} is not known to this server: start it with --allowed-hosts",
+                f"Host {host!r:.80} is not allowed: start the server with --allowed-hosts",
                 status=403,
             )
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()

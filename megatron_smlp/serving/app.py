@@ -31,7 +31,7 @@ Choices = asyncio.Future[list[dict[str, Any]]]
 Pieces = asyncio.Queue[dict[str, Any] | None]
 POLL_SECONDS = 0.2
 """How often a waiting request checks that its client is still connected."""
-FAILURE = error_body("the server failed at this request; its log says why", "server_error")
+FAILURE = error_body("the server failed on this request; see its log", "server_error")
 
 
 class Service:
@@ -104,7 +104,7 @@ class Service:
         """
         if self.num_waiting >= self.admission.max_waiting:
             raise RequestError(
-                f"{self.num_waiting} requests are waiting already (--max-waiting): try again later",
+                f"{self.num_waiting} requests are already waiting (--max-waiting): try again later",
                 status=429,
             )
         self.num_waiting += 1  # before the first await, so that a burst stays within the limit

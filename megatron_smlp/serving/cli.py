@@ -31,12 +31,12 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     server = parser.add_argument_group("server")
-    server.add_argument("--host", default="127.0.0.1", help="(default: this machine alone)")
-    server.add_argument("--port", type=int, default=8000, help="0: any free one (default 8000)")
+    server.add_argument("--host", default="127.0.0.1", help="(default: this machine only)")
+    server.add_argument("--port", type=int, default=8000, help="0: a free port (default 8000)")
     server.add_argument("--model-name", metavar="NAME", help="(default: the folder's name)")
     server.add_argument(
         "--max-body-bytes", type=int, default=2**20, metavar="N",
-        help="of one request; more is refused with 413 (default 1048576)",
+        help="per request; more is refused with 413 (default 1048576)",
     )  # fmt: skip
     server.add_argument(
         "--max-waiting", type=int, default=256, metavar="N",
@@ -44,11 +44,11 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     server.add_argument(
         "--allowed-hosts", nargs="+", default=[], metavar="NAME",
-        help="names by which clients may call this machine, beside its own, localhost and numeric "
+        help="host names for clients to use besides this machine's, localhost and numeric "
         "addresses; *: any",
     )  # fmt: skip
     server.add_argument(
-        "--api-key", metavar="KEY", help="clients must send it (default: everyone may ask)"
+        "--api-key", metavar="KEY", help="clients must send it (default: no key needed)"
     )
     add_model_arguments(parser)
     return parser
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_model_arguments(options)
     require_positive(options, "max_body_bytes", "max_waiting")
     if options.api_key is not None and not options.api_key.strip():
-        raise UsageError(f"--api-key '{options.api_key}' is empty: give one, or leave it out")
+        raise UsageError(f"--api-key '{options.api_key}' is empty: give a key, or omit it")
     for package in ("fastapi", "pydantic", "uvicorn"):
         require_package(package, purpose="serve.py", extra="'megatron-smlp[serve]'")
     listening = _listen(options.host, options.port)

@@ -104,7 +104,7 @@ def parse(body: bytes, lm: LanguageModel) -> Asked:
     prompt = _several(given.prompt)
     if len(prompt) * given.n > MOST_ANSWERS:
         raise RequestError(
-            f"{len(prompt)} prompts times n={given.n} are over {MOST_ANSWERS} answers",
+            f"{len(prompt)} prompts times n={given.n} exceed {MOST_ANSWERS} answers",
             name="prompt",
         )
     prompts = _ids(prompt, lm)
@@ -136,7 +136,7 @@ def _ids(prompts: list[str | list[int]], lm: LanguageModel) -> list[list[int]]:
     for number in (number for row in rows for number in row):
         if not 0 <= number < lm.vocab_size:
             raise RequestError(
-                f"the token id {number} is not in the vocabulary of {lm.vocab_size}", name="prompt"
+                f"token id {number} is outside the vocabulary of {lm.vocab_size}", name="prompt"
             )
     return rows
 
@@ -151,13 +151,13 @@ def _max_tokens(asked: int | None, prompts: list[list[int]], lm: LanguageModel) 
     room = lm.longest - longest
     if room < 0:
         raise RequestError(
-            f"the prompt has {longest} tokens and the model's sequences end at {lm.longest}",
+            f"the prompt has {longest} tokens; the model's limit is {lm.longest}",
             name="prompt",
         )
     if asked is not None and asked > room:
         raise RequestError(
-            f"the prompt's {longest} tokens and max_tokens={asked} are more than the "
-            f"{lm.longest} positions of the model: ask for at most {room}",
+            f"the prompt's {longest} tokens and max_tokens={asked} exceed the model's "
+            f"{lm.longest} positions: ask for at most {room}",
             name="max_tokens",
         )
     return min(DEFAULT_MAX_TOKENS, room) if asked is None else asked

@@ -152,7 +152,7 @@ def test_what_is_not_counted_is_refused(
     assert main(["--config", str(config)]) == 2
     error = capsys.readouterr().err
     assert f"--{flag} " in error
-    assert f"--no-{flag} leaves it out" in error
+    assert f"--no-{flag} omits it" in error
     assert main(["--config", str(config), f"--no-{flag}"]) == 0
     assert uncounted({"optimizer": "adam", "fp8_format": None, "use_torch_fsdp2": False}) == []
     assert uncounted({"recompute_modules": "core_attn"}) == []  # as on a command line
@@ -316,7 +316,7 @@ def test_which_layers_have_experts_is_given_as_to_a_training(word: str):
         ({"global_batch_size": 5, "micro_batch_size": 2}, "--global-batch-size 5"),
         ({"hidden_sizes": 5}, "did you mean hidden_size?"),
         ({"num_layers": None}, "--num-layers missing"),
-        ({"moe_layer_freq": "[0,x]*2"}, r"--moe-layer-freq \[0,x\]\*2: give a number or a list"),
+        ({"moe_layer_freq": "[0,x]*2"}, r"--moe-layer-freq \[0,x\]\*2: give a number or list"),
     ],
 )
 def test_what_does_not_fit_is_refused(changes: dict[str, Any], message: str):

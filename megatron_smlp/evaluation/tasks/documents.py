@@ -69,8 +69,7 @@ def find_file(task: str, data_dir: str | Path) -> Path:
     if not paths:
         wanted = " or ".join(source.patterns)
         raise UsageError(
-            f"--data-dir {folder} has no {wanted}, which task {task} reads; its data is "
-            f"{source.origin}"
+            f"--data-dir {folder} has no {wanted} for task {task}; its data is {source.origin}"
         )
     return paths[0]
 
@@ -94,7 +93,7 @@ def read_documents(
                 documents += convert(json.loads(row) if isinstance(row, str) else row)
             except (KeyError, TypeError, ValueError) as error:
                 raise UsageError(
-                    f"{path}:{line} is no document of task {task} ({type(error).__name__}: "
+                    f"{path}:{line} is invalid for task {task} ({type(error).__name__}: "
                     f"{error}); its data is {FILES[task].origin}"
                 ) from error
     except (UnicodeDecodeError, csv.Error) as error:
@@ -108,7 +107,7 @@ def _texts(row: Document, *names: str) -> Document:
     """Return these entries of a row, after checking that they are non-empty texts."""
     for name in names:
         if not isinstance(row[name], str) or not row[name].strip():
-            raise ValueError(f"{name!r} is {row[name]!r:.60}; expected is text that is not empty")
+            raise ValueError(f"{name!r} is {row[name]!r:.60}; expected non-empty text")
     return {name: row[name] for name in names}
 
 
@@ -116,7 +115,7 @@ def _choice(row: Document, name: str, allowed: Iterable[int | str]) -> str:
     """Return an entry, after checking that it is allowed; a number may be written as text."""
     texts = list(map(str, allowed))
     if str(row[name]) not in texts:
-        raise ValueError(f"{name!r} is {row[name]!r:.60}; expected is {' or '.join(texts)}")
+        raise ValueError(f"{name!r} is {row[name]!r:.60}; expected {' or '.join(texts)}")
     return str(row[name])
 
 

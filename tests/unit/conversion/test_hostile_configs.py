@@ -36,7 +36,7 @@ LIES: list[tuple[Any, str]] = [
     ({"initializer_range": -1}, "initializer_range"),
     ({"layer_norm_epsilon": float("inf")}, "layer_norm_epsilon"),
     *(({name: [1]}, "") for name in ("model_type", "dtype", "quantization_config", "id2label")),
-    ({"max_position_embeddings": 10**9}, "no such model can be built"),
+    ({"max_position_embeddings": 10**9}, "this model cannot be built"),
     *((text, "config.json") for text in ("[]", "", "[" * 100_000, '{"a":' * 100_000, "\xff")),
 ]
 

@@ -128,9 +128,9 @@ def test_from_folders_of_transformers(tmp_path: Path):
     ("model", "message"),
     [
         ({}, "give --token-router"),
-        ({"token_router": "hash"}, "give --num-experts"),
+        ({"token_router": "hash"}, "requires --num-experts"),
         ({"token_router": "topk", "num_experts": 2}, "give one of switch, gshard, base, hash"),
-        ({"architecture": "smlp", "token_router": "hash"}, "a transformer cannot become one"),
+        ({"architecture": "smlp", "token_router": "hash"}, "smlp cannot be made from transformer"),
         (
             {"token_router": "hash", "num_experts": 2, "moe_ffn_hidden_size": 48},
             "a bias, which takes one more; give 49",

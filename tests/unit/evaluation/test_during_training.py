@@ -134,7 +134,7 @@ def _check_tensorboard(folder: Path, scored: list[dict[str, Any]]) -> None:
         ("--eval-tasks-interval 2", "--eval-tasks-interval 2 needs --eval-tasks"),
         ("--eval-tasks copq --eval-tasks-data-dir {tasks}", "did you mean copa"),
         ("--eval-tasks record --eval-tasks-data-dir {tasks}", "has no record"),
-        ("--eval-tasks copa --eval-tasks-data-dir {tasks}", "needs a tokenizer of text"),
+        ("--eval-tasks copa --eval-tasks-data-dir {tasks}", "needs a text tokenizer"),
     ],
 )
 def test_wrong_flags_are_said_before_the_training(flags: str, said: str, tasks: Path):

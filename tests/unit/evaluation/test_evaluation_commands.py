@@ -51,7 +51,7 @@ def test_what_an_exported_folder_cannot(tmp_path: Path, monkeypatch: pytest.Monk
         cli._harness_model(options, [])
     options, _ = cli.parse(f"--hf {folder} --data-path x".split())
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UsageError, match="runs in one process: leave out torchrun"):
+    with pytest.raises(UsageError, match="runs in one process: omit torchrun"):
         cli.evaluate(options, [])
 
 

@@ -83,7 +83,7 @@ def test_what_fits_is_scored_as_without_the_rest(model: Any, own: Path, tasks: P
     assert some.scores == rest.scores
     assert [*some.unfit] == [TOO_LONG, WITHOUT_TOKENS]
     assert some.unfit[TOO_LONG].startswith(f"left out: the option ' {TEXT[:20]}")
-    assert f"tokens and the model's sequences end at {LENGTH}" in some.unfit[TOO_LONG]
+    assert f"tokens; the model's limit is {LENGTH}" in some.unfit[TOO_LONG]
     assert "'' has no tokens of its own" in some.unfit[WITHOUT_TOKENS]
     assert rest.unfit == {}
     assert as_record([some])["some"]["unfit"] == 2
@@ -135,7 +135,7 @@ def test_only_exported_models_write(model: Any, own: Path, tasks: Path):
     """Others are refused before the first task is scored."""
     names = ("copa", "endless", "short")
     if isinstance(model, ScorerModel):
-        with pytest.raises(UsageError, match="tasks that generate text are for exported models"):
+        with pytest.raises(UsageError, match="tasks that generate text require an exported model"):
             scored(model, own, tasks, *names)
         return
     found = scored(model, own, tasks, *names)

@@ -79,7 +79,7 @@ def test_perplexity_is_that_of_the_exported_model(
         validation = asked(split="1,1,1")
         strided = asked(stride=5)
         some = asked(limit=2, breakdown=True)
-        with pytest.raises(UsageError, match="--stride 99 is over the model's 24 tokens"):
+        with pytest.raises(UsageError, match="--stride 99 exceeds the model's 24 tokens"):
             asked(stride=99)
         with pytest.raises(UsageError, match="--split 100,0,0 leaves no document"):
             perplexity.validation_part(open_index(str(data)), "100,0,0")

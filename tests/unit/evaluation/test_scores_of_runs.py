@@ -96,7 +96,7 @@ def test_one_checkpoint_of_a_run_without_its_tracker(tokenizer: Path, tmp_path: 
     shutil.copytree(iteration_folder(run, 2), run / "best")
     assert scores(folder=run / "best") == older, "whatever the tracker names"
     alone = Path(shutil.copytree(run / "best", tmp_path / "elsewhere" / "best"))
-    with pytest.raises(UsageError, match="goes by names: rename it to iter_0000002"):
+    with pytest.raises(UsageError, match="needs the name iter_0000002: rename it"):
         scores(folder=alone)
 
 

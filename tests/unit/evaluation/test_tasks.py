@@ -202,7 +202,7 @@ def test_a_value_that_is_not_allowed_is_named_with_its_line(
     good = ROWS[f"{task}.jsonl"]
     lines = [json.dumps(good), json.dumps(good | {name: value})]
     (tmp_path / f"{task}.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    with pytest.raises(UsageError, match=rf"^{tmp_path / task}\.jsonl:2 is no document of"):
+    with pytest.raises(UsageError, match=rf"^{tmp_path / task}\.jsonl:2 is invalid for task"):
         select_tasks([task], data_dir=str(tmp_path))
 
 

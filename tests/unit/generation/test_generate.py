@@ -150,7 +150,7 @@ def test_lines_of_a_pipe_are_a_conversation(
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"a\n{'z' * LONGEST}\nb\n"))
     cli.main(["--hf", str(folder), "--max-new-tokens", "1", *GREEDY])
     said = capsys.readouterr()
-    assert "the prompt has 40 tokens and the model's sequences end at 40" in said.err
+    assert "the prompt has 40 tokens; the model's limit is 40" in said.err
     assert said.out.startswith("a")
     assert "\nb" in said.out
 

@@ -168,7 +168,7 @@ def test_masks_other_than_causal_are_refused():
 
 @pytest.mark.parametrize("changes", [{"window_size": (4, 0)}, {"softmax_type": "off-by-one"}])
 def test_what_it_cannot_do_is_refused_when_the_layer_is_built(changes: dict[str, object]):
-    with pytest.raises(ValueError, match=r"--window-size and --softmax-type .* Leave them out"):
+    with pytest.raises(ValueError, match=r"--window-size and --softmax-type .* Omit them"):
         _core(CausalCoreAttention, **changes)
 
 

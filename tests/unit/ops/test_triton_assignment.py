@@ -117,5 +117,5 @@ def test_larger_and_wilder_scores(name: str):
 
 def test_what_they_cannot_do_is_said():
     assert unsupported(torch.empty(4, 128)) == ""
-    assert unsupported(torch.empty(4, 129)) == "it is for at most 128 experts, not 129"
+    assert unsupported(torch.empty(4, 129)) == "it takes at most 128 experts, not 129"
     assert "too many" in unsupported(torch.empty(1, 1).expand(2**25, 64))

@@ -115,7 +115,7 @@ def test_without_a_driver_it_is_said_once(
     assert not any(use_kernels("mixing", on_cuda) for _ in range(3))
     (line,) = [record.getMessage() for record in caplog.records]
     assert line.startswith(
-        "mixing runs without Triton kernels, and slower: Triton cannot use a driver"
+        "mixing runs without Triton kernels, and slower: Triton cannot use a GPU driver"
     )
     assert "\n" not in line
 

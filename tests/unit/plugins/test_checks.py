@@ -105,13 +105,13 @@ def test_a_cost_is_counted_again(registry: plugins.Registry, tmp_path: Path, sha
                 return full // 2, full
     """)
     said = advice(registry, tmp_path, text)
-    assert ("another number of FLOPs" in said) == (share == 10)
+    assert ("disagrees with the FLOPs" in said) == (share == 10)
 
 
 @pytest.mark.parametrize(
     ("right", "wrong", "said"),
     [
-        pytest.param(ALONE, "", "depend on the others", id="sees the batch"),
+        pytest.param(ALONE, "", "depend on the rest", id="sees the batch"),
         pytest.param("may_skip = True", "may_skip = False", "may_skip", id="skips"),
         pytest.param("torch.arange(self", "1 + torch.arange(self", "of 4 experts", id="no expert"),
         pytest.param("gather(1, chosen)", "gather(1, chosen)[:, :1]", "weigh returns", id="shape"),

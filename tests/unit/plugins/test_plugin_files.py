@@ -227,7 +227,7 @@ def test_a_new_file_passes_the_checks(kind: str, tmp_path: Path, monkeypatch):
     ):
         for name, it in kinds.items():
             assert [row.advice for check in checks(name, it) if not (row := check()).passed] == []
-    with pytest.raises(UsageError, match="there already"):
+    with pytest.raises(UsageError, match="already exists"):
         new.main()
 
 

@@ -21,7 +21,7 @@ def test_a_rule_gives_as_many_experts_as_it_says(tmp_path: Path):
     router = make_router("two", num_experts=3)
     assert router(tokens)[1].sum(dim=1).tolist() == [2] * 4
     router.kind.experts_per_token = 1
-    with pytest.raises(ValueError, match=r"Two\.choose gives a token 2 experts, and experts_per_t"):
+    with pytest.raises(ValueError, match=r"Two\.choose gives a token 2 experts, but experts_per_t"):
         router(tokens)
 
 

@@ -88,5 +88,5 @@ def test_an_export_is_refused(tmp_path: Path):
     """The model in transformers has no such factors."""
     with pretrained(f"{SCALED} --train-iters 1 --save {tmp_path / 'run'}"):
         pass
-    with pytest.raises(UsageError, match="--use-mup True has no equal"):
+    with pytest.raises(UsageError, match="--use-mup True is not supported"):
         run(convert.torch_dist_to_hf, tmp_path / "run", tmp_path / "hf", checks=False)

@@ -60,7 +60,7 @@ class TestCollapse:
         (line,) = watch.warnings({FIRST: most}, iteration=20)
         assert line.startswith(
             "warning: iteration 20: the token router of layer 2 collapses: 75% of the choices are "
-            "weighed by less than 0.01, so that their experts neither do nor learn anything"
+            "weighted below 0.01, so their experts neither do nor learn anything"
         )
         assert list(watch.warnings({FIRST: most}, iteration=30)) == []
         greedy = load(0.9, 0.1, 0.0, 0.0, closed_rate=0.0)
