@@ -303,7 +303,7 @@ def acquire(
             if (lives or has_beaten) and time.monotonic() > gives_up:
                 raise HeldError(str(sight.holder))
             if lives is None and not has_said:
-                say(f"{folder} was last held by {sight.holder}: is it still at work?")
+                say(f"{folder} was last held by {sight.holder}: is it still alive?")
                 has_said = True
         time.sleep(min(0.2, expiry / 10))
     return lease

@@ -110,7 +110,7 @@ def read_records(file: Path) -> list[Record]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a text file"
         raise UsageError(
-            f"{file}: {reason}: give a folder that --log-dir or --save named, or a {FILE_NAME}."
+            f"{file}: {reason}: give a run's --log-dir or --save folder, or a {FILE_NAME}."
         ) from error
     records = [
         _parse(line, where=f"{file}:{number}", is_last=number == len(lines))

@@ -225,7 +225,7 @@ class RunOptions:
     step."""
 
     allow_tokenizer_mismatch: bool = False
-    """Train on data whose manifest names another vocabulary than that of this run's tokenizer."""
+    """Train on data whose manifest names a vocabulary other than this run's tokenizer's."""
 
     allow_data_mismatch: bool = option(False, of_one_start=True)
     """Resume from a checkpoint even if a dataset of the same name now holds other data."""
@@ -241,7 +241,7 @@ class RunOptions:
     """With --eval-tasks: folder of the tasks' local files; if omitted, the hub is queried."""
 
     eval_tasks_limit: int | None = option(None, least=1)
-    """With --eval-tasks: only the first so many examples of each task."""
+    """With --eval-tasks: score only the first N examples of each task."""
 
     suffix_from: float | None = None
     """Also report the loss and perplexity of the targets predicted at this position and later ones,

@@ -56,6 +56,6 @@ def suffix_start(options: Any) -> int:
     if position < 1 or (given >= 1 and position.denominator != 1):
         raise UsageError(
             f"--suffix-from {given:g}: give a whole position over 0 and under --seq-length "
-            f"{seq_length}, or a fraction of it that is one, as 0.2; or leave it out."
+            f"{seq_length}, or an equivalent fraction such as 0.2; or leave it out."
         )
     return int(position)

@@ -87,13 +87,13 @@ def load(name: str) -> PluginFile:
         return known
     why = None
     if known is not None:
-        why = f"and {known.path} have one name"
+        why = f"and {known.path} share a name"
     elif path.stem in EXPORTED:
-        why = "has the name of a file of exported models"
+        why = "is named like a file of exported models"
     elif path.stem in sys.stdlib_module_names:
-        why = "has the name of a module of Python's own"
+        why = "shadows a standard library module"
     elif not path.stem.isidentifier():
-        why = "has no module's name"
+        why = "is not a module name"
     if why:
         raise UsageError(f"{FLAG} {name} {why}: rename the file.")
     from megatron_smlp.plugins import register
@@ -164,7 +164,7 @@ def _path(name: str) -> Path:
         spec = None
     if spec is None or spec.origin is None:
         known = f", or one of {', '.join(sorted(entries))}" if entries else ""
-        raise UsageError(f"{FLAG} {name}: give a file that ends in .py, a module{known}.")
+        raise UsageError(f"{FLAG} {name}: give a .py file or a module{known}.")
     return Path(spec.origin).resolve()
 
 
@@ -197,7 +197,7 @@ def _enter(added: Mapping[str, Sequence[str]]) -> None:
         target, make = targets[title]
         for name in added[title]:
             if name in target or name in WITHOUT_FLAGS:
-                raise ValueError(f"the {title} {name!r} is there already: give another name.")
+                raise ValueError(f"the {title} {name!r} already exists: give another name.")
             target[name] = make(name, table[name])
     for name in added["token router"]:
         systems.SCORING.append(name)
@@ -260,16 +260,16 @@ def _architecture(name: str, architecture: Any) -> systems.ArchitectureEntry:
         if mixer not in systems.MIXERS:
             known = ", ".join(systems.MIXERS)
             raise ValueError(
-                f"architecture {name!r}: {mixer!r} is no token mixer of {known}; "
-                f"a plugin's stands there once an earlier {FLAG} has named its file."
+                f"architecture {name!r}: no token mixer {mixer!r} among {known}; to use a "
+                f"plugin's, name its file by an earlier {FLAG}."
             )
         if not systems.MIXERS[mixer].for_plugins:
             raise ValueError(
-                f"architecture {name!r}: {mixer!r} is of --architecture amlp or smlp alone."
+                f"architecture {name!r}: {mixer!r} is only for --architecture amlp or smlp."
             )
         if channel not in (*WITHOUT_FLAGS, *systems.CHANNELS):
             known = ", ".join((*WITHOUT_FLAGS, *systems.CHANNELS))
-            raise ValueError(f"architecture {name!r}: {channel!r} is no channel mixer of {known}.")
+            raise ValueError(f"architecture {name!r}: no channel mixer {channel!r} among {known}.")
     mixer, channel = pairs[0]
     others = dict.fromkeys(other for other, _ in pairs if other != mixer)
     return systems.ArchitectureEntry(
@@ -285,8 +285,8 @@ def _pairs_of(architecture: Any) -> list[tuple[str, str]]:
             pairs[architecture.layers(number, 64)] = None
         except LookupError as error:
             raise ValueError(
-                f"layers({number}, 64): it is asked of a model of 64 layers; answer for every "
-                "number (ORDER[number % len(ORDER)])."
+                f"layers({number}, 64): it is called for a model of 64 layers; handle every number "
+                "(ORDER[number % len(ORDER)])."
             ).with_traceback(error.__traceback__) from error  # keeps the plugin's line number
     return list(pairs)
 
@@ -317,7 +317,7 @@ def _enter_options(kind: Any, **belongs: tuple[str, ...]) -> None:
             )
         elif name in OF_MEGATRON:
             raise ValueError(
-                f"{kind.__name__}.{name} has the name of what Megatron sets itself: rename it."
+                f"{kind.__name__}.{name} is a name that Megatron sets itself: rename it."
             )
         facts = Facts(least=it.smallest, may_change=it.may_change, evaluates=True, **owners)
         options.OUR_FLAGS[name] = options.MODEL_FLAGS[name] = facts

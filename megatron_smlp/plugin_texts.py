@@ -41,8 +41,8 @@ class PluginFile:
         text = exported(self.text)
         if other := re.search(r"^\s*(?:from|import) megatron_smlp\b.*", text, flags=re.M):
             raise UsageError(
-                f"{self.path} cannot go along with an exported model, as it has the line "
-                f"`{other[0].strip()}`: put what looks on at a training into a file of its own."
+                f"{self.path} cannot be exported with a model, as it has the line "
+                f"`{other[0].strip()}`: move code that only observes training to a separate file."
             )
         return text
 
@@ -71,13 +71,13 @@ def require(there: Mapping[str, str], where: str) -> None:
         if name not in LOADED:
             raise UsageError(
                 f"{where} was made with the plugin {name}.py (SHA-256 {digest[:12]}): name it by "
-                f"{FLAG} {name}.py; a plugin is never run unless it is named."
+                f"{FLAG} {name}.py; plugins are never run unless named."
             )
         here = LOADED[name]
         if here.sha256 != digest and not ALLOWED:
             raise UsageError(
-                f"{where} was made with another text of {name}.py (SHA-256 {digest[:12]}, "
-                f"{here.path} has {here.sha256[:12]}): name that one, or give {ALLOW}."
+                f"{where} was made with another version of {name}.py (SHA-256 {digest[:12]}, "
+                f"{here.path} has {here.sha256[:12]}): name that, or give {ALLOW}."
             )
 
 

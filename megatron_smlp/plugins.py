@@ -202,8 +202,8 @@ class _WithWeights(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, Weight) and (hasattr(type(self), name) or name in self.__dict__):
             raise AttributeError(
-                f"{type(self).__name__}.{name} is a parameter, and a name that its base class has: "
-                "give it another."
+                f"{type(self).__name__}.{name} is a parameter, but its base class has that name: "
+                "rename it."
             )
         super().__setattr__(name, value)
 
@@ -473,8 +473,8 @@ class Registry:
                 self._add(self.feature_routers, name, kind)
             else:
                 raise TypeError(
-                    f"register({name!r}): {kind.__name__} is no TokenMixer, ChannelMixer, "
-                    "TokenRouter or FeatureRouter: derive it from one."
+                    f"register({name!r}): {kind.__name__} is not a TokenMixer, ChannelMixer, "
+                    "TokenRouter or FeatureRouter: derive from one."
                 )
             options_of(kind)
             return kind
@@ -495,9 +495,7 @@ class Registry:
             ValueError: the name is taken, or neither or both of `mixer` and `layers` are given.
         """
         if (mixer is None) == (layers is None):
-            raise ValueError(
-                f"register.architecture({name!r}): give mixer= or layers=, one of them."
-            )
+            raise ValueError(f"register.architecture({name!r}): give either mixer= or layers=.")
         pair = (str(mixer), channel)
         self._add(self.architectures, name, Architecture(layers=layers or (lambda _, __: pair)))
 
@@ -524,9 +522,9 @@ class Registry:
 
     def _add(self, table: dict[str, Any], name: str, value: Any) -> None:
         if not name.isidentifier():
-            raise ValueError(f"register: {name!r} is no name: use letters, digits and underscores.")
+            raise ValueError(f"register: invalid name {name!r}: use letters, digits, underscores.")
         if name in table:
-            raise ValueError(f"register: two plugins have the name {name!r}: rename one of them.")
+            raise ValueError(f"register: two plugins are named {name!r}: rename one of them.")
         table[name] = value
 
 

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 WARNINGS = (signal.SIGHUP, signal.SIGUSR1)
 """Sent by a closing terminal, and by `sbatch --signal=B:USR1@600` before a job's end."""
-FINISHING = "finishing this step or evaluation, then saving what is not saved yet"
+FINISHING = "finishing this step or evaluation, then saving unsaved progress"
 
 _interrupted = threading.Event()
 

@@ -36,11 +36,11 @@ class UnwritableLog:
         except OSError as error:
             if not self.is_said:
                 self.is_said = True
-                remedy = " Make room there." if error.errno in FULL else ""
+                remedy = " Free space there." if error.errno in FULL else ""
                 with contextlib.suppress(OSError):  # e.g. both are the same pipe
                     print(
                         f"WARNING: {self.path} cannot be written ({error.strerror}): its lines are "
-                        f"LOST as long as that is so; the run goes on.{remedy}",
+                        f"LOST until that is fixed; the run continues.{remedy}",
                         file=sys.__stderr__,
                         flush=True,
                     )

@@ -50,7 +50,7 @@ def choose_checkpoint(args: argparse.Namespace, say: Say) -> Path | None:
     with first_rank_first(args.rank, silence=SILENCE):
         if args.rank == 0:
             for name in tidy(args.save) if args.save else []:
-                say(f"removed {name}, which an interrupted save or deletion left in {args.save}")
+                say(f"removed {name}, left in {args.save} by an interrupted save or deletion")
             folders = _in_order(args) if args.load else []
     args.load, folders = from_first_rank((args.load, folders))
     if not folders:
@@ -91,16 +91,16 @@ def _first_good(args: argparse.Namespace, folders: list[Path], say: Say) -> Path
 
 def _tell(refused: list[str], folder: Path, say: Say) -> None:
     for text in refused:
-        say(f"WARNING: {text}: it is not loaded")
+        say(f"WARNING: {text}: not loaded")
     if refused:
-        say(f"WARNING: going on from {folder} instead, the newest that is whole")
+        say(f"WARNING: resuming from {folder} instead, the newest intact one")
     if not is_ours(folder):
-        say(f"{folder} has no checksums: nothing tells whether it is what was written")
+        say(f"{folder} has no checksums: it cannot be verified")
 
 
 def _refusal(args: argparse.Namespace, refused: list[str]) -> str:
     if args.ckpt_step:
-        remedy = f"--ckpt-step {args.ckpt_step} asks for it: leave that out, or choose another one"
+        remedy = f"--ckpt-step {args.ckpt_step} selects it: leave that out, or choose another one"
     elif args.strict_load:
         remedy = "without --strict-load an older one is loaded instead"
     else:

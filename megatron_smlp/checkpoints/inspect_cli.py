@@ -14,9 +14,7 @@ from megatron_smlp.library_logging import silence_libraries
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        description="Look into checkpoints, compare two, check one.", allow_abbrev=False
-    )
+    parser = Parser(description="Show, compare or verify checkpoints.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, count, summary, answer in (
         ("show", 1, "iteration, model, tensors with shapes and norms", _show),

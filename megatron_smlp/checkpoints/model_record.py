@@ -69,7 +69,7 @@ def flags_in(folder: Path) -> dict[str, Any]:
     flags = written_in(folder)
     if flags is None:
         raise UsageError(
-            f"{folder} has no {MODEL}, which pretrain_smlp.py writes beside each checkpoint."
+            f"{folder} has no {MODEL}, which pretrain_smlp.py writes with each checkpoint."
         )
     plugin_texts.require(flags.get("plugins", {}), str(folder))
     return {**model_defaults(), **flags}

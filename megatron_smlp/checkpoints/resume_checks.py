@@ -54,9 +54,9 @@ def compare_run(args: argparse.Namespace, iteration: int, say: Callable[[str], N
     folder = iteration_folder(args.load, iteration)
     if not (folder / MODEL).exists():
         say(
-            f"WARNING: {folder} has no {MODEL}: it was not written by this program, nothing "
-            "compares its model with the flags, and tensors of Megatron's own layers have other "
-            "names (docs/from-megatron-lm.md)"
+            f"WARNING: {folder} has no {MODEL}: it was not written by this program, its model is "
+            "not compared with the flags, and Megatron's own layers name tensors differently "
+            "(docs/from-megatron-lm.md)"
         )
     record = read_run_record(folder) if args.rank == 0 else None
     if record and (changed := _changes(record, args)):
@@ -67,8 +67,8 @@ def compare_run(args: argparse.Namespace, iteration: int, say: Callable[[str], N
     what = f"{', '.join(differing)} holds other data than at iteration {iteration} of {args.load}"
     if not args.allow_data_mismatch:
         raise UsageError(
-            f"{what}: put the dataset back, or go on with the one that is there by "
-            "--allow-data-mismatch (its samples are then counted on from the old one's)."
+            f"{what}: restore the dataset, or resume with the new one by --allow-data-mismatch "
+            "(its samples then continue the old one's count)."
         )
     say(f"WARNING: {what} (--allow-data-mismatch)")
 

@@ -33,7 +33,7 @@ def missing_room(optimizer: Any) -> str:
                 _take(ranks + 1, part)  # one part per rank, and this rank's copy
             except torch.OutOfMemoryError:
                 gigabytes = (ranks + 1) * part * torch.float32.itemsize / 2**30
-                return f"a GPU has no room for {gigabytes:.1f} GiB of the optimizer's state"
+                return f"a GPU lacks memory for {gigabytes:.1f} GiB of optimizer state"
     return ""
 
 

@@ -104,8 +104,8 @@ def _explained(path: Path, error: BaseException) -> UserError:
     unsafe = re.search(r"GLOBAL ([\w.]+)", text)
     if unsafe and isinstance(error, pickle.UnpicklingError):
         return UnsafeCheckpointError(
-            f"{path} asks to run {unsafe[1]} while it is loaded, which a checkpoint has no need "
-            "of: refused, and nothing was run. Get the checkpoint from who made it, or delete it."
+            f"{path} would run {unsafe[1]} when loaded, which no checkpoint needs: refused, and "
+            "nothing was run. Get the checkpoint from its author, or delete it."
         )
     reason = text.split(". ")[0][:200] or type(error).__name__
     return DamagedCheckpointError(f"{path} cannot be read ({reason}): the file is damaged.")

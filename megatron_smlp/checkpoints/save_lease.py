@@ -106,8 +106,8 @@ class SaveLease:
         others = [host for host, is_there in hosts if not is_there]
         if others:
             raise UsageError(
-                f"--save {self.folder} on {others[0]} is not the folder of that name on "
-                f"{names[0]}, where the first rank is: give one that all machines share."
+                f"--save {self.folder} on {others[0]} is not the same folder as on {names[0]}, the "
+                "first rank's machine: give one that all machines share."
             )
 
     def reached(self, iteration: int) -> None:
@@ -133,7 +133,7 @@ class SaveLease:
             raise TakenOverError(
                 f"--save {self.folder} was taken over by attempt {number} "
                 f"({holder or 'another process'}) while this one, {self.lease.number}, did not "
-                "answer: nothing is saved by it any more. End this run."
+                "answer: it can no longer save. End this run."
             )
 
     def release(self, *, failed: bool) -> None:

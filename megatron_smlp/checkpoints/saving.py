@@ -50,11 +50,11 @@ from megatron_smlp.signals import held
 
 FAILURES = (CheckpointException, SaveError)
 
-CUT_SHORT = "was written in part only, as on a full disk"
-MORE_ROOM = "Make room there, or put it back, and start the same command again"
+CUT_SHORT = "was only partly written, as on a full disk"
+MORE_ROOM = "Free space there, or restore it, and rerun the same command"
 LESS_GATHERED = (
-    "Start the same command again with --distrib-optim-fully-reshardable-mem-efficient, or see "
-    "docs/checkpoints.md for what else takes less"
+    "Rerun the same command with --distrib-optim-fully-reshardable-mem-efficient, or see "
+    "docs/checkpoints.md for what else saves memory"
 )
 
 
@@ -148,15 +148,15 @@ class Saving:
                 Path(self.args.save).mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise UsageError(
-                    f"--save {self.args.save} cannot be made: {error.strerror}. Give a folder that "
-                    "can be written to."
+                    f"--save {self.args.save} cannot be created: {error.strerror}. Give a writable "
+                    "folder."
                 ) from error
 
     def _keep_tokenizer(self) -> None:
         try:
             keep_tokenizer(self.args, Path(self.args.save))
         except OSError as error:
-            self.observer.say(f"WARNING: the tokenizer is not copied: {text_of(error)}")
+            self.observer.say(f"WARNING: tokenizer not copied: {text_of(error)}")
 
     def _raise_if_unsaved(self) -> None:
         if self.unsaved:
@@ -291,9 +291,9 @@ class Saving:
         )
         if self.args.on_save_failure == "stop":
             raise SaveError(
-                f"{message}. {remedy}, or let a run go on without by --on-save-failure continue."
+                f"{message}. {remedy}, or continue unsaved with --on-save-failure continue."
             ) from error
-        self.observer.say(f"{message}. The run goes on (--on-save-failure continue)")
+        self.observer.say(f"{message}. The run continues (--on-save-failure continue)")
 
     def _remove(self, save: Save) -> None:
         if self.is_first_rank:
@@ -312,8 +312,8 @@ class Saving:
 def left_in(run: Path) -> str:
     left = latest_iteration(run)
     if left is None:
-        return "no checkpoint is there yet"
-    return f"the newest there is of iteration {left}"
+        return "no checkpoint exists yet"
+    return f"the newest is of iteration {left}"
 
 
 def reason_of(error: BaseException, hosts: Sequence[str]) -> str:

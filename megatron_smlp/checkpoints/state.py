@@ -210,8 +210,8 @@ def read(parts: Trained, folder: Path) -> int:
             raise
         flags = ", ".join(map(flag_of, changed))
         raise UsageError(
-            f"the optimizer state in {folder} is of another form than this run's, which has other "
-            f"values of {flags}: give those of the run that saved it, or --no-load-optim."
+            f"the optimizer state in {folder} does not fit this run, which has different values of "
+            f"{flags}: give those of the run that saved it, or --no-load-optim."
         ) from error
     set_checkpoint_version(state.get("checkpoint_version", 0))
     iteration = int(common["iteration"]) if goes_on else 0

@@ -94,14 +94,14 @@ class AveragedCheckpoint(TorchDistCheckpoint):
         if not 2 <= count <= len(kept):
             raise UsageError(
                 f"--average {count}: {run} holds {len(kept)} checkpoints up to iteration "
-                f"{self.iteration}: give at least 2, and at most as many."
+                f"{self.iteration}: give 2 or more, up to that many."
             )
         self.earlier = [TorchDistCheckpoint(run, iteration=it) for it in kept[-count:-1]]
         for other in self.earlier:
             if other.specs != self.specs:
                 raise UsageError(
-                    f"--average {count}: {other.folder} has tensors of other sizes or types than "
-                    f"{self.folder}, as with another padding of the vocabulary: average fewer."
+                    f"--average {count}: {other.folder} has tensors of different sizes or types "
+                    f"than {self.folder}, e.g. another vocabulary padding: average fewer."
                 )
 
     def read_into(self, target: Tensor, name: str, *, start: int = 0) -> None:

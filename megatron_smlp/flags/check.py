@@ -75,16 +75,16 @@ def _check_load(args: argparse.Namespace) -> None:
     unnamed = Path(args.save) / RELEASE if args.save and not args.load else None
     if unnamed and unnamed.is_dir() and not args.no_resume:
         raise UsageError(
-            f"{unnamed} holds weights that {TRACKER} beside it does not name: write the word "
-            f"{RELEASE} into that, or start from scratch with --no-resume."
+            f"{unnamed} holds weights that {TRACKER} next to it does not name: write {RELEASE} "
+            "into that file, or start from scratch with --no-resume."
         )
     _check_branch(args)
     if args.ckpt_step and not args.load:
-        where = f"{args.save} holds no checkpoint" if args.save else "there is no --load"
-        where = "--no-resume leaves that of --save alone" if args.no_resume else where
+        where = f"{args.save} holds no checkpoint" if args.save else "--load is missing"
+        where = "--no-resume ignores the one in --save" if args.no_resume else where
         raise UsageError(
-            f"--ckpt-step {args.ckpt_step} asks for a checkpoint, and {where}: give --load with "
-            "the --save folder of the run, or leave --ckpt-step out."
+            f"--ckpt-step {args.ckpt_step} needs a checkpoint, but {where}: give --load with the "
+            "--save folder of the run, or leave --ckpt-step out."
         )
     _check_kept_schedule(args)
 
@@ -96,21 +96,20 @@ def _check_branch(args: argparse.Namespace) -> None:
     flag, length = f"--branch-from {args.branch_from}", args.explicit_flags.get("train_iters")
     if not (args.load and length):
         raise UsageError(
-            f"{flag} needs --load, the --save folder of the run that it leaves, and --train-iters "
-            "of that run: give both."
+            f"{flag} needs --load, the --save folder of the original run, and that run's "
+            "--train-iters: give both."
         )
     step, style = (args.explicit_flags.get(name) for name in ("ckpt_step", "lr_decay_style"))
     if step not in (None, args.branch_from):
-        raise UsageError(f"{flag} begins there, not at --ckpt-step {step}: leave that out.")
+        raise UsageError(f"{flag} starts there, not at --ckpt-step {step}: leave that out.")
     if style not in (None, "constant", "WSD"):
         raise UsageError(
-            f"{flag} decays a constant rate by WSD, not by --lr-decay-style {style}: leave that "
-            "out."
+            f"{flag} decays a constant rate by WSD, not --lr-decay-style {style}: leave that out."
         )
     newest = tracked_folder(args.load)
     own = ((read_run_record(newest) if newest else None) or {}).get("flags", {})
     if is_same_folder(args.load, args.save) and own.get("branch_from") != args.branch_from:
-        raise UsageError(f"{flag} would go on in the folder that it leaves: give another --save.")
+        raise UsageError(f"{flag} would write to the original run's folder: give another --save.")
     if args.ckpt_step:  # else the branch resumes from its own checkpoint
         start = iteration_folder(args.load, args.ckpt_step)
         if not start.is_dir():
@@ -118,13 +117,13 @@ def _check_branch(args: argparse.Namespace) -> None:
         then = (read_run_record(start) or {}).get("flags", {})
         if (style := then.get("lr_decay_style", "constant")) != "constant":
             raise UsageError(
-                f"{flag}: {args.load} was trained with --lr-decay-style {style}, and a branch "
-                "leaves a constant rate: train with --lr-decay-style constant."
+                f"{flag}: {args.load} was trained with --lr-decay-style {style}, but a branch "
+                "needs a constant rate: train with --lr-decay-style constant."
             )
     if args.train_iters > length:
         raise UsageError(
             f"{flag} with --lr-wsd-decay-iters {args.lr_wsd_decay_iters} ends at iteration "
-            f"{args.train_iters}, and the run's data at --train-iters {length}: lower one of them."
+            f"{args.train_iters}, past the run's data (--train-iters {length}): lower one of them."
         )
 
 
@@ -142,8 +141,8 @@ def _check_kept_schedule(args: argparse.Namespace) -> None:
             own = f"no {flag}" if now is None else f"{flag} {now}"
             remedy = f"leave {flag} out" if kept is None else f"give {flag} {kept}"
             raise UsageError(
-                f"{own} beside --use-checkpoint-opt_param-scheduler, which keeps the checkpoint's "
-                f"{kept}: {remedy}, or leave the other out."
+                f"{own} with --use-checkpoint-opt_param-scheduler, which keeps the checkpoint's "
+                f"{kept}: {remedy}, or leave the latter out."
             )
 
 
@@ -153,7 +152,7 @@ def _nothing_in(load: Path) -> str:
         iteration = iteration_of(load)
         which = "" if iteration is None else f" --ckpt-step {iteration}"
         return (
-            f"--load {load} is one checkpoint, and not the folder of a run: give --load "
+            f"--load {load} is a single checkpoint, not a run's folder: give --load "
             f"{load.parent}{which}."
         )
     there = "holds no checkpoint" if load.is_dir() else "is not a folder"
@@ -180,15 +179,15 @@ def validate(args: argparse.Namespace) -> None:
         set_global_variables(args)
     if get_tokenizer().eod is None:
         raise UsageError(
-            f"--tokenizer-model {args.tokenizer_model} has no end of document, which Megatron's "
-            "datasets ask for: set eos_token in its tokenizer_config.json."
+            f"--tokenizer-model {args.tokenizer_model} has no EOS token, which Megatron's datasets "
+            "require: set eos_token in its tokenizer_config.json."
         )
     size, padded = get_tokenizer().vocab_size, args.padded_vocab_size
     if size > padded or padded % args.tensor_model_parallel_size:
         raise UsageError(
             f"--padded-vocab-size {padded}: give a multiple of --tensor-model-parallel-size "
-            f"{args.tensor_model_parallel_size}, for the {size} ids of the tokenizer at least, or "
-            "leave it out."
+            f"{args.tensor_model_parallel_size} of at least the tokenizer's {size} ids, or leave "
+            "it out."
         )
     if args.input_projection == "minhash":
         strings_of_tokens(args)

@@ -16,9 +16,9 @@ RECOMPUTED_BY_TRANSFORMER_ENGINE = frozenset({"layernorm", "moe_act", "mla_up_pr
 
 
 WITHOUT_MUON = {
-    "fp16": "Megatron 0.19 has it in bf16 and in fp32",
-    "overlap_param_gather": "a rank updates whole matrices, and sends them when all are done",
-    "dump_param_to_param_group_map": "Megatron 0.19 writes none of its groups",
+    "fp16": "Megatron 0.19 supports bf16 and fp32 only",
+    "overlap_param_gather": "ranks update whole matrices, and send them once all are done",
+    "dump_param_to_param_group_map": "Megatron 0.19 cannot dump its groups",
 }
 
 
@@ -31,11 +31,11 @@ def check_muon(args: argparse.Namespace) -> None:
     )
     for name, why in WITHOUT_MUON.items():
         if getattr(args, name):
-            raise UsageError(f"{flag_of(name)} beside --optimizer muon: {why}. Leave it out.")
+            raise UsageError(f"{flag_of(name)} with --optimizer muon: {why}. Leave it out.")
     if args.use_distributed_optimizer and not args.bf16:
         raise UsageError(
-            "--use-distributed-optimizer beside --optimizer muon needs --bf16: Megatron 0.19 has "
-            "no fp32 state of whole matrices to spread over ranks. Give both, or leave it out."
+            "--use-distributed-optimizer with --optimizer muon needs --bf16: Megatron 0.19 has no "
+            "fp32 state of whole matrices to shard over ranks. Give both, or leave it out."
         )
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     expert_tp, ep = args.expert_tensor_parallel_size or tp, args.expert_model_parallel_size
@@ -45,16 +45,15 @@ def check_muon(args: argparse.Namespace) -> None:
         and args.world_size == tp * pp > expert_tp * ep * pp
     ):
         raise UsageError(
-            f"--use-distributed-optimizer beside --optimizer muon: with {args.world_size} "
-            f"processes, --tensor-model-parallel-size {tp}, --expert-tensor-parallel-size "
-            f"{expert_tp} and --expert-model-parallel-size {ep} experts alone have copies, and "
-            "Megatron 0.19 counts each in the gradients' norm. Leave --use-distributed-optimizer "
-            "out."
+            f"--use-distributed-optimizer with --optimizer muon: on {args.world_size} processes, "
+            f"--tensor-model-parallel-size {tp}, --expert-tensor-parallel-size {expert_tp} and "
+            f"--expert-model-parallel-size {ep}, only experts have copies, and Megatron 0.19 "
+            "counts each in the gradient norm. Leave --use-distributed-optimizer out."
         )
     if args.optimizer_checkpoint == "data_parallel":
         raise UsageError(
-            "--optimizer-checkpoint data_parallel is a format of Adam's parts, and --optimizer "
-            "muon has whole matrices: leave it out."
+            "--optimizer-checkpoint data_parallel stores Adam's shards, but --optimizer muon has "
+            "whole matrices: leave it out."
         )
 
 
@@ -65,8 +64,8 @@ def check_fp16(args: argparse.Namespace) -> None:
     if args.fp16 and args.num_experts and is_apart:
         raise UsageError(
             f"--fp16 with --expert-model-parallel-size {expert} and --expert-tensor-parallel-size "
-            f"{args.expert_tensor_parallel_size or tensor}: Megatron 0.19 gives such experts a "
-            "loss scale of their own, and scales by that of the rest. Give --bf16."
+            f"{args.expert_tensor_parallel_size or tensor}: Megatron 0.19 gives such experts their "
+            "own loss scale, but scales by that of the rest. Give --bf16."
         )
 
 
@@ -75,9 +74,8 @@ def check_recomputing(args: argparse.Namespace) -> None:
     needing = RECOMPUTED_BY_TRANSFORMER_ENGINE.intersection(args.recompute_modules or ())
     if needing and find_spec("transformer_engine") is None:
         raise UsageError(
-            f"--recompute-modules {' '.join(sorted(needing))}: Megatron recomputes this by "
-            "Transformer Engine, which is not installed. Give core_attn, mlp or moe, or leave it "
-            "out."
+            f"--recompute-modules {' '.join(sorted(needing))}: recomputing this needs Transformer "
+            "Engine, which is not installed. Give core_attn, mlp or moe, or leave it out."
         )
     is_selective = args.recompute_granularity == "selective"
     if not (is_selective or args.explicit_flags.get("recompute_activations")):
@@ -119,9 +117,9 @@ def check_cuda_graphs(args: argparse.Namespace) -> None:
         or args.eval_tasks
     ):
         raise UsageError(
-            f"--cuda-graph-impl {args.cuda_graph_impl} replays a training's kernels, with its "
-            "shapes and dropout, and no Python: it needs layers that do not route, of no plugin, "
-            "and evaluations without dropout (--hidden-dropout 0, --attention-dropout 0, or "
-            "--eval-iters 0), in micro-batches of the training's size, without --eval-tasks. Leave "
-            "it out, or change those."
+            f"--cuda-graph-impl {args.cuda_graph_impl} replays training's kernels, with their "
+            "shapes and dropout, and no Python: it needs layers without routing or plugins, and "
+            "evaluation without dropout (--hidden-dropout 0, --attention-dropout 0, or "
+            "--eval-iters 0), at training's micro-batch size, without --eval-tasks. Leave it out, "
+            "or change those."
         )

@@ -23,10 +23,10 @@ def check_model(args: argparse.Namespace) -> None:
     if args.context_parallel_size > 1:
         # Mixers over positions were refused above, by their own check and with their own reason.
         raise UsageError(
-            f"--context-parallel-size {args.context_parallel_size} is not available: Megatron cuts "
-            "sequences for Transformer Engine's attention alone, and losses by position, scores of "
-            "tasks and the check of causality read whole ones. Leave it out; "
-            "--tensor-model-parallel-size with --sequence-parallel spreads what a sequence keeps."
+            f"--context-parallel-size {args.context_parallel_size} is not available: Megatron "
+            "splits sequences for Transformer Engine's attention only; losses by position, task "
+            "scores and the causality check read whole ones. Leave it out; "
+            "--tensor-model-parallel-size with --sequence-parallel shards activations instead."
         )
     if args.input_projection == "minhash":
         _call("megatron_smlp.layers.minhash:check_flags", args)
@@ -85,13 +85,13 @@ def check_mup(args: argparse.Namespace) -> None:
     others = (args.optimizer, args.decoupled_lr, args.input_projection)
     if not (is_dense and attends and others == ("adam", None, "embedding")):
         raise UsageError(
-            "--use-mup is for dense Transformers with a table of tokens, and for Adam without "
+            "--use-mup needs a dense Transformer with an embedding table, and Adam without "
             "--decoupled-lr: its source has no rules for others. Leave it out."
         )
     if not args.mup_base_hidden_size:
         raise UsageError(
             "--use-mup without --mup-base-hidden-size: give the width at which the rates were "
-            "found, and with --mup-base-head-dim that of its heads."
+            "tuned, and its heads' width by --mup-base-head-dim."
         )
 
 
@@ -124,8 +124,8 @@ def check_experts(args: argparse.Namespace) -> None:
     if experts is None:
         if ep > 1:
             raise UsageError(
-                f"--expert-model-parallel-size {ep} without --num-experts: there is nothing to "
-                "spread. Give --num-experts, or leave it out."
+                f"--expert-model-parallel-size {ep} without --num-experts has nothing to shard. "
+                "Give --num-experts, or leave it out."
             )
         return
     if experts < 1 or experts % ep:
@@ -140,18 +140,18 @@ def check_experts(args: argparse.Namespace) -> None:
         is_possible, is_default = len(freq) == layers and set(freq) <= {0, 1}, all(freq)
     if not is_possible:
         raise UsageError(
-            f"--moe-layer-freq {freq}: give a number of 1 or more, or a list with 0 or 1 for each "
-            f"of the --num-layers {layers} layers, as [0,1]*{layers // 2 or 1}."
+            f"--moe-layer-freq {freq}: give 1 or more, or a list with 0 or 1 for each of the "
+            f"--num-layers {layers} layers, such as [0,1]*{layers // 2 or 1}."
         )
     by_number = ARCHITECTURES[args.architecture].sparse_mixer
     if by_number and not is_default:
         raise UsageError(
-            f"--moe-layer-freq {freq} does nothing with --architecture {args.architecture}, of "
-            "which --num-dense-layers says where the experts begin: leave it out."
+            f"--moe-layer-freq {freq} has no effect with --architecture {args.architecture}, where "
+            "--num-dense-layers sets the first expert layer: leave it out."
         )
     if not any(slots.channel == "token_moe" for slots in slots_of(args)):
         where = f"--num-dense-layers {layers}" if by_number else f"--moe-layer-freq {freq}"
         raise UsageError(
-            f"--num-experts {experts}, but {where} leaves no layer that has them: change that, or "
+            f"--num-experts {experts}, but {where} leaves no layer with experts: change that, or "
             "leave out --num-experts and --token-router."
         )

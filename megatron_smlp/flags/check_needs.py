@@ -208,8 +208,8 @@ def check_choices(args: argparse.Namespace) -> None:
     spec = args.explicit_flags.get("spec")
     if spec and spec not in SPECS:
         raise UsageError(
-            f"--spec {' '.join(spec)} builds layers that are not described here (parameters, "
-            f"FLOPs, export): give {SPECS[0][0]} with {', '.join(name for _, name in SPECS)}, or "
+            f"--spec {' '.join(spec)} builds layers that are unknown here (parameters, FLOPs, "
+            f"export): give {SPECS[0][0]} with {', '.join(name for _, name in SPECS)}, or "
             "--architecture."
         )
     if spec and spec[1] != args.architecture:
@@ -224,9 +224,9 @@ def check_needs(args: argparse.Namespace) -> None:
     rotates = ARCHITECTURES[args.architecture].rotates
     if not rotates and args.position_embedding_type not in POSITIONS_WITHOUT_ATTENTION:
         raise UsageError(
-            f"--position-embedding-type {args.position_embedding_type} turns queries and keys, "
-            f"which --architecture {args.architecture} does not have: its mixers know positions by "
-            f"themselves. Give {one_of(POSITIONS_WITHOUT_ATTENTION)}, or leave it out."
+            f"--position-embedding-type {args.position_embedding_type} rotates queries and keys, "
+            f"which --architecture {args.architecture} does not have: its mixers encode positions. "
+            f"Give {one_of(POSITIONS_WITHOUT_ATTENTION)}, or leave it out."
         )
     for name in requested(args, ("reset_attention_mask", "reset_position_ids")):
         if not all(mixer.attends for mixer in ARCHITECTURES[args.architecture].mixers):

@@ -73,9 +73,9 @@ def _refuse_experts(args: argparse.Namespace) -> None:
         is_of_experts = name == "num_experts" or name.startswith("moe_")
         if is_of_experts and value not in (None, False, "none"):
             raise UsageError(
-                f"{said(args, name)} is for token experts, and there are none without "
-                f"--token-router: give --token-router ({one_of(tuple(TOKEN_ROUTERS))}) and "
-                "--num-experts, or leave it out."
+                f"{said(args, name)} has no effect on a model without --token-router: give "
+                f"--token-router ({one_of(tuple(TOKEN_ROUTERS))}) and --num-experts, or leave it "
+                "out."
             )
 
 
@@ -93,8 +93,8 @@ def _check_experts_per_token(args: argparse.Namespace) -> None:
     given = args.explicit_flags.get("moe_router_topk", topk)
     if given != topk:
         raise UsageError(
-            f"--moe-router-topk {given} contradicts --token-router {router}, with which a token "
-            f"visits {topk}: leave it out."
+            f"--moe-router-topk {given} contradicts --token-router {router}, which uses {topk} per "
+            "token: leave it out."
         )
 
 
@@ -102,7 +102,7 @@ def _check_numbers(args: argparse.Namespace) -> None:
     for name in (*CAPACITIES, "moe_router_topk_scaling_factor"):
         value = getattr(args, name)
         if value is not None and not 0 < value < float("inf"):
-            raise UsageError(f"{flag_of(name)} {value:g}: must be over 0, or left out.")
+            raise UsageError(f"{flag_of(name)} {value:g}: must be over 0 or omitted.")
     given: Any = args.explicit_flags.get("moe_aux_loss_coeff")
     if isinstance(given, list) and len(given) > 1:
         raise UsageError(

@@ -102,8 +102,8 @@ def _check_split(args: argparse.Namespace) -> None:
     per_split = [name for name in PER_SPLIT_FLAGS if getattr(args, name)]
     if args.split is not None and per_split:
         raise UsageError(
-            f"--split {args.split} and {flag_of(per_split[0])} exclude one another: the data of "
-            "each split has flags of its own. Leave --split out."
+            f"--split {args.split} cannot be combined with {flag_of(per_split[0])}: each split's "
+            "data has its own flag. Leave --split out."
         )
     words = (args.split or "1").split(",")
     # Megatron searches for digits and points, and would read 1e-2 as two shares.
@@ -111,7 +111,7 @@ def _check_split(args: argparse.Namespace) -> None:
     shares = [float(word) for word in words] if is_plain else []
     if not 1 <= len(shares) <= 3:
         raise UsageError(
-            f"--split {args.split}: give the shares of training, validation and test, as 95,5,0."
+            f"--split {args.split}: give shares of training, validation and test, like 95,5,0."
         )
     if not shares[0] and not args.skip_train:
         raise UsageError(
@@ -127,13 +127,13 @@ def check_schedule(args: argparse.Namespace) -> None:
         raise UsageError("--lr is missing: give the peak learning rate, for example --lr 1e-3.")
     if (args.min_lr or 0.0) > args.lr:
         raise UsageError(
-            f"--min-lr {args.min_lr} is over --lr {args.lr}: the learning rate decays from the "
-            "second to the first. Lower --min-lr."
+            f"--min-lr {args.min_lr} exceeds --lr {args.lr}: the learning rate decays from --lr to "
+            "--min-lr. Lower --min-lr."
         )
     if args.profile and args.train_iters and args.profile_step_end > args.train_iters:
         raise UsageError(
-            f"--profile-step-end {args.profile_step_end} is over --train-iters {args.train_iters}: "
-            "nothing would be written. Give both, or more steps."
+            f"--profile-step-end {args.profile_step_end} exceeds --train-iters {args.train_iters}: "
+            "nothing would be written. Lower it or train longer."
         )
     _check_validation_sets(args)
     if (args.eval_iters or args.full_validation) and not has_data(args, "valid"):
@@ -141,8 +141,8 @@ def check_schedule(args: argparse.Namespace) -> None:
         if args.full_validation:
             flag, rest = "--full-validation", "leave it out"
         raise UsageError(
-            f"{flag} without data to validate on: {rest}, or give --valid-data-path, or a second "
-            "share of --split over 0."
+            f"{flag} without validation data: {rest}, or give --valid-data-path, or a second share "
+            "of --split over 0."
         )
 
 
@@ -152,26 +152,26 @@ def _check_validation_sets(args: argparse.Namespace) -> None:
     is_split = args.tensor_model_parallel_size * args.pipeline_model_parallel_size > 1
     if args.full_validation and rows != 1 and is_split:
         raise UsageError(
-            "--full-validation reads sample by sample, and other ranks of the model would expect "
+            "--full-validation reads one sample at a time, but other model ranks expect "
             f"micro-batches of {rows}: give --eval-micro-batch-size 1."
         )
     blends = blends_from_arguments(args)
     if args.multiple_validation_sets and blends.whole and len(blends.whole.prefixes) > 1:
         raise UsageError(
-            "--multiple-validation-sets evaluates each dataset of --valid-data-path alone, and "
+            "--multiple-validation-sets evaluates each dataset of --valid-data-path alone, but "
             "--data-path mixes them: give --train-data-path and --valid-data-path."
         )
     valid = (blends.per_split or (None, None))[1]
     if args.multiple_validation_sets and valid and valid.weights and len(valid.prefixes) > 1:
         raise UsageError(
-            "--multiple-validation-sets evaluates each dataset alone, and weights would be passed "
-            "over: leave the weights of the validation's datasets out."
+            "--multiple-validation-sets evaluates each dataset alone and ignores weights: leave "
+            "out the weights of the validation datasets."
         )
     blend = blends.whole or valid
     if args.full_validation and blend and blend.weights:
         raise UsageError(
-            "--full-validation reads each dataset once, and weights would be passed over: name the "
-            "validation's datasets by --valid-data-path, without weights, and the training's by "
+            "--full-validation reads each dataset once and ignores weights: name the validation "
+            "datasets by --valid-data-path, without weights, and the training datasets by "
             "--train-data-path."
         )
     if not args.multiple_validation_sets:
@@ -205,7 +205,7 @@ def _check_length(args: argparse.Namespace) -> None:
         )
     if args.lr_decay_style == "WSD" and not getattr(args, f"lr_wsd_decay_{unit}"):
         raise UsageError(
-            f"--lr-decay-style WSD without --lr-wsd-decay-{unit}: say how long its last phase is."
+            f"--lr-decay-style WSD needs --lr-wsd-decay-{unit}, the length of its last phase."
         )
 
 
@@ -214,8 +214,8 @@ def check_tokenizer_and_data(args: argparse.Namespace) -> None:
     if args.tokenizer_type is None:
         raise UsageError(
             "--tokenizer-type is missing: give it as --tokenizer-type HuggingFaceTokenizer "
-            "--tokenizer-model FOLDER, as when the data was made; NullTokenizer with --vocab-size "
-            "does for --mock-data and --dry-run."
+            "--tokenizer-model FOLDER, as in preprocessing; NullTokenizer with --vocab-size is "
+            "enough for --mock-data and --dry-run."
         )
     if "Null" in args.tokenizer_type and not args.vocab_size:
         raise UsageError(
@@ -229,19 +229,19 @@ def check_tokenizer_and_data(args: argparse.Namespace) -> None:
     sized = ("Null", "ByteLevel", "TikTok")
     if "vocab_size" in args.explicit_flags and not any(k in args.tokenizer_type for k in sized):
         raise UsageError(
-            f"--vocab-size {args.vocab_size} beside --tokenizer-type {args.tokenizer_type} changes "
-            "nothing, since the tokenizer says its size: leave it out."
+            f"--vocab-size {args.vocab_size} has no effect with --tokenizer-type "
+            f"{args.tokenizer_type}, which sets its own size: leave it out."
         )
     _check_tokenizer_path(args.tokenizer_model)
     data = [name for name in (*WHOLE_FLAGS, *PER_SPLIT_FLAGS) if getattr(args, name)]
     if args.mock_data and data:
         raise UsageError(
-            f"--mock-data beside {flag_of(data[0])}: the data would not be read. Give one of them."
+            f"--mock-data with {flag_of(data[0])}: the data would not be read. Give only one."
         )
     if not (args.skip_train or has_data(args, "train")):
         raise UsageError(
-            f"{flag_of(data[0])} without data to train on: give --train-data-path (in a file of "
-            'all splits a list under "train"), or --skip-train.'
+            f"{flag_of(data[0])} without training data: give --train-data-path (in a file of all "
+            'splits, a list under "train"), or --skip-train.'
         )
 
 
@@ -253,8 +253,8 @@ def _check_tokenizer_path(model: str | None) -> None:
     in_a_folder = len(parts) == 2 and Path(parts[0]).is_dir()
     if in_a_folder or len(parts) > 2 or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
         raise UsageError(
-            f"--tokenizer-model {model}: there is no such file or folder, and the Hugging Face hub "
-            "has no such names. Give the tokenizer's folder, or NAME or OWNER/NAME of the hub."
+            f"--tokenizer-model {model}: no such file or folder, and not a valid name on the "
+            "Hugging Face hub. Give the tokenizer's folder, or NAME or OWNER/NAME of the hub."
         )
 
 
@@ -263,7 +263,7 @@ def _check_devices() -> None:
     if number >= count:
         error = UsageError(
             f"{os.environ.get('LOCAL_WORLD_SIZE')} processes on a machine with {count} "
-            f"GPU{'s' * (count > 1)} that torch sees: start one for each (--nproc-per-node, "
+            f"GPU{'s' * (count > 1)} that torch sees: start one per GPU (--nproc-per-node, "
             "NPROC_PER_NODE), or give --platform cpu."
         )
         if number == count:  # only the first rank without a GPU prints it
@@ -275,14 +275,14 @@ def _check_compiler() -> None:
     """Refuse a GPU run that would fail at the first kernel that torch or Triton compiles."""
     if not (os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang")))):
         raise UsageError(
-            "neither gcc nor clang was found, with which Triton builds its driver: install one, or "
-            "name a C compiler in the variable CC."
+            "neither gcc nor clang was found, and Triton needs a C compiler for its driver: "
+            "install one, or set CC to one."
         )
     header = Path(sysconfig.get_path("include")) / "Python.h"
     if not header.exists():
         raise UsageError(
-            f"{header} is missing, which Triton builds its driver with: install Python's headers "
-            "(python3-dev), or use a Python that uv installs."
+            f"{header} is missing, and Triton needs it to build its driver: install Python's "
+            "headers (python3-dev), or use uv's Python."
         )
 
 

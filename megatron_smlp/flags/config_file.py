@@ -70,14 +70,12 @@ def _as_flags(action: argparse.Action, key: str, value: Any, place: str) -> list
         return []
     takes_several = action.nargs not in (None, "?")
     if takes_several and isinstance(value, str) and " " in value:
-        raise UsageError(
-            f"--config {place}: '{key}' {value!r} is one text: give a list, as [a, b]."
-        )
+        raise UsageError(f"--config {place}: '{key}' {value!r} is a string: give a list, [a, b].")
     values = value if isinstance(value, list) and takes_several else [value]
     if any(isinstance(item, bool) for item in values):
         raise UsageError(
-            f"--config {place}: '{key}' takes a value, and {value!r} is a switch's: put a word as "
-            "no or off between quotes; null takes a key back."
+            f"--config {place}: '{key}' takes a value, not {value!r}: quote words such as no or "
+            "off; null unsets a key."
         )
     arguments = [_text(item) for item in values]
     return [f"{flag}={arguments[0]}"] if len(arguments) == 1 else [flag, *arguments]

@@ -39,6 +39,6 @@ def _check_processes(args: argparse.Namespace, **sizes: int) -> None:
         flags = {f"{flag_of(name)}-parallel-size": size for name, size in sizes.items() if size > 1}
         layout = " x ".join(f"{flag} {size}" for flag, size in flags.items())
         raise UsageError(
-            f"{layout} needs a multiple of {needed} processes, and this run has {args.world_size}: "
-            "start so many by torchrun --nproc-per-node, or lower the sizes."
+            f"{layout} needs a multiple of {needed} processes, but this run has {args.world_size}: "
+            "set torchrun --nproc-per-node, or lower the sizes."
         )

@@ -145,7 +145,7 @@ def refuse_untested(
             refused.append(flag)
     if refused:
         instead = [
-            f"give {RENAMED[flag]} in place of {flag}" for flag in refused if flag in RENAMED
+            f"give {RENAMED[flag]} instead of {flag}" for flag in refused if flag in RENAMED
         ]
         if len(instead) < len(refused):
             rest = "the others" if instead else "them" if refused[1:] else "it"

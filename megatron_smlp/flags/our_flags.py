@@ -23,9 +23,9 @@ def new_parser() -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
         prog="pretrain_smlp.py",
         usage="%(prog)s --config FILE.yaml [--flag value ...]",
-        description="Pretrain sparse all-MLP language models and their baselines. Our flags come "
-        "on top of Megatron's, which keep their names and meaning: --help-all lists those too, "
-        "docs/flags.md those that are tested.",
+        description="Pretrain sparse all-MLP language models and their baselines. Our flags extend "
+        "Megatron's, which keep their names and meaning: --help-all lists those too, "
+        "docs/flags.md the tested ones.",
         allow_abbrev=False,
     )
 
@@ -47,8 +47,7 @@ def add_our_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
             group.add_argument(flag_of(name), default=it.default, help=it.help, **kind)
         except argparse.ArgumentError as error:
             raise UsageError(
-                f"the option {name} of a plugin would shadow Megatron's flag {flag_of(name)}: "
-                "rename it."
+                f"the plugin option {name} would shadow Megatron's flag {flag_of(name)}: rename it."
             ) from error
     parser.error = _raise_usage  # type: ignore[method-assign]
     return parser

@@ -44,5 +44,5 @@ def refuse_unknown(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None
             " ".join(f"{flag} is not a flag: {nearest(parser, flag)}" for flag in flags)
         )
     if unknown:
-        raise UsageError(f"'{unknown[0]}' belongs to no flag.")
+        raise UsageError(f"unknown argument '{unknown[0]}'.")
     refuse_untested(parser, argv, allowed=known.allow_untested_flag or ())

@@ -42,7 +42,7 @@ def with_checkpoint_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) 
     known, _ = parser.parse_known_args(own)
     load = known.load or known.save
     if load is None:
-        raise UsageError(f"{FLAG} takes the flags of a checkpoint: say which one by --load.")
+        raise UsageError(f"{FLAG} takes the flags of a checkpoint: name it with --load.")
     start = known.branch_from
     if start and not iteration_folder(load, start).is_dir():  # --keep-last may have deleted it
         start = None
@@ -94,8 +94,8 @@ def _recorded_arguments(load: str, step: int | None) -> list[str]:
         if record is not None:
             return [str(argument) for argument in record["command_line"]]
     raise UsageError(
-        f"{FLAG}: {folders[0]} has no run.json that is whole, so that its flags are not known: "
-        f"leave {FLAG} out and give them."
+        f"{FLAG}: {folders[0]} has no intact run.json, so its flags are unknown: leave {FLAG} out "
+        "and give them."
     )
 
 

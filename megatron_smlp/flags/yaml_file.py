@@ -77,7 +77,7 @@ def _read(
         names = keys.pop(INCLUDE, Setting([], "")).value
         names = names if isinstance(names, list) else [names]
         if not all(isinstance(name, str) for name in names):
-            raise UsageError(f"--config {path}: 'include' names a file, or several as [a, b].")
+            raise UsageError(f"--config {path}: 'include' takes a file, or a list [a, b].")
         others = [Path(os.path.normpath(path.parent / name)) for name in names]
         included = [_read(other, (*including, path), files) for other in others]
         files[path.resolve()] = reduce(_under, [*included, keys], {})
@@ -109,7 +109,7 @@ class StrictLoader(yaml.SafeLoader):
         for key, _ in node.value:
             name = spelling(str(key.value))
             if name in seen or key.tag == "tag:yaml.org,2002:merge":
-                what = "is there twice" if name in seen else "merges: give the keys themselves"
+                what = "appears twice" if name in seen else "merges: write the keys out"
                 raise yaml.constructor.ConstructorError(
                     problem=f"{name!r:.60} {what}", problem_mark=key.start_mark
                 )
@@ -133,8 +133,8 @@ def _mapping(path: Path) -> dict[str, Setting]:
         items = value if isinstance(value, list) else [value]
         if not all(isinstance(item, SCALARS) for item in items):
             raise UsageError(
-                f"--config {path}: '{str(key)[:60]}' is not a number, text, switch or list of "
-                "them; put a date between quotes."
+                f"--config {path}: '{str(key)[:60]}' is not a number, string, switch or list of "
+                "these; quote dates."
             )
     assert isinstance(node, yaml.MappingNode)
     lines = (key.start_mark.line + 1 for key, _ in node.value)
@@ -164,7 +164,7 @@ def _parsed(path: Path, *, name: str, ready: str) -> tuple[Any, yaml.Node | None
         node = loader.get_single_node()
         return (None if node is None else loader.construct_document(node)), node
     except FileNotFoundError as error:
-        raise UsageError(f"{name}: no such file; {ready} holds ready ones.") from error
+        raise UsageError(f"{name}: no such file; see {ready}.") from error
     except IsADirectoryError as error:
         raise UsageError(f"{name} is a folder: give a file in it.") from error
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:

@@ -81,7 +81,7 @@ class Agent(LocalElasticAgent):
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result = super()._monitor_workers(worker_group)
         if result.state == WorkerState.UNHEALTHY:
-            say("ranks hang in the kernel, where no signal ends them.")
+            say("ranks hang in the kernel and cannot be killed.")
             self.hangs, self._remaining_restarts = True, 0
         elif result.is_failed():
             self._decide(result)
@@ -227,8 +227,8 @@ def main(argv: Sequence[str]) -> int:
             return CLOSED
         except RendezvousTimeoutError:
             say(
-                f"the other machines have not come within REJOIN_TIMEOUT, only {watch.here}: "
-                "giving up. Start all again, with others in place of those that are gone."
+                f"the other machines did not join within REJOIN_TIMEOUT, only {watch.here}: giving "
+                "up. Start all again, replacing those that are gone."
             )
             return MISSING
         except UsageError as error:

@@ -42,6 +42,6 @@ class Failures:
 
     def __str__(self) -> str:
         if self.folder is None:
-            return "without --save there is nothing to go on from"
+            return "without --save there is nothing to resume"
         newest = "none" if self.newest is None else f"of iteration {self.newest}"
         return f"the newest checkpoint in {self.folder} is {newest}"

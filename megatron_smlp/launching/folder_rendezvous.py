@@ -32,8 +32,8 @@ class Presence:
         self.file = folder / f"{run}.{socket.gethostname()}-{address}.here"
         if not folder.is_dir():
             raise UsageError(
-                f"RENDEZVOUS=file:{folder}: there is no such folder. Make it where all machines "
-                "have it under this path."
+                f"RENDEZVOUS=file:{folder}: no such folder. Create it where all machines see it "
+                "under this path."
             )
         holder = Holder.here(expiry=INTERVAL)
         try:
@@ -49,7 +49,7 @@ class Presence:
                 ) from error
             raise UsageError(
                 f"RENDEZVOUS=file:{folder} cannot be written to: {error.strerror}. Give a folder "
-                "in which all machines may write."
+                "that all machines can write to."
             ) from error
         self.heartbeat = Heartbeat(self.file, holder, interval=INTERVAL)
 

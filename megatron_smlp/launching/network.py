@@ -45,7 +45,7 @@ def own_address(given: str, *, towards: str, has_others: bool = True) -> str:
     own = _source_of_the_way_to(towards)
     if has_others and is_local(own) and not is_local(towards):
         # Debian gives a machine's own name the address 127.0.1.1, which no other can reach.
-        return _only_outside_address(f"MASTER_ADDR={towards} is {own} here, as /etc/hosts has it")
+        return _only_outside_address(f"MASTER_ADDR={towards} resolves to {own} here (/etc/hosts)")
     return own
 
 
@@ -54,8 +54,8 @@ def _only_outside_address(why: str) -> str:
     outside = [ip for ip in outside if ":" not in ip] or outside
     if len(outside) != 1:
         raise UsageError(
-            f"{why}, and this machine has {_list_of_addresses()}: give the one by which the other "
-            "machines reach it, as LOCAL_ADDR."
+            f"{why}, and this machine has {_list_of_addresses()}: set LOCAL_ADDR to the one that "
+            "other machines can reach."
         )
     return outside[0]
 
@@ -80,8 +80,8 @@ def resolved(name: str, *, variable: str) -> str:
         candidates = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
     except OSError as error:
         raise UsageError(
-            f"{variable}={name} is a name that this machine cannot resolve ({error.strerror}): "
-            "give an address such as 10.0.0.1, or put the name into /etc/hosts."
+            f"{variable}={name} cannot be resolved on this machine ({error.strerror}): give an "
+            "address such as 10.0.0.1, or add the name to /etc/hosts."
         ) from error
     return str(candidates[0][4][0])
 

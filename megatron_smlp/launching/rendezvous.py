@@ -139,7 +139,7 @@ class Rendezvous:
             agree_on_restart(apart, machines=info.world_size, environment=os.environ)
             if are_alike(apart, machines=info.world_size, processes=self.processes):
                 return info
-            say("a machine with another number of processes was refused: joining again.")
+            say("a machine with a different process count was refused: rejoining.")
             time.sleep(LOOKS)  # until it has left
 
     def _see_who_lives(self) -> None:
@@ -169,7 +169,7 @@ class Rendezvous:
             store = self.handler._get_store()
             self.round = None if _has(store, ENDED) else store  # ENDED is an older run's
             if self.spare_of is None:
-                say("a spare: this machine waits until another one is gone.")
+                say("a spare: waiting until another machine is gone.")
             self.spare_of = state.round
         waits = is_spare or not state.complete
         if waits and self.round is not None and _has(self.round, ENDED):
@@ -195,7 +195,7 @@ class Rendezvous:
             return int(self.handler.num_nodes_waiting())
         except RendezvousError:
             self.is_lost = True
-            say("the rendezvous is gone; the ranks go on without it until one of them ends.")
+            say("the rendezvous is gone; the ranks continue without it until one ends.")
             return 0
 
     def shutdown(self) -> bool:
@@ -239,7 +239,7 @@ def are_alike(store: Any, *, machines: int, processes: int) -> bool:
     if processes != usual:
         raise UsageError(
             f"NPROC_PER_NODE is {processes} here, and {usual} on the other machines: give the same "
-            "on all. Where it is left out the launchers count the GPUs: see `nvidia-smi`."
+            "on all. If it is unset, the launchers count the GPUs: see `nvidia-smi`."
         )
     return len(counts) == 1
 

@@ -114,8 +114,8 @@ def _nodes(text: str) -> tuple[int, int]:
     smallest, largest = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if not 1 <= smallest <= largest:
         raise UsageError(
-            f"NNODES={text}: give the number of machines as a whole number, or the smallest and "
-            "the largest as in 2:4."
+            f"NNODES={text}: give the number of machines, or the smallest and the largest such as "
+            "2:4."
         )
     return smallest, largest
 
@@ -124,8 +124,8 @@ def _check_rank(rank: int, nodes: int, spares: int) -> None:
     if rank >= nodes + spares:
         extra = f" and SPARES={spares}" if spares else ""
         raise UsageError(
-            f"NODE_RANK={rank} must be below NNODES={nodes}{extra}: count from 0. Machines over "
-            "NNODES wait as spares where SPARES says how many there are."
+            f"NODE_RANK={rank} must be below NNODES={nodes}{extra}: count from 0. Set SPARES to "
+            "the number of machines beyond NNODES that wait as spares."
         )
 
 
@@ -137,7 +137,7 @@ def _kind_and_folder(text: str) -> tuple[str, str]:
         return text, ""
     raise UsageError(
         f"RENDEZVOUS={text}: give host (machine 0 keeps the store), server (MASTER_ADDR does, "
-        "whatever happens to the machines that train) or file:FOLDER (a folder that they share)."
+        "independent of the machines that train) or file:FOLDER (a shared folder)."
     )
 
 

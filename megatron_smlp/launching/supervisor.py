@@ -117,14 +117,14 @@ def serve(port: int) -> int:
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="launch.py",
-        description="Start a training on this machine, and again where it fails.",
-        epilog="examples/one_node.sh --help and examples/several_nodes.sh --help name the "
-        "variables that are read; docs/resilience.md says what is started again when.",
+        description="Run a training on this machine, restarting it on failure.",
+        epilog="examples/one_node.sh --help and examples/several_nodes.sh --help list the "
+        "variables; docs/resilience.md says what is restarted when.",
     )
     parser.add_argument("what", choices=list(EXAMPLES), metavar="one-node|several-nodes|serve")
     parser.add_argument(
         "argv", nargs=argparse.REMAINDER, metavar="...",
-        help="the training's script and its flags; of serve: the port",
+        help="the training script and its flags; for serve: the port",
     )  # fmt: skip
     return parser
 
@@ -299,7 +299,7 @@ class Supervisor:
             if len(seen) < least and not self.is_signalled:
                 raise UsageError(
                     f"RENDEZVOUS=file:{rendezvous.address}: after {seconds} s {len(seen)} of "
-                    f"{least} machines are in it ({', '.join(seen)}). Start the others with "
+                    f"{least} machines joined ({', '.join(seen)}). Start the others with "
                     f"RUN_ID={rendezvous.run}, or give a folder that all machines share."
                 )
             return

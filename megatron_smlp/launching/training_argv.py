@@ -79,7 +79,7 @@ def check_counts(argv: Sequence[str], *, machines: range, processes: int) -> Non
     if schedule := given("--step-batch-size-schedule", argv):  # 0:32,64:64
         batches = [int(batch) for batch in re.findall(r":\s*(\d+)", str(schedule))]
     if batches == [None] and not is_on(FROM_CHECKPOINT, argv):
-        raise UsageError(f"{nodes} changes the batch with the machines: give --global-batch-size.")
+        raise UsageError(f"{nodes} makes the batch size vary: give --global-batch-size.")
     for count, batch in itertools.product(machines, batches):
         layout = argparse.Namespace(**sizes, global_batch_size=batch, world_size=count * processes)
         try:

@@ -40,10 +40,9 @@ def check(platform: str = "auto") -> None:
     if torch.cuda.is_available() or platform == "cpu" or hidden or not has_nvidia_device():
         return
     raise UsageError(
-        f"this machine has an NVIDIA device, and torch {torch.__version__} cannot use it: "
+        f"this machine has an NVIDIA device, but torch {torch.__version__} cannot use it: "
         f"{_reason()} Install a driver for CUDA {torch.version.cuda}, or a torch for the driver "
-        "(docs/gpus.md). To compute on the CPU on purpose: --platform cpu, or "
-        f"{VISIBLE} set to nothing."
+        f"(docs/gpus.md). To use the CPU on purpose: --platform cpu, or {VISIBLE} set to nothing."
     )
 
 
@@ -86,4 +85,4 @@ def _reason() -> str:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
         return " ".join(str(error).split()).split(". ")[0].rstrip(".") + "."
-    return "it finds no device."
+    return "no device found."

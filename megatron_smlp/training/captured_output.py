@@ -65,8 +65,8 @@ class CapturedOutput(contextlib.AbstractContextManager["CapturedOutput"]):
             self.file = path.open("a", encoding="utf-8", buffering=1)
         except OSError as error:
             raise FolderError(
-                f"--log-dir {folder} (--save where it is left out) cannot be written to: "
-                f"{error.strerror}: give another folder."
+                f"--log-dir {folder} (defaults to --save) cannot be written to: {error.strerror}: "
+                "give another folder."
             ) from error
         self.write(earlier)
 

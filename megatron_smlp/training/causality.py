@@ -109,15 +109,15 @@ def _leaks(layer: SlottedLayer, length: int, rotary: Any) -> Iterator[str]:
     named = f"layer {layer.layer_number} ({kind})"
     if not all(output.isfinite().all() for output in outputs):
         yield (
-            f"{named} gives numbers that are not finite for ordinary inputs: correct the mixer, or "
-            "the first values of its parameters."
+            f"{named} returns non-finite values for ordinary inputs: correct the mixer, or the "
+            "initial values of its parameters."
         )
     elif len(early) and float(early.max()) > TOLERANCE * scale:
         yield (
-            f"{named} reads later positions: with other inputs from position {half} on, its output "
-            f"before that changes by {float(early.max()):.2g}, of {scale:.2g}: a language model "
-            "that sees what it predicts learns nothing. Correct the mixer; causal ones read "
-            "positions up to their own."
+            f"{named} reads later positions: changing inputs from position {half} on changes its "
+            f"earlier output by {float(early.max()):.2g}, of {scale:.2g}: a language model that "
+            "sees its targets learns nothing. Correct the mixer to read positions up to its own "
+            "only."
         )
 
 

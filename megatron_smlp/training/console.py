@@ -81,7 +81,7 @@ class RunConsole:
         if args.log_dir:
             self.say(f"logs        {args.log_dir}: metrics.jsonl, megatron.log")
         else:
-            self.say("logs        none are kept: give --log-dir or --save")
+            self.say("logs        none: give --log-dir or --save")
 
 
 def dry_run(args: argparse.Namespace) -> None:

@@ -94,7 +94,7 @@ def train(
         if loop and loop.stopped:
             run.listeners.stopping(iteration)
         elif not evaluate([*batches.valid, *batches.test], iteration):
-            run.reporter.say("no time was left to evaluate: the same command goes on with it")
+            run.reporter.say("no time left to evaluate: rerun the same command to do so")
         release(parts)
 
 

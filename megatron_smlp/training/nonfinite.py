@@ -33,15 +33,14 @@ def may_update(
     if rank is not None:
         what = f"non-finite loss on rank {rank}"
     elif grad_norm is not None and not math.isfinite(grad_norm):
-        what = f"gradient norm {float(grad_norm)} under a finite loss"  # a tensor with Apex
+        what = f"gradient norm {float(grad_norm)} with a finite loss"  # a tensor with Apex
     else:
         return True
     message = f"{what} at iteration {args.curr_iteration + 1}"
     if args.nonfinite_loss == "stop":
         raise NonFiniteLossError(
             f"{message}: stopped before the update (--nonfinite-loss stop). Lower --lr or "
-            "--clip-grad, check the data there, or go on without such steps by "
-            "--nonfinite-loss skip."
+            "--clip-grad, check the data there, or skip such steps with --nonfinite-loss skip."
         )
     say(f"{message}: this step's update is skipped")
     return False

@@ -33,7 +33,7 @@ def check_parameters(
     if built == counted:
         return
     message = (
-        f"the model has {built:,} parameters, and accounting/costs.py counts {counted:,}: sizes, "
+        f"the model has {built:,} parameters, but accounting/costs.py counts {counted:,}: sizes, "
         "FLOPs and MFU of this run are wrong. Correct the cost that systems.py names for its mixer"
     )
     if args.strict_accounting:

@@ -83,8 +83,8 @@ class Reporter(Listener):
 
     def stopping(self, iteration: int) -> None:
         is_saved = self.last_saved == iteration
-        saved = f"saved to {self.args.save}; the same command goes on from there"
-        self.say(f"stopped at iteration {iteration}: {saved if is_saved else 'it was not saved'}")
+        saved = f"saved to {self.args.save}; the same command resumes from there"
+        self.say(f"stopped at iteration {iteration}: {saved if is_saved else 'not saved'}")
 
     def built(self, parts: Parts) -> None:
         iteration = self.args.iteration
@@ -102,7 +102,7 @@ class Reporter(Listener):
         self.compute.resume(getattr(self.args, "unsent_flops", 0.0), tokens=self._tokens())
         if iteration:
             given, load = self.args.explicit_flags.get("load"), self.args.load
-            began = "" if given in (None, load) else f" (--load {given} was its start)"
+            began = "" if given in (None, load) else f" (started from --load {given})"
             self.say(f"resumed from iteration {iteration} of {load}{began}")
         if not self.args.skip_train:
             self.writers.forget_after(iteration)

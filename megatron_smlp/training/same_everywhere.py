@@ -80,8 +80,8 @@ def check_same(store: Store, key: str, *, rank: int, what: Mapping[str, str]) ->
     different = list(_differences(what, json.loads(store.get(key))))
     if different:
         raise UnlikeRanksError(
-            f"rank {rank} does not run what rank 0 does: {'; '.join(different)}. Give all machines "
-            "the same flags, configuration files, data and packages."
+            f"rank {rank} differs from rank 0: {'; '.join(different)}. Give all machines the same "
+            "flags, configuration files, data and packages."
         )
 
 

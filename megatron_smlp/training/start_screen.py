@@ -130,9 +130,9 @@ def summary(args: argparse.Namespace, shape: ModelShape) -> Iterator[str]:
 
 def _hashes(args: argparse.Namespace, shape: ModelShape) -> str:
     return (
-        f"minhash: {args.hash_count} values of a token in {args.filter_size} counters, of "
-        f"{args.window + 1} tokens; {input_cost(shape).parameters:,} parameters, and a table of "
-        f"{fingerprint_bytes(shape) / 2**20:.1f} MiB that is not trained"
+        f"minhash: {args.hash_count} hashes per token in {args.filter_size} counters, of "
+        f"{args.window + 1} tokens; {input_cost(shape).parameters:,} parameters, and a fixed table "
+        f"of {fingerprint_bytes(shape) / 2**20:.1f} MiB"
     )
 
 
@@ -143,10 +143,10 @@ def _what_is_missing(args: argparse.Namespace, shape: ModelShape) -> str | None:
     has_features = any(slots.mixer == "feature_moe" for slots in shape.slots)
     has_tokens = any(slots.channel == "token_moe" for slots in shape.slots)
     if not (has_features or has_tokens):
-        return "no layer has experts: this model is that of --architecture gmlp"
+        return "no layer has experts: this model equals --architecture gmlp"
     if not has_features:
         return "no spatial experts (--feature-router none): this is a gmlp with token experts"
-    return None if has_tokens else "no token experts (--token-router none): spatial ones alone"
+    return None if has_tokens else "no token experts (--token-router none): only spatial ones"
 
 
 def _steps(args: argparse.Namespace) -> str:

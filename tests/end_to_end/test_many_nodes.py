@@ -201,7 +201,7 @@ def test_a_machine_that_is_gone_for_ever_ends_a_job_without_a_spare(
     print(f"{kind} for ever: the other ends with 75 after {time.monotonic() - began:.0f} s")
     assert not two.processes(0)
     last = job.log(0).splitlines()[-1]
-    assert last.startswith("launch: node0: the other machines have not come within REJOIN_TIMEOUT")
+    assert last.startswith("launch: node0: the other machines did not join within REJOIN_TIMEOUT")
     assert two.address(0) in last
     two.signal(1, signal.SIGCONT)
     assert job.codes(1, seconds=BOUND + SILENCE + REJOIN + SLACK) == [75], job.ends_of_logs()
@@ -272,7 +272,7 @@ def test_clocks_that_are_an_hour_apart(variables: dict[str, str], tmp_path: Path
 
         run.survives("clocks an hour apart: both nodes, whose clocks change places", swapped)
         assert job.codes(0, 1) == [0, 0], job.ends_of_logs()
-        assert "is it still at work?" in job.log(0)
+        assert "is it still alive?" in job.log(0)
         assert run.told()[-1]["seconds_down"] < PATIENCE
     assert steps(job.save) == undisturbed(tmp_path, 300)
 
@@ -433,7 +433,7 @@ def test_no_progress_three_times(two: Network, variables: dict[str, str], tmp_pa
         ({"GLOO_SOCKET_IFNAME": "lo"}, "GLOO_SOCKET_IFNAME=lo does not lead to other machines"),
         ({"MASTER_ADDR": "10.9.9.9"}, "MASTER_ADDR=10.9.9.9 cannot be reached from this machine"),
         ({}, "has not answered 10.77."),
-        ({"RENDEZVOUS": "file:OWN"}, "1 of 2 machines are in it (node1-10.77."),
+        ({"RENDEZVOUS": "file:OWN"}, "1 of 2 machines joined (node1-10.77."),
     ],
 )
 def test_bad_input_in_one_line(

@@ -50,7 +50,7 @@ BASE, HASH = (f"{TRANSFORMER} --token-router {rule} --num-experts 4" for rule in
 REFUSED = f"""
     --spatial-head is not a flag: did you mean --spatial-heads | {GMLP} --spatial-head 4
     --spatial_heads is not a flag: did you mean --spatial-heads | {GMLP} --spatial_heads=4
-    'stray' | {GMLP} stray
+    unknown argument 'stray' | {GMLP} stray
     --num-layers 0 | {GMLP} --num-layers 0
     --branch-from -3: give 1 or more | {GMLP} --branch-from -3
     --save-retain-interval -5: give 1 or more | {GMLP} --save x --save-retain-interval -5
@@ -108,7 +108,7 @@ LAYOUTS = f"""
     --tensor-model-parallel-size 4 .*-hidden-size 66 | {TRANSFORMER} --ffn-hidden-size 66 {TP} 4
     --context-parallel-size 2 .*spatial gating | {GMLP} --context-parallel-size 2
     --context-parallel-size 2 .*masked mixer | --architecture mixer --context-parallel-size 2
-    --context-parallel-size 2 .*attention alone | {TRANSFORMER} --context-parallel-size 2
+    --context-parallel-size 2 .*attention only | {TRANSFORMER} --context-parallel-size 2
     --full-validation | {GMLP} {TP} 2 --full-validation --multiple-validation-sets
     --padded-vocab-size 102 | {GMLP} --padded-vocab-size 102 {TP} 4 --global-batch-size 4
     --padded-vocab-size 90 | {GMLP} --padded-vocab-size 90 --global-batch-size 16
@@ -188,7 +188,7 @@ class TestRefusals:
         words = f"{GMLP} --load {none} --save {tmp_path}/new"
         refusal(parse, words, "none holds no checkpoint: give")
         one = iteration_folder(tmp_path, 3)
-        message = rf"--load {one} is one checkpoint.*give --load {tmp_path} --ckpt-step 3\."
+        message = rf"--load {one} is a single checkpoint.*give --load {tmp_path} --ckpt-step 3\."
         refusal(parse, f"{GMLP} --load {one}", message)
 
     def test_launchers_give_one_folder_to_load_and_to_save(self, parse: Parse, tmp_path: Path):
@@ -199,7 +199,7 @@ class TestRefusals:
         assert parse(words).load == f"{tmp_path}/run"
         assert parse(f"{words} --no-resume").load is None
         assert parse(f"{words} --no-resume --finetune").load == f"{tmp_path}/run"
-        message = "--ckpt-step 3 asks for a checkpoint, and --no-resume leaves"
+        message = "--ckpt-step 3 needs a checkpoint, but --no-resume ignores"
         refusal(parse, f"{words} --no-resume --ckpt-step 3", message)
 
     def test_started_again_it_goes_on_from_its_own_checkpoint(self, parse: Parse, tmp_path: Path):
@@ -246,8 +246,8 @@ class TestRefusals:
         recorded = {"lr": 1e-3, "min_lr": 1e-5}
         write_records(folder, model_flags(parse(GMLP)), {"flags": recorded})
         integrity.seal(folder)
-        refusal(parse, f"{words} 2e-3", r"--lr 0\.002 beside .* give --lr 0\.001, or")
-        refusal(parse, f"{words} 1e-3", r"--min-lr 0\.0 beside .* give --min-lr 1e-05, or")
+        refusal(parse, f"{words} 2e-3", r"--lr 0\.002 with .* give --lr 0\.001, or")
+        refusal(parse, f"{words} 1e-3", r"--min-lr 0\.0 with .* give --min-lr 1e-05, or")
         assert parse(f"{words} 1e-3 --min-lr 1e-5")
 
     @pytest.mark.parametrize(
@@ -274,7 +274,7 @@ class TestRefusals:
         assert args.tensorboard_dir is None
 
     def test_an_iteration_of_nothing(self, parse: Parse, tmp_path: Path):
-        message = "--ckpt-step 5 asks for a checkpoint, and there is no --load"
+        message = "--ckpt-step 5 needs a checkpoint, but --load is missing"
         refusal(parse, f"{GMLP} --ckpt-step 5", message)
         refusal(parse, f"{GMLP} --ckpt-step 5 --save {tmp_path}", f"{tmp_path} holds no checkpoint")
 

@@ -220,5 +220,5 @@ class TestInclude:
         with pytest.raises(UsageError, match=r"other\.yaml: no such file"):
             read_yaml(path)
         path.write_text("include: [a.yaml, 1]\n")
-        with pytest.raises(UsageError, match="'include' names a file, or several"):
+        with pytest.raises(UsageError, match="'include' takes a file, or a list"):
             read_yaml(path)

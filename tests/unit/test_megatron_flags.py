@@ -99,7 +99,7 @@ class TestTheList:
             refuse_untested(parser, argv, allowed=())
         assert str(refused.value) == (
             "--img-h, --use-flash-attn, --patch-dim are not among the flags of Megatron that are "
-            "tested here (docs/flags.md): give --attention-backend in place of --use-flash-attn, "
+            "tested here (docs/flags.md): give --attention-backend instead of --use-flash-attn, "
             "leave the others out, or give --allow-untested-flag img-h use-flash-attn patch-dim."
         )
 
@@ -367,7 +367,7 @@ def test_muon_beside_copies_of_experts_alone(parse: Parse, processes: int, is_re
     args = parse(f"{MUON} --bf16 --token-router switch --num-experts 2")
     args.tensor_model_parallel_size, args.expert_tensor_parallel_size = 2, 1
     args.use_distributed_optimizer, args.world_size = True, processes
-    raises = pytest.raises(UsageError, match="experts alone have copies")
+    raises = pytest.raises(UsageError, match="only experts have copies")
     with raises if is_refused else nullcontext():
         check_muon(args)
 
@@ -388,7 +388,7 @@ SPATIAL = "--feature-router deterministic --num-feature-experts 4"
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("smlp", "no layer has experts: this model is that of --architecture gmlp"),
+        ("smlp", "no layer has experts: this model equals --architecture gmlp"),
         (f"smlp {EXPERTS}", "no spatial experts (--feature-router none)"),
         (f"smlp {SPATIAL}", "no token experts (--token-router none)"),
         (f"smlp {SPATIAL} {EXPERTS}", ""),

@@ -49,9 +49,9 @@ def test_the_newest_good_one_is_loaded(
     (run / ".iter_0000006.partial-12ab").mkdir()
     pretrain(f"--save {run}")
     output = capfd.readouterr().out
-    assert re.search(rf"WARNING: .*{expected}: it is not loaded", output), output
+    assert re.search(rf"WARNING: .*{expected}: not loaded", output), output
     good = 2 if "0000004" in expected else 4
-    assert f"WARNING: going on from {iteration_folder(run, good)} instead" in output
+    assert f"WARNING: resuming from {iteration_folder(run, good)} instead" in output
     assert f"resumed from iteration {good} of" in output
     assert "removed .iter_0000006.partial-12ab" in output
     assert_ends_like(run, finished_run)
@@ -69,7 +69,7 @@ def test_a_step_that_is_asked_for_is_not_replaced_by_another(
     run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):
     cut_shard(run)
-    with pytest.raises(NoGoodCheckpointError, match="--ckpt-step 6 asks for it"):
+    with pytest.raises(NoGoodCheckpointError, match="--ckpt-step 6 selects it"):
         pretrain(f"--load {run} --ckpt-step 6")
     with pytest.raises(NoGoodCheckpointError, match=r"iter_0000003 is damaged \(the folder"):
         pretrain(f"--load {run} --ckpt-step 3")

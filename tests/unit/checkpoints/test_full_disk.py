@@ -69,7 +69,7 @@ def test_the_run_stops(outputs: Any, how: str):
     said = output(outputs, "stop", how)
     [line] = [line for line in said.splitlines() if line.startswith("error: ")]
     assert "iteration 4 could not be saved to " in line
-    assert "No space left on device; the newest there is of iteration 2" in line
+    assert "No space left on device; the newest is of iteration 2" in line
     assert "--on-save-failure continue" in line
 
 

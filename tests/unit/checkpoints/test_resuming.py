@@ -126,7 +126,7 @@ def test_what_is_saved_no_more_is_still_read(run: Path, finished_run: Path, flag
 def test_optimizer_state_of_another_form(tmp_path: Path, saved: str, changed: str, named: str):
     words = f"--save {tmp_path} {saved}"
     pretrain(f"{words} --exit-interval 2")
-    message = rf"optimizer state in .*iter_0000002 is of another form .* {named}: .*--no-load-optim"
+    message = rf"optimizer state in .*iter_0000002 does not fit .* {named}: .*--no-load-optim"
     with pytest.raises(UsageError, match=message):
         pretrain(f"{words} {changed}")
     pretrain(f"{words} {changed} --no-load-optim --exit-interval 4")
@@ -179,7 +179,7 @@ def test_a_run_from_anothers_weights_goes_on(run: Path, tmp_path: Path, capfd: C
     pretrain(f"{words} --exit-interval 4")
     capfd.readouterr()
     pretrain(words)
-    said = f"resumed from iteration 4 of {tuned} (--load {run} was its start)"
+    said = f"resumed from iteration 4 of {tuned} (started from --load {run})"
     assert said in " ".join(capfd.readouterr().out.split())
     assert iterations(tuned) == [2, 4, 6]
 
@@ -254,11 +254,11 @@ def test_damaged_flags_are_not_believed(run: Path, capfd: Capture):
 def test_what_has_no_flags_is_refused(run: Path, tmp_path: Path):
     for iteration in (2, 4, 6):
         (iteration_folder(run, iteration) / RUN).unlink()
-    with pytest.raises(UsageError, match=r"iter_0000006 has no run\.json that is whole"):
+    with pytest.raises(UsageError, match=r"iter_0000006 has no intact run\.json"):
         carry_on(f"--load {run} --use-checkpoint-args")
     with pytest.raises(UsageError, match="holds no checkpoint"):
         carry_on(f"--load {tmp_path / 'nothing'} --use-checkpoint-args")
-    with pytest.raises(UsageError, match="say which one by --load"):
+    with pytest.raises(UsageError, match="name it with --load"):
         carry_on("--use-checkpoint-args")
 
 
@@ -321,14 +321,17 @@ class TestABranch:
     @pytest.mark.parametrize(
         ("flags", "message"),
         [
-            ("--branch-from 4 --load {0} --save {0}", "--branch-from 4 would go on in the folder"),
+            (
+                "--branch-from 4 --load {0} --save {0}",
+                "--branch-from 4 would write to the original",
+            ),
             ("--branch-from 5 --load {0}", "--branch-from 5: .* holds no checkpoint"),
             ("--branch-from 12 --load {0}", "--branch-from 12 with .* ends at iteration 15"),
             ("--branch-from 4", "--branch-from 4 needs --load"),
             ("--branch-from 4 --load {0} --ckpt-step 2", "--branch-from 4 .*not at --ckpt-step 2"),
             (
                 "--branch-from 4 --load {0} --lr-decay-style cosine",
-                "--branch-from 4 .*not by --lr-decay-style cosine",
+                "--branch-from 4 .*not --lr-decay-style cosine",
             ),
         ],
     )

@@ -69,7 +69,7 @@ def test_a_run_that_is_taken_over_saves_nothing_more(
 
     monkeypatch.setattr(SaveLease, "reached", taken_over)
     with (
-        pytest.raises(TakenOverError, match=r"by attempt 2 \(process .* nothing is saved by it"),
+        pytest.raises(TakenOverError, match=r"by attempt 2 \(process .* it can no longer save"),
         pretrained(f"{RUN} --save {run} --on-save-failure continue"),
     ):
         pass
@@ -100,7 +100,7 @@ def test_one_that_is_taken_over_while_it_writes_says_so(
 
     monkeypatch.setattr(FileSystemWriterAsync, "prepare_write_data", taken_over)
     with (
-        pytest.raises(TakenOverError, match="nothing is saved by it any more"),
+        pytest.raises(TakenOverError, match="it can no longer save"),
         pretrained(f"{RUN} --save {run} {how}"),
     ):
         pass
@@ -121,7 +121,7 @@ def test_folders_that_are_not_one_are_refused(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(save_lease, "acquire", unseen)
     with (
-        pytest.raises(UsageError, match=r"is not the folder of that name on .*all machines share"),
+        pytest.raises(UsageError, match=r"is not the same folder as on .*all machines share"),
         pretrained(f"{RUN} --save {tmp_path / 'run'}"),
     ):
         pass

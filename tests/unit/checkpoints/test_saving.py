@@ -51,7 +51,7 @@ def test_a_gpu_without_room_is_a_save_that_failed(
     def refuse(*_: int) -> None:
         raise torch.OutOfMemoryError
 
-    problem = "a GPU has no room for 0.0 GiB of the optimizer's state"
+    problem = "a GPU lacks memory for 0.0 GiB of optimizer state"
     if whose == "ours":
         monkeypatch.setattr(room, "_take", refuse)
     else:
@@ -65,7 +65,7 @@ def test_a_gpu_without_room_is_a_save_that_failed(
     assert "--distrib-optim-fully-reshardable-mem-efficient" in str(caught.value)
     with pytest.raises(SaveError, match="the last checkpoint, of iteration 2, could not be saved"):
         pretrain(f"{words} --on-save-failure continue")
-    assert f"{problem}; no checkpoint is there yet. The run goes on" in capfd.readouterr().out
+    assert f"{problem}; no checkpoint exists yet. The run continues" in capfd.readouterr().out
     assert iterations(tmp_path / "run") == []
     assert not hidden_in(tmp_path / "run")
     if whose == "ours":
@@ -100,7 +100,7 @@ def test_a_folder_that_vanishes_is_not_made_again(
     assert not run.exists()
     output = capfd.readouterr().out
     assert f"iteration 4 could not be saved to {run}: {run}: No such" in output
-    assert ("stopped at iteration 5: it was not saved" in output) == bool(words)
+    assert ("stopped at iteration 5: not saved" in output) == bool(words)
     if not how:
         with pytest.raises(SaveError, match=r"iteration 4 could not be saved to .*: No such file"):
             pretrain(flags)

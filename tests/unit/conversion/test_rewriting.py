@@ -141,7 +141,8 @@ def test_no_mean_of_checkpoints_of_other_sizes(tmp_path: Path):
         pass
     with pretrained(f"{words} --train-iters 2 --padded-vocab-size 104"):
         pass
-    with pytest.raises(UsageError, match=r"--average 2: .*iter_0000001 has tensors of other sizes"):
+    message = r"--average 2: .*iter_0000001 has tensors of different sizes"
+    with pytest.raises(UsageError, match=message):
         run(convert.torch_dist_to_hf, tmp_path / "run", tmp_path / "mean", average=2)
 
 

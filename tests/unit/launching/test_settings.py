@@ -90,7 +90,8 @@ def test_a_name_that_is_the_machines_own_loopback(monkeypatch: pytest.MonkeyPatc
     assert network.own_address("", towards="localhost").startswith("127.")
     assert network.own_address("", towards="node0", has_others=False).startswith("127.")
     own["ib0"] = ["10.1.0.7"]
-    with pytest.raises(UsageError, match=r"MASTER_ADDR=node0 is 127\S+ here.*as LOCAL_ADDR"):
+    message = r"MASTER_ADDR=node0 resolves to 127\S+ here.*set LOCAL_ADDR"
+    with pytest.raises(UsageError, match=message):
         network.own_address("", towards="node0")
 
 
@@ -132,7 +133,7 @@ def test_machines_see_each_other_in_a_folder_that_they_share(tmp_path: Path):
 def test_a_folder_of_its_own_is_not_shared(tmp_path: Path):
     alone = Presence(tmp_path, run="run", address="10.0.0.1").seen(2, seconds=0.1)
     assert [re.sub(".*-", "", name) for name in alone] == ["10.0.0.1"]
-    with pytest.raises(UsageError, match=r"there is no such folder\. Make it where all"):
+    with pytest.raises(UsageError, match=r"no such folder\. Create it where all"):
         Presence(tmp_path / "none", run="run", address="10.0.0.1")
 
 

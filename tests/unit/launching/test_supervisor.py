@@ -288,7 +288,8 @@ def test_whoever_waits_is_told_that_a_run_is_over(tmp_path: Path, kind: str):
                 nodes = started(what, 2)
                 assert codes(nodes) == ends
         nodes = started("until-told", 3)
-        while "a spare: this machine waits" not in (tmp_path / "said").read_text(encoding="utf-8"):
+        said = tmp_path / "said"
+        while "a spare: waiting until another machine" not in said.read_text(encoding="utf-8"):
             assert not any(node.poll() for node in nodes)
             time.sleep(0.1)
         (tmp_path / "over").touch()

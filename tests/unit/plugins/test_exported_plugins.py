@@ -164,7 +164,7 @@ def test_the_z_loss_is_of_a_routers_own_scores(tmp_path: Path):
 @pytest.mark.parametrize("more", [LISTENER, "from megatron_smlp.errors import UsageError\n"])
 def test_a_file_that_needs_this_package_does_not_go_along(tmp_path: Path, more: str):
     load(tmp_path, GOOD + more)
-    said = r"mine.py cannot go along .* `from megatron_smlp\.(training|errors)"
+    said = r"mine.py cannot be exported with .* `from megatron_smlp\.(training|errors)"
     with pytest.raises(UsageError, match=said):
         plugin_texts.LOADED["mine"].exported()
 
@@ -174,7 +174,7 @@ def test_a_file_may_not_be_called_as_one_of_an_export(tmp_path: Path, name: str)
     assert (
         REPOSITORY / "megatron_smlp" / ("hf" if name != "plugins" else "") / f"{name}.py"
     ).exists()
-    with pytest.raises(UsageError, match=f"{name}.py has the name of a file of exported models"):
+    with pytest.raises(UsageError, match=f"{name}.py is named like a file of exported models"):
         load(tmp_path, GOOD, name)
 
 
@@ -196,7 +196,7 @@ def test_an_order_of_the_packages_mixers_takes_their_options_along(tmp_path: Pat
         config("turns", mixer_expansion=True, **common)
     text = "from megatron_smlp.plugins import register\nregister.architecture('m', mixer='{}')\n"
     for mixer in ("feature_moe", "gating_and_attention"):
-        with pytest.raises(UsageError, match=f"'{mixer}' is of --architecture amlp or smlp alone"):
+        with pytest.raises(UsageError, match=f"'{mixer}' is only for --architecture amlp or smlp"):
             load(tmp_path, text.format(mixer))
 
 

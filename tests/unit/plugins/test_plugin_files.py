@@ -36,21 +36,21 @@ def written(folder: Path, text: str, name: str = "mine") -> str:
         ("import nothing_of_this_name\n", r"mine.py:1: ModuleNotFoundError"),
         ("x = 1\nif x\n", r"mine.py:2: SyntaxError"),
         ("\nraise RuntimeError('broken')\n", r"mine.py:2: RuntimeError: broken"),
-        (CLASS.format(name="attention") + "pass\n", "'attention' is there already"),
-        (CLASS.format(name="a b") + "pass\n", r"mine.py:2: ValueError: .*'a b' is no name"),
+        (CLASS.format(name="attention") + "pass\n", "'attention' already exists"),
+        (CLASS.format(name="a b") + "pass\n", r"mine.py:2: ValueError: .*invalid name 'a b'"),
         (CLASS.format(name="m") + "num_layers: int = option(1, 'x')\n"
          "register.architecture('m', mixer='m')\n", "flag --num-layers"),
         (CLASS.format(name="m") + "rank: int = option(1, 'x')\n"
-         "register.architecture('m', mixer='m')\n", "Mine.rank has the name of what Megatron sets"),
+         "register.architecture('m', mixer='m')\n", "Mine.rank is a name that Megatron sets"),
         (CLASS.format(name="m") + "taps: list = option(1, 'x')\n", "annotate it"),
         ("from megatron_smlp.plugins import register\nregister.architecture('m', mixer='n')\n",
-         "'n' is no token mixer"),
+         "no token mixer 'n'"),
         ("from megatron_smlp.plugins import register\nregister.architecture('m')\n", "mixer= or"),
         ("from megatron_smlp.plugins import register\n@register('m')\nclass C: pass\n",
-         "is no TokenMixer"),
+         "is not a TokenMixer"),
         ("from megatron_smlp.plugins import register\nORDER = ['attention'] * 6\n"
          "register.architecture('m', layers=lambda i, n: (ORDER[i], 'mlp'))\n",
-         r"mine.py:3: ValueError: layers\(6, 64\): it is asked of a model of 64 layers"),
+         r"mine.py:3: ValueError: layers\(6, 64\): it is called for a model of 64 layers"),
     ],
 )  # fmt: skip
 def test_a_wrong_file_is_one_line_and_leaves_nothing(tmp_path: Path, text: str, said: str):
@@ -128,7 +128,7 @@ def test_two_files_of_one_name(tmp_path: Path):
 
 
 def test_a_module_of_pythons_own_stays(tmp_path: Path):
-    with pytest.raises(UsageError, match=r"random.py has the name of a module of Python's own"):
+    with pytest.raises(UsageError, match=r"random.py shadows a standard library module"):
         plugin_files.load(written(tmp_path, GOOD, "random"))
     assert sys.modules["random"] is random
 
@@ -166,7 +166,7 @@ def test_a_checkpoint_asks_for_its_plugin_and_for_its_text(tmp_path: Path, monke
         plugin_texts.require({"mine": text}, "runs/a")
     plugin_files.load(written(tmp_path, GOOD))
     plugin_texts.require({"mine": text}, "runs/a")
-    with pytest.raises(UsageError, match="another text"):
+    with pytest.raises(UsageError, match="another version"):
         plugin_texts.require({"mine": "0" * 64}, "runs/a")
     for module in (plugin_files, plugin_texts):
         monkeypatch.setattr(module, "ALLOWED", allowed)
@@ -183,7 +183,7 @@ def test_a_run_goes_on_with_another_text_only_where_that_is_allowed(tmp_path: Pa
     folder = iteration_folder(tmp_path, 1)
     folder.mkdir()
     (folder / MODEL).write_text(json.dumps({"plugins": {"mine": "0" * 64}, "num_layers": 3}))
-    with pytest.raises(UsageError, match="another text"):
+    with pytest.raises(UsageError, match="another version"):
         read_model_flags(tmp_path, 1)
     monkeypatch.setattr(plugin_texts, "ALLOWED", {plugin_texts.ALLOW})
     assert read_model_flags(tmp_path, 1)["num_layers"] == 3

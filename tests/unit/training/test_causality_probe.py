@@ -17,7 +17,7 @@ from megatron_smlp.errors import UsageError
 from megatron_smlp.layers.spatial_gating import SpatialGating
 
 GMLP = "--architecture gmlp --log-interval 1"
-MESSAGE = r"layer {} \({}\) reads later positions: with other inputs from position 8 on"
+MESSAGE = r"layer {} \({}\) reads later positions: changing inputs from position 8 on"
 
 
 def peeking(forward: Any, *, layer: int, by: float = 0.1) -> Any:
@@ -79,7 +79,7 @@ def test_a_parameter_of_which_a_plugin_takes_the_logarithm(tmp_path: Path, init:
         "register.architecture('decays', mixer='decays')\n"
     )
     plugin_files.load(str(path))
-    refused = pytest.raises(UsageError, match=r"layer 1 \(Decays\) gives numbers that are not fin")
+    refused = pytest.raises(UsageError, match=r"layer 1 \(Decays\) returns non-finite values")
     with (
         refused if init == "zeros" else nullcontext(),
         pretrained("--architecture decays --dry-run"),

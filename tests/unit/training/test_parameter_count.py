@@ -22,7 +22,7 @@ def one_too_few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("one_too_few")
 def test_a_difference_ends_a_strict_run():
-    with pytest.raises(AccountingError, match=r"has ([\d,]+) parameters, and .* counts"):  # noqa: SIM117
+    with pytest.raises(AccountingError, match=r"has ([\d,]+) parameters, but .* counts"):  # noqa: SIM117
         with pretrained(RUN.replace("--architecture", "--spec megatron_smlp.architectures")):
             pass
 

@@ -108,7 +108,7 @@ def test_a_last_evaluation_without_time_says_so(
         patch.setattr(evaluating, "evaluate", lambda *_, **__: (None, None, True))
         with pretrained(f"{GMLP} --save {tmp_path}"):
             pass
-    assert "no time was left to evaluate: the same command" in capfd.readouterr().out
+    assert "no time left to evaluate: rerun the same command" in capfd.readouterr().out
     with pretrained(f"{GMLP} --save {tmp_path}"):
         pass
     assert "validation_loss" in records(tmp_path)[-1] or "test_loss" in records(tmp_path)[-1]
@@ -202,7 +202,7 @@ class TestNonFiniteLoss:
 
         monkeypatch.setattr(ForwardStep, "_loss", overflowing)
         flags = f"{GMLP} --clip-grad {clip_grad} --log-dir {tmp_path}"
-        message = "gradient norm nan under a finite loss at iteration 1: stopped before"
+        message = "gradient norm nan with a finite loss at iteration 1: stopped before"
         with pytest.raises(NonFiniteLossError, match=message), pretrained(flags):
             pass
         with pretrained(f"{flags} --nonfinite-loss skip --lr-warmup-iters 3"):

@@ -60,7 +60,7 @@ def test_machines_have_paths_of_their_own(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(
     ("of_second", "message"),
     [
-        ({"lr": 0.1}, "rank 1 does not run what rank 0 does: --lr is 0.1 here, and 0.002 there. "),
+        ({"lr": 0.1}, "rank 1 differs from rank 0: --lr is 0.1 here, and 0.002 there. "),
         ({"lr": None}, "--lr is None here, and 0.002 there"),
         ({"tokenizer_model": "gpt2"}, "--tokenizer-model is gpt2 here, and None"),
         (

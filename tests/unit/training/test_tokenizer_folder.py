@@ -59,7 +59,7 @@ def test_a_tokenizer_without_an_end_is_refused(parse: Callable[..., Any], tmp_pa
     """Megatron's dataset would fail with a TypeError."""
     ByteLevelBPETokenizer().save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "TokenizersBackend"}')
-    with pytest.raises(UsageError, match=rf"--tokenizer-model {tmp_path} has no end of document"):
+    with pytest.raises(UsageError, match=rf"--tokenizer-model {tmp_path} has no EOS token"):
         parse(f"--architecture gmlp {HUGGING_FACE} --tokenizer-model {tmp_path}")
 
 
