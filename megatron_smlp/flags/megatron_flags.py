@@ -144,9 +144,7 @@ def refuse_untested(
         if not let_through.intersection((*action.option_strings, flag_of(action.dest))):
             refused.append(flag)
     if refused:
-        instead = [
-            f"give {RENAMED[flag]} instead of {flag}" for flag in refused if flag in RENAMED
-        ]
+        instead = [f"give {RENAMED[flag]} instead of {flag}" for flag in refused if flag in RENAMED]
         if len(instead) < len(refused):
             rest = "the others" if instead else "them" if refused[1:] else "it"
             instead.append(f"leave {rest} out")
