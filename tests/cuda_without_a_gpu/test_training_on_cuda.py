@@ -91,7 +91,9 @@ def cpu(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
             flags, seed = f"{SYSTEMS[system]} {precision}", folder / f"{system}{precision}"
             runs[f"seed_{seed.name}"] = _until(SAVED, f"{flags} --save {seed}")
             runs[f"steps_{seed.name}"] = _until(END, f"{flags} --load {seed}")
-    launch(runs, processes=1, folder=folder)
+    # Plugins last: in this one process, a checkpoint records those that any earlier run named.
+    in_order = dict(sorted(runs.items(), key=lambda run: "--plugin" in run[1]))
+    launch(in_order, processes=1, folder=folder)
     return folder
 
 

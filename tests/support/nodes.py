@@ -169,7 +169,8 @@ class Network:
 
     def mount(self, node: int, *words: str) -> None:
         """Run `mount` or `umount` with flags, in the mount namespace of what was started there."""
-        process = self.processes(node)[-1]
+        # The launcher's, since ranks come and go.
+        process = self.processes(node)[1 if self.own_processes else 0]
         enter = ["nsenter", "--mount", f"--target={process}"]
         subprocess.run([*enter, *words], check=True)
 
