@@ -166,7 +166,9 @@ def test_a_silent_holder_elsewhere_expires_when_it_says(
     began = time.monotonic()
     assert acquire(tmp_path, expiry=LONG).number == 2
     assert time.monotonic() - began >= SHORT
-    assert capsys.readouterr().out.count("last held by process 4711 on node7: is it still at") == 1
+    assert (
+        capsys.readouterr().out.count("last held by process 4711 on node7: is it still alive") == 1
+    )
     elsewhere(tmp_path, expiry=LONG)
     observer = Observer()
     assert take(tmp_path, expiry=0.01, observer=observer) is None

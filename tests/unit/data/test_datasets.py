@@ -88,7 +88,7 @@ def test_a_dataset_without_weights_that_is_shorter_than_a_sample(
             train, valid = (parse_blend(part, source="x") for part in (prefixes[:1], words))
             _build_blends(Blends(per_split=[train, valid, None]), [100, 2, 0], tmp_path / "cache")
 
-    with pytest.raises(DataError, match=r"short_text_document' has 32 tokens for valid, and a sam"):
+    with pytest.raises(DataError, match=r"short_text_document' has 32 tokens for valid, but a sam"):
         build([prefixes[0], short])
     build(["1", prefixes[0], "1", short])
 

@@ -28,7 +28,7 @@ def long_run(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     [
         ("--checkpoint {0}", "--tasks .* --data-path"),
         ("--hf {0} --tasks copa --seq-length 9", "--seq-length"),
-        ("--hf {0} --tasks copa --breakdown", "--breakdown goes"),
+        ("--hf {0} --tasks copa --breakdown", "--breakdown requires --data-path"),
         ("--hf {0} --data-path x --data-dir y", "--data-dir y"),
         ("--checkpoint {0} --data-path x --device cpu", "--device cpu"),
         ("--hf {0} --data-path x --bf16", "--bf16"),

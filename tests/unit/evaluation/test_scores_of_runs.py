@@ -122,7 +122,7 @@ def test_weights_of_half_precision_on_a_cpu(monkeypatch: pytest.MonkeyPatch):
 
 def test_what_is_refused(run: Run, tmp_path: Path):
     flags = ("--tokenizer-type", "NullTokenizer", "--vocab-size", "77")
-    named = r"the tokenizer has 77 entries .* was trained with 300"
+    named = r"the tokenizer has 77 entries, but .* was trained with 300"
     with pytest.raises(UsageError, match=named), loaded(run.checkpoint, *flags):
         pass
     with pytest.raises(UsageError, match="holds no checkpoint"), loaded(tmp_path):

@@ -117,7 +117,7 @@ def test_a_variant_of_the_study_has_the_flags_of_the_size_as_well(tmp_path: Path
     ("sizes", "said"),
     [
         ({"D64": {"widths": [7]}}, "sizes: D64: unknown key 'widths'"),
-        ({"D64": {"systems": ["hash"]}}, "sizes: D64: 'smlp_deterministic' is none of"),
+        ({"D64": {"systems": ["hash"]}}, "sizes: D64: 'smlp_deterministic' is not in `systems`"),
         ({}, "give `name: keys of the study"),
     ],
 )

@@ -45,7 +45,7 @@ def test_ids_of_large_data_without_a_manifest(
     tokens = np.memmap(prefix + ".bin", dtype=np.uint16, mode="r+")
     tokens[place] = 600
     tokens.flush()
-    with pytest.raises(DataError, match=r"not for this run's vocabulary of 512 .* has id 600"):
+    with pytest.raises(DataError, match=r"exceeds this run's vocabulary of 512 .* has id 600"):
         verify_for_training(prefix, vocab_size=512)
 
 

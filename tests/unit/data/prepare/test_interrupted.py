@@ -146,7 +146,7 @@ def test_another_finished_run_is_not_replaced(run: Run, tmp_path: Path, source: 
     if change == "cut":
         pair.write_bytes(pair.read_bytes()[:-100])
     before = pair.read_bytes()
-    with pytest.raises(DataError, match=r"damaged or of other flags, .* give --over"):
+    with pytest.raises(DataError, match=r"damaged or from other flags, .* give --over"):
         run(source, tmp_path / "data", *flags, "--resume")
     assert pair.read_bytes() == before
     done = run(source, tmp_path / "data", *flags, "--resume", "--overwrite")
