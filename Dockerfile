@@ -25,7 +25,7 @@ RUN python -m pip list --format freeze \
     | grep -iE '^(torch|triton|pytorch-triton|transformer[-_]engine|apex|flash[-_]attn)[^=]*==' > /tmp/built.txt \
     && PIP_CONSTRAINT=/tmp/built.txt python -m pip install --no-cache-dir '.[eval,fast-tokenizer,muon,parquet,plots,serve,study]'
 
-# A build that would not start ends here.
+# A build that would not start fails here.
 RUN python -c 'import torch; assert torch.version.cuda, torch.__version__' \
     && smlp-pretrain --version \
     && smlp-estimate --config configs/cpu/smlp_deterministic.yaml --vocab-size 50257

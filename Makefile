@@ -7,10 +7,10 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# A `uv` on the PATH is used as it is; otherwise pip brings one into .cache, beside the project and
+# A `uv` on the PATH is used as it is; otherwise pip installs one into .cache, beside the project and
 # outside every environment, so that a Python whose packages belong to the system stays untouched.
 UV := $(shell command -v uv || echo .cache/uv/bin/uv)
-# Each process would compile torch and Megatron anew, which takes longer than to import them.
+# Each process would compile torch and Megatron anew, which takes longer than importing them.
 unexport PYTHONDONTWRITEBYTECODE
 # The launchers' interpreter has another use for this name.
 unexport PYTHON
@@ -65,13 +65,13 @@ test: lint ## lint and every test that is not marked slow, in three workers: eac
 QUICK := $(addprefix tests/golden/test_,golden.py refusals.py) tests/unit/layers tests/unit/routers \
   $(addprefix tests/unit/test_,arguments.py config_file.py options.py structure.py the_suite.py)
 
-check: lint ## lint, and what is quick: the inner loop
+check: lint ## lint and the quick tests: the inner loop
 	$(TEST) -m "not slow" $(QUICK)
 
-test-slow: env ## the rest of the matrices, and what takes minutes
+test-slow: env ## the rest of the matrices, and tests that take minutes
 	$(TEST) -m slow
 
-first-gpu: env ## on a machine with a CUDA device: try everything, and write a report of it
+first-gpu: env ## on a machine with a CUDA device: try everything and write a report of it
 	PYTHONPATH=tests:. $(BIN)/python -m support.first_gpu $(FIRST_GPU)
 
 docs: env ## the site, into build/docs; a broken link or docstring fails
@@ -97,7 +97,7 @@ canary: env ## contract, golden losses and layouts against Megatron's sources in
 	PYTHONPATH=$(abspath $(MEGATRON)) $(TEST) -m "not slow" tests/contract tests/golden \
 	  tests/invariants/test_layouts.py
 
-# OpenBLAS takes the kernels of this processor, whatever the shell asks for.
+# OpenBLAS uses this processor's kernels, whatever the shell asks for.
 bench: env ## every benchmark, into benchmarks/results/
 	env -u OPENBLAS_CORETYPE $(BIN)/python benchmarks/run_all.py
 

@@ -9,7 +9,7 @@ fail() {
   exit 2
 }
 
-# SITE: what a cluster needs. Modules' own functions read variables that are not set.
+# SITE: what a cluster needs. Modules' own functions read unset variables.
 if [[ -n "${SITE:-}" ]]; then
   [[ -f "$SITE" ]] || fail "SITE=$SITE: no such file: give a file of shell lines (docs/gpus.md)"
   SITE="$(realpath -- "$SITE")"
@@ -20,8 +20,8 @@ if [[ -n "${SITE:-}" ]]; then
   set -u
 fi
 
-# Keep compiled kernels on this node's own disk: in a home on NFS a stale file handle ends one rank,
-# and the others wait for it. Called where the ranks are; TMPDIR is that of the node.
+# Keep compiled kernels on this node's own disk: in an NFS home a stale file handle ends one rank,
+# and the others wait for it. Called where the ranks run; TMPDIR is the node's.
 keep_caches_local() {
   local folder="${TMPDIR:-/tmp}/megatron_smlp-$(id -u)"
   mkdir -p -m 700 -- "$folder" 2> /dev/null || true
@@ -60,7 +60,7 @@ count_gpus() {
   echo "${gpus:-0}"
 }
 
-# Processes on this node: one a GPU, or one where there is none.
+# Processes on this node: one per GPU, or one without any.
 default_processes() {
   local gpus
   gpus="$(count_gpus)"
@@ -87,7 +87,7 @@ check_python() {
     || fail "PYTHON=$PYTHON has no torch: run \`make env\`, or give an interpreter with the packages"
 }
 
-# answer_help [--help]: print the usage, where it is asked for, and end.
+# answer_help [--help]: print the usage if asked for, and exit.
 answer_help() {
   if [[ "${1:-}" == "--help" ]]; then
     usage

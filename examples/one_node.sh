@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# Pretrain on one machine, one process a GPU.
+# Pretrain on one machine, one process per GPU.
 #
 #   CONFIG=configs/cpu/smlp_deterministic.yaml examples/one_node.sh [pretrain_smlp.py flags]
 #
-#   CONFIG            YAML file with the sizes of the model and of the run; flags win over it
+#   CONFIG            YAML file with the model and run sizes; flags override it
 #   NPROC_PER_NODE    processes (default: the number of GPUs, or 1 without any)
 #   PYTHON            interpreter (default: the project's .venv, else python3)
-#   SITE              a file of shell lines that is sourced first: modules, NCCL, UCX (docs/gpus.md)
+#   SITE              a shell file that is sourced first: modules, NCCL, UCX (docs/gpus.md)
 #   TRITON_CACHE_DIR, TORCHINDUCTOR_CACHE_DIR, CUDA_CACHE_PATH   default: in TMPDIR, else /tmp
 #   LOCAL_ADDR        address of this machine by which its processes meet (default: 127.0.0.1)
-#   MAX_RESTARTS      times that processes are started again by one agent (default: 3)
-#   SHUTDOWN_TIMEOUT  seconds to save in when the run is signalled (default: 600)
+#   MAX_RESTARTS      restarts of the processes by one agent (default: 3)
+#   SHUTDOWN_TIMEOUT  seconds to save after a signal (default: 600)
 #   CUDA_DEVICE_MAX_CONNECTIONS   set to 1 where tensor parallelism needs it
 #
-# With --save a run that fails goes on from its newest checkpoint; after three failures without a
+# With --save a failed run continues from its newest checkpoint; after three failures without a
 # newer one it ends with 93. Wrong flags (2) and a loss or gradient that is not finite (3) end it at
 # once. SIGTERM, SIGUSR1 and Ctrl-C save, and end it with 0.
 #

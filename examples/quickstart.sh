@@ -56,7 +56,7 @@ tokenizer=(--tokenizer-type HuggingFaceTokenizer --tokenizer-model "$run/tokeniz
 # Half the configuration's steps: enough to be far better than a unigram model.
 flags=(--train-iters 150 --eval-interval 75 --save-interval 75)
 train() {
-  # This machine's name need not lead to it.
+  # This machine's name need not resolve to it.
   "$python" -m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node $processes pretrain_smlp.py \
     --config $config ${precision:+$precision} "${flags[@]}" "${tokenizer[@]}" \
     --data-path "$run/corpus_text_document" \

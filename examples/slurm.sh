@@ -11,24 +11,24 @@
 #   CONFIG=configs/... sbatch --nodes 4 --gpus-per-node 8 --cpus-per-task 32 --time 4:00:00 \
 #     examples/slurm.sh --save runs/smlp [pretrain_smlp.py flags]
 #
-#   CONFIG           YAML file with the sizes of the model and of the run; flags win over it
+#   CONFIG           YAML file with the model and run sizes; flags override it
 #   SPARES           how many of the nodes wait to take over (default: 0)
 #   MASTER_ADDR      name or address of the store's machine (default: the first node)
 #   MASTER_PORT      a free port there (default: one made from the job's number)
 #   NPROC_PER_NODE   processes on a node (default: the GPUs that Slurm gave)
 #   PYTHON           interpreter (default: the project's .venv, else python3)
-#   SITE             a file of shell lines that is sourced first, here and by the tasks: modules,
+#   SITE             a shell file that is sourced first, here and by the tasks: modules,
 #                    NCCL, UCX (docs/gpus.md)
-#   SRUN_FLAGS       more flags of srun, as --container-image=... (docs/gpus.md): PYTHON is then
+#   SRUN_FLAGS       more flags of srun, such as --container-image=... (docs/gpus.md): PYTHON is then
 #                    looked for by the tasks alone
 #   RENDEZVOUS, MAX_RESTARTS, SHUTDOWN_TIMEOUT, START_TIMEOUT, REJOIN_TIMEOUT   as in
 #                    several_nodes.sh
 #
-# Ten minutes before --time is over the run saves, and the job is queued again, under the same
+# Ten minutes before --time is over the run saves, and the job is requeued, under the same
 # number, until the run is over. So is a job that fails, also where a machine is gone for good (75),
-# if it has saved a newer checkpoint or has been queued again less than three times; but not for
+# if it has saved a newer checkpoint or has been requeued less than three times; but not for
 # wrong flags (2), a loss or gradient that is not finite (3), or where no newer checkpoint came of
-# three starts or of the whole job (93). `scancel` ends it, and it is not queued again; it saves if
+# three starts or of the whole job (93). `scancel` ends it, and it is not requeued; it saves if
 # the cluster's KillWait (30 s by default) is enough for a step and a save.
 # Where --requeue is not allowed, a chain of jobs, each after the other, however it ended:
 #

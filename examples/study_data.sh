@@ -4,10 +4,10 @@
 #   examples/study_data.sh                     prose from this Python installation, no download
 #   CORPUS="train.jsonl" VALIDATION="valid.jsonl" examples/study_data.sh
 #
-#   CORPUS       JSON lines with a "text" key, a document (for example a book) a line, or .gz, .zst
+#   CORPUS       JSON lines with a "text" key, one document (for example a book) per line, or .gz, .zst
 #   VALIDATION   the same, of other documents (default: every twentieth document of CORPUS)
 #   VOCABULARY   entries of the byte-level BPE tokenizer (default: 4096)
-#   OUTPUT       folder (default: runs/study-data); one that is there is left as it is
+#   OUTPUT       folder (default: runs/study-data); an existing one is left as it is
 #   PYTHON_BIN   interpreter (default: the project's .venv)
 
 set -euo pipefail

@@ -6,14 +6,14 @@
 # cancelled at any time. Submit it from the project's folder, which all nodes share:
 #
 #   STUDY=studies/paper.yaml sbatch --array 0-15 --gpus 8 --cpus-per-task 32 --time 24:00:00 \
-#     examples/study_slurm.sh [tools/study.py run flags, as --data FOLDER]
+#     examples/study_slurm.sh [tools/study.py run flags, such as --data FOLDER]
 #
 #   STUDY            the study file
 #   NPROC_PER_NODE   processes of one run (default: the GPUs that Slurm gave)
 #   PYTHON           interpreter (default: the project's .venv, else python3)
-#   SITE             a file of shell lines that is sourced first (docs/gpus.md)
+#   SITE             a shell file that is sourced first (docs/gpus.md)
 #
-# A run whose worker is ended goes on from its last checkpoint in another one.
+# A run whose worker is ended continues from its last checkpoint in another.
 
 set -euo pipefail
 examples="${SLURM_SUBMIT_DIR:-$PWD}/examples"
