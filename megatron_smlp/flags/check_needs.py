@@ -23,20 +23,31 @@ KNOWN = {**DEFAULTS, **{name: flag.default for name, flag in MEGATRON_FLAGS.item
 FILLED_IN = {name for name, flag in MEGATRON_FLAGS.items() if flag.filled_in}
 VALUES: dict[str, tuple[str, ...]] = {
     "optimizer": ("adam", "muon"),
-    "muon_tp_mode": ("duplicated", "distributed"),  # blockwise: TP size changes the update
+    "muon_tp_mode": ("duplicated", "distributed"),
     "ckpt_format": ("torch_dist",),
-    "async_strategy": ("mcore",),  # nvrx: no checksums, and not published by one rename
+    "async_strategy": ("mcore",),
     "dataloader_type": ("single", "cyclic"),
-    "rerun_mode": ("disabled",),  # --nonfinite-loss needs no rerun of steps
+    "rerun_mode": ("disabled",),
     "transformer_impl": ("local", "transformer_engine"),
     "position_embedding_type": POSITIONS,
-    "softmax_type": ("vanilla", "off-by-one"),  # the parameters of "learnable" are not counted
-    "cuda_graph_impl": ("none", "local"),  # whole steps would be replayed without their Python
+    "softmax_type": ("vanilla", "off-by-one"),
+    "cuda_graph_impl": ("none", "local"),
     "moe_router_dtype": ("fp32",),
     "moe_router_load_balancing_type": ("aux_loss", "none"),
     "moe_router_score_function": ("softmax", "sigmoid"),
 }
 """The values that work here, for flags of which Megatron's parser accepts others too."""
+WHY = {
+    "optimizer": "no test saves and reshards another one's state",
+    "muon_tp_mode": "its update would depend on the tensor parallel size",
+    "async_strategy": "it writes no checksums, and does not publish a save by one rename",
+    "rerun_mode": "--nonfinite-loss needs no rerun of steps",
+    "softmax_type": "its parameters are not counted",
+    "cuda_graph_impl": "a replay would skip the Python that gives routers their inputs",
+    "moe_router_load_balancing_type": "exports lose seq_aux_loss, and global_aux_loss depends on "
+    "earlier micro-batches",
+}
+"""Why the others do not."""
 POSITIONS_WITHOUT_ATTENTION = ("none", "learned_absolute")
 ROTARY_FLAGS = (
     *("rotary_base", "rotary_percent", "rotary_interleaved", "no_rope_freq"),
@@ -202,8 +213,10 @@ def check_choices(args: argparse.Namespace) -> None:
     """Refuse values of Megatron's flags that do not work here."""
     for name, allowed in VALUES.items():
         if name in args.explicit_flags and _text(args.explicit_flags[name]) not in allowed:
+            why = f" ({WHY[name]})" if name in WHY else ""
             raise UsageError(
-                f"{said(args, name)} does not work here: give {one_of(allowed)}, or leave it out."
+                f"{said(args, name)} does not work here{why}: give {one_of(allowed)}, or leave it "
+                "out."
             )
     spec = args.explicit_flags.get("spec")
     if spec and spec not in SPECS:
