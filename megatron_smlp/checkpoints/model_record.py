@@ -48,9 +48,10 @@ def read_model_flags(checkpoint: str | Path, iteration: int | None = None) -> di
     if folder is None or not _is_whole(folder):
         return {}
     try:
-        return {} if written_in(folder) is None else flags_in(folder)
+        flags = written_in(folder)
     except DamagedCheckpointError:
         return {}
+    return {} if flags is None else _completed(flags, folder)
 
 
 def _is_whole(folder: Path) -> bool:
@@ -71,6 +72,11 @@ def flags_in(folder: Path) -> dict[str, Any]:
         raise UsageError(
             f"{folder} has no {MODEL}, which pretrain_smlp.py writes with each checkpoint."
         )
+    return _completed(flags, folder)
+
+
+def _completed(flags: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Add the defaults that model.json leaves out, once its plugins are known to be named."""
     plugin_texts.require(flags.get("plugins", {}), str(folder))
     return {**model_defaults(), **flags}
 
