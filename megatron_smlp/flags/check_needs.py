@@ -21,33 +21,35 @@ from megatron_smlp.systems import ARCHITECTURES, BY_PREFIX, POSITIONS, SPECS
 OFF = {"attention_backend": "auto", "cuda_graph_impl": "none"}
 KNOWN = {**DEFAULTS, **{name: flag.default for name, flag in MEGATRON_FLAGS.items()}}
 FILLED_IN = {name for name, flag in MEGATRON_FLAGS.items() if flag.filled_in}
-VALUES: dict[str, tuple[str, ...]] = {
-    "optimizer": ("adam", "muon"),
-    "muon_tp_mode": ("duplicated", "distributed"),
-    "ckpt_format": ("torch_dist",),
-    "async_strategy": ("mcore",),
-    "dataloader_type": ("single", "cyclic"),
-    "rerun_mode": ("disabled",),
-    "transformer_impl": ("local", "transformer_engine"),
-    "position_embedding_type": POSITIONS,
-    "softmax_type": ("vanilla", "off-by-one"),
-    "cuda_graph_impl": ("none", "local"),
-    "moe_router_dtype": ("fp32",),
-    "moe_router_load_balancing_type": ("aux_loss", "none"),
-    "moe_router_score_function": ("softmax", "sigmoid"),
+VALUES: dict[str, tuple[tuple[str, ...], str]] = {
+    "optimizer": (("adam", "muon"), "no test saves and reshards another one's state"),
+    "muon_tp_mode": (
+        ("duplicated", "distributed"),
+        "its update would depend on the tensor parallel size",
+    ),
+    "ckpt_format": (("torch_dist",), ""),
+    "async_strategy": (
+        ("mcore",),
+        "it writes no checksums, and does not publish a save by one rename",
+    ),
+    "dataloader_type": (("single", "cyclic"), ""),
+    "rerun_mode": (("disabled",), "--nonfinite-loss needs no rerun of steps"),
+    "transformer_impl": (("local", "transformer_engine"), ""),
+    "position_embedding_type": (POSITIONS, ""),
+    "softmax_type": (("vanilla", "off-by-one"), "its parameters are not counted"),
+    "cuda_graph_impl": (
+        ("none", "local"),
+        "a replay would skip the Python that gives routers their inputs",
+    ),
+    "moe_router_dtype": (("fp32",), ""),
+    "moe_router_load_balancing_type": (
+        ("aux_loss", "none"),
+        "exports lose seq_aux_loss, and global_aux_loss depends on earlier micro-batches",
+    ),
+    "moe_router_score_function": (("softmax", "sigmoid"), ""),
 }
-"""The values that work here, for flags of which Megatron's parser accepts others too."""
-WHY = {
-    "optimizer": "no test saves and reshards another one's state",
-    "muon_tp_mode": "its update would depend on the tensor parallel size",
-    "async_strategy": "it writes no checksums, and does not publish a save by one rename",
-    "rerun_mode": "--nonfinite-loss needs no rerun of steps",
-    "softmax_type": "its parameters are not counted",
-    "cuda_graph_impl": "a replay would skip the Python that gives routers their inputs",
-    "moe_router_load_balancing_type": "exports lose seq_aux_loss, and global_aux_loss depends on "
-    "earlier micro-batches",
-}
-"""Why the others do not."""
+"""The values that work here, for flags of which Megatron's parser accepts others too, and why the
+others do not, where that is not plain."""
 POSITIONS_WITHOUT_ATTENTION = ("none", "learned_absolute")
 ROTARY_FLAGS = (
     *("rotary_base", "rotary_percent", "rotary_interleaved", "no_rope_freq"),
@@ -211,12 +213,12 @@ NEEDS = (
 
 def check_choices(args: argparse.Namespace) -> None:
     """Refuse values of Megatron's flags that do not work here."""
-    for name, allowed in VALUES.items():
+    for name, (allowed, why) in VALUES.items():
         if name in args.explicit_flags and _text(args.explicit_flags[name]) not in allowed:
-            why = f" ({WHY[name]})" if name in WHY else ""
+            reason = f" ({why})" if why else ""
             raise UsageError(
-                f"{said(args, name)} does not work here{why}: give {one_of(allowed)}, or leave it "
-                "out."
+                f"{said(args, name)} does not work here{reason}: give {one_of(allowed)}, or leave "
+                "it out."
             )
     spec = args.explicit_flags.get("spec")
     if spec and spec not in SPECS:
