@@ -378,6 +378,15 @@ def generation_config(config: PreTrainedConfig) -> Any:
     )
 
 
+def find_padding(config: SMLPConfig, folder: Path) -> None:
+    """Take the rows that the tokenizer of a model's folder has no token for as padding."""
+    files = ("tokenizer_config.json", "tokenizer.json")
+    if any((folder / name).is_file() for name in files):
+        spec = TokenizerSpec(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(folder))
+        with contextlib.suppress(DataError):  # without one, each row may be a token's
+            config.unpadded_vocab_size = min(read_tokenizer(spec).vocab_size, config.vocab_size)
+
+
 def padding_of(config: PreTrainedConfig) -> list[int]:
     """Return the ids that pad the vocabulary, which occur in no text."""
     first = getattr(config, "unpadded_vocab_size", None) or config.vocab_size

@@ -43,8 +43,9 @@ class Breakdown:
             "frequency": lambda tokens, first, _: self._rank[tokens[first + 1 :]],
             "repeat": lambda tokens, first, _: repeats(tokens)[first + 1 :],
         }
-        self._documents = [(number, number, str(number + 1)) for number in range(len(starts) - 1)]
-        if len(self._documents) <= MOST_DOCUMENTS:
+        count, self._documents = len(starts) - 1, list[tuple[int, int, str]]()
+        if count <= MOST_DOCUMENTS:
+            self._documents = [(number, number, str(number + 1)) for number in range(count)]
             kinds[DOCUMENT] = lambda _, __, places: np.searchsorted(starts, places, "right") - 1
         self._kinds = kinds
         self._losses: list[Floats] = []

@@ -47,11 +47,11 @@ class ExportedScorer:
     def _batch(self, rows: Sequence[Row]) -> list[RowScore]:
         """Score rows of equal length; the input is all of their tokens but the last."""
         tokens = torch.tensor([row.tokens for row in rows], device=self.model.device)
-        logits = self.model(tokens[:, :-1], use_cache=False).logits.float()
-        targets = tokens[:, 1:, None]
-        logprobs = logits.log_softmax(dim=-1).gather(2, targets)[..., 0]
-        greedy = logits.gather(2, targets)[..., 0] == logits.amax(dim=-1)
-        return [
-            RowScore(tuple(values[-row.scored :].tolist()), tuple(flags[-row.scored :].tolist()))
-            for row, values, flags in zip(rows, logprobs, greedy, strict=True)
-        ]
+        logits = self.model(tokens[:, :-1], use_cache=False).logits
+        scores = []
+        for row, targets, each in zip(rows, tokens[:, 1:, None], logits, strict=True):
+            values = each.float()  # of one row: those of a batch may exceed a GPU's memory
+            logprobs = values.log_softmax(dim=-1).gather(1, targets)[-row.scored :, 0]
+            greedy = values.gather(1, targets)[:, 0] == values.amax(dim=-1)
+            scores.append(RowScore(tuple(logprobs.tolist()), tuple(greedy[-row.scored :].tolist())))
+        return scores

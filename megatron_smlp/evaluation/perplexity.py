@@ -217,10 +217,9 @@ class _Text:
     def count(self, window: Window) -> None:
         """Count the bytes that a window predicts; a character counts with its last token."""
         first = max(0, int(np.searchsorted(self._documents, window.scored, side="right")) - 1)
-        bounds = itertools.pairwise(self._documents[first:].tolist())
+        last = int(np.searchsorted(self._documents, window.end))
+        bounds = itertools.pairwise(self._documents[first : last + 1].tolist())
         for document, (begin, end) in enumerate(bounds, start=first):
-            if begin >= window.end:
-                break
             begin = self._behind_start(begin, end)
             low, high = max(begin, window.scored), min(end, window.end)
             if low < high:

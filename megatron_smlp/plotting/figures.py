@@ -157,6 +157,7 @@ def _draw_load(panel: Axes, history: RouterHistory) -> Any:
     first, last = (2 * steps[[0, -1]] - middle[[0, -1]]) if len(middle) else steps[0] + [-0.5, 0.5]
     edges = np.array([first, *middle, last])
     mesh = panel.pcolormesh(edges, experts, load, norm=norm, cmap=colormaps["PuOr_r"])
+    mesh.set_rasterized(True)  # a long run's cells are millions, each a path in an SVG or PDF
     panel.set(title=history.title, xlabel="training steps", ylabel="expert")
     panel.yaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
     panel.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))

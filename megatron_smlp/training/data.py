@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import resource
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +32,7 @@ from megatron_smlp.systems import BY_PREFIX, READING_IDS
 
 EVALUATION_SEED = 1234
 """Fixed seed of validation and test order: runs of all seeds and systems read the same samples."""
+MOST_FILES = 65_536
 
 
 def check_data(args: argparse.Namespace) -> None:
@@ -76,6 +79,7 @@ def run_datasets(
     Raises:
         UsageError: the datasets do not suffice, or a split is empty.
     """
+    _open_many_files()
     samples = args.eval_iters * args.eval_global_batch_size
     build = partial(_build, args=args, on_rank=partial(_reads_data, args, vp_stage), say=say)
     train = None
@@ -91,6 +95,14 @@ def run_datasets(
     if not args.full_validation:
         sets = [_first(dataset, samples, Split.valid) for dataset in sets]
     return Datasets(train, sets, _first(test, samples, Split.test))
+
+
+def _open_many_files() -> None:
+    """Raise this process's limit of open files: Megatron keeps up to twelve per prefix open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    with contextlib.suppress(ValueError, OSError):  # macOS may not grant what it allows
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
 
 
 def _training_samples(args: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from support.conversions import assert_same, folder_weights, from_hf, run, weights
 from support.in_process import pretrained
+from support.language_models import save_tokenizer
 from support.smlp_systems import make_ids
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -73,6 +74,21 @@ def test_in_and_out_again(tmp_path: Path, variant: str):
     with one_process(), torch.no_grad():
         ours = model_of(TorchDistCheckpoint(tmp_path / "run"))(tokens).logits
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
+
+
+def test_rows_that_are_no_token_are_padding(tmp_path: Path):
+    """A vocabulary that was rounded up trains on with its tokenizer."""
+    folder = save_llama(tmp_path / "llama", vocab_size=272)
+    assert save_tokenizer(folder) == 257
+    run(from_hf, folder, tmp_path / "run")
+    flags = TorchDistCheckpoint(tmp_path / "run").flags
+    assert (flags["vocab_size"], flags["padded_vocab_size"]) == (257, 272)
+    words = f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {folder} --save {tmp_path}/on"
+    load = f"--load {tmp_path / 'run'} --use-checkpoint-args --mock-data --train-iters 1 --lr 0"
+    with pretrained(f"{load} {words} --micro-batch-size 2 --eval-iters 0", base=""):
+        pass
+    run(convert.torch_dist_to_hf, tmp_path / "on", tmp_path / "again")
+    assert_same(folder_weights(folder), folder_weights(tmp_path / "again"))
 
 
 def test_a_lower_precision_is_not_that_of_the_positions(tmp_path: Path):

@@ -1,6 +1,7 @@
 """Every validation of a run, and of runs with other seeds, reads the same samples; how many."""
 
 import re
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,19 @@ def random_pair(path: Path, *, documents: int, vocab_size: int = 99) -> str:
         sequences_per_document=np.ones(documents, dtype=np.int32),
     )
     return str(path)
+
+
+def test_more_pairs_than_the_limit_of_open_files(tmp_path: Path):
+    pairs = [random_pair(tmp_path / str(number), documents=40) for number in range(20)]
+    data = f"--data-path {' '.join(pairs)} --split 90,10,0 --data-cache-path {tmp_path / 'cache'}"
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    num_open = len(list(Path("/dev/fd").iterdir()))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (num_open + 100, before[1]))
+    try:
+        with pretrained(RUN, base=MINIMAL.replace("--mock-data", data)):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 @pytest.mark.parametrize("order", ["single", "cyclic"])
