@@ -27,7 +27,7 @@ from megatron_smlp.training.captured_output import CapturedOutput
 def main(argv: Sequence[str]) -> None:
     """Run a command line: patch -> parse -> train."""
     argv = plugin_files.load_named(argv)
-    if answered(argv):  # --help, --version
+    if answered(argv):  # --help
         return
     if given("--platform", argv) == "cpu":
         choice.hide_gpus()

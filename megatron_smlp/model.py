@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from megatron_smlp.architectures import SMLPTransformerConfig, block_spec
-from megatron_smlp.data.balanced_experts import experts_of_training_data
+from megatron_smlp.data.balanced_hash_table import experts_of_training_data
 from megatron_smlp.data.tokenizers.factory import strings_of_tokens
 from megatron_smlp.layers.minhash import fingerprints, replace_embedding
 from megatron_smlp.options import PLUGIN_OPTIONS

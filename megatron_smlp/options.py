@@ -176,7 +176,7 @@ class RunOptions:
 
     platform: Literal["auto", "cpu"] = option("auto", of_one_start=True)
     """auto: CUDA devices if torch finds any, else the CPU; an NVIDIA device that torch cannot use
-    is an error. cpu: always the CPU. On the command line only, not in a file."""
+    is an error. cpu: always the CPU."""
 
     no_resume: bool = option(False, of_one_start=True)
     """Start from scratch even if the --save folder holds a checkpoint. By default, --load is the

@@ -37,6 +37,7 @@ from megatron_smlp.plugin_texts import (
 )
 
 KEY = "plugin"
+NO_PLUGIN, NO_ALLOW = (flag.replace("--", "--no-", 1) for flag in (FLAG, ALLOW))
 GROUP = "megatron_smlp.plugins"
 HOSTED = "megatron_smlp.layers.hosted"
 WITHOUT_FLAGS = ("mlp", "none")
@@ -53,19 +54,21 @@ def load_named(argv: Sequence[str]) -> list[str]:
     parser = Parser(add_help=False, allow_abbrev=False)
     parser.add_argument(FLAG, action="append", default=[], dest="names")
     parser.add_argument(ALLOW, action="store_true", dest="allows")
-    options, rest = parser.parse_known_args(argv)
+    given, rest = parser.parse_known_args(argv)
     settings = read_settings(config_paths(argv))
-    if options.allows or any(s.value for key, s in settings.items() if flag_of(key) == ALLOW):
+    in_file = any(s.value for key, s in settings.items() if flag_of(key) == ALLOW)
+    if given.allows or (in_file and NO_ALLOW not in rest):
         ALLOWED.add(ALLOW)
-    for name in (*named_in(settings), *options.names):
+    in_files = [] if NO_PLUGIN in rest else named_in(settings)
+    for name in (*in_files, *given.names):
         load(name)
-    return rest
+    return [argument for argument in rest if argument != NO_PLUGIN]
 
 
 def named_in(settings: Mapping[str, Setting]) -> list[str]:
     """Return what `plugin` names in --config files; paths are relative to the file's folder."""
     setting = settings.get(KEY)
-    if setting is None:
+    if setting is None or setting.value is None:
         return []
     names = setting.value if isinstance(setting.value, list) else [setting.value]
     folder = Path(setting.place.rpartition(":")[0]).parent

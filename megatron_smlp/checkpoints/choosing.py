@@ -16,12 +16,10 @@ import torch
 from megatron_smlp.checkpoints import integrity
 from megatron_smlp.checkpoints.folders import (
     TRACKER,
+    folders_to_try,
     is_ours,
     is_same_folder,
-    iteration_folder,
     iteration_of,
-    loading_order,
-    release_folder,
     tidy,
     tracked_iteration,
 )
@@ -51,7 +49,7 @@ def choose_checkpoint(args: argparse.Namespace, say: Say) -> Path | None:
         if args.rank == 0:
             for name in tidy(args.save) if args.save else []:
                 say(f"removed {name}, left in {args.save} by an interrupted save or deletion")
-            folders = _in_order(args) if args.load else []
+            folders = folders_to_try(args.load, args.ckpt_step) if args.load else []
     args.load, folders = from_first_rank((args.load, folders))
     if not folders:
         return None
@@ -67,12 +65,6 @@ def choose_checkpoint(args: argparse.Namespace, say: Say) -> Path | None:
             with contextlib.suppress(OSError):  # only other programs need it: a run looks itself
                 write_durably(Path(args.load) / TRACKER, str(iteration))
     return folder
-
-
-def _in_order(args: argparse.Namespace) -> list[Path]:
-    """Return the folders to try: a run's checkpoints, or its release."""
-    order = [iteration_folder(args.load, n) for n in loading_order(args.load, args.ckpt_step)]
-    return order or [folder for folder in [release_folder(args.load)] if folder]
 
 
 def _first_good(args: argparse.Namespace, folders: list[Path], say: Say) -> Path:

@@ -130,6 +130,13 @@ def loading_order(run: str | Path, step: int | None = None) -> list[int]:
     return first + [n for n in newest_first if n > tracked]
 
 
+def folders_to_try(run: str | Path, step: int | None = None) -> list[Path]:
+    """Return the folders of a run's checkpoints in loading order; without any, its release."""
+    release = release_folder(run)
+    found = [iteration_folder(run, iteration) for iteration in loading_order(run, step)]
+    return found or ([release] if release else [])
+
+
 def latest_iteration(run: str | Path) -> int | None:
     """Return the first iteration in loading order that looks whole, or else the very first."""
     order = loading_order(run)

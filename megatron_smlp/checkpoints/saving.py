@@ -1,7 +1,7 @@
 """Save checkpoints that become visible only when complete: the steps around Megatron's writing.
 
 1. `take_folder`: this run becomes the folder's only writer (save_lease.py), before it reads.
-2. `save`: each rank reports whether its GPU has the memory that Megatron needs (room.py);
+2. `save`: each rank reports whether its GPU has the memory that Megatron needs (gpu_memory.py);
    `_start`: rank 0 makes a new hidden folder, which Megatron's writers fill.
 3. `add_share`: each rank leaves the checksums of its own shards in it, with --async-save from the
    process that wrote them.
@@ -37,8 +37,8 @@ from megatron_smlp.checkpoints.folders import (
     partial_folder,
     superfluous,
 )
+from megatron_smlp.checkpoints.gpu_memory import gathers_on_gpus, missing_room
 from megatron_smlp.checkpoints.model_record import model_flags
-from megatron_smlp.checkpoints.room import gathers_on_gpus, missing_room
 from megatron_smlp.checkpoints.run_record import run_record, write_records
 from megatron_smlp.checkpoints.save_lease import PreviousRun, SaveLease
 from megatron_smlp.checkpoints.state import Trained, write

@@ -229,7 +229,7 @@ def _scorer(options: argparse.Namespace, megatron_flags: Sequence[str]) -> tuple
     from megatron_smlp.evaluation.megatron_loading import load_model, sequence_length
 
     args, stages, tokenizer = load_model(options.checkpoint, megatron_flags, dtype=options.dtype)
-    from megatron_smlp.evaluation.megatron_model import MegatronScorer
+    from megatron_smlp.evaluation.megatron_scorer import MegatronScorer
 
     longest = sequence_length(args, options.seq_length)
     scorer = MegatronScorer(stages, longest=longest, batch_size=options.batch_size)

@@ -71,7 +71,7 @@ class TaskEvaluation:
     def _scored(self) -> Any:
         """Return the model, wrapped for the harness."""
         from megatron_smlp.evaluation.harness import ScorerModel
-        from megatron_smlp.evaluation.megatron_model import MegatronScorer
+        from megatron_smlp.evaluation.megatron_scorer import MegatronScorer
 
         args = self.args
         scorer = MegatronScorer(

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from megatron_smlp.data.tokenizers.spec import Tokenizer
 from megatron_smlp.errors import UsageError
 from megatron_smlp.evaluation.fitting import Misfit, TooLong, misfits
-from megatron_smlp.evaluation.megatron_model import MegatronScorer
+from megatron_smlp.evaluation.megatron_scorer import MegatronScorer
 from megatron_smlp.evaluation.reports import TaskResult, from_harness
 from megatron_smlp.evaluation.rows import Row, RowScore
 from megatron_smlp.evaluation.selection import Selection

@@ -38,14 +38,16 @@ def expand_config(
     replaced = replaced_by(given_flags(parser, argv))
     if PER_SPLIT & {actions[key].dest for key, own in settings.items() if own.value is not None}:
         replaced.add("split")
+    undone: set[str] = set()
     for key, setting in settings.items():
         negation = f"--no-{key.replace('_', '-')}"
-        if negation in argv and negation not in actions_of(parser):  # it undoes the key
-            if GOES_ON not in argv:  # else it also drops a checkpoint's flag, added later
-                rest.remove(negation)
+        if negation in argv and negation not in actions_of(parser):
+            undone.add(negation)
         elif actions[key].dest not in replaced:
             flags += _as_flags(actions[key], key, *setting)
             places[actions[key].dest] = setting.place
+    if GOES_ON not in (*flags, *rest):  # else they also drop a checkpoint's flags, added later
+        rest = [argument for argument in rest if argument not in undone]
     return flags + rest, places
 
 

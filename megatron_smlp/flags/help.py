@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megatron_smlp.command_line import VERSION, WithDefaults, flag_of
+from megatron_smlp.command_line import WithDefaults, flag_of
 from megatron_smlp.flags.megatron_flags import TESTED
 from megatron_smlp.flags.our_flags import add_our_flags, new_parser
 from megatron_smlp.options import OUR_FLAGS, ModelOptions, RunOptions
@@ -39,13 +39,11 @@ first step. The flags of Megatron-LM's own examples, and which of them are here:
 
 
 def answered(argv: Sequence[str]) -> bool:
-    """Print the answer to --help, --help-all or --version; return whether one was given."""
+    """Print the answer to --help or --help-all; return whether one was given."""
     if "--help-all" in argv:
         print(full_help(), end="")
     elif "--help" in argv or "-h" in argv:
         print(short_help(), end="")
-    elif list(argv) == ["--version"]:
-        print(VERSION)
     else:
         return False
     return True

@@ -21,12 +21,14 @@ from megatron_smlp.checkpoints import tokenizer_copy
 from megatron_smlp.checkpoints.resume_checks import check_same_model
 from megatron_smlp.data.blending import SPLIT_FLAGS
 from megatron_smlp.data.pairs.indexed import idx_path, strip_suffix
+from megatron_smlp.errors import UsageError
 from megatron_smlp.flags.check import check, validate
 from megatron_smlp.flags.check_run import check_ranges
 from megatron_smlp.flags.config_file import expand_config
 from megatron_smlp.flags.defaults import fill_in
+from megatron_smlp.flags.megatron_flags import refuse_untested
 from megatron_smlp.flags.our_flags import add_our_flags, new_parser
-from megatron_smlp.flags.parser_actions import actions_of, given_flags, refuse_unknown
+from megatron_smlp.flags.parser_actions import actions_of, given_flags, nearest
 from megatron_smlp.flags.use_checkpoint_args import with_checkpoint_flags
 
 FILES = (*tokenizer_copy.FLAGS, "data_args_path", "per_split_data_args_path", "eval_tasks_data_dir")
@@ -62,7 +64,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
     expanded, places = expand_config(parser, argv)
     argv = with_checkpoint_flags(parser, expanded)
     argv = with_absolute_paths(actions_of(parser), argv)
-    refuse_unknown(parser, argv)
+    _refuse_unknown(parser, argv)
     args = _parse_like_megatron(argv)
     args.explicit_flags = {name: getattr(args, name) for name in given_flags(parser, argv)}
     places |= dict.fromkeys(given, "command line")
@@ -113,6 +115,23 @@ def _member(kind: type[Enum], name: str) -> Enum:
         names = ", ".join(kind.__members__)
         raise argparse.ArgumentTypeError(f"invalid choice: {name!r} (choose from {names})")
     return kind[name]
+
+
+def _refuse_unknown(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    """Check that all flags exist, and are tested or allowed.
+
+    Raises:
+        UsageError: a flag is not, or a word belongs to no flag.
+    """
+    known, unknown = parser.parse_known_args(list(argv))
+    flags = dict.fromkeys(word.split("=")[0] for word in unknown if word.startswith("-"))
+    if flags:
+        raise UsageError(
+            " ".join(f"{flag} is not a flag: {nearest(parser, flag)}" for flag in flags)
+        )
+    if unknown:
+        raise UsageError(f"unknown argument '{unknown[0]}'.")
+    refuse_untested(parser, argv, allowed=known.allow_untested_flag or ())
 
 
 def _parse_like_megatron(argv: Sequence[str]) -> argparse.Namespace:

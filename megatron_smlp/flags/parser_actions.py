@@ -6,8 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from megatron_smlp.command_line import did_you_mean
-from megatron_smlp.errors import UsageError
-from megatron_smlp.flags.megatron_flags import refuse_untested, usable
+from megatron_smlp.flags.megatron_flags import usable
 
 
 def actions_of(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
@@ -29,20 +28,3 @@ def nearest(parser: argparse.ArgumentParser, name: str) -> str:
     flag = "--" + name.lstrip("-").replace("_", "-")
     hint = did_you_mean(flag, known, most=3, cutoff=0.7)
     return hint or "docs/flags.md lists every flag."
-
-
-def refuse_unknown(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
-    """Check that all flags exist, and are tested or allowed.
-
-    Raises:
-        UsageError: a flag is not, or a word belongs to no flag.
-    """
-    known, unknown = parser.parse_known_args(list(argv))
-    flags = dict.fromkeys(word.split("=")[0] for word in unknown if word.startswith("-"))
-    if flags:
-        raise UsageError(
-            " ".join(f"{flag} is not a flag: {nearest(parser, flag)}" for flag in flags)
-        )
-    if unknown:
-        raise UsageError(f"unknown argument '{unknown[0]}'.")
-    refuse_untested(parser, argv, allowed=known.allow_untested_flag or ())

@@ -11,12 +11,7 @@ from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any
 
-from megatron_smlp.checkpoints.folders import (
-    is_same_folder,
-    iteration_folder,
-    loading_order,
-    release_folder,
-)
+from megatron_smlp.checkpoints.folders import folders_to_try, is_same_folder, iteration_folder
 from megatron_smlp.checkpoints.run_record import START_FLAGS, read_run_record
 from megatron_smlp.checkpoints.tokenizer_copy import FLAGS, found_tokenizer
 from megatron_smlp.command_line import flag_of
@@ -83,10 +78,7 @@ def _with_copy(group: list[str], run: Path) -> list[str]:
 
 
 def _recorded_arguments(load: str, step: int | None) -> list[str]:
-    folders = [iteration_folder(load, iteration) for iteration in loading_order(load, step)]
-    release = release_folder(load)
-    if not folders and release:
-        folders = [Path(release)]
+    folders = folders_to_try(load, step)
     if not folders:
         raise UsageError(f"{FLAG}: {load} holds no checkpoint. Give the --save folder of a run.")
     for folder in folders:

@@ -15,17 +15,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core.fusions.fused_layer_norm import HAVE_FUSED_LAYER_NORM as HAVE_APEX
+from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional
 
 from megatron_smlp.ops.rms_norm import RowwiseRMSNorm
-
-try:
-    from megatron.core.fusions.fused_layer_norm import HAVE_FUSED_LAYER_NORM as HAVE_APEX
-    from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
-except ImportError:
-    HAVE_APEX = False
 
 
 class TorchNorm:

@@ -71,8 +71,8 @@ def apply() -> None:
 
 
 def fuse_steps(optimizer: Any) -> None:
-    """Make Megatron's optimizer, or each one of a chain, run torch's Adam as the fused kernel."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    """Make each optimizer of Megatron's chain run torch's Adam as the fused kernel."""
+    for part in optimizer.chained_optimizers:
         if isinstance(inner := part.optimizer, torch.optim.Adam):
             inner.register_step_pre_hook(_choose_fused)
 

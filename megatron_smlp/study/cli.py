@@ -19,10 +19,10 @@ from megatron_smlp.study import state
 from megatron_smlp.study.data import StudyData
 from megatron_smlp.study.fairness import check_fair, flops_table
 from megatron_smlp.study.plan import Calendar, identity_of
-from megatron_smlp.study.running import Worker
 from megatron_smlp.study.state import State
 from megatron_smlp.study.study_file import Study, read_studies
 from megatron_smlp.study.systems import read_systems
+from megatron_smlp.study.worker import Worker
 
 if TYPE_CHECKING:
     from megatron_smlp.study.results import Results

@@ -1,4 +1,4 @@
-"""The state of a study: the folders of its runs, and the CSV files that are kept in git.
+"""The state of a study: the folders of its runs, what is there, and what is left to do.
 
 runs/study/<name>/study.json records the study file and data that the runs began with. A run's own
 folder has flags.yaml, metrics.jsonl, output.log, checkpoints/, and ended.json once it is over.

@@ -30,7 +30,7 @@ class Outcome:
     learning_rate: float | None
     """The rate of this step's update; None on a rank without parameters."""
     grad_norm: float | None
-    """Before clipping; None after an fp16 overflow."""
+    """Before clipping; None if the update was skipped."""
     num_zeros: float | None
     """Zeros in the gradient, with --log-num-zeros-in-grad."""
     skipped: bool
@@ -101,7 +101,7 @@ class Tasks(Protocol):
     def is_due(self, iteration: int) -> bool: ...
 
     def scores(self) -> tuple[Scores, list[str]]:
-        """Score all tasks, with parameters fully gathered.
+        """Score all tasks.
 
         Returns:
             numbers by task for metrics.jsonl, and a text for each task.

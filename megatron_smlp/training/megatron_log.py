@@ -1,7 +1,7 @@
 """Megatron's own curves in TensorBoard and W&B, and its line in megatron.log.
 
 Names and values are those that `megatron.training` writes, so that the same tools read curves of
-its runs and of ours; our own curves are added by curves.py.
+its runs and of ours; our own curves are added by tensorboard_wandb.py.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from megatron.training.utils import (
 )
 from torch import Tensor
 
-from megatron_smlp.training.curves import Writers
 from megatron_smlp.training.events import Evaluation, Listener, Outcome
 from megatron_smlp.training.parts import Parts
 from megatron_smlp.training.speed import StepClock
+from megatron_smlp.training.tensorboard_wandb import Writers
 
 TIMERS = (
     "forward-backward layernorm-grads-all-reduce embedding-grads-all-reduce all-grads-sync "

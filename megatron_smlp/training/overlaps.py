@@ -57,8 +57,7 @@ class ParameterGathering:
         if self.overlaps:
             force_param_sync(self.parts.model, optimizer=self.parts.optimizer)
         for chunk in self.parts.model:
-            if hasattr(chunk, "free_overlap_buffers"):
-                chunk.free_overlap_buffers()
+            chunk.free_overlap_buffers()
 
     def end(self) -> None:
         """Gather all parameters and switch the hooks off."""

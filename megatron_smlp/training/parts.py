@@ -154,8 +154,7 @@ def _connect(parts: Parts) -> None:
             config.grad_sync_func = _per_chunk(model, lambda chunk: chunk.start_grad_sync)
     if args.overlap_param_gather and args.align_param_gather:
         config.param_sync_func = _per_chunk(model, lambda chunk: chunk.start_param_sync)
-    if config.finalize_model_grads_func is None:
-        config.finalize_model_grads_func = finalize_model_grads
+    config.finalize_model_grads_func = finalize_model_grads
 
 
 def _per_chunk(model: list[Any], method: Callable[[Any], Any]) -> Any:
@@ -170,7 +169,7 @@ def release(parts: Parts) -> None:
     for chunk in parts.model:
         if isinstance(chunk, DistributedDataParallel):
             for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
-                if getattr(buffer, "nccl_mem_pool", None) is not None:
+                if buffer.nccl_mem_pool is not None:
                     nccl_allocator.deregister_mem_pool(
                         buffer.nccl_mem_pool, buffer.data_parallel_group
                     )

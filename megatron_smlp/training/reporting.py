@@ -25,9 +25,7 @@ from megatron_smlp.collectives import from_rank
 from megatron_smlp.metrics_records import MetricsFile
 from megatron_smlp.routers.collapse import CollapseWatch
 from megatron_smlp.systems import SCORING
-from megatron_smlp.training.compute import Compute
 from megatron_smlp.training.console import RunConsole
-from megatron_smlp.training.curves import Writers, run_curves
 from megatron_smlp.training.events import Evaluation, Listener, Outcome, Scores
 from megatron_smlp.training.forward import ForwardStep
 from megatron_smlp.training.parts import Parts
@@ -41,6 +39,8 @@ from megatron_smlp.training.router_report import (
 from megatron_smlp.training.slow_hosts import SlowHosts
 from megatron_smlp.training.slow_paths import SlowPaths
 from megatron_smlp.training.speed import StepClock, device_peak_tflops, duration
+from megatron_smlp.training.spent_flops import Compute
+from megatron_smlp.training.tensorboard_wandb import Writers, run_curves
 
 PERPLEXITY_LIMIT = 700.0  # exp() of a loss above this overflows
 
@@ -199,7 +199,8 @@ class Reporter(Listener):
 
     def _tokens(self) -> int:
         """Return the number of tokens trained on since the run began."""
-        return self.args.consumed_train_samples * self.args.seq_length
+        samples = self.args.consumed_train_samples - self.args.skipped_train_samples
+        return samples * self.args.seq_length
 
     def _progress(self) -> dict[str, float]:
         """Return the progress of the run in every quantity that may serve as a curve's x axis."""

@@ -67,6 +67,6 @@ def restart(
         cause=cause,
         iteration=iteration,
         lost=max(0, max(before.iteration, logged) - iteration),
-        down=min(before.seconds, before.seconds if silent is None else silent),
+        down=before.seconds if silent is None else min(before.seconds, silent),
         since=time.monotonic(),
     )

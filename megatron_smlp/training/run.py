@@ -15,12 +15,12 @@ from megatron_smlp.megatron_patches import checkpoint_files
 from megatron_smlp.platform import allocator, cpu
 from megatron_smlp.plugins import register
 from megatron_smlp.signals import graceful_signals
-from megatron_smlp.training.curves import Writers
 from megatron_smlp.training.events import Listener, Listeners
 from megatron_smlp.training.forward import ForwardStep
 from megatron_smlp.training.megatron_log import MegatronLog
 from megatron_smlp.training.profiling import Profiler
 from megatron_smlp.training.reporting import Reporter
+from megatron_smlp.training.tensorboard_wandb import Writers
 
 
 class Run:

@@ -80,8 +80,8 @@ def describe(args: argparse.Namespace, slots: LayerSlots) -> tuple[str, str]:
     """Return a text for each of the two slots."""
     router = args.token_router
     if router == "hash":
-        router += f", {'random' if args.hash_table is None else 'balanced'} table"
-        router = "hash, the checkpoint's table" if args.load else router
+        table = "random" if args.hash_table is None else "balanced"
+        router = f"hash, {"the checkpoint's" if args.load else table} table"
     shared = ""
     if router in TOP_K:
         router += f", {args.moe_router_topk} a token"

@@ -157,8 +157,7 @@ class GuardedUpdate:
         self.allowed: bool | None = None
         update = optimizer.step_with_ready_grads
         optimizer.step_with_ready_grads = lambda: self.may_update() and update()
-        for name in ("get_grad_norm", "clip_grad_norm"):  # of a chained optimizer, of a single one
-            setattr(optimizer, name, self._noting(getattr(optimizer, name)))
+        optimizer.get_grad_norm = self._noting(optimizer.get_grad_norm)
 
     def __call__(self) -> tuple[bool, float | None, float | None]:
         """Return whether the weights were updated, the gradient norm, and the number of zeros.
@@ -176,9 +175,9 @@ class GuardedUpdate:
             self.allowed = self.ask(self.norm)
         return self.allowed
 
-    def _noting(self, function: Callable[..., float]) -> Callable[..., float]:
-        def noting(*args: Any, **kwargs: Any) -> float:
-            self.norm = function(*args, **kwargs)
+    def _noting(self, grad_norm: Callable[[], float]) -> Callable[[], float]:
+        def noting() -> float:
+            self.norm = grad_norm()
             return self.norm
 
         return noting
@@ -186,8 +185,9 @@ class GuardedUpdate:
 
 def scales_losses(optimizer: Any) -> bool:
     """Return whether the optimizer scales losses, and so detects overflows (fp16)."""
-    chained = getattr(optimizer, "chained_optimizers", [optimizer])
-    return any(getattr(part, "grad_scaler", None) is not None for part in chained)
+    return any(
+        getattr(part, "grad_scaler", None) is not None for part in optimizer.chained_optimizers
+    )
 
 
 def _are_alike(optimizer: Any) -> bool:
@@ -200,7 +200,7 @@ def _are_alike(optimizer: Any) -> bool:
     if group.size() == 1:
         return True
     is_like_others = (
-        not getattr(optimizer, "is_stub_optimizer", True)
+        not optimizer.is_stub_optimizer
         and get_canonical_lr_for_logging(optimizer.param_groups) is not None
         and not scales_losses(optimizer)
         and not math.isfinite(optimizer.config.grad_norm_skip_threshold)

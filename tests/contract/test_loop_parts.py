@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from megatron.core.optimizer.optimizer import ChainedOptimizer, MixedPrecisionOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.training import global_vars, training
 from megatron.training.dist_signal_handler import DistributedSignalHandler
 from megatron.training.utils import common_utils
@@ -34,7 +34,6 @@ def test_an_optimizer_asks_itself_for_the_norm_and_the_update():
     source = inspect.getsource(ChainedOptimizer.step)
     assert "self.step_with_ready_grads()" in source
     assert "self.get_grad_norm()" in source
-    assert "self.clip_grad_norm(" in inspect.getsource(MixedPrecisionOptimizer.step)
 
 
 class Optimizer:
@@ -50,9 +49,6 @@ class Optimizer:
     def get_grad_norm(self) -> float:
         self.order.append("norm")
         return 0.5
-
-    def clip_grad_norm(self, clip_grad: float) -> float:
-        return self.get_grad_norm()
 
     def step(self) -> tuple[bool, float | None, None]:
         if self.overflows:

@@ -152,6 +152,8 @@ def test_a_no_key_holds_against_the_checkpoint_too(parse: Parse, yaml, tmp_path:
     assert args.platform == "auto", "a start's own"
     assert parse(f"{words} {path}", base="").bf16
     assert parse(f"{words} {path} --no-save", base="").save is None
+    path = yaml(f"use-checkpoint-args: true\nload: {tmp_path}\nsave: {tmp_path / 'b'}\n")
+    assert parse(f"--config {path} --no-save", base="").save is None
     with pytest.raises(UsageError, match="--no-bf17 is not a flag"):
         parse(f"{words} {path} --no-bf17")
 

@@ -25,7 +25,7 @@ ORDER = (
 )
 # The order within data; training reads the last ones.
 DATA_ORDER = ("tokenizers", "pairs", "prepare", "blending", "index_cache", "token_counts")
-DATA_ORDER += ("datasets", "balanced_experts")
+DATA_ORDER += ("datasets", "balanced_hash_table")
 SELF_CONTAINED = ("ops", "hf", "plugin_weights", "routers", "layers")
 
 

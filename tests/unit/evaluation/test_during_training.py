@@ -106,7 +106,7 @@ def test_two_processes_score_what_one_does(
 
 def _afterwards(checkpoint: Path, tasks: Path) -> dict[str, Any]:
     from megatron_smlp.evaluation.harness import ScorerModel, run_tasks
-    from megatron_smlp.evaluation.megatron_model import MegatronScorer
+    from megatron_smlp.evaluation.megatron_scorer import MegatronScorer
     from megatron_smlp.evaluation.reports import as_record
     from megatron_smlp.evaluation.selection import select_tasks
     from megatron_smlp.library_logging import quiet_libraries

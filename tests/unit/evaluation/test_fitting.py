@@ -13,7 +13,7 @@ from megatron_smlp.errors import UsageError
 from megatron_smlp.evaluation import cli
 from megatron_smlp.evaluation.harness import ScorerModel, run_tasks
 from megatron_smlp.evaluation.huggingface_model import ExportedModel
-from megatron_smlp.evaluation.megatron_model import MegatronScorer
+from megatron_smlp.evaluation.megatron_scorer import MegatronScorer
 from megatron_smlp.evaluation.reports import as_markdown, as_record, task_texts
 from megatron_smlp.evaluation.rows import Row
 from megatron_smlp.evaluation.selection import select_tasks

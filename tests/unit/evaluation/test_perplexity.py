@@ -25,7 +25,7 @@ from megatron_smlp.errors import UsageError
 from megatron_smlp.evaluation import cli, perplexity
 from megatron_smlp.evaluation.exported_scorer import ExportedScorer
 from megatron_smlp.evaluation.megatron_loading import sequence_length
-from megatron_smlp.evaluation.megatron_model import MegatronScorer
+from megatron_smlp.evaluation.megatron_scorer import MegatronScorer
 from megatron_smlp.evaluation.perplexity import measure, windows
 from megatron_smlp.evaluation.rows import Row, RowScore
 

@@ -11,7 +11,7 @@ from lm_eval.models.huggingface import HFLM
 
 from megatron_smlp.evaluation.harness import ScorerModel
 from megatron_smlp.evaluation.huggingface_model import ExportedModel
-from megatron_smlp.evaluation.megatron_model import MegatronScorer
+from megatron_smlp.evaluation.megatron_scorer import MegatronScorer
 from megatron_smlp.evaluation.rows import Row
 
 SMALL = 1e-4

@@ -26,7 +26,7 @@ from megatron_smlp.data.tokenizers.factory import start_of
 from megatron_smlp.errors import NoGoodCheckpointError, UsageError
 from megatron_smlp.evaluation.harness import ScorerModel
 from megatron_smlp.evaluation.megatron_loading import _precision_flags
-from megatron_smlp.evaluation.megatron_model import MegatronScorer
+from megatron_smlp.evaluation.megatron_scorer import MegatronScorer
 from megatron_smlp.platform import cpu
 
 SMALL = 1e-4

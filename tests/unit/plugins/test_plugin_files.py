@@ -160,6 +160,16 @@ def test_flags_and_configurations_name_them():
     assert list(plugin_texts.LOADED) == ["gated_conv", "threshold"]
 
 
+@pytest.mark.parametrize(("key", "words"), [("plugin: null", []), ("", ["--no-plugin"])])
+def test_a_key_that_is_undone_names_none(key: str, words: list[str], tmp_path: Path):
+    config = tmp_path / "config.yaml"
+    text = f"include: {REPOSITORY / 'plugins/gated_conv.yaml'}\narchitecture: gmlp\n{key}\n"
+    config.write_text(text, encoding="utf-8")
+    argv = ["--config", str(config)]
+    assert plugin_files.load_named([*argv, *words]) == argv
+    assert not plugin_texts.LOADED
+
+
 def test_a_checkpoint_asks_for_its_plugin_and_for_its_text(tmp_path: Path, monkeypatch):
     text, allowed = hashlib.sha256(GOOD.encode()).hexdigest(), set[str]()
     with pytest.raises(UsageError, match=r"--plugin mine.py"):
@@ -174,6 +184,8 @@ def test_a_checkpoint_asks_for_its_plugin_and_for_its_text(tmp_path: Path, monke
     for value in ("false", "true"):
         assert not allowed
         config.write_text(f"allow-other-plugin: {value}\n", encoding="utf-8")
+        plugin_files.load_named(["--config", str(config), "--no-allow-other-plugin"])
+        assert not allowed
         plugin_files.load_named(["--config", str(config)])
     plugin_texts.require({"mine": "0" * 64}, "runs/a")
 

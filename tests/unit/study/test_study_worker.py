@@ -14,11 +14,11 @@ from support.studies import state_of, study_argv, write_metrics, write_study
 
 from megatron_smlp.checkpoints.folders import iteration_folder
 from megatron_smlp.errors import NonFiniteLossError
-from megatron_smlp.study import cli, metrics, process, running
+from megatron_smlp.study import cli, metrics, process, worker
 from megatron_smlp.study.data import StudyData
 from megatron_smlp.study.plan import PlannedRun
-from megatron_smlp.study.running import Worker
 from megatron_smlp.study.state import CHECKPOINTS, DIVERGED, DONE, FAILED, State
+from megatron_smlp.study.worker import Worker
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def known(tmp_path: Path) -> State:
 @pytest.fixture(autouse=True)
 def without_data_and_delay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(StudyData, "flags", [])
-    monkeypatch.setattr(running, "WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(worker, "WAIT_SECONDS", 0.01)
 
 
 @pytest.fixture
@@ -50,11 +50,11 @@ def trained(known: State, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         iteration_folder(folder / CHECKPOINTS, run.end).mkdir(parents=True)
         return 0
 
-    monkeypatch.setattr(running, "run_command", train)
+    monkeypatch.setattr(worker, "run_command", train)
     return folders
 
 
-def worker(known: State, folder: Path, *, processes: int = 1) -> Worker:
+def new_worker(known: State, folder: Path, *, processes: int = 1) -> Worker:
     return Worker(state=known, data=StudyData(folder), processes=processes)
 
 
@@ -65,7 +65,7 @@ def ended(known: State, run: PlannedRun) -> tuple[str, int]:
 
 def failing(known: State, run: PlannedRun, broken: list[bool]) -> Callable[..., int]:
     """Return a training that exits with 1 for one run while `broken` is not empty."""
-    train = running.run_command
+    train = worker.run_command
 
     def start(command: Sequence[str], *, folder: Path, **how: Any) -> int:
         is_broken = bool(broken) and folder == known.folder_of(run)
@@ -77,8 +77,8 @@ def failing(known: State, run: PlannedRun, broken: list[bool]) -> Callable[..., 
 def make(known: State, run: PlannedRun, folder: Path, *, processes: int = 1) -> None:
     lease = known.take(known.folder_of(run))
     assert lease is not None
-    with lease, running.Progress(1) as progress:
-        one = worker(known, folder, processes=processes)
+    with lease, worker.Progress(1) as progress:
+        one = new_worker(known, folder, processes=processes)
         one._make(run, lease, known.plan(), progress)
 
 
@@ -91,7 +91,7 @@ def test_a_run_that_a_killed_worker_left_whole_is_not_trained_past_its_end(
     folder.mkdir(parents=True)
     write_metrics(folder, first, 5.0)
     iteration_folder(folder / CHECKPOINTS, first.end).mkdir(parents=True)
-    worker(known, tmp_path).work()
+    new_worker(known, tmp_path).work()
     assert folder not in trained
     assert len(trained) == 7
     assert known.status(first) == DONE
@@ -106,10 +106,10 @@ def test_a_run_that_falls_short_twice_is_a_failure(
         starts.append(folder)
         return 0
 
-    monkeypatch.setattr(running, "run_command", fall_short)
-    worker(known, tmp_path).work()
+    monkeypatch.setattr(worker, "run_command", fall_short)
+    new_worker(known, tmp_path).work()
     assert {known.status(run) for run in known.plan().runs} == {FAILED}
-    assert len(starts) == running.ATTEMPTS * len(known.plan().runs)
+    assert len(starts) == worker.ATTEMPTS * len(known.plan().runs)
     assert known.failure(known.plan()).endswith("blocked runs: 2")
 
 
@@ -132,13 +132,13 @@ def test_a_branch_that_is_tried_again_goes_on_from_its_trunk(
         iteration_folder(folder / CHECKPOINTS, run.end).mkdir(parents=True)
         return 0
 
-    monkeypatch.setattr(running, "run_command", train)
-    worker(known, tmp_path).work()
+    monkeypatch.setattr(worker, "run_command", train)
+    new_worker(known, tmp_path).work()
     assert starts == [trunk, branch, branch, rest]
     broken.clear()
     starts.clear()
     known.retry_failures()
-    worker(known, tmp_path).work()
+    new_worker(known, tmp_path).work()
     assert starts == [branch]
     checkpoints = known.folder_of(trunk) / CHECKPOINTS
     assert not checkpoints.exists()
@@ -153,8 +153,8 @@ def test_what_would_go_on_from_a_trunk_that_diverged_is_of_its_sources(
     path = write_study(tmp_path, systems=["transformer"], subject="transformer", seeds=[11],
                        horizons=["50K", "100K"])  # fmt: skip
     known = state_of(path, runs=tmp_path / "more")
-    monkeypatch.setattr(running, "run_command", lambda *_, **__: NonFiniteLossError.exit_code)
-    worker(known, tmp_path).work()
+    monkeypatch.setattr(worker, "run_command", lambda *_, **__: NonFiniteLossError.exit_code)
+    new_worker(known, tmp_path).work()
     trunk, *branches = known.plan().runs
     assert {known.status(run) for run in (trunk, *branches)} == {DIVERGED}
     assert known.made_by(trunk)["sources"]
@@ -172,7 +172,7 @@ def test_a_training_that_is_asked_to_stop_goes_on(
         iteration_folder(folder / CHECKPOINTS, next(ends)).mkdir(parents=True)
         return 0
 
-    monkeypatch.setattr(running, "run_command", stopped)
+    monkeypatch.setattr(worker, "run_command", stopped)
     make(known, first, tmp_path)
     assert ended(known, first) == (DONE, 4)
 
@@ -187,8 +187,8 @@ def test_a_failed_trial_does_not_stop_the_other_systems(
 ):
     """A second worker finds nothing to do and says why, as does a report of the CSV files; a worker
     with --retry completes the study."""
-    first, train = known.plan().runs[0], running.run_command
-    monkeypatch.setattr(running, "run_command", failing(known, first, [True]))
+    first, train = known.plan().runs[0], worker.run_command
+    monkeypatch.setattr(worker, "run_command", failing(known, first, [True]))
     monkeypatch.setattr(process, "run_command", lambda *_, **__: 1)  # no fingerprints
     monkeypatch.setattr(StudyData, "contents", lambda _: {})
     monkeypatch.setattr(StudyData, "check_vocabulary", lambda *_: None)
@@ -213,7 +213,7 @@ def test_a_failed_trial_does_not_stop_the_other_systems(
         mains.append(sum(run.phase == "main" for run in known.plan().runs))
         return train(command, folder=folder, **how)
 
-    monkeypatch.setattr(running, "run_command", look)
+    monkeypatch.setattr(worker, "run_command", look)
     assert cli.main(study_argv("run", tmp_path, "--retry")) == 0
     assert trained[6] == known.folder_of(first)
     assert len(trained) == len(set(trained)) == 8
@@ -242,14 +242,14 @@ def test_a_training_ends_with_its_worker(tmp_path: Path):
         "run_command(['sh', '-c', 'echo $$ > pid; exec sleep 600'], folder=Path('.'),"
         " stop=threading.Event(), watch=lambda: None)"
     )
-    worker = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path)
+    started = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path)
     while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
-        assert worker.poll() is None
+        assert started.poll() is None
         time.sleep(0.02)
     time.sleep(0.2)
     child = int((tmp_path / "pid").read_text())
-    worker.kill()
-    worker.wait()
+    started.kill()
+    started.wait()
     end = time.monotonic() + 30
     while lives(child) and time.monotonic() < end:
         time.sleep(0.05)

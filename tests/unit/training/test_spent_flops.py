@@ -9,7 +9,7 @@ from support.launches import records
 from megatron_smlp.accounting.costs import ModelShape, choice_flops, choices_per_token, model_cost
 from megatron_smlp.routers.statistics import RouterKey, RouterLoad
 from megatron_smlp.systems import LayerSlots
-from megatron_smlp.training.compute import Compute
+from megatron_smlp.training.spent_flops import Compute
 
 TOKENS = 64  # in a step: 4 samples of 16
 GSHARD = """
@@ -78,6 +78,17 @@ def test_a_run_counts_its_own_choices(tmp_path: Path):
     for line in lines:
         flops = line["tokens_per_second"] * steps[lines.index(line)] / (2 * TOKENS) / 1e12
         assert line["tflops_per_device"] == pytest.approx(flops, rel=1e-5)
+
+
+def test_data_that_is_skipped_is_not_spent(tmp_path: Path):
+    flags = GSHARD.replace("--log-interval 2", "--log-interval 1")
+    with pretrained(f"{flags} --iterations-to-skip 2 3 --log-dir {tmp_path}"):
+        lines = [line for line in records(tmp_path) if "loss" in line]
+    assert [line["consumed_tokens"] for line in lines] == [TOKENS, 2 * TOKENS]
+    assert [line["consumed_samples"] for line in lines] == [4, 16]
+    step = lines[1]["consumed_flops"] - lines[0]["consumed_flops"]
+    speed = lines[1]["tokens_per_second"] * step / TOKENS / 1e12
+    assert lines[1]["tflops_per_device"] == pytest.approx(speed, rel=1e-5)
 
 
 def test_a_run_goes_on_counting_in_another_folder(tmp_path: Path):

@@ -25,7 +25,7 @@ def missing_room(optimizer: Any) -> str:
     Memory is allocated as `DistributedOptimizer.get_parameter_state_dp_zero` will, and stays cached
     for it: an error there, in the middle of a collective, would leave other ranks waiting forever.
     """
-    for single in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for single in optimizer.chained_optimizers:
         for bucket in itertools.chain(*(b.buckets for b in getattr(single, "buffers", ()))):
             ranks = single.data_parallel_group.size()
             part = bucket.grad_data.numel() // ranks
