@@ -17,6 +17,8 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from megatron_smlp.errors import DataError
 
+SILENCE = 180.0
+"""Seconds without an answer from the store after which rank 0 is given up, by default."""
 FIRST_NOTICE, NOTICE = 15.0, 60.0
 """Seconds until rank 0 first says what it is doing, and between later notices."""
 LAST_PAUSE = 1.0
@@ -26,7 +28,7 @@ ROUNDS = itertools.count()
 
 
 @contextmanager
-def first_rank_first(rank: int, *, silence: float) -> Iterator[None]:
+def first_rank_first(rank: int, *, silence: float = SILENCE) -> Iterator[None]:
     """Run the block on rank 0, then on the others; all leave it together. Collective.
 
     Args:
@@ -55,6 +57,13 @@ def first_rank_first(rank: int, *, silence: float) -> Iterator[None]:
     if store.add(f"{key}/ready", 1) == torch.distributed.get_world_size():
         store.set(f"{key}/all ready", "")
     _awaited(store, f"{key}/all ready", silence=silence)
+
+
+def await_all_ranks(rank: int) -> None:
+    """Wait until every rank is here, which may take longer than a collective's timeout.
+    Collective."""
+    with first_rank_first(rank):
+        pass
 
 
 def _awaited(store: torch.distributed.Store, key: str, *, silence: float) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from megatron_smlp.errors import UsageError
 from megatron_smlp.unwritable_log import UnwritableLog
 
 FILE_NAME = "metrics.jsonl"
+HEAD = re.compile(r'\{"iteration": (\d+)[,}]')
 Record = dict[str, Any]
 
 
@@ -58,10 +60,10 @@ class MetricsFile:
             silent = self.path.stat().st_mtime - written
         return int(max(numbers, default=0)), silent
 
-    def holds(self, name: str, *, iteration: int) -> bool:
-        """Return whether a record of this iteration has this field."""
-        records = map(json.loads, self._text().splitlines())
-        return any(record["iteration"] == iteration and name in record for record in records)
+    def fields_at(self, iteration: int) -> set[str]:
+        """Return the fields of all records of this iteration."""
+        lines = (line for line in self._text().splitlines() if _iteration_of(line) == iteration)
+        return {name for line in lines for name in json.loads(line)}
 
     def write(self, record: Record) -> None:
         """Append a record, all or nothing; on a full disk it is lost, and the run continues."""
@@ -84,10 +86,16 @@ class MetricsFile:
 
 
 def _iteration_of(line: str) -> float:
+    """Return a record's iteration; infinity for a partial line, of a run that was killed while
+    writing."""
+    head = HEAD.match(line)
+    # Parsing each line of a long run with many experts takes minutes, while all ranks wait.
+    if head and line.endswith("}") and line.count("{") == line.count("}"):
+        return float(head[1])
     try:
         return float(json.loads(line)["iteration"])
     except (ValueError, KeyError, TypeError):
-        return math.inf  # a partial line, from a run that was killed while writing
+        return math.inf
 
 
 def finite(value: Any) -> Any:

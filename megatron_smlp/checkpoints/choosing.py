@@ -29,9 +29,6 @@ from megatron_smlp.durable import write_durably
 from megatron_smlp.errors import NoGoodCheckpointError
 from megatron_smlp.first_rank import first_rank_first
 
-SILENCE = 180.0
-"""Seconds without an answer after which rank 0's machine is given up for dead."""
-
 Say = Callable[[str], None]
 
 
@@ -45,7 +42,7 @@ def choose_checkpoint(args: argparse.Namespace, say: Say) -> Path | None:
             on other data.
     """
     folders: list[Path] = []
-    with first_rank_first(args.rank, silence=SILENCE):
+    with first_rank_first(args.rank):
         if args.rank == 0:
             for name in tidy(args.save) if args.save else []:
                 say(f"removed {name}, left in {args.save} by an interrupted save or deletion")
@@ -104,13 +101,13 @@ def problems(folder: Path) -> list[str]:
     """Return a checkpoint's problems, one sentence each, the same on every rank. Collective."""
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     plan: tuple[integrity.Sums, list[str]] | None = None
-    with first_rank_first(rank, silence=SILENCE):
+    with first_rank_first(rank):
         if rank == 0:
             plan = integrity.plan(folder)
     sums, texts = from_first_rank(plan)
     if not texts:
         own = integrity.problems_in(folder, dict(sorted(sums.items())[rank::size]))
-        with first_rank_first(rank, silence=SILENCE):
+        with first_rank_first(rank):
             pass  # until all ranks have read their share
         texts = [text for part in gathered(own) for text in part]
     return sorted(texts)

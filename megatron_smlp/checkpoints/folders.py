@@ -106,10 +106,11 @@ def checkpoint_of(path: str | Path) -> Path:
 def iterations(run: str | Path) -> list[int]:
     """Return the iterations of all checkpoints of a run, whole or not, in ascending order."""
     try:
-        folders = [path for path in Path(run).iterdir() if path.is_dir()]
+        found = [(iteration_of(path), path) for path in Path(run).iterdir()]
     except OSError:
         return []
-    return sorted(n for n in map(iteration_of, folders) if n is not None)
+    # Only checkpoints are looked at: each rank may also have a log here.
+    return sorted(n for n, path in found if n is not None and path.is_dir())
 
 
 def loading_order(run: str | Path, step: int | None = None) -> list[int]:

@@ -67,13 +67,19 @@ def write_share(folder: Path, *, rank: int) -> None:
 def seal(folder: Path) -> None:
     """Write checksums and marker: collect the ranks' shares, and compute those of other files."""
     sums: dict[str, str] = {}
-    for share in sorted(folder.glob(SHARE.format(rank="*"))):
-        sums |= parse_sums(share.read_text(encoding="utf-8")) or {}
-        share.unlink()
-    rest = (path for path in folder.iterdir() if path.is_file() and path.name not in sums)
+    with ThreadPoolExecutor(THREADS) as pool:
+        for part in pool.map(_taken, sorted(folder.glob(SHARE.format(rank="*")))):
+            sums |= part
+    rest = (path for path in folder.iterdir() if path.name not in sums and path.is_file())
     sums |= sums_of(rest)
     write_durably(folder / SUMS, format_sums(sums))
     write_durably(folder / MARKER, format_sums({SUMS: file_sum(folder / SUMS)}))
+
+
+def _taken(share: Path) -> dict[str, str]:
+    text = share.read_text(encoding="utf-8")
+    share.unlink()
+    return parse_sums(text) or {}
 
 
 def read_sums(folder: Path) -> tuple[dict[str, str], list[str]]:

@@ -41,6 +41,7 @@ from megatron_smlp.checkpoints.folders import RELEASE
 from megatron_smlp.checkpoints.optimizer_state import ANY_LAYOUT, FORMAT, AnyLayout
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.errors import UsageError
+from megatron_smlp.first_rank import await_all_ranks
 
 
 class Trained(Protocol):
@@ -213,6 +214,7 @@ def read(parts: Trained, folder: Path) -> int:
             f"the optimizer state in {folder} does not fit this run, which has different values of "
             f"{flags}: give those of the run that saved it, or --no-load-optim."
         ) from error
+    await_all_ranks(args.rank)  # on a busy file system, ranks end their reading minutes apart
     set_checkpoint_version(state.get("checkpoint_version", 0))
     iteration = int(common["iteration"]) if goes_on else 0
     set_loaded_iteration(iteration)

@@ -26,6 +26,7 @@ from megatron_smlp.conversion.safetensors_files import (
 )
 from megatron_smlp.conversion.streamed_weights import weights_from
 from megatron_smlp.data.tokenizers.factory import read_tokenizer
+from megatron_smlp.data.tokenizers.folder import tokenizer_in
 from megatron_smlp.data.tokenizers.spec import TokenizerSpec
 from megatron_smlp.durable import naming_errors
 from megatron_smlp.errors import DataError, UsageError
@@ -380,9 +381,7 @@ def generation_config(config: PreTrainedConfig) -> Any:
 
 def find_padding(config: SMLPConfig, folder: Path) -> None:
     """Take the rows that the tokenizer of a model's folder has no token for as padding."""
-    files = ("tokenizer_config.json", "tokenizer.json")
-    if any((folder / name).is_file() for name in files):
-        spec = TokenizerSpec(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(folder))
+    if spec := tokenizer_in(folder):
         with contextlib.suppress(DataError):  # without one, each row may be a token's
             config.unpadded_vocab_size = min(read_tokenizer(spec).vocab_size, config.vocab_size)
 

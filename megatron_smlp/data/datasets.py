@@ -121,7 +121,6 @@ def build_datasets(
             suffice or include one shorter than a sample, or weighted ones are rounded to too few
             samples.
     """
-    _check_splits(config, num_samples)
     builder = UnhurriedBuilder(WatchedGPTDataset, list(num_samples), is_built_on_rank, config)
     prefixes = [prefix for _, blend, _ in _splits(config) for prefix in blend.prefixes]
     folders = cache_folders(prefixes, path_to_cache=config.path_to_cache)
@@ -133,6 +132,8 @@ def build_datasets(
         first_rank_first(rank, silence=silence),
         exclusive_caches(folders) if rank == 0 else nullcontext(),
     ):
+        if rank == 0:  # it opens every file of every pair; all ranks would see the same
+            _check_splits(config, num_samples)
         try:
             datasets: list[Any] = builder.build()
         except IndexError as error:

@@ -7,6 +7,7 @@ only one job at a time builds in a cache folder, after removing what a killed jo
 import fcntl
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -18,6 +19,8 @@ from megatron_smlp.errors import DataError
 
 CLASS_FOLDER = "WatchedGPTDataset_indices"
 LOCK_NAME = ".building.lock"
+THREADS = 32
+"""Files opened at a time: there may be thousands, on a file system that answers slowly."""
 INDICES = ("*-WatchedGPTDataset-*_index.npy", "*-BlendedDataset-*_index.npy")
 
 
@@ -69,7 +72,9 @@ def remove_unfinished(folder: Path) -> list[Path]:
     files.
     """
     indices = sorted(path for pattern in INDICES for path in folder.glob(pattern))
-    broken = [path for path in indices if not _is_whole(path)]
+    with ThreadPoolExecutor(THREADS) as pool:
+        whole = list(pool.map(_is_whole, indices))
+    broken = [path for path, is_whole in zip(indices, whole, strict=True) if not is_whole]
     for path in broken:
         path.unlink()
     return broken

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_smlp.data.tokenizers.factory import bare, resolve_for, start_of
-from megatron_smlp.data.tokenizers.folder import recorded_tokenizer
+from megatron_smlp.data.tokenizers.folder import recorded_tokenizer, tokenizer_in
 from megatron_smlp.data.tokenizers.spec import Encoder, Tokenizer, TokenizerSpec, named_or_moved
 from megatron_smlp.errors import UsageError
 
@@ -151,15 +151,7 @@ def _exported(options: argparse.Namespace) -> tuple[Any, TokenizerSpec | None, s
     model.generation_config = GenerationConfig(
         **{name: getattr(model.generation_config, name) for name in names}
     )
-    spec = None
-    if has_tokenizer(folder):
-        spec = TokenizerSpec(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(folder))
-    return model.eval(), spec, f"--hf {folder}"
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Return whether an exported folder has a tokenizer's files."""
-    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+    return model.eval(), tokenizer_in(folder), f"--hf {folder}"
 
 
 def check_with_tokenizer(folder: Path) -> None:
@@ -171,7 +163,7 @@ def check_with_tokenizer(folder: Path) -> None:
     from megatron_smlp.conversion.huggingface import check_folder
 
     check_folder(folder)
-    if not has_tokenizer(folder):
+    if tokenizer_in(folder) is None:
         raise UsageError(
             f"--hf {folder} has no tokenizer: convert with --tokenizer-model, or copy the "
             "tokenizer's files into it"

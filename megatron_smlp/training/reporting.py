@@ -113,11 +113,8 @@ class Reporter(Listener):
 
     def evaluated_at(self, iteration: int, titles: list[str]) -> list[str]:
         """Return the titles whose evaluation is in metrics.jsonl; on rank 0, none elsewhere."""
-        return [
-            title
-            for title in titles
-            if self.metrics.holds(f"{title.replace(' ', '_')}_loss", iteration=iteration)
-        ]
+        fields = self.metrics.fields_at(iteration)
+        return [title for title in titles if f"{title.replace(' ', '_')}_loss" in fields]
 
     def stepped(self, outcome: Outcome) -> None:
         self.clock.step()

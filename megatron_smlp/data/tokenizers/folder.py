@@ -25,6 +25,13 @@ CONFIG = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False} | dict.
 )
 
 
+def tokenizer_in(folder: Path) -> TokenizerSpec | None:
+    """Return the tokenizer in a Hugging Face model's folder; None if there is none."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return None
+    return TokenizerSpec(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(folder))
+
+
 def _has_gpt2_files(args: argparse.Namespace) -> bool:
     """Return whether the flags name a tokenizer by GPT-2's two files."""
     kind = getattr(args, "tokenizer_type", None)

@@ -80,7 +80,9 @@ class TestMetricsFile:
         for iteration in range(1, 6):
             metrics.write({"iteration": iteration, "loss": 1.0})
         with metrics.path.open("a") as file:
-            file.write('{"iteration": 6, "lo')
+            file.write('{"iteration": 3, "routers": [{"layer": 2}')
+        assert metrics.newest()[0] == 5
+        assert metrics.fields_at(3) == {"iteration", "loss"}
         metrics.drop_after(3)
         metrics.write({"iteration": 4, "loss": 2.0})
         lines = [json.loads(line) for line in metrics.path.read_text().splitlines()]
