@@ -305,23 +305,23 @@ def _kinds_of(architecture: Any) -> list[Any]:
 
 
 def _enter_options(kind: Any, **belongs: tuple[str, ...]) -> None:
-    """Enter a class's options for the architecture or router that uses it; architectures with the
-    same mixer share its options."""
+    """Enter a class's options for the architecture or router that uses it; those of one kind share
+    an option that they inherit, or that the same mixer has."""
     from megatron_smlp.plugins import options_of
 
-    declared = options_of(kind)
-    for name, it in declared.items():
-        owners: dict[str, Any] = dict(belongs)
-        if "architectures" in belongs and options.PLUGIN_OPTIONS.get(name) == it:
-            owners["architectures"] += options.OUR_FLAGS[name].architectures
-        elif name in options.MODEL_FLAGS or name in options.OUR_FLAGS:
+    ((which, names),) = belongs.items()
+    for name, it in options_of(kind).items():
+        others = getattr(options.OUR_FLAGS.get(name), which, ())
+        is_shared = others and options.PLUGIN_OPTIONS.get(name) == it
+        if not is_shared and (name in options.MODEL_FLAGS or name in options.OUR_FLAGS):
             raise ValueError(
                 f"{kind.__name__}.{name} would shadow the flag {flag_of(name)}: rename it."
             )
-        elif name in OF_MEGATRON:
+        if name in OF_MEGATRON:
             raise ValueError(
                 f"{kind.__name__}.{name} is a name that Megatron sets itself: rename it."
             )
+        owners: dict[str, Any] = {which: (*names, *others)}
         facts = Facts(least=it.smallest, may_change=it.may_change, evaluates=True, **owners)
         options.OUR_FLAGS[name] = options.MODEL_FLAGS[name] = facts
         options.DEFAULTS[name], options.PLUGIN_OPTIONS[name] = it.default, it

@@ -83,8 +83,10 @@ def require(there: Mapping[str, str], where: str) -> None:
 
 def exported(text: str) -> str:
     """Return a text for a folder that needs only torch and transformers: imports of this package
-    become imports of the files next to it."""
-    names = "|".join(EXPORTED)
+    and of other plugins become imports of the files next to it."""
+    ours = rf"megatron_smlp(?:\.hf)?\.({'|'.join(EXPORTED)})"
+    others = "|".join(LOADED) or "(?!)"
     return re.sub(
-        rf"^from megatron_smlp(?:\.hf)?\.({names}) import", r"from .\1 import", text, flags=re.M
-    )
+        rf"^from (?:{ours}|({others})) import",
+        lambda match: f"from .{match[1] or match[2]} import", text, flags=re.M,
+    )  # fmt: skip

@@ -205,7 +205,20 @@ class _WithWeights(nn.Module):
                 f"{type(self).__name__}.{name} is a parameter, but its base class has that name: "
                 "rename it."
             )
+        if isinstance(value, nn.Parameter | nn.Module) and _has_strays(value):
+            raise TypeError(
+                f"{type(self).__name__}.{name} has a parameter of torch's: make it with "
+                "self.parameter, which initializes and shards it."
+            )
         super().__setattr__(name, value)
+
+
+def _has_strays(value: nn.Parameter | nn.Module) -> bool:
+    """Return whether it is or has a parameter that is no Weight's."""
+    if isinstance(value, nn.Parameter):
+        return True
+    known = {id(weight.weight) for weight in weights_of(value)}
+    return any(id(parameter) not in known for parameter in value.parameters())
 
 
 def masked_product(weight: Tensor, values: Tensor) -> Tensor:
@@ -310,7 +323,7 @@ class ChannelMixer(Mixer):
     """Works on each token by itself, in place of the FFN."""
 
 
-class TokenRouter(nn.Module):
+class TokenRouter(_WithWeights):
     """A rule by which N tokens choose among E FFN experts.
 
     The scores are h W in fp32, with the host's W: <float>[E, D], unless `scores` is overridden.
@@ -327,6 +340,11 @@ class TokenRouter(nn.Module):
         super().__init__()
         self.num_experts = num_experts
         _set_options(self, values, num_experts=num_experts)
+
+    def parameter(self, *shape: int, init: Init) -> Weight:
+        """Create a parameter besides W, in `__init__`; every rank holds all of it. Read it by
+        calling it in `scores`, `weigh` or `loss`."""
+        return Weight(*shape, cut=None, init=init)
 
     def scores(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """hidden: <float>[..., D], weight: <float>[E, D] -> scores <fp32>[..., E], with gradient.

@@ -33,6 +33,7 @@ from megatron_smlp.systems import (
 
 TOKENS_PER_REPORT = 1024
 PLUGIN_COST = "megatron_smlp.accounting.plugin_costs:plugin_cost"
+RULE_PARAMETERS = "megatron_smlp.accounting.plugin_costs:token_rule_parameters"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +122,8 @@ class ModelShape:
     num_positions: int = 0
     """Rows of the learned position table; 0: none."""
     rotary_positions: bool = False
+    attention_window: int | None = None
+    """Earlier positions that attention reads; None: all."""
     normed_head_width: int = 0
     """Width of the query norm and of the key norm; 0: none."""
     tied_embeddings: bool = True
@@ -160,6 +163,7 @@ class ModelShape:
             num_feature_chunks=options.num_chunks if is_partial else 0,
             num_positions=args.max_position_embeddings if positions == "learned_absolute" else 0,
             rotary_positions=positions == "rope",
+            attention_window=args.window_size[0] if args.window_size else None,
             normed_head_width=args.kv_channels if args.qk_layernorm else 0,
             tied_embeddings=not args.untie_embeddings_and_output_weights,
             linear_bias=args.add_bias_linear,
@@ -302,8 +306,11 @@ def token_moe_cost(shape: ModelShape) -> Cost:
     visits k of E experts, and none are dropped."""
     k, expert = shape.moe_router_topk, _expert_parameters(shape)
     router = shape.hidden_size * shape.num_experts if shape.router_has_weights else 0
+    rule = TOKEN_ROUTERS[shape.token_router].plugin
+    own: int = load(RULE_PARAMETERS)(shape, rule) if rule else 0
     routed = Cost(
-        replicated=router,
+        replicated=router + own,
+        summed=own,
         experts=shape.num_experts * expert,
         idle=(shape.num_experts - k) * expert,
         flops=2 * shape.seq_length * (k * expert + router),

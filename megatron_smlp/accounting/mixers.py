@@ -15,7 +15,10 @@ def attention_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
     kept = Cost(kept=qkv + changed + width)  # q, k, v, normed or rotated q and k, the mixed values
     norms = Cost(replicated=2 * shape.norm_parameters * shape.normed_head_width)
     projections = norm_cost(shape) + norms + column(shape, qkv) + row(shape, width)
-    return projections + pairs(shape, 2 * width) + kept
+    window = shape.attention_window
+    passed = 0 if window is None else max(0, shape.seq_length - 1 - window)
+    unread = 2 * width * passed * (passed + 1)  # FLOPs of the pairs before the window
+    return projections + pairs(shape, 2 * width) + Cost(flops=-unread, above_flops=unread) + kept
 
 
 def gating_cost(shape: ModelShape, slots: LayerSlots, *, everywhere: bool = False) -> Cost:

@@ -10,7 +10,7 @@ from megatron_smlp.accounting.costs import Cost, ModelShape, column, norm_cost, 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from megatron_smlp.plugins import FeatureRouter, Mixer
+    from megatron_smlp.plugins import FeatureRouter, Mixer, TokenRouter
 
 
 class Counted(NamedTuple):
@@ -75,6 +75,15 @@ def feature_router_cost(shape: ModelShape, kind: type[FeatureRouter], *, num_exp
     return Cost(replicated=parameters, summed=parameters, flops=flops)
 
 
+def token_rule_parameters(shape: ModelShape, kind: type[TokenRouter]) -> int:
+    """Return the number of parameters of a plugin's token router besides W."""
+    import torch
+
+    with torch.device("meta"):
+        rule = kind(num_experts=shape.num_experts, values=values_of(shape, kind))
+    return sum(parameter.numel() for parameter in rule.parameters())
+
+
 def values_of(shape: ModelShape, kind: type) -> dict[str, Any]:
     """Return the values of a class's options."""
     from megatron_smlp.plugins import options_of
@@ -97,7 +106,8 @@ def _flops(what: str, run: Callable[[], Any]) -> int:
     except (RuntimeError, NotImplementedError) as error:
         raise ValueError(
             f"{what} cannot run on the meta device, where its FLOPs are counted "
-            f"({' '.join(str(error).split())[:150]}): make tensors on the device of its inputs."
+            f"({' '.join(str(error).split())[:150]}): make tensors on the device of its inputs, "
+            "and read no values from them (.item(), .tolist(), a kernel)."
         ) from error
     return counter.get_total_flops()
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_smlp.accounting.plugin_costs import counted
 from megatron_smlp.checking.rows import Check, Row, checked, close, gradients, wrong
+from megatron_smlp.command_line import flag_of
 from megatron_smlp.plugins import ChannelMixer, Mixer, keeps_state, options_of, weights_of
 
 BATCH, LENGTH, WIDTH = 2, 12, 8
@@ -25,8 +26,11 @@ def checks(name: str, kind: type[Mixer]) -> Iterator[Check]:
     always = (_runs_alone, _repeats, _causal_in_training, _causal, _shorter, _gradients)
     split = () if kind.whole else (_split,)
     stateful = (_continues,) if keeps_state(kind) else ()
+    flags = " and ".join(map(flag_of, options_of(kind)))
+    sizes = f"; the sizes here are {WIDTH // 2} or {WIDTH} features and up to {LENGTH} tokens"
+    hint = f"{sizes}: if that is why, set {flags} on the command line" if flags else ""
     for check in (*always, *split, *stateful, _half, _flops):
-        yield partial(checked, check, name, kind)
+        yield partial(checked, check, name, kind, hint=hint)
 
 
 def built(kind: type[Mixer], *, width: int = WIDTH, dtype: torch.dtype = torch.float64) -> Mixer:
@@ -93,7 +97,7 @@ def _causal(name: str, kind: type[Mixer], *, training: bool = False) -> Row:
     mode = "training" if training else "evaluation"
     reads = "another token" if issubclass(kind, ChannelMixer) else "a later token"
     return close(
-        name, f"outputs before a changed token, each of {LENGTH}, {mode}", worst, 0.0,
+        name, f"outputs before a changed token, each of {LENGTH}, {mode}", worst, 1e-12,
         f"in {mode} an output reads {reads}: changing token {where} changes the output at another",
     )  # fmt: skip
 
@@ -134,8 +138,8 @@ def _continues(name: str, kind: type[Mixer]) -> Row:
 
 def _gradients(name: str, kind: type[Mixer]) -> Row:
     """Compare gradients of inputs and parameters with finite differences, in fp64."""
-    mixer = built(kind, width=3).train()
-    given = inputs(kind, width=3, length=5)
+    mixer = built(kind, width=WIDTH // 2).train()
+    given = inputs(kind, width=WIDTH // 2, length=5)
     count = len(given)
 
     def function(*tensors: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ def checks(name: str, kind: type[TokenRouter]) -> Iterator[Check]:
 
 def _built(kind: type[TokenRouter]) -> TokenRouter:
     torch.manual_seed(1)
-    return kind(num_experts=EXPERTS, values={})
+    return kind(num_experts=EXPERTS, values={}).draw()
 
 
 def _scores(dtype: torch.dtype = torch.float32) -> Tensor:

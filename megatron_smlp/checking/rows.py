@@ -31,14 +31,17 @@ class Row:
 Check = Callable[[], Row]
 
 
-def checked(check: Callable[[str, Any], Row], name: str, kind: type) -> Row:
-    """Run a check on a class; an exception that the class raises makes a failed row."""
+def checked(check: Callable[[str, Any], Row], name: str, kind: type, *, hint: str = "") -> Row:
+    """Run a check on a class; an exception that the class raises makes a failed row.
+
+    hint: what may be the reason.
+    """
     try:
         with DoubleStays():
             return check(name, kind)
     except Exception as error:  # of any kind, as the class is a user's
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        return wrong(name, check.__name__.strip("_").replace("_", " "), f"it raises {reason}")
+        return wrong(name, check.__name__.strip("_").replace("_", " "), f"it raises {reason}{hint}")
 
 
 def wrong(subject: str, compared: str, advice: str) -> Row:

@@ -28,6 +28,7 @@ from megatron_smlp.data.tokenizers.factory import resolve_for
 from megatron_smlp.data.tokenizers.folder import recorded_tokenizer
 from megatron_smlp.data.tokenizers.spec import READ_BY, Tokenizer, TokenizerSpec, named_or_moved
 from megatron_smlp.errors import NoGoodCheckpointError, UsageError
+from megatron_smlp.launching.training_argv import given as option_given
 
 # Flags that Megatron requires for training, and flags that keep it from loading training state.
 NO_TRAINING = """
@@ -58,6 +59,8 @@ def load_model(
     from megatron_smlp.megatron_patches import table
     from megatron_smlp.platform import choice, cpu
 
+    if option_given("--platform", flags) == "cpu":
+        choice.hide_gpus()
     choice.check()
     cpu.apply()
     table.apply()

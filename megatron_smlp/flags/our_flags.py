@@ -37,6 +37,13 @@ def add_our_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         meanings = docstrings(options)
         for field in dataclasses.fields(options):
             group.add_argument(flag_of(field.name), **_keywords(field), help=meanings[field.name])
+    add_plugin_options(parser)
+    parser.error = _raise_usage  # type: ignore[method-assign]
+    return parser
+
+
+def add_plugin_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the plugins that this process has loaded."""
     group = parser.add_argument_group("plugins")
     for name, it in PLUGIN_OPTIONS.items():
         kind: dict[str, Any] = {"type": it.kind, "choices": it.choices}
@@ -49,8 +56,6 @@ def add_our_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
             raise UsageError(
                 f"the plugin option {name} would shadow Megatron's flag {flag_of(name)}: rename it."
             ) from error
-    parser.error = _raise_usage  # type: ignore[method-assign]
-    return parser
 
 
 def _keywords(field: dataclasses.Field[Any]) -> dict[str, Any]:

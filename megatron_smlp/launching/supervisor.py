@@ -59,8 +59,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 TIMEOUT = "--distributed-timeout-minutes"
 MINUTES = 2
 """Default of TIMEOUT, after which a rank gives up on one that does not answer."""
-FIRST_DELAY, LAST_DELAY = 5, 300
-"""Seconds before the agent is restarted: doubled with each failure, from the first to the last."""
+FIRST_DELAY = 5
+"""Seconds before the agent is restarted, doubled with each failure without a newer checkpoint."""
 QUIET_WAIT = 10
 """Seconds to wait silently for others to start; they import torch first."""
 SHARING = 30
@@ -192,7 +192,7 @@ class Supervisor:
                 return self._end_signalled(0)
             if not is_there:
                 return MISSING
-            delay = min(2 * delay, LAST_DELAY)
+            delay *= 2  # at most twice: without a newer checkpoint Failures.LIMIT ends it
 
     def _end_signalled(self, code: int, *, wait: float = SHARING) -> int:
         """Return the exit code: NO_PROGRESS if SIGUSR1 came and no checkpoint was saved, since a

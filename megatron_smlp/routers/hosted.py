@@ -43,6 +43,9 @@ class HostedRouter(TokenRouter):
         values = plugins.values_in(self.kind, config)
         self.rule = self.kind(num_experts=self.num_experts, values=values)
         self.rule.to(self.weight.device)
+        # Under sequence parallelism each rank scores its own tokens; otherwise all do the same.
+        whole = not config.sequence_parallel
+        own_weights(self.rule, dtype=config.params_dtype, group=self.tp_group, whole=whole)
         self.loads = torch.zeros(self.num_experts, dtype=torch.float64)
         self.buffers_before: list[Tensor] | None = None
         """The rule's, as they were before the current step; None: outside of a step."""

@@ -31,6 +31,8 @@ from megatron_smlp.training.parts import Parts
 
 LENGTH = 16
 """Tokens per tensor parallel rank; mixers accept sequences shorter than --seq-length."""
+HOSTED_LENGTH = 256
+"""Tokens for a plugin's mixer, which may work in chunks."""
 DEVIATION = 0.2
 """Standard deviation of the weights that are drawn."""
 MOVED = 0.1
@@ -56,9 +58,12 @@ def check_causality(parts: Parts) -> None:
         if not (has_engine and isinstance(layer.self_attention, Attention))
     ]
     ranks = parts.args.tensor_model_parallel_size
-    length = min(parts.args.seq_length, LENGTH * ranks)
     with unsaid():  # the kernels do not run in fp32
-        leaks = [leak for layer, rotary in layers for leak in _leaks(layer, length, rotary)]
+        leaks = [
+            leak
+            for layer, rotary in layers
+            for leak in _leaks(layer, _length(layer, parts.args, ranks), rotary)
+        ]
     _refuse([leak for rank in gathered(leaks) for leak in rank])
 
 
@@ -72,9 +77,10 @@ def check_causality_of_layers(args: argparse.Namespace) -> None:
         config = _alone(transformer_config(args))
         slots = slots_of(config)
         kinds = {slots[number - 1]: number for number in range(len(slots), 0, -1)}
-        length = min(args.seq_length, LENGTH)
         layers = [SlottedLayer(config, number) for number in kinds.values()]
-        _refuse([leak for layer in layers for leak in _leaks(layer, length, None)])
+        _refuse([
+            leak for layer in layers for leak in _leaks(layer, _length(layer, args, 1), None)
+        ])  # fmt: skip
 
 
 def _alone(config: Any) -> Any:
@@ -92,9 +98,14 @@ def _refuse(leaks: list[str]) -> None:
         raise UsageError(leaks[0])
 
 
+def _length(layer: SlottedLayer, args: argparse.Namespace, ranks: int) -> int:
+    each = HOSTED_LENGTH // ranks if hasattr(layer.self_attention, "mixer") else LENGTH
+    return min(int(args.seq_length), each * ranks)
+
+
 def _leaks(layer: SlottedLayer, length: int, rotary: Any) -> Iterator[str]:
     """Yield a message for what is wrong with a layer's mixer, if anything."""
-    half = length // 2
+    half = length // 2 | 1  # odd: no chunk of a mixer begins there
     # Do not advance the run's generators, which its dropout and data draw from.
     generator = torch.Generator().manual_seed(layer.layer_number)
     first, other = torch.randn(2, length, 1, layer.config.hidden_size, generator=generator)

@@ -1,11 +1,19 @@
 """A plugin for tests: a whole mixer with a norm over all features and a gated channel mixer,
-in layers that alternate with attention.
+in layers that alternate with attention; and a token router with parameters of its own and a loss.
 """
 
 import torch
 from torch.nn.functional import layer_norm, silu
 
-from megatron_smlp.plugins import ChannelMixer, TokenMixer, normal, ones, option, register
+from megatron_smlp.plugins import (
+    ChannelMixer,
+    TokenMixer,
+    TokenRouter,
+    normal,
+    ones,
+    option,
+    register,
+)
 
 
 @register("normed_mean")
@@ -37,6 +45,20 @@ class GLU(ChannelMixer):
 
     def forward(self, gate, value):
         return silu(gate + self.bias()) * (value @ self.mix())
+
+
+@register("tempered")
+class Tempered(TokenRouter):
+    def __init__(self, **host):
+        super().__init__(**host)
+        self.heat = self.parameter(1, init=ones)
+        self.shift = self.parameter(self.num_experts, init=normal(0.1))
+
+    def scores(self, hidden, weight):
+        return super().scores(hidden, weight) * self.heat().float() + self.shift().float()
+
+    def loss(self, scores, chosen):
+        return scores.logsumexp(dim=-1).square().mean() + self.heat().float().square().sum()
 
 
 def layers(number: int, count: int) -> tuple[str, str]:

@@ -54,7 +54,20 @@ def _namespace(config: SMLPConfig) -> argparse.Namespace:
         max_position_embeddings=config.max_position_embeddings,
         quick_geglu=False,
         bias_swiglu_fusion=False,
+        window_size=None,
     )
+
+
+@pytest.mark.parametrize("window", [0, 5, 126, 127, 500])
+def test_attention_reads_its_window_alone(window: int):
+    args = _namespace(_config("transformer"))
+    whole = model_cost(ModelShape.from_args(args))
+    args.window_size = (window, 0)
+    cost = model_cost(ModelShape.from_args(args))
+    pairs = sum(min(position, window) + 1 for position in range(LENGTH))
+    unread = 3 * 2 * 2 * 128 * (LENGTH * (LENGTH + 1) // 2 - pairs)  # layers, products, D
+    assert whole.flops - cost.flops == unread
+    assert cost.square_flops == whole.square_flops
 
 
 @pytest.mark.parametrize("system", SYSTEMS)

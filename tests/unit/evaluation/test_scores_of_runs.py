@@ -27,7 +27,7 @@ from megatron_smlp.errors import NoGoodCheckpointError, UsageError
 from megatron_smlp.evaluation.harness import ScorerModel
 from megatron_smlp.evaluation.megatron_loading import _precision_flags
 from megatron_smlp.evaluation.megatron_scorer import MegatronScorer
-from megatron_smlp.platform import cpu
+from megatron_smlp.platform import choice, cpu
 
 SMALL = 1e-4
 OTHERS = (
@@ -130,6 +130,17 @@ def test_what_is_refused(run: Run, tmp_path: Path):
     named = "--bf16 contradicts --dtype float32"
     with pytest.raises(UsageError, match=named), loaded(run.checkpoint, "--bf16", dtype="float32"):
         pass
+
+
+@pytest.mark.parametrize(("flags", "hides"), [((), []), (("--platform", "cpu"), [True])])
+def test_gpus_are_hidden_on_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], hides: list[bool]
+):
+    hidden: list[bool] = []
+    monkeypatch.setattr(choice, "hide_gpus", lambda: hidden.append(True))
+    with pytest.raises(UsageError, match="holds no checkpoint"), loaded(tmp_path, *flags):
+        pass
+    assert hidden == hides
 
 
 def test_a_program_that_loaded_a_model_is_ended_by_sigterm(run: Run):

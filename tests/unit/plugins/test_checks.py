@@ -32,18 +32,51 @@ class Watch(Listener): ...
 ALONE = "if not self.training:\n            return experts, scores > self.bound\n        "
 
 
+HEADS = """
+from megatron_smlp.plugins import TokenMixer, normal, option, register
+
+@register("linear_attention")
+class LinearAttention(TokenMixer):
+    inner = {"query": 1, "key": 1, "value": 1}
+    head_dim: int = option(64, "features of a head", smallest=1)
+    def build(self, width, length):
+        self.scale = self.parameter(width // self.head_dim, cut=0, init=normal(1.0))
+    def forward(self, *inner):
+        query, key, value = (x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in inner)
+        mixed = (query @ key.mT).tril() @ value * self.scale()[:, None, None]
+        return mixed.transpose(1, 2).flatten(2)
+
+register.architecture("linear_attention", mixer="linear_attention")
+"""
+LONG = """
+import torch
+from megatron_smlp.plugins import TokenMixer, normal, register
+
+@register("long_conv")
+class LongConv(TokenMixer):
+    def build(self, width, length):
+        self.kernel = self.parameter(length, width, cut=1, init=normal(1.0))
+    def forward(self, value):
+        count = value.shape[1]
+        parts = (value.float(), self.kernel()[:count].float())
+        left, right = (torch.fft.rfft(part, n=2 * count, dim=-2) for part in parts)
+        mixed = torch.fft.irfft(left * right, n=2 * count, dim=1)[:, :count]
+        return mixed.to(value.dtype)
+"""
+
+
 def advice(registry: plugins.Registry, tmp_path: Path, text: str) -> str:
     """Return the first advice for a file with this text; empty if all rows pass."""
     path = tmp_path / "tried.py"
     path.write_text(text, encoding="utf-8")
     plugin_files.load(str(path))
-    checks = list(cli.of_classes())
+    checks = list(cli.of_classes({}))
     assert checks
     return next((row.advice for check in checks if not (row := check()).passed), "")
 
 
 @pytest.mark.parametrize(
-    "text", [GOOD, RULE, TWO, FEATURES], ids=["mixer", "router", "two", "features"]
+    "text", [GOOD, RULE, TWO, FEATURES, LONG], ids=["mixer", "router", "two", "features", "fft"]
 )
 def test_what_ships_passes(registry: plugins.Registry, tmp_path: Path, text: str):
     assert not advice(registry, tmp_path, text)
@@ -80,6 +113,29 @@ def test_a_mixer_that_is_wrong(
 ):
     assert right in GOOD
     assert said in advice(registry, tmp_path, GOOD.replace(right, wrong, 1))
+
+
+def test_heads_are_checked_at_a_width_that_fits(
+    registry: plugins.Registry, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    path = tmp_path / "heads.py"
+    path.write_text(HEADS, encoding="utf-8")
+    assert cli.main([str(path), "--quick"]) == 1
+    assert (
+        "8 features and up to 12 tokens: if that is why, set --head-dim" in capsys.readouterr().out
+    )
+    assert cli.main([str(path), "--quick", "--head-dim", "2"]) == 0
+    assert list(cli._flags("linear_attention", {"head_dim": 2})) == ["--head-dim=2"]
+    assert not list(cli._flags("linear_attention", {"head_dim": 64}))
+    with pytest.raises(UsageError, match="--heads"):
+        cli.main([str(path), "--heads", "2"])
+
+
+@pytest.mark.parametrize("made", ["nn.Linear(width, 2)", "nn.Parameter(zeros(2))"])
+def test_parameters_of_torchs_own(registry: plugins.Registry, tmp_path: Path, made: str):
+    text = GOOD.replace("self.kernel =", f"self.more = {made}\n        self.kernel =")
+    text = text.replace("from torch import", "from torch import nn, zeros,")
+    assert "GatedConv.more has a parameter of torch's" in advice(registry, tmp_path, text)
 
 
 def test_fp32_inside_is_no_fault(registry: plugins.Registry, tmp_path: Path):

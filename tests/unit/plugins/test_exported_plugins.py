@@ -161,6 +161,15 @@ def test_the_z_loss_is_of_a_routers_own_scores(tmp_path: Path):
     assert loss.item() == pytest.approx((1 + math.log(2)) ** 2)
 
 
+def test_a_class_of_another_plugin_goes_along(tmp_path: Path):
+    load(tmp_path, GOOD)
+    text = "from mine import GatedConv\nfrom megatron_smlp.plugins import register\n"
+    text += "@register('other')\nclass Other(GatedConv): pass\n"
+    load(tmp_path, text, "other")
+    said = plugin_texts.LOADED["other"].exported()
+    assert said.startswith("from .mine import GatedConv\nfrom .plugins import register\n")
+
+
 @pytest.mark.parametrize("more", [LISTENER, "from megatron_smlp.errors import UsageError\n"])
 def test_a_file_that_needs_this_package_does_not_go_along(tmp_path: Path, more: str):
     load(tmp_path, GOOD + more)

@@ -92,6 +92,14 @@ def test_options_of_a_mixer_in_two_architectures(tmp_path: Path):
         assert set(options.OUR_FLAGS[name].architectures) == {"gated_conv", "twice"}
 
 
+def test_routers_inherit_an_option(tmp_path: Path):
+    text = "from megatron_smlp.plugins import *\nclass Base(TokenRouter):\n"
+    text += "    heat: float = option(1.0, 'x')\n"
+    text += "".join(f"@register('{name}')\nclass {name}(Base): pass\n" for name in "ab")
+    plugin_files.load(written(tmp_path, text))
+    assert set(options.OUR_FLAGS["heat"].token_routers) == {"a", "b"}
+
+
 def test_a_switch_that_is_on_can_be_put_off(parse: Callable[..., Any], tmp_path: Path):
     """By the command line, and by a line of a file."""
     text = GOOD.replace("smallest=1)", "smallest=1)\n    sharp: bool = option(True, 'x')")

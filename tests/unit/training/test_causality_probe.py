@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
-from support.in_process import pretrained
+from support.in_process import MINIMAL, pretrained
 from support.launches import launch_calls, records
 
 from megatron_smlp import plugin_files
@@ -17,7 +17,7 @@ from megatron_smlp.errors import UsageError
 from megatron_smlp.layers.spatial_gating import SpatialGating
 
 GMLP = "--architecture gmlp --log-interval 1"
-MESSAGE = r"layer {} \({}\) reads later positions: changing inputs from position 8 on"
+MESSAGE = r"layer {} \({}\) reads later positions: changing inputs from position 9 on"
 
 
 def peeking(forward: Any, *, layer: int, by: float = 0.1) -> Any:
@@ -64,6 +64,25 @@ def test_a_plugin_is_called_by_its_own_name(tmp_path: Path):
             pretrained(f"--architecture ahead {more}"),
         ):
             pass
+
+
+@pytest.mark.usefixtures("registry")
+@pytest.mark.parametrize("length", [16, 128])
+def test_a_plugin_that_works_in_chunks(tmp_path: Path, length: int):
+    """Each token reads the sum of its chunk of eight, a later one's included."""
+    path = tmp_path / "chunks.py"
+    path.write_text(
+        "from megatron_smlp.plugins import TokenMixer, register\n@register('chunks')\n"
+        "class Chunks(TokenMixer):\n    def forward(self, value):\n"
+        "        sums = value.unflatten(1, (-1, 8)).sum(2).repeat_interleave(8, 1)\n"
+        "        return sums if value.shape[1] > 64 else value\n"
+        "register.architecture('chunks', mixer='chunks')\n"
+    )
+    plugin_files.load(str(path))
+    base = MINIMAL.replace("--seq-length 16", f"--seq-length {length}")
+    leaks = pytest.raises(UsageError, match="reads later") if length > 64 else nullcontext()
+    with leaks, pretrained("--architecture chunks --dry-run", base=base):
+        pass
 
 
 @pytest.mark.usefixtures("registry")
