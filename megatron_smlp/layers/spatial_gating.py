@@ -330,7 +330,10 @@ class SpatialGating(TokenMixer):
 
     def gates_by_kernels(self, u: Tensor) -> bool:
         """Return whether one operator computes the gate of u, <float>[T', B, 2 F']."""
-        return self.spatial.is_dense and gates_by_kernels(u, self.local_heads, self.activation)
+        spatial = self.spatial
+        return spatial.is_dense and gates_by_kernels(
+            u, self.local_heads, self.activation, spatial.length
+        )
 
     def gated(self, u1: Tensor, u2: Tensor, attended: Tensor | None) -> Tensor:
         """u1, u2, attended: <float>[T', B, F'], after the GELU -> u1 * g, part by part."""

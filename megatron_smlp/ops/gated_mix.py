@@ -57,14 +57,16 @@ class Routing(NamedTuple):
     """P, tokens; at most T."""
 
 
-def gates_by_kernels(u: Tensor, heads: int, activation: Callable[[Tensor], Tensor]) -> bool:
+def gates_by_kernels(
+    u: Tensor, heads: int, activation: Callable[[Tensor], Tensor], length: int
+) -> bool:
     """Return whether the kernels can take u = [u1 | u2]; on a GPU, log once why not.
 
-    u: <float>[T, B, 2 K]; heads: H; activation: the layer's.
+    u: <float>[T', B, 2 K], T' <= T; heads: H; activation: the layer's; length: T of the matrices.
     """
     can = use_kernels("the causal gate", u, unsupported=_unsupported(u, heads, activation))
-    if can and len(u) % ALIGNED:
-        _say_length_once(len(u))
+    if can and length % ALIGNED:
+        _say_length_once(length)
     return can
 
 

@@ -73,8 +73,9 @@ class ForwardStep:
                 self._attach_keys(model, vp_stage)
             timers("batch-generator").stop()
             # In a full validation, ranks with fewer samples read empty ones (batches._whole),
-            # which routers must not count.
-            real = real_tokens(batch["loss_mask"]) if args.full_validation else None
+            # which routers must not count. Telling them apart makes the host wait.
+            may_be_empty = args.full_validation and not torch.is_grad_enabled()
+            real = real_tokens(batch["loss_mask"]) if may_be_empty else None
             self.statistics.begin(real)
             if args.feature_router in BY_PREFIX:
                 scale_balance_losses(model)

@@ -166,12 +166,15 @@ class GuardedUpdate:
         """
         self.norm = self.allowed = None
         self.agree()
-        updated, norm, zeros = self.optimizer.step()
-        return (updated, norm, zeros) if self.may_update() else (False, None, None)
+        updated, _, zeros = self.optimizer.step()
+        return (updated, self.norm, zeros) if self.may_update() else (False, None, None)
 
     def may_update(self) -> bool:
         """Ask the guard, once per step."""
         if self.allowed is None:
+            # With Transformer Engine the norm is on the device: read it here, not again behind the
+            # update.
+            self.norm = None if self.norm is None else float(self.norm)
             self.allowed = self.ask(self.norm)
         return self.allowed
 

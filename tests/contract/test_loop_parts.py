@@ -77,6 +77,21 @@ def test_an_update_is_held_back_after_the_gradient_norm_is_known(is_finite: bool
         assert order == ["sent", *asked, *(["update"] if updated else [])]
 
 
+def test_a_norm_on_the_device_is_read_once_and_before_the_update():
+    order: list[str] = []
+
+    class Norm:
+        def __float__(self) -> float:
+            order.append("read")
+            return 0.5
+
+    optimizer = Optimizer(order, overflows=False)
+    optimizer.get_grad_norm = Norm  # type: ignore[assignment]
+    update = GuardedUpdate(optimizer, agree=lambda: None, may_update=lambda _: True)
+    assert update() == (True, 0.5, None)
+    assert order == ["read", "update"]
+
+
 @pytest.mark.parametrize("norm", [None, 0.1, 1e-30, 3.0, float("inf")])
 def test_a_norm_that_no_rank_is_asked_for_is_megatrons(norm: float | None):
     assert _rounded(norm) == common_utils.reduce_max_stat_across_model_parallel_group(norm)
