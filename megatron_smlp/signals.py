@@ -15,6 +15,7 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NoReturn
@@ -113,6 +114,7 @@ class StartUp(contextlib.AbstractContextManager["StartUp"]):
     """
 
     def __init__(self) -> None:
+        self.began = time.time()
         self.is_over = threading.Event()
         self.before_ending: Callable[[], None] = lambda: None
         """Called before exiting, so that others learn that this run ended well."""

@@ -65,12 +65,13 @@ def write(parts: Trained, folder: Path, *, iteration: int, cache: dict[str, Any]
     """
     args = parts.args
     state, metadata = _to_be_saved(parts, iteration=iteration)
+    validates = not ("saved" in cache and args.ckpt_assume_constant_structure)  # the first save
     return dist_checkpointing.save(
         state,
         str(folder),
         _strategy(parts, cache),
         async_sharded_save=args.async_save,
-        validate_access_integrity=not (cache.get("saved") and args.ckpt_assume_constant_structure),
+        validate_access_integrity=validates,
         preprocess_common_before_consistancy_check=preprocess_common_state_dict,
         content_metadata=_clean_metadata_for_serialization(metadata),
         async_strategy=args.async_strategy,

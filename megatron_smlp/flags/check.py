@@ -130,12 +130,17 @@ def _check_branch(args: argparse.Namespace) -> None:
 def _check_kept_schedule(args: argparse.Namespace) -> None:
     """Refuse changed rates and decays with --use-checkpoint-opt_param-scheduler: the optimizer's
     param groups would use the run's values, and the rest of the schedule the checkpoint's."""
+    if args.use_checkpoint_opt_param_scheduler and args.override_opt_param_scheduler:
+        raise UsageError(
+            "--use-checkpoint-opt_param-scheduler keeps the checkpoint's schedule, "
+            "--override-opt_param-scheduler the command line's: leave one of them out."
+        )
     if not (args.use_checkpoint_opt_param_scheduler and args.load):
         return
     folder = folder_at(args.load, args.ckpt_step)
     then = ((read_run_record(folder) if folder else None) or {}).get("flags", {})
     decays = ("lr_wsd_decay_iters", "lr_wsd_decay_samples", "lr_wsd_decay_style")
-    for name in ("lr", "min_lr", *decays):
+    for name in ("lr", "min_lr", "weight_decay", *decays):
         flag, now = flag_of(name), getattr(args, name)
         if (kept := then.get(name, now)) != now:
             own = f"no {flag}" if now is None else f"{flag} {now}"

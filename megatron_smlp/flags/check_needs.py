@@ -18,7 +18,7 @@ from megatron_smlp.options import DEFAULTS, OUR_FLAGS
 from megatron_smlp.platform import cpu
 from megatron_smlp.systems import ARCHITECTURES, BY_PREFIX, POSITIONS, SPECS
 
-OFF = {"attention_backend": "auto", "cuda_graph_impl": "none"}
+OFF = {"attention_backend": "auto", "cuda_graph_impl": "none", "attention_dropout": 0.0}
 KNOWN = {**DEFAULTS, **{name: flag.default for name, flag in MEGATRON_FLAGS.items()}}
 FILLED_IN = {name for name, flag in MEGATRON_FLAGS.items() if flag.filled_in}
 VALUES: dict[str, tuple[tuple[str, ...], str]] = {
@@ -84,8 +84,13 @@ NEEDS = (
         (
             *("group_query_attention", "num_query_groups", "add_qkv_bias", "qk_layernorm"),
             *("qk_l2_norm", "softmax_type", "window_size", "attention_backend"),
-            *("use_rotary_position_embeddings", "no_rope_freq"),
+            *("use_rotary_position_embeddings", "no_rope_freq", "attention_softmax_in_fp32"),
         ),
+    ),
+    Need(
+        "attention (--architecture transformer or amlp)",
+        lambda args: any(it.drops_attention for it in ARCHITECTURES[args.architecture].mixers),
+        ("attention_dropout",),
     ),
     Need(
         "a GELU (no --swiglu, --quick-geglu or --squared-relu)",
@@ -109,7 +114,17 @@ NEEDS = (
     Need(
         "a layer with an FFN (a Transformer's, or token experts)",
         _has_ffn,
-        ("swiglu", "quick_geglu", "glu_linear_offset", "activation_func_clamp_value"),
+        ("swiglu", "quick_geglu"),
+    ),
+    Need(
+        "--swiglu or --quick-geglu",
+        lambda args: args.swiglu or args.quick_geglu,
+        ("glu_linear_offset", "activation_func_clamp_value"),
+    ),
+    Need(
+        "--async-save and --ckpt-assume-constant-structure",
+        lambda args: args.async_save and args.ckpt_assume_constant_structure,
+        ("dist_ckpt_workers",),
     ),
     Need(
         "--feature-router",

@@ -125,10 +125,20 @@ def check_schedule(args: argparse.Namespace) -> None:
     suffix_start(args)
     if args.lr is None:
         raise UsageError("--lr is missing: give the peak learning rate, for example --lr 1e-3.")
-    if (args.min_lr or 0.0) > args.lr:
+    for flag, rate, course in (
+        ("--min-lr", args.min_lr, "decays from --lr to --min-lr"),
+        ("--lr-warmup-init", args.lr_warmup_init, "rises from --lr-warmup-init to --lr"),
+    ):
+        if (rate or 0.0) > args.lr:
+            raise UsageError(
+                f"{flag} {rate} exceeds --lr {args.lr}: the learning rate {course}. Lower {flag}."
+            )
+    every, interval = args.keep_every, args.explicit_flags.get("save_interval")
+    if every and interval and every % interval:
         raise UsageError(
-            f"--min-lr {args.min_lr} exceeds --lr {args.lr}: the learning rate decays from --lr to "
-            "--min-lr. Lower --min-lr."
+            f"--keep-every {every} (or --save-retain-interval) is not a multiple of "
+            f"--save-interval {interval}, so no checkpoint would be kept at most of its multiples: "
+            "give a multiple."
         )
     if args.profile and args.train_iters and args.profile_step_end > args.train_iters:
         raise UsageError(

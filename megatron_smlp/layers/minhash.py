@@ -108,7 +108,8 @@ class MinHashProjection(MegatronModule):
         self.proj.weight.is_embedding_or_output_parameter = True  # for --decoupled-lr
         if config.perform_initialization:
             # Normalized features have variance 1, so embeddings start as large as a table's.
-            nn.init.normal_(self.proj.weight, std=config.init_method_std / math.sqrt(num_features))
+            spread = config.embedding_init_method_std
+            nn.init.normal_(self.proj.weight, std=spread / math.sqrt(num_features))
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids: <int64>[B, T] -> <float>[B, T, D]."""

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_smlp.plugin_files import KEY as PLUGIN
+from megatron_smlp.plugin_texts import LOADED
 from megatron_smlp.study.study_file import Study
 from megatron_smlp.study.systems import System
 
@@ -62,6 +63,10 @@ class PlannedRun:
         of plugins is not part of it, but of a run's sources (made_by.py)."""
         parent = self.parent.key if self.parent else None
         flags = {name: value for name, value in self.flags.items() if name != PLUGIN}
+        # No flag tells a plugin that only changes the training, such as its learning rate.
+        names = [Path(name).stem for name in self.flags.get(PLUGIN, ())]
+        if bare := [name for name in names if name in LOADED and not LOADED[name].parts]:
+            flags[PLUGIN] = bare
         content = json.dumps([flags, self.identity, parent], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:HASH_DIGITS]
 

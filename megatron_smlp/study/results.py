@@ -152,6 +152,8 @@ class Results:
         curves: list[dict[str, Any]] | pandas.DataFrame,
     ) -> None:
         """Add runs and their curves, and write study.json beside them."""
+        for table in ("runs", "curves"):  # another process may have written since they were read
+            self.__dict__.pop(table, None)
         all_runs = _joined(self.runs, runs, RUN_COLUMNS).astype({"horizon": "Int64"})
         all_curves = _joined(self.curves, curves, CURVE_COLUMNS)
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -158,17 +158,20 @@ class Sizes:
         *_, last, size = three
         *sides, observed = (self.difference(size, rival, horizon) for size in three)
         predicted = prediction(sides, [self.width(size) for size in three])
-        error = observed.error
+        error, own_df = observed.error, observed.df
         if not math.isfinite(error):
             error = math.sqrt(2) * last.at(horizon, last.field(self.subject, rival)).sd
-        df = welch([(predicted.error, predicted.df), (error, sides[-1].df)])
+            own_df = sides[-1].df
+        df = welch([(predicted.error, predicted.df), (error, own_df)])
         both = math.hypot(predicted.error, error)
         missed = of_error(observed.mean - predicted.mean, both, df=df, n=observed.n)
         is_within = "yes" if missed.low <= 0 <= missed.high else "**no**"
+        if not math.isfinite(missed.high):
+            is_within = "no interval" if math.isfinite(missed.mean) else "not yet"
         return row(
             self.title(size), self.titles[rival], f"{horizon / 1e6:g}M", _with_interval(predicted),
             number(observed.mean, ".3f"), _with_interval(missed),
-            is_within if math.isfinite(missed.mean) else "not yet",
+            is_within,
         )  # fmt: skip
 
     def figure(self) -> Figure:

@@ -114,7 +114,7 @@ class Worker:
             )
             note(folder, made_by_next(self.processes))
             code = run_command(command, folder=folder, stop=lease.lost, watch=watch)
-            if lease.lost.is_set():
+            if not lease.is_held():  # another worker has taken over
                 return
             attempts += 1
             if code == NonFiniteLossError.exit_code:
@@ -139,6 +139,7 @@ class Worker:
             self.state.end(
                 run, status=DIVERGED, loss="inf", reason="a loss was not finite", **facts
             )
+            self._remove_checkpoints(run)
         elif not self._is_whole(run):
             lines = last_lines(folder)
             self.state.end(run, status=FAILED, last_lines=lines, **facts)

@@ -69,7 +69,7 @@ def train(
     run = Run(args, forward=forward, listeners=listeners)
     start_up.before_ending = lambda: run.saving.lease.release(failed=False)
     with run.session():
-        parts = build(args)
+        parts = build(args, began=start_up.began)
         iteration = resume(run, parts)
         check_parameters(args, parts.model, run.reporter.say)
         forward.statistics.attach(parts.model)

@@ -153,6 +153,8 @@ class MegatronLog(Listener):
             f"consumed samples: {args.consumed_train_samples:12d}",
             f"elapsed time per iteration (ms): {seconds * 1000.0:.1f}",
         ]
+        if args.skipped_train_samples:
+            parts.insert(2, f"skipped samples: {args.skipped_train_samples:12d}")
         if outcome.learning_rate is not None:
             parts.append(f"learning rate: {outcome.learning_rate:.6E}")
         parts.append(f"global batch size: {get_current_running_global_batch_size():5d}")

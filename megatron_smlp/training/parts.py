@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -50,7 +49,7 @@ class Parts:
     """The model's config, which holds the functions that Megatron's schedules call."""
     groups: ProcessGroupCollection
     began: float
-    """`time.time()` when the first rank began to build, for --exit-duration-in-mins."""
+    """`time.time()` when the first rank's program began, for --exit-duration-in-mins."""
 
 
 def configuration(args: argparse.Namespace) -> Any:
@@ -59,13 +58,13 @@ def configuration(args: argparse.Namespace) -> Any:
         return pretrain_cfg_container_from_args(args, model_config(args))
 
 
-def build(args: argparse.Namespace) -> Parts:
+def build(args: argparse.Namespace, *, began: float) -> Parts:
     """Start Megatron and build everything but the data. Collective."""
     settings = configuration(args)
     initialize_megatron(allow_no_cuda=cpu.needed(), store=run_store(args))
     if not cpu.needed():
         set_jit_fusion_options(tp_size=args.tensor_model_parallel_size)
-    began = min(gathered(time.time()))
+    began = min(gathered(began))
     set_startup_timestamps(program_start=began)  # Megatron's `evaluate` counts from here too
     groups = ProcessGroupCollection.use_mpu_process_groups()
     start_memory_history_recording(settings.profiling)

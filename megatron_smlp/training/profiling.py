@@ -10,7 +10,6 @@ import torch
 from megatron.core.utils import configure_nvtx_profiling
 
 from megatron_smlp.training.events import Listener, Outcome
-from megatron_smlp.training.parts import Parts
 
 
 class Profiler(Listener):
@@ -23,7 +22,7 @@ class Profiler(Listener):
         self.recorder: Any = None
         self.marks: Any = None
 
-    def built(self, parts: Parts) -> None:
+    def ready(self) -> None:
         self.is_on = self.is_on and self.args.iteration < self.args.profile_step_end
         if not self.is_on:
             return

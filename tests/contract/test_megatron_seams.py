@@ -151,7 +151,9 @@ def test_which_samples_a_micro_batch_has(rank: int, ranks: int):
         data_parallel_rank=rank,
         data_parallel_size=ranks,
     )
-    for number, batch in enumerate(sampler):
+    batches = list(sampler)
+    assert batches
+    for number, batch in enumerate(batches):
         first = 12 + (number * ranks + rank) * 2
         assert batch == [first, first + 1]
 
@@ -266,9 +268,6 @@ class TestTokenMoE:
 
 
 class TestModel:
-    def test_hooks_see_the_model_before_it_is_wrapped(self, parse: Callable[..., Any]):
-        assert len(model_config(parse("--architecture gmlp")).pre_wrap_hooks) == 3
-
     def test_the_layer_spec_may_be_a_function_of_the_stage(self, parse: Callable[..., Any]):
         config = model_config(parse("--architecture gmlp"))
         plain = config.transformer_layer_spec

@@ -82,19 +82,6 @@ def test_a_step_by_kernels(tmp_path: Path):
 
 
 @pytest.mark.parametrize("system", COUNTED_SYSTEMS)
-def test_a_layer_waits_for_dropped_choices_alone(system: str, measured: dict[str, Any]):
-    """Their number is a tensor size. Partial prediction also waits for its chunk groups' sizes."""
-    waits = 0
-    for name, layer in measured[system]["layers"].items():
-        drops = system in ("gshard", "switch") and "MoELayer" in name
-        allowed = drops + ("PartialFeatureMoE" in name)
-        assert layer["synchronisations"] <= allowed, name
-        waits = max(waits, allowed)
-    step = measured[system]["step"]
-    assert step["synchronisations"] <= 4 * waits + 1
-
-
-@pytest.mark.parametrize("system", COUNTED_SYSTEMS)
 def test_a_step_waits_for_its_gradient_norm_alone(system: str, measured: dict[str, Any]):
     """With it comes what ranks agree on: non-finite losses, signals, the time limit.
 

@@ -24,6 +24,7 @@ SMLP = (
 )
 PARTIAL = SMLP.replace("deterministic", "partial")
 TRANSFORMER = "--architecture transformer --num-attention-heads 4"
+BOTH_SCHEDULES = "--use-checkpoint-opt_param-scheduler --override-opt_param-scheduler"
 PRICED = "--token-router base --num-experts 2 --base-gate price"
 TP = "--tensor-model-parallel-size"
 
@@ -95,6 +96,13 @@ REFUSED = f"""
 
     --base-eval greedy | {GMLP} {PRICED} --base-eval greedy
     --eval-tasks copa needs a training | {GMLP} --skip-train --eval-tasks copa
+    --attention-dropout 0.3 needs attention | {GMLP} --attention-dropout 0.3
+    --attention-softmax-in-fp32 needs attention | {GMLP} --attention-softmax-in-fp32
+    --glu-linear-offset 1.0 needs --swiglu | {TRANSFORMER} --glu-linear-offset 1
+    --dist-ckpt-workers 3 needs --async-save | {GMLP} --dist-ckpt-workers 3
+    --lr-warmup-init 0.5 exceeds --lr | {GMLP} --lr-warmup-init 0.5
+    --keep-every 3 .*--save-interval 2 | {GMLP} --save-interval 2 --keep-last 1 --keep-every 3
+    --use-checkpoint-opt_param.*--override | {GMLP} {BOTH_SCHEDULES}
     Megatron refuses these .*lr-warm | {GMLP} --lr-warmup-iters 1 --lr-warmup-fraction 0.5
     Megatron refuses these .*expected iteration-based | {GMLP} --train-samples 10
     --no-lr-decay-style is not a flag | {GMLP} --no-lr-decay-style

@@ -404,8 +404,9 @@ def test_a_wrong_flag_is_one_line(words: str, named: str, capsys: pytest.Capture
 
 def test_the_tool_runs_without_torch():
     tool = Path(__file__).parents[2] / "tools" / "estimate.py"
+    sizes = ["--num-layers", "2", "--hidden-size", "64", "--seq-length", "128"]
     code = (
-        f"import sys; sys.argv = ['estimate.py', '--help']; import runpy\n"
+        f"import sys; sys.argv = ['estimate.py', *{sizes!r}]; import runpy\n"
         f"try: runpy.run_path({str(tool)!r}, run_name='__main__')\n"
         f"except SystemExit: pass\n"
         f"sys.exit(bool({{'torch', 'megatron'}} & set(sys.modules)))"

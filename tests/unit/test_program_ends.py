@@ -30,6 +30,16 @@ def save():
 with whole_program(), readable_errors("program"):
     save()
 """
+TWICE = """
+import os, signal
+from megatron_smlp.program import readable_errors, whole_program
+from megatron_smlp.signals import graceful_signals
+
+signal.signal(signal.SIGTERM, lambda *_: None)
+with whole_program(), readable_errors("program"), graceful_signals(announces=False):
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGINT)
+"""
 LATE = """
 import atexit, os, signal, time
 from megatron_smlp.program import readable_errors, whole_program
@@ -129,6 +139,10 @@ assert ended == [True]
 def said(program: str, *, code: int = 0) -> str:
     """Run a program, check its exit code, and return its stderr."""
     return run_command([sys.executable, "-c", program], code=code, seconds=60).stderr
+
+
+def test_a_second_ctrl_c_ends_it_at_once():
+    assert said(TWICE, code=130) == "program: interrupted\n"
 
 
 def test_what_an_interruption_leaves_half_done_stays_silent():

@@ -90,6 +90,7 @@ def test_autocast_trains_and_routes_in_fp32(system: str):
             module.register_forward_hook(lambda _, __, routing: seen.append(routing.weights))
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         model(ids)
+    assert bool(seen) == (model.config.token_router not in ("none", "hash"))
     assert all(weights.dtype == torch.float32 for weights in seen)
 
 

@@ -216,8 +216,12 @@ def test_both_start_alike(case: str, parse: Callable[..., Any]):
     theirs = dict(SMLPForCausalLM(config_of(model_flags(args))).named_parameters())
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
+        if ".spatial" in name and tensor.shape[-2:] == (48, 48):
+            # What lies above the diagonal is read by neither, and zero in ours alone.
+            rows, columns = torch.tril_indices(*tensor.shape[-2:])
+            tensor, theirs[name] = (w[..., rows, columns] for w in (tensor, theirs[name]))
         spread, mean = spread_and_mean(theirs[name])
         assert spread_and_mean(tensor) == (
-            pytest.approx(spread, rel=0.35),
+            pytest.approx(spread, rel=min(0.35, 5 / tensor.numel() ** 0.5)),
             pytest.approx(mean, abs=0.5 * spread + 1e-6),
         ), name

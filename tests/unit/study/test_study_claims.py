@@ -32,6 +32,17 @@ def test_one_lucky_seed_is_not_the_best_system(tmp_path: Path):
     assert (comparison["other"], comparison["found"]["n"]) == ("hash", 3)
 
 
+def test_a_better_rival_that_is_still_in_training_is_named(tmp_path: Path):
+    path = write_study(tmp_path, systems=["switch", "hash", "smlp_deterministic"])
+    known = state_of(path, runs=tmp_path / "runs")
+    pretend(known, lambda run: loss_of(run) - 0.1 * (run.system == "hash"))
+    last = [run for run in known.plan().runs if run.system == "hash"][-1]
+    (known.folder_of(last) / "ended.json").unlink()
+    [claim] = [claim for claim in page_of(known, tmp_path).claims if claim.name == "C2"]
+    assert [comparison.other for comparison in claim.comparisons] == ["switch"]
+    assert "hash: seed 13 is missing" in claim.notes
+
+
 def test_token_experts_without_attention_are_no_sparse_transformer(tmp_path: Path):
     """They have the lowest loss of all rivals, but C2 and C4 compare with Switch only."""
     experts = {"num-experts": 4, "token-router": "switch", "moe-token-dispatcher-type": "alltoall"}

@@ -53,7 +53,7 @@ def test_a_failure_and_its_cost_are_told_once(
     assert_ends_like(run, undisturbed)
 
 
-def test_a_run_that_was_signalled_has_not_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_run_that_ended_by_itself_has_not_failed(tmp_path: Path):
     run = tmp_path / "run"
     pretrain(f"--save {run} --exit-interval 4")
     pretrain(f"--save {run}")

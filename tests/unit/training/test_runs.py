@@ -111,7 +111,7 @@ def test_a_last_evaluation_without_time_says_so(
     assert "no time left to evaluate: rerun the same command" in capfd.readouterr().out
     with pretrained(f"{GMLP} --save {tmp_path}"):
         pass
-    assert "validation_loss" in records(tmp_path)[-1] or "test_loss" in records(tmp_path)[-1]
+    assert "test_loss" in records(tmp_path)[-1]
 
 
 def test_an_interval_that_ends_with_the_run_stops_nothing(
@@ -185,8 +185,6 @@ class TestNonFiniteLoss:
         steps = [record for record in records(tmp_path) if "loss" in record]
         assert [step["skipped"] for step in steps] == [False, True, True, True]
         assert "non-finite loss on rank 0 at iteration 2: this step's update is skipped" in output
-        # JSON has no NaN: standard readers must be able to parse the file.
-        assert all(isinstance(step["loss"], float | str) for step in steps)
         assert not math.isfinite(float(steps[1]["loss"]))
 
     @pytest.mark.parametrize("clip_grad", [0, 1])
@@ -227,7 +225,6 @@ def test_weights_and_biases_get_the_loss_without_a_folder_for_tensorboard(
     (file,) = tmp_path.glob("wandb/wandb/offline-run-*/run-*.wandb")
     sent = file.read_bytes()
     for name in (
-        b"lm loss",
         b"grad-norm",
         b"learning-rate",
         b"lm loss validation",

@@ -170,6 +170,7 @@ def test_workers_end_when_the_parent_is_killed(tmp_path: Path):
     parent = subprocess.Popen(command, start_new_session=True)
     with source.open("wb", buffering=0) as stream:  # Opens once the tool reads and has its workers.
         stream.write(GOOD)
+        assert len(_living_of(parent.pid)) > 2
         parent.kill()
         parent.wait()
     deadline = time.monotonic() + 30
