@@ -93,7 +93,8 @@ def _gates(sizes: Sizes, device: str) -> Iterator[tuple[str, Call, Call]]:
     norm = [drawn(sizes.expert // 2) for _ in range(2)]
     weight, bias = drawn(1, sizes.tokens, sizes.tokens), drawn(1, sizes.tokens)
     inputs = [u, *norm, weight, bias]
-    gate = gelu_gate if gates_by_kernels(u, 1, functional.gelu) else gelu_gate_reference
+    by_kernels = gates_by_kernels(u, 1, functional.gelu, len(u))
+    gate = gelu_gate if by_kernels else gelu_gate_reference
     ours = _with_gradients(lambda: gate(u, (*norm, 1e-5), weight, bias), inputs)
     parts = _with_gradients(lambda: gelu_gate_reference(u, (*norm, 1e-5), weight, bias), inputs)
     columns = drawn(sizes.tokens, sizes.samples * sizes.expert // 2)

@@ -137,8 +137,8 @@ def check_schedule(args: argparse.Namespace) -> None:
     if every and interval and every % interval:
         raise UsageError(
             f"--keep-every {every} (or --save-retain-interval) is not a multiple of "
-            f"--save-interval {interval}, so no checkpoint would be kept at most of its multiples: "
-            "give a multiple."
+            f"--save-interval {interval}, so nothing is saved at most of what it would keep: give "
+            "a multiple."
         )
     if args.profile and args.train_iters and args.profile_step_end > args.train_iters:
         raise UsageError(

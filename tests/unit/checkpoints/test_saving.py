@@ -15,7 +15,7 @@ from support.checkpoints import assert_ends_like, checkpoint_tensors, pretrain
 from support.deletion import hidden_in
 from support.launches import REPOSITORY, clean_environment
 
-from megatron_smlp.checkpoints import room, saving
+from megatron_smlp.checkpoints import gpu_memory, saving
 from megatron_smlp.checkpoints.folders import iteration_folder, iterations
 from megatron_smlp.checkpoints.integrity import verify
 from megatron_smlp.errors import SaveError, UsageError
@@ -53,7 +53,7 @@ def test_a_gpu_without_room_is_a_save_that_failed(
 
     problem = "a GPU lacks memory for 0.0 GiB of optimizer state"
     if whose == "ours":
-        monkeypatch.setattr(room, "_take", refuse)
+        monkeypatch.setattr(gpu_memory, "_take", refuse)
     else:
         others = {list: [problem]}  # they agree in everything else
         monkeypatch.setattr(saving, "gathered", lambda own: [own, others.get(type(own), own)])

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 from support.studies import SMALL, pretend, state_of, write_study
 
+from megatron_smlp import plugin_texts
 from megatron_smlp.errors import UsageError
+from megatron_smlp.plugin_texts import PluginFile
 from megatron_smlp.study.plan import PlannedRun, identity_of, next_factor
 from megatron_smlp.study.state import DONE, FAILED, State, begin, description
 
@@ -28,6 +30,18 @@ def test_one_trunk_and_a_branch_a_horizon(tmp_path: Path):
     assert short.start == first.end == short.end - round(short.end * 0.2)
     for run in (short, middle, longest):
         assert run.end == pytest.approx(run.horizon / 2048, rel=0.03)
+
+
+def test_a_plugin_without_flags_or_parts_makes_another_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Such as a schedule; one with a mixer is known by the flags that choose it."""
+    run, *_ = one_seed(tmp_path)
+    named = {**run.flags, "plugin": ["mine.py"]}
+    for parts, is_same in ((frozenset({"a mixer"}), True), (frozenset[str](), False)):
+        plugin = PluginFile("mine", Path("mine.py"), "", parts)
+        monkeypatch.setitem(plugin_texts.LOADED, "mine", plugin)
+        assert (dataclasses.replace(run, flags=named).key == run.key) == is_same
 
 
 def test_all_pieces_share_data_order_and_warmup(tmp_path: Path):

@@ -70,6 +70,15 @@ def test_rounds_with_a_slow_product_do_not_count(known: State, tmp_path: Path):
     assert f"are of {hardware()}, 1 thread a process." in text
 
 
+def test_a_rival_that_was_not_timed_leaves_it_open(known: State, tmp_path: Path):
+    pretend(known, loss_of)
+    steps = {"transformer": [1.0] * 3, "smlp_deterministic": [0.5] * 3}
+    Results(tmp_path / "results").add_speed(timing(steps, [0.4] * 3))
+    claims, _ = claims_and_text(known, tmp_path)
+    [comparison] = claims["C3"]["comparisons"]
+    assert (comparison["other"], comparison["verdict"]) == ("switch", "undecided")
+
+
 def test_two_quiet_rounds_decide_nothing(known: State, tmp_path: Path):
     claims, text = timed(known, tmp_path, [0.5] * 3, [1.0, 9.0, 1.0], [0.4, 0.2, 0.4])
     assert claims["C3"]["verdict"] == "undecided"
