@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -51,7 +52,8 @@ RENAMED = {
     "consumed_square_flops": "square_flops",
 }
 SIGNIFICANT = "%.7g"
-TEXTS = ("key", "parent", "commit", "sources", "fingerprint")  # strings that may look like numbers
+# Strings that may look like numbers.
+TEXTS = ("key", "parent", "commit", "sources", "fingerprint", "label")
 
 
 class Results:
@@ -275,5 +277,5 @@ def _curve_lines(run: PlannedRun, records: list[Record]) -> Iterator[dict[str, A
 
 
 def default_folder(name: str) -> Path:
-    """Return studies/results/NAME/HARDWARE."""
-    return ROOT / name / hardware()
+    """Return studies/results/NAME/HARDWARE; not by the number of GPUs, as workers see their own."""
+    return ROOT / name / re.sub(r"-\d+x-", "-", hardware())

@@ -10,7 +10,7 @@ from support.studies import claims_and_text, loss_of, pretend, state_of, write_s
 
 from megatron_smlp.errors import UsageError
 from megatron_smlp.study import hardware as hardware_module
-from megatron_smlp.study import process, speed
+from megatron_smlp.study import process, results, speed
 from megatron_smlp.study.data import StudyData
 from megatron_smlp.study.hardware import hardware
 from megatron_smlp.study.results import Results
@@ -77,6 +77,12 @@ def test_a_rival_that_was_not_timed_leaves_it_open(known: State, tmp_path: Path)
     claims, _ = claims_and_text(known, tmp_path)
     [comparison] = claims["C3"]["comparisons"]
     assert (comparison["other"], comparison["verdict"]) == ("switch", "undecided")
+
+
+@pytest.mark.parametrize("count", [1, 8])
+def test_workers_with_gpus_of_their_own_share_a_folder(count: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(results, "hardware", lambda: f"amd-epyc-{count}x-nvidia-h100")
+    assert results.default_folder("mine").name == "amd-epyc-nvidia-h100"
 
 
 def test_two_quiet_rounds_decide_nothing(known: State, tmp_path: Path):
