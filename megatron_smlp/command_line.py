@@ -23,6 +23,11 @@ def flag_of(name: str) -> str:
     return SPELLINGS.get(name) or "--" + name.replace("_", "-")
 
 
+def negation_of(flag: str) -> str:
+    """Return `--no-save` for `--save`."""
+    return flag.replace("--", "--no-", 1)
+
+
 def did_you_mean(name: str, known: Iterable[str], *, most: int = 1, cutoff: float = 0.6) -> str:
     """Return `did you mean A or B?` with at most `most` known names; "" if none is close."""
     close = difflib.get_close_matches(name, list(known), n=most, cutoff=cutoff)

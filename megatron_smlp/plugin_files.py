@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_smlp import options, systems
-from megatron_smlp.command_line import Parser, flag_of
+from megatron_smlp.command_line import Parser, flag_of, negation_of
 from megatron_smlp.errors import UsageError
 from megatron_smlp.flag_facts import Facts
 from megatron_smlp.flags.yaml_file import Setting, config_paths, read_settings
@@ -37,7 +37,7 @@ from megatron_smlp.plugin_texts import (
 )
 
 KEY = "plugin"
-NO_PLUGIN, NO_ALLOW = (flag.replace("--", "--no-", 1) for flag in (FLAG, ALLOW))
+NO_PLUGIN, NO_ALLOW = negation_of(FLAG), negation_of(ALLOW)
 GROUP = "megatron_smlp.plugins"
 HOSTED = "megatron_smlp.layers.hosted"
 WITHOUT_FLAGS = ("mlp", "none")

@@ -323,10 +323,19 @@ class ChannelMixer(Mixer):
     """Works on each token by itself, in place of the FFN."""
 
 
-class TokenRouter(_WithWeights):
+class _Router(_WithWeights):
+    """Base class of a rule of routing, whose parameters every rank holds whole."""
+
+    def parameter(self, *shape: int, init: Init) -> Weight:
+        """Create a parameter, read by calling it; every rank holds all of it."""
+        return Weight(*shape, cut=None, init=init)
+
+
+class TokenRouter(_Router):
     """A rule by which N tokens choose among E FFN experts.
 
     The scores are h W in fp32, with the host's W: <float>[E, D], unless `scores` is overridden.
+    Parameters besides W are made with `self.parameter` in `__init__`.
     `choose` is called without gradients for the whole micro-batch, `weigh` with them.
     """
 
@@ -340,11 +349,6 @@ class TokenRouter(_WithWeights):
         super().__init__()
         self.num_experts = num_experts
         _set_options(self, values, num_experts=num_experts)
-
-    def parameter(self, *shape: int, init: Init) -> Weight:
-        """Create a parameter besides W, in `__init__`; every rank holds all of it. Read it by
-        calling it in `scores`, `weigh` or `loss`."""
-        return Weight(*shape, cut=None, init=init)
 
     def scores(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """hidden: <float>[..., D], weight: <float>[E, D] -> scores <fp32>[..., E], with gradient.
@@ -402,7 +406,7 @@ class TokenRouter(_WithWeights):
         return self
 
 
-class FeatureRouter(_WithWeights):
+class FeatureRouter(_Router):
     """A rule by which the C chunks of a sample's features choose among E spatial experts (smlp),
     based on its first P tokens; in those tokens themselves, chunk i goes to expert i mod E.
 
@@ -417,10 +421,6 @@ class FeatureRouter(_WithWeights):
 
     def build(self, prefix_length: int, num_experts: int) -> None:
         """Create the parameters with `self.parameter`."""
-
-    def parameter(self, *shape: int, init: Init) -> Weight:
-        """Create a parameter, which `scores` reads by calling it; every rank holds all of it."""
-        return Weight(*shape, cut=None, init=init)
 
     def scores(self, means: Tensor) -> Tensor:
         """means: <fp32>[B, P, C'], of each chunk over its features before their norm -> scores

@@ -21,7 +21,7 @@ from rich.markup import escape
 
 from megatron_smlp import plugin_files
 from megatron_smlp.checking.rows import Check
-from megatron_smlp.command_line import Parser, flag_of
+from megatron_smlp.command_line import Parser, flag_of, negation_of
 from megatron_smlp.errors import UsageError
 from megatron_smlp.flags.our_flags import add_plugin_options
 from megatron_smlp.options import OUR_FLAGS, PLUGIN_OPTIONS
@@ -104,7 +104,7 @@ def _flags(name: str, values: Mapping[str, Any]) -> Iterator[str]:
         owners = (*facts.architectures, *facts.token_routers, *facts.feature_routers)
         if name in owners and value != PLUGIN_OPTIONS[option].default:
             flag = flag_of(option)
-            switch = flag if value else flag.replace("--", "--no-", 1)
+            switch = flag if value else negation_of(flag)
             yield switch if isinstance(value, bool) else f"{flag}={value}"
 
 

@@ -27,7 +27,7 @@ from megatron_smlp.checkpoints.resume_checks import check_same_model, compare_ru
 from megatron_smlp.collectives import from_first_rank, gathered
 from megatron_smlp.durable import write_durably
 from megatron_smlp.errors import NoGoodCheckpointError
-from megatron_smlp.first_rank import first_rank_first
+from megatron_smlp.first_rank import await_all_ranks, first_rank_first
 
 Say = Callable[[str], None]
 
@@ -107,7 +107,6 @@ def problems(folder: Path) -> list[str]:
     sums, texts = from_first_rank(plan)
     if not texts:
         own = integrity.problems_in(folder, dict(sorted(sums.items())[rank::size]))
-        with first_rank_first(rank):
-            pass  # until all ranks have read their share
+        await_all_ranks(rank)  # until each has read its share
         texts = [text for part in gathered(own) for text in part]
     return sorted(texts)

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_smlp.command_line import flag_of
+from megatron_smlp.command_line import flag_of, negation_of
 from megatron_smlp.errors import UsageError
 from megatron_smlp.flags.exclusive import PER_SPLIT, replaced_by
 from megatron_smlp.flags.parser_actions import actions_of, given_flags, nearest
@@ -66,7 +66,7 @@ def _as_flags(action: argparse.Action, key: str, value: Any, place: str) -> list
                 f"--config {place}: '{key}' is a switch: true or false, not {value!r}."
             )
         if isinstance(action, argparse.BooleanOptionalAction):
-            return [flag if value else flag.replace("--", "--no-", 1)]
+            return [flag if value else negation_of(flag)]
         return [flag] if value else []
     if value is None:
         return []

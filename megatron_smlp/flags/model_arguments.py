@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from megatron_smlp.command_line import negation_of
 from megatron_smlp.flag_facts import MEGATRON_FLAGS, Facts
 from megatron_smlp.flags.megatron_flags import ALLOW, usable
 from megatron_smlp.options import MODEL_FLAGS
@@ -43,6 +44,6 @@ def _arguments_of(actions: Sequence[argparse.Action], value: Any, *, always: boo
             if action.const == value and action.default != value:
                 yield option
         elif isinstance(action, argparse.BooleanOptionalAction):
-            yield option if value else option.replace("--", "--no-", 1)
+            yield option if value else negation_of(option)
         elif always or value != action.default:
             yield f"{option}={str(value).replace(' ', '')}"

@@ -8,7 +8,7 @@ import re
 from collections.abc import MutableMapping, Sequence
 from typing import Any
 
-from megatron_smlp.command_line import flag_of
+from megatron_smlp.command_line import flag_of, negation_of
 from megatron_smlp.errors import UsageError
 from megatron_smlp.flags.layout import check_layout
 from megatron_smlp.flags.yaml_file import config_paths, read_yaml, spelling
@@ -37,7 +37,7 @@ def given(flag: str, argv: Sequence[str]) -> Any:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument(flag, dest="value", nargs="?")
     value = parser.parse_known_args(list(argv))[0].value
-    if value is None and flag.replace("--", "--no-", 1) not in argv:
+    if value is None and negation_of(flag) not in argv:
         name = spelling(flag.removeprefix("--"))
         keys = {spelling(key): entry for key, entry in read_yaml(*config_paths(argv)).items()}
         return keys.get(name)

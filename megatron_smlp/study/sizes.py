@@ -165,9 +165,12 @@ class Sizes:
         df = welch([(predicted.error, predicted.df), (error, own_df)])
         both = math.hypot(predicted.error, error)
         missed = of_error(observed.mean - predicted.mean, both, df=df, n=observed.n)
-        is_within = "yes" if missed.low <= 0 <= missed.high else "**no**"
-        if not math.isfinite(missed.high):
-            is_within = "no interval" if math.isfinite(missed.mean) else "not yet"
+        if not math.isfinite(missed.mean):
+            is_within = "not yet"
+        elif not math.isfinite(missed.high):
+            is_within = "no interval"
+        else:
+            is_within = "yes" if missed.low <= 0 <= missed.high else "**no**"
         return row(
             self.title(size), self.titles[rival], f"{horizon / 1e6:g}M", _with_interval(predicted),
             number(observed.mean, ".3f"), _with_interval(missed),
