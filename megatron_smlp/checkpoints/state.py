@@ -64,7 +64,8 @@ def write(parts: Trained, folder: Path, *, iteration: int, cache: dict[str, Any]
         with --async-save, Megatron's request that writes the files; else None.
     """
     args = parts.args
-    state, metadata = _to_be_saved(parts, iteration=iteration)
+    metadata = _build_sharded_state_dict_metadata(args, dp_cp_group=parts.groups.dp_cp)
+    state = _state(parts, metadata, rng=_rng(parts), iteration=iteration)
     validates = not ("saved" in cache and args.ckpt_assume_constant_structure)  # the first save
     return dist_checkpointing.save(
         state,
@@ -77,37 +78,6 @@ def write(parts: Trained, folder: Path, *, iteration: int, cache: dict[str, Any]
         async_strategy=args.async_strategy,
         verify_integrity=args.verify_integrity,
     )
-
-
-UNTRIED = ("decoupled_lr", "expert_tensor_parallel_size")
-"""Flags that give optimizer state a form that no test has saved."""
-
-
-def check_saving(parts: Trained) -> None:
-    """Assemble what a save would write, if no test has saved the like. Collective.
-
-    Raises:
-        UsageError: it cannot be assembled: the run would lose all that it had trained.
-    """
-    args = parts.args
-    given = [name for name in UNTRIED if args.explicit_flags.get(name) not in (None, False)]
-    given += args.allow_untested_flag or []
-    if not (args.save and given):
-        return
-    try:
-        _to_be_saved(parts, iteration=0)
-    except Exception as error:
-        flags = " ".join(flag_of(name) for name in given)
-        raise UsageError(
-            f"{flags}: the state of this run cannot be saved ({type(error).__name__}: "
-            f"{' '.join(str(error).split())[:200]}). Leave {flags} out, or train without --save."
-        ) from error
-
-
-def _to_be_saved(parts: Trained, *, iteration: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return a training's state, and Megatron's metadata of its form."""
-    metadata = _build_sharded_state_dict_metadata(parts.args, dp_cp_group=parts.groups.dp_cp)
-    return _state(parts, metadata, rng=_rng(parts), iteration=iteration), metadata
 
 
 def _strategy(parts: Trained, cache: dict[str, Any]) -> Any:

@@ -39,13 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--prompt-style", choices=["lm_eval", "paper"], default="lm_eval",
         help="COPA prompts (default lm_eval)",
     )  # fmt: skip
-    tasks.add_argument(
-        "--too-long", choices=["skip", "truncate", "stop"], default="skip",
-        help="if an option exceeds the model's length: skip the example (default), score only the "
-        "option's end, or stop; such examples are named either way",
-    )  # fmt: skip
     tasks.add_argument("--samples", metavar="FILE", help="per-example scores, as JSON lines")
-    tasks.add_argument("--markdown", metavar="FILE", help="a report with the paper's figures")
     text = parser.add_argument_group("perplexity")
     text.add_argument("--data-path", metavar="PREFIX", help="a .bin/.idx pair, read once, whole")
     text.add_argument("--split", metavar="A,B,C", help="of the run: read only its validation set")
@@ -98,7 +92,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
             "--data-path PREFIX"
         )
     text_flags = ("stride", "split", "suffix_from", "breakdown", "allow_tokenizer_mismatch")
-    task_flags = ("data_dir", "include_path", "prompt_style", "too_long", "samples", "markdown")
+    task_flags = ("data_dir", "include_path", "prompt_style", "samples")
     for flags, excludes, instead in (
         (text_flags, options.tasks, "--data-path PREFIX"),
         (task_flags, options.data_path, "--tasks A,B"),
@@ -112,7 +106,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     if options.hf and rest:
         raise UsageError(f"{rest[0]} is not a flag of evaluate.py --hf; see `--help`")
     require_positive(options, "limit", "batch_size", "stride", "seq_length")
-    for flag in ("output", "samples", "markdown"):  # found before hours of work, not after them
+    for flag in ("output", "samples"):  # found before hours of work, not after them
         path = getattr(options, flag)
         if path is not None and not Path(path).resolve().parent.is_dir():
             raise UsageError(f"--{flag} {path}: the folder {Path(path).parent} does not exist")
@@ -201,8 +195,7 @@ def evaluate_tasks(options: argparse.Namespace, megatron_flags: Sequence[str]) -
         iteration, model = _harness_model(options, megatron_flags)
         from megatron_smlp.evaluation.harness import run_tasks
 
-        scored = run_tasks(model, selection, limit=options.limit, too_long=options.too_long)
-        _report(options, scored, iteration=iteration)
+        _report(options, run_tasks(model, selection, limit=options.limit), iteration=iteration)
 
 
 def _harness_model(
@@ -263,11 +256,7 @@ def _exported_scorer(options: argparse.Namespace) -> tuple[argparse.Namespace, A
 
 
 def _report(options: argparse.Namespace, scored: Iterable[Any], *, iteration: int | None) -> None:
-    """Rewrite the requested files as each task ends, so that a later failure keeps its results.
-
-    Raises:
-        UsageError: no example of any task could be scored.
-    """
+    """Rewrite the requested files as each task ends, so that a later failure keeps its results."""
     from megatron_smlp.evaluation import reports
     from megatron_smlp.training.captured_output import terminal
 
@@ -282,8 +271,6 @@ def _report(options: argparse.Namespace, scored: Iterable[Any], *, iteration: in
     finally:
         if is_first and results:
             reports.print_table(results, terminal(), title=f"Zero-shot: {source}")
-    if is_first and not any(result.scores for result in results):
-        raise UsageError(f"--tasks {options.tasks}: no example fits into the model of {source}")
 
 
 def _write(
@@ -292,12 +279,9 @@ def _write(
     from megatron_smlp.evaluation import reports
 
     if options.output:
-        names = ("dtype", "limit", "prompt_style", "seq_length", "too_long")
+        names = ("dtype", "limit", "prompt_style", "seq_length")
         kept = {"iteration": iteration, **{name: getattr(options, name) for name in names}}
         about = {"path": source, "kind": "hf" if options.hf else "checkpoint", **kept}
         reports.write_json(Path(options.output), model=about, results=results)
     if options.samples:
         reports.write_samples(Path(options.samples), results)
-    if options.markdown:
-        text = reports.as_markdown(results, model=source)
-        reports.replace_file(Path(options.markdown), text)

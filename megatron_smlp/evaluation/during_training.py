@@ -66,7 +66,7 @@ class TaskEvaluation:
 
         self.model = list(model)
         with quiet_libraries(), _own_random_numbers():
-            check_tasks(self._scored(), self.selection, limit=self.args.eval_tasks_limit)
+            check_tasks(self._scored(), self.selection)
 
     def _scored(self) -> Any:
         """Return the model, wrapped for the harness."""

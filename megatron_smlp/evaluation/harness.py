@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import lm_eval
@@ -15,7 +12,6 @@ from tqdm import tqdm
 
 from megatron_smlp.data.tokenizers.spec import Tokenizer
 from megatron_smlp.errors import UsageError
-from megatron_smlp.evaluation.fitting import Misfit, TooLong, misfits
 from megatron_smlp.evaluation.megatron_scorer import MegatronScorer
 from megatron_smlp.evaluation.reports import TaskResult, from_harness
 from megatron_smlp.evaluation.rows import Row, RowScore
@@ -25,114 +21,46 @@ Request = tuple[tuple[str, str], list[int], list[int]]
 """(context, continuation), then the token ids of each."""
 
 
-def run_tasks(
-    model: Any, selection: Selection, *, limit: int | None, too_long: TooLong = "skip"
-) -> Iterator[TaskResult]:
+def run_tasks(model: Any, selection: Selection, *, limit: int | None) -> Iterator[TaskResult]:
     """Score the examples of the tasks zero-shot, one task or group after another.
 
     Args:
         model: a `lm_eval.api.model.LM`.
         limit: number of examples per task, from the first; None: all.
-        too_long: what to do with examples that do not fit into the model; they are named in any
-            case. truncate: cut the beginning of an option; leave out what cannot be cut.
 
     Yields:
         a result per task, as each ends; nothing on ranks where the harness returns none.
 
     Raises:
-        UsageError: an example does not fit and too_long is stop, or the requests of a task cannot
-            be built from its file.
+        UsageError: as check_tasks.
     """
-    checked = check_tasks(model, selection, limit=limit)
-    if too_long == "stop":
-        for name, number, misfit in itertools.chain.from_iterable(map(_Checked.named, checked)):
-            raise UsageError(
-                f"--tasks {name}, example {number}: {misfit.reason}: skip such examples "
-                "(--too-long skip), or evaluate a model with a longer --seq-length"
-            )
-    for item in checked:
-        chosen = item.chosen(limit, too_long)
-        empty = [name for name, numbers in chosen.items() if not numbers]
-        some = {name: numbers for name, numbers in chosen.items() if numbers}
-        # If one of its tasks is empty, a group's own score would not cover the tasks it names.
-        scored = [item.tasks[name] for name in some] if empty else [item.item]
-        results = _evaluated(model, scored, selection, some) if some else []
-        results += [TaskResult(name, 0, {}, str(item.tasks[name].VERSION)) for name in empty]
-        for result in results:
-            misfits_of = item.misfits.get(result.task, {})
-            unfit = {number: misfit.said(too_long) for number, misfit in misfits_of.items()}
-            yield dataclasses.replace(result, unfit=unfit)
+    check_tasks(model, selection)
+    for item in selection.tasks:
+        results = lm_eval.simple_evaluate(
+            model=model,
+            tasks=[item],
+            task_manager=selection.manager,
+            num_fewshot=0,
+            limit=limit,
+            log_samples=True,
+            random_seed=None,  # nothing is drawn, and a surrounding training keeps its seeds
+            numpy_random_seed=None,
+            torch_random_seed=None,
+            bootstrap_iters=1000,
+        )
+        if results is not None:
+            yield from from_harness(results)
 
 
-def check_tasks(model: Any, selection: Selection, *, limit: int | None) -> list[_Checked]:
+def check_tasks(model: Any, selection: Selection) -> None:
     """Check all tasks up front, before hours of scoring or training.
 
     Raises:
-        UsageError: a task needs a model that generates text, or its requests cannot be built.
+        UsageError: a task needs a model that generates text.
     """
-    return [_Checked.of(item, model, selection, limit) for item in selection.tasks]
-
-
-@dataclass(frozen=True)
-class _Checked:
-    """A task or a group, and those of its examples that do not fit into the model."""
-
-    item: Any
-    tasks: Mapping[str, Any]
-    """By name: the task itself, or the tasks of the group."""
-    misfits: Mapping[str, Mapping[int, Misfit]]
-    """By task, then by the number of the example."""
-
-    @classmethod
-    def of(cls, item: Any, model: Any, selection: Selection, limit: int | None) -> _Checked:
-        tasks = selection.manager.load([item])["tasks"]
-        unfit = {}
-        for name, task in tasks.items():
-            if isinstance(model, ScorerModel) and task.OUTPUT_TYPE == "generate_until":
-                model.generate_until([])
-            task.set_config(key="num_fewshot", value=0)
-            try:
-                unfit[name] = misfits(task, model, limit=limit)
-            except UsageError:
-                raise
-            except Exception as error:  # any kind: prompts and code are not ours
-                raise selection.broken(name, error) from error
-        return cls(item, tasks, unfit)
-
-    def named(self) -> Iterator[tuple[str, int, Misfit]]:
-        for name, numbered in self.misfits.items():
-            yield from ((name, number, misfit) for number, misfit in numbered.items())
-
-    def chosen(self, limit: int | None, too_long: TooLong) -> dict[str, Sequence[int]]:
-        """Return the numbers of the examples to score, by task."""
-        chosen: dict[str, Sequence[int]] = {}
-        for name, task in self.tasks.items():
-            unfit, count = self.misfits[name], len(task.eval_docs)
-            numbers = range(count if limit is None else min(limit, count))
-            left_out = {number for number in unfit if not unfit[number].is_cut(too_long)}
-            # The harness looks up each example in this sequence, which is fast in a range.
-            chosen[name] = [n for n in numbers if n not in left_out] if left_out else numbers
-        return chosen
-
-
-def _evaluated(
-    model: Any,
-    tasks: Sequence[Any],
-    selection: Selection,
-    chosen: Mapping[str, Sequence[int]],
-) -> list[TaskResult]:
-    results = lm_eval.simple_evaluate(
-        model=model,
-        tasks=tasks,
-        task_manager=selection.manager,
-        samples=dict(chosen),
-        log_samples=True,
-        random_seed=None,  # nothing is drawn, and a surrounding training keeps its seeds
-        numpy_random_seed=None,
-        torch_random_seed=None,
-        bootstrap_iters=1000,
-    )
-    return [] if results is None else from_harness(results)
+    tasks = selection.manager.load(selection.tasks)["tasks"].values()
+    if isinstance(model, ScorerModel) and any(t.OUTPUT_TYPE == "generate_until" for t in tasks):
+        model.generate_until([])
 
 
 class ScorerModel(TemplateLM):
@@ -166,10 +94,6 @@ class ScorerModel(TemplateLM):
         self.scorer, self.encoder, self.end = scorer, tokenizer.build(), tokenizer.eod
         self.start = list(start)
         self.bar_disabled = None if shows_progress else True  # None: shown on a terminal only
-
-    @property
-    def longest(self) -> int:
-        return self.scorer.longest
 
     @property
     def prefix_token_id(self) -> int:

@@ -37,15 +37,11 @@ class ExportedModel(HFLM):
             # Training documents followed an end of document, not a BOS that is merely defined.
             self.custom_prefix_token_id = self.tokenizer.eos_token_id
 
-    @property
-    def longest(self) -> int:
-        return int(self.max_length)
-
     def _loglikelihood_tokens(
         self, requests: list[Request], *args: Any, **kwargs: Any
     ) -> list[tuple[float, bool]]:
         """Truncate options, then score as the base class does, which truncates only contexts."""
-        most = self.longest
+        most = int(self.max_length)
         cut = [
             (key, context, option)
             if len(option) <= most

@@ -1,8 +1,4 @@
-"""Report the harness's results: as scores, on the console, in JSON, markdown and metrics.jsonl.
-
-The markdown report puts the paper's figures below the measured ones. They are from arXiv 2203.06850
-and its public leaderboards, and were never measured by this program.
-"""
+"""Report the harness's results: as scores, on the console, in JSON and metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -34,11 +30,8 @@ PAPER_FIGURES = {
     "Switch 9B": ("75.0", "n/a", "n/a", "53.4", "52.5", "79.9"),
     "sMLP-deterministic 9.4B": ("79.0", "73.0", "n/a", "54.3", "54.5", "73.4"),
 }
-"""Accuracy in %, for ReCoRD exact match; n/a: a figure that we have no source for."""
-
-
-SHARES = {"acc", "acc_norm", "exact_match"}
-"""Metrics that are fractions in every task, as all metrics of the paper's tasks are."""
+"""Accuracy in %, for ReCoRD exact match, from arXiv 2203.06850 and its public leaderboards; n/a: a
+figure that we have no source for."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +53,6 @@ class TaskResult:
     version: str
     samples: list[dict[str, Any]] = field(repr=False, default_factory=list)
     """Each example: document id, target, and the options' log-likelihoods."""
-    unfit: Mapping[int, str] = field(default_factory=dict)
-    """Examples that did not fit into the model, by document id: what happened to each, and why."""
 
     def as_json(self) -> dict[str, Any]:
         scores = {name: asdict(score) for name, score in self.scores.items()}
@@ -113,14 +104,12 @@ def _sample(task: str, sample: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_record(results: Iterable[TaskResult]) -> dict[str, dict[str, float | None]]:
-    """Return `{"copa": {"acc": 0.55, "acc_stderr": 0.05, "examples": 99, "unfit": 1}}` for
-    metrics.jsonl."""
+    """Return `{"copa": {"acc": 0.55, "acc_stderr": 0.05, "examples": 99}}` for metrics.jsonl."""
     return {
         result.task: {
             **{name: score.value for name, score in result.scores.items()},
             **{f"{name}_stderr": score.stderr for name, score in result.scores.items()},
             "examples": result.examples,
-            "unfit": len(result.unfit),
         }
         for result in results
     }
@@ -131,24 +120,8 @@ def task_texts(results: Iterable[TaskResult]) -> list[str]:
     texts = []
     for result in results:
         scores = [f"{name} {score.value:.3f}" for name, score in result.scores.items()]
-        unfit = [f"({len(result.unfit):,} do not fit)"] if result.unfit else []
-        texts.append(" ".join([result.task, *scores, *unfit]))
+        texts.append(" ".join([result.task, *scores]))
     return texts
-
-
-def unfit_texts(results: Iterable[TaskResult], *, most: int = 5) -> list[str]:
-    """Return a line for each task with examples that do not fit: how many, which, and why."""
-    lines = []
-    for result in filter(lambda result: result.unfit, results):
-        numbers = [str(number) for number in result.unfit]
-        shown = ", ".join(numbers[:most]) + ", ..." * (len(numbers) > most)
-        reason = next(iter(result.unfit.values()))
-        of = result.examples + sum(text.startswith("left out") for text in result.unfit.values())
-        lines.append(
-            f"{result.task}: {len(numbers):,} of {of:,} examples do not fit: {shown}. "
-            f"Example {numbers[0]} {reason}"
-        )
-    return lines
 
 
 def print_table(results: Sequence[TaskResult], file: TextIO, *, title: str) -> None:
@@ -164,18 +137,11 @@ def print_table(results: Sequence[TaskResult], file: TextIO, *, title: str) -> N
             table.add_row(result.task, metric, f"{score.value:.4f}", error, f"{result.examples:,}")
     console = Console(file=file, highlight=False, markup=False, soft_wrap=True)
     console.print(table)
-    for line in unfit_texts(results):
-        console.print(line)
 
 
 def write_json(path: Path, *, model: dict[str, Any], results: Sequence[TaskResult]) -> None:
-    """Write `{"model", "results": {task: {"examples", "version", "metrics"}}, "unfit": {task: {doc:
-    why}}}`; a task without any fitting example is only in `unfit`."""
-    record = {
-        "model": model,
-        "results": {result.task: result.as_json() for result in results if result.scores},
-        "unfit": {result.task: dict(result.unfit) for result in results if result.unfit},
-    }
+    """Write `{"model", "results": {task: {"examples", "version", "metrics"}}}`."""
+    record = {"model": model, "results": {result.task: result.as_json() for result in results}}
     replace_file(path, json.dumps(record, indent=2) + "\n")
 
 
@@ -195,50 +161,3 @@ def write_samples(path: Path, results: Sequence[TaskResult]) -> None:
         for sample in result.samples
     ]
     replace_file(path, "".join(lines))
-
-
-def as_markdown(results: Sequence[TaskResult], *, model: str) -> str:
-    """Return a table of the measured scores and, separately and marked as such, the paper's."""
-    lines = [
-        f"# Zero-shot evaluation of {model}",
-        "",
-        "## Measured here",
-        "",
-        "| task | metric | value | standard error | examples |",
-        "|---|---|---:|---:|---:|",
-    ]
-    for result in results:
-        for metric, score in result.scores.items():
-            is_share = metric.partition(" ")[0] in SHARES or _task_of_the_paper(result.task)
-            written = "{:.1%}" if is_share else "{:.4f}"
-            error = "n/a" if score.stderr is None else written.format(score.stderr)
-            cells = (result.task, metric, written.format(score.value), error, f"{result.examples}")
-            lines.append(f"| {' | '.join(cells)} |")
-    lines += [part for line in unfit_texts(results) for part in ("", line)]
-    tasks = list(dict.fromkeys(filter(None, (_task_of_the_paper(r.task) for r in results))))
-    return "\n".join([*lines, *(_paper_lines(tasks) if tasks else [])]) + "\n"
-
-
-def _task_of_the_paper(name: str) -> str | None:
-    """Return the paper's name for a task of the harness, or None if the paper lacks it."""
-    base = "storycloze" if name.startswith("storycloze") else name.removesuffix("_paper")
-    return base if base in PAPER_METRICS else None
-
-
-def _paper_lines(tasks: Sequence[str]) -> list[str]:
-    names = [f"{task} ({PAPER_METRICS[task]})" for task in tasks]
-    columns = [list(PAPER_METRICS).index(task) for task in tasks]
-    return [
-        "",
-        "## Reported by the paper, not measured here",
-        "",
-        "arXiv 2203.06850, models of about 10B parameters, in %; n/a: no source known. The metric",
-        "is the one above that we read the column as.",
-        "",
-        f"| model | {' | '.join(names)} |",
-        f"|---|{'---:|' * len(names)}",
-        *(
-            f"| {model} | {' | '.join(figures[column] for column in columns)} |"
-            for model, figures in PAPER_FIGURES.items()
-        ),
-    ]

@@ -30,10 +30,6 @@ class Selection:
     manager: Any
     """The TaskManager that loaded them."""
 
-    def broken(self, name: str, error: Exception) -> UsageError:
-        """Return the error for a task whose prompts cannot be built."""
-        return UsageError(f"--tasks {name}: {_file_of(name, self.manager)}: {_in_words(error)}")
-
 
 def split_names(text: str, *, flag: str = "--tasks") -> list[str]:
     """Split `copa, piqa` into ["copa", "piqa"], each name once.

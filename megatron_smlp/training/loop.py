@@ -25,7 +25,7 @@ from megatron.core.num_microbatches_calculator import (
 
 from megatron_smlp.checkpoints.choosing import choose_checkpoint
 from megatron_smlp.checkpoints.folders import is_same_folder
-from megatron_smlp.checkpoints.state import check_saving, read
+from megatron_smlp.checkpoints.state import read
 from megatron_smlp.collectives import from_first_rank, gathered
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.plugins import register
@@ -84,7 +84,6 @@ def train(
         if iteration == 0:
             check_causality(parts)
             forward.statistics.take(training=False)  # discard the router statistics of the check
-            check_saving(parts)
         gathered(None)  # wait until all ranks have their data
         start_up.over()
         run.listeners.ready()

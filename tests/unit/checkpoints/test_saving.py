@@ -7,7 +7,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from support.launches import REPOSITORY, clean_environment
 from megatron_smlp.checkpoints import gpu_memory, saving
 from megatron_smlp.checkpoints.folders import iteration_folder, iterations
 from megatron_smlp.checkpoints.integrity import verify
-from megatron_smlp.errors import SaveError, UsageError
+from megatron_smlp.errors import SaveError
 from megatron_smlp.training.events import Outcome
 from megatron_smlp.training.reporting import Reporter
 
@@ -147,30 +146,3 @@ def test_a_writer_ends_with_its_rank(tmp_path: Path):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(rank.pid, signal.SIGKILL)
     assert rank.returncode == -signal.SIGKILL
-
-
-@pytest.mark.parametrize(
-    "flag", ["--decoupled-lr 0.01", "--fim-rate 0.5 --allow-untested-flag fim-rate", ""]
-)
-def test_a_state_that_cannot_be_saved_ends_a_run_before_its_first_step(
-    flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """Only with flags that no test saves with; other runs meet the error at a save."""
-    from megatron.core.optimizer.optimizer import ChainedOptimizer
-
-    pretrain(f"--save {tmp_path / 'whole'} {flag}")
-    assert iterations(tmp_path / "whole")
-
-    def fails(*args: Any, **kwargs: Any) -> Any:
-        raise TypeError("no state of this kind")
-
-    monkeypatch.setattr(ChainedOptimizer, "sharded_state_dict", fails)
-    log = tmp_path / "log" / "metrics.jsonl"
-    words = f"--save {tmp_path / 'run'} --log-dir {log.parent} {flag}"
-    error = UsageError if flag else TypeError
-    with pytest.raises(error, match="no state of this kind") as caught:
-        pretrain(words)
-    if flag:
-        message = f"{flag.split()[0]}: the state of this run cannot be saved (TypeError"
-        assert message in str(caught.value)
-    assert log.exists() is not bool(flag), "whether a step was made"
