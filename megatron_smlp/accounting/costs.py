@@ -163,7 +163,7 @@ class ModelShape:
             num_feature_chunks=options.num_chunks if is_partial else 0,
             num_positions=args.max_position_embeddings if positions == "learned_absolute" else 0,
             rotary_positions=positions == "rope",
-            attention_window=args.window_size[0] if args.window_size else None,
+            attention_window=_window(args.window_size),
             normed_head_width=args.kv_channels if args.qk_layernorm else 0,
             tied_embeddings=not args.untie_embeddings_and_output_weights,
             linear_bias=args.add_bias_linear,
@@ -191,6 +191,14 @@ class ModelShape:
     def matrix_parameters(self) -> int:
         """M and b of one spatial head or expert."""
         return self.seq_length + (1 if self.options.toeplitz else self.square)
+
+
+def _window(given: str | tuple[int, int] | None) -> int | None:
+    """Return how many tokens back a position attends to; None: all. A study's file and the record
+    of a checkpoint hold Megatron's tuple as text."""
+    text = str(given or (-1, 0)).strip("()")
+    back = int(text.split(",")[0])
+    return back if back >= 0 else None
 
 
 def _kept_by_activation(args: argparse.Namespace) -> int:
@@ -306,8 +314,8 @@ def token_moe_cost(shape: ModelShape) -> Cost:
     visits k of E experts, and none are dropped."""
     k, expert = shape.moe_router_topk, _expert_parameters(shape)
     router = shape.hidden_size * shape.num_experts if shape.router_has_weights else 0
-    rule = TOKEN_ROUTERS[shape.token_router].plugin
-    own: int = load(RULE_PARAMETERS)(shape, rule) if rule else 0
+    rule = TOKEN_ROUTERS.get(shape.token_router)
+    own: int = load(RULE_PARAMETERS)(shape, rule.plugin) if rule and rule.plugin else 0
     routed = Cost(
         replicated=router + own,
         summed=own,

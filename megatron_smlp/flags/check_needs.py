@@ -18,7 +18,12 @@ from megatron_smlp.options import DEFAULTS, OUR_FLAGS
 from megatron_smlp.platform import cpu
 from megatron_smlp.systems import ARCHITECTURES, BY_PREFIX, POSITIONS, SPECS
 
-OFF = {"attention_backend": "auto", "cuda_graph_impl": "none", "attention_dropout": 0.0}
+OFF = {
+    "attention_backend": "auto",
+    "cuda_graph_impl": "none",
+    "attention_dropout": 0.0,
+    "dist_ckpt_workers": 1,
+}
 KNOWN = {**DEFAULTS, **{name: flag.default for name, flag in MEGATRON_FLAGS.items()}}
 FILLED_IN = {name for name, flag in MEGATRON_FLAGS.items() if flag.filled_in}
 VALUES: dict[str, tuple[tuple[str, ...], str]] = {

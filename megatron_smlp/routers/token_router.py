@@ -100,6 +100,7 @@ class TokenRouter(CountedRouter, TopKRouter):
     def has_z_loss(self) -> bool:
         return bool(self.config.moe_z_loss_coeff)
 
+    @torch.no_grad()
     def count(self, choices: Choices, scores: Tensor, padding_mask: Tensor | None) -> None:
         """Add a group to the statistics; scores: <fp32>[N, E].
 

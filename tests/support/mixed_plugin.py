@@ -57,6 +57,9 @@ class Tempered(TokenRouter):
     def scores(self, hidden, weight):
         return super().scores(hidden, weight) * self.heat().float() + self.shift().float()
 
+    def weigh(self, scores, chosen):
+        return super().weigh(scores, chosen) * self.heat().float()
+
     def loss(self, scores, chosen):
         return scores.logsumexp(dim=-1).square().mean() + self.heat().float().square().sum()
 

@@ -59,15 +59,25 @@ def _namespace(config: SMLPConfig) -> argparse.Namespace:
 
 
 @pytest.mark.parametrize("window", [0, 5, 126, 127, 500])
-def test_attention_reads_its_window_alone(window: int):
+@pytest.mark.parametrize("is_text", [False, True])
+def test_attention_reads_its_window_alone(window: int, is_text: bool):
+    """Text: as in a study's file, which no parser of Megatron's has read."""
     args = _namespace(_config("transformer"))
     whole = model_cost(ModelShape.from_args(args))
-    args.window_size = (window, 0)
+    args.window_size = f"{window},0" if is_text else (window, 0)
     cost = model_cost(ModelShape.from_args(args))
     pairs = sum(min(position, window) + 1 for position in range(LENGTH))
     unread = 3 * 2 * 2 * 128 * (LENGTH * (LENGTH + 1) // 2 - pairs)  # layers, products, D
     assert whole.flops - cost.flops == unread
     assert cost.square_flops == whole.square_flops
+
+
+@pytest.mark.parametrize("window", ["-1,0", "(-1, 0)", (-1, 0)])
+def test_an_infinite_window_is_none(window: Any):
+    args = _namespace(_config("transformer"))
+    whole = model_cost(ModelShape.from_args(args))
+    args.window_size = window
+    assert model_cost(ModelShape.from_args(args)) == whole
 
 
 @pytest.mark.parametrize("system", SYSTEMS)

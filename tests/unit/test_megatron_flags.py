@@ -309,6 +309,7 @@ def test_flags_of_experts_that_are_not_there(parse: Parse, parser: ArgumentParse
         "--architecture amlp --attention-dropout 0.1",
         f"--architecture gmlp --swiglu {EXPERTS}",
         "--architecture gmlp --squared-relu --position-embedding-type learned_absolute",
+        "--architecture gmlp --dist-ckpt-workers 1",
         "--architecture smlp --num-feature-experts 8 --feature-router none",
         "--architecture gmlp --profile --profile-step-end 4 --use-pytorch-profiler --log-dir x",
     ],

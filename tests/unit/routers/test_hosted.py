@@ -10,6 +10,7 @@ from unit.plugins.test_checks import TWO
 
 from megatron_smlp import plugin_files
 from megatron_smlp.routers.hosted import update_rules
+from megatron_smlp.routers.statistics import RouterCounter
 
 pytestmark = pytest.mark.usefixtures("megatron", "registry")
 
@@ -38,3 +39,13 @@ def test_a_skipped_step_leaves_nothing_in_a_rule():
         rules.append(router.rule)
     assert rules[0].bound.isfinite().all()
     assert torch.equal(rules[0].bound, rules[1].bound)
+
+
+def test_counting_keeps_no_graph_of_a_rules_own_parameters():
+    """Else it grows with each batch, and the statistics cannot be taken."""
+    plugin_files.load(str(REPOSITORY / "tests" / "support" / "mixed_plugin.py"))
+    router = make_router("tempered", num_experts=3)
+    router.counter = RouterCounter(3, torch.device("cpu"))
+    weights, _ = router(torch.randn(4, 1, 3))
+    assert weights.requires_grad
+    assert not router.counter.pop(training=True).requires_grad
