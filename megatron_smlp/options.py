@@ -221,8 +221,7 @@ class RunOptions:
 
     allow_untested_flag: list[str] | None = None
     """Names of Megatron flags to accept although no test here uses them (docs/flags.md lists the
-    tested ones). They may do nothing, or harm; with --save, a save is planned before the first
-    step."""
+    tested ones). They may do nothing, or harm: a run may fail at its first save."""
 
     allow_tokenizer_mismatch: bool = False
     """Train on data whose manifest names a vocabulary other than this run's tokenizer's."""

@@ -50,6 +50,7 @@ START_FLAGS = frozenset({
     "use_checkpoint_args", "load", "save", "ckpt_step", "finetune", "no_load_optim", "no_load_rng",
     "override_ckpt_iteration", "exit_interval", "exit_duration_in_mins",
     "override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler", "tensorboard_dir",
+    "trust_remote_code",  # whose record it is need not be whom the user trusts
 })  # fmt: skip
 
 

@@ -83,7 +83,8 @@ def training_facts(
         return {}
     facts = {"iteration": f"{iteration:,}"}
     length = record.get("flags", {}).get("seq_length")
-    if samples := record.get("consumed_train_samples"):
+    skipped = record.get("flags", {}).get("skipped_train_samples", 0)
+    if samples := record.get("consumed_train_samples", 0) - skipped:
         facts["training tokens"] = f"{samples * length:,}" if length else f"{samples:,} samples"
     if average:
         return {**facts, "weights": f"the mean of {average} checkpoints, this the last"}

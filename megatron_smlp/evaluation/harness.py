@@ -8,6 +8,7 @@ from typing import Any
 import lm_eval
 from lm_eval import utils
 from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
 from megatron_smlp.data.tokenizers.spec import Tokenizer
@@ -56,11 +57,20 @@ def check_tasks(model: Any, selection: Selection) -> None:
     """Check all tasks up front, before hours of scoring or training.
 
     Raises:
-        UsageError: a task needs a model that generates text.
+        UsageError: a task needs a model that generates text, or one that is longer.
     """
-    tasks = selection.manager.load(selection.tasks)["tasks"].values()
-    if isinstance(model, ScorerModel) and any(t.OUTPUT_TYPE == "generate_until" for t in tasks):
-        model.generate_until([])
+    for name, task in selection.manager.load(selection.tasks)["tasks"].items():
+        if task.OUTPUT_TYPE != "generate_until":
+            continue
+        if isinstance(model, ScorerModel):
+            model.generate_until([])
+        asked = dict(task.config.generation_kwargs or {})
+        count = normalize_gen_kwargs(asked, model.max_gen_toks)["max_gen_toks"]
+        if count >= model.max_length:
+            raise UsageError(
+                f"--tasks {name} asks for {count} new tokens (max_gen_toks), but the model has "
+                f"{model.max_length} positions: leave it out, or evaluate a longer model"
+            )
 
 
 class ScorerModel(TemplateLM):

@@ -32,8 +32,8 @@ MEGATRONS = """
 
 These keep their names and meaning; `pretrain_smlp.py --help-all` describes each. Megatron's other
 flags are refused, since they may silently do nothing here, or do harm.
-`--allow-untested-flag NAME` accepts one anyway; with `--save`, a save is then planned before the
-first step. The flags of Megatron-LM's own examples, and which of them are here:
+`--allow-untested-flag NAME` accepts one anyway; such a run may fail at its first save. The flags of
+Megatron-LM's own examples, and which of them are here:
 [from-megatron-lm.md](from-megatron-lm.md#the-90-flags-that-are-used-most).
 """
 

@@ -181,7 +181,7 @@ class Study:
     design: Design | None = key(lambda value: _read(Design, value), None)
     """Replaces tuning and seeds."""
     may_differ: tuple[str, ...] | None = key(_list(lambda name: spelling(_text(name))), None)
-    """Flags of the optimizer or batches that are compared, and so may differ between systems."""
+    """Flags of the optimizer, or micro-batch-size, that are compared, and so may differ."""
     subject: str = key(_text)
     """The system whose claims are tested."""
     paper: bool = key(_yes_or_no, False)

@@ -287,8 +287,8 @@ def _unless_empty(name: str, loads: Loads) -> dict[str, Any]:
 
 
 def _loss_fields(title: str, losses: dict[str, float]) -> dict[str, float]:
-    """`lm loss` -> validation_loss, `prices suffix loss` -> validation_prices_suffix_loss; with
-    perplexities. With several validation sets: validation_books_loss."""
+    """`lm loss` -> validation_loss, `suffix loss` -> validation_suffix_loss; with perplexities.
+    With several validation sets: validation_books_loss."""
     fields: dict[str, float] = {}
     for name, loss in losses.items():
         parts = [word for word in name.split() if word not in ("lm", "loss")]

@@ -281,6 +281,16 @@ class TestRefusals:
         args = parse(f"--use-checkpoint-args {words.format(tmp_path)} --no-tensorboard-dir")
         assert args.tensorboard_dir is None
 
+    def test_a_record_does_not_say_whom_to_trust(self, parse: Parse, tmp_path: Path):
+        checkpoint(parse(GMLP), tmp_path)
+        folder = iteration_folder(tmp_path, 3)
+        line = [*GMLP.split(), "--trust-remote-code"]
+        write_records(folder, model_flags(parse(GMLP)), {"command_line": line})
+        integrity.seal(folder)
+        words = f"--use-checkpoint-args --load {tmp_path}"
+        assert not parse(words).trust_remote_code
+        assert parse(f"{words} --trust-remote-code").trust_remote_code
+
     def test_an_iteration_of_nothing(self, parse: Parse, tmp_path: Path):
         message = "--ckpt-step 5 needs a checkpoint, but --load is missing"
         refusal(parse, f"{GMLP} --ckpt-step 5", message)

@@ -40,6 +40,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder: Path = tmp_path_factory.mktemp("own")
     write_task(folder, "some", DOCUMENTS)
     write_task(folder, "writing", DOCUMENTS[:2], WRITING)
+    write_task(folder, "endless", DOCUMENTS[:2], WRITING.replace("3", f"{LENGTH}"))
     return folder
 
 
@@ -89,6 +90,8 @@ def test_only_exported_models_write(model: Any, own: Path, tasks: Path):
     found = scored(model, own, tasks, *names)
     assert [result.examples for result in found.values()] == [EXAMPLES, 2]
     assert math.isfinite(found["writing"].scores["exact_match"].value)
+    with pytest.raises(UsageError, match=f"--tasks endless asks for {LENGTH} new tokens"):
+        scored(model, own, tasks, "copa", "endless")
 
 
 def evaluate(words: str) -> None:
