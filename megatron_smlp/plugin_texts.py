@@ -39,12 +39,20 @@ class PluginFile:
             UsageError: it imports something that the folder does not contain.
         """
         text = exported(self.text)
-        if other := re.search(r"^\s*(?:from|import) megatron_smlp\b.*", text, flags=re.M):
+        names = "|".join(["megatron_smlp", *LOADED])
+        if other := re.search(rf"^\s*(?:from|import) (?:{names})\b.*", text, flags=re.M):
             raise UsageError(
                 f"{self.path} cannot be exported with a model, as it has the line "
-                f"`{other[0].strip()}`: move code that only observes training to a separate file."
+                f"`{other[0].strip()}`: write `from megatron_smlp.plugins import NAME`, `from "
+                "OTHER_PLUGIN import NAME`, and move code that only observes training to a "
+                "separate file."
             )
         return text
+
+    def imports(self) -> list[str]:
+        """Return the names of other plugins that its text imports."""
+        line = r"^\s*(?:from|import) {}\b"
+        return [name for name in LOADED if re.search(line.format(name), self.text, flags=re.M)]
 
 
 LOADED: dict[str, PluginFile] = {}
@@ -52,8 +60,12 @@ LOADED: dict[str, PluginFile] = {}
 
 
 def recorded() -> dict[str, str]:
-    """Return the SHA-256 of each plugin text that a model may be made of, for model.json."""
-    return {name: plugin.sha256 for name, plugin in LOADED.items() if plugin.parts}
+    """Return the SHA-256 of each plugin text that a model may be made of, for model.json: those
+    with parts of models, and what these import."""
+    needed = [name for name, plugin in LOADED.items() if plugin.parts]
+    for name in needed:  # which grows
+        needed += [other for other in LOADED[name].imports() if other not in needed]
+    return {name: plugin.sha256 for name, plugin in LOADED.items() if name in needed}
 
 
 def texts() -> dict[str, str]:
@@ -87,6 +99,6 @@ def exported(text: str) -> str:
     ours = rf"megatron_smlp(?:\.hf)?\.({'|'.join(EXPORTED)})"
     others = "|".join(LOADED) or "(?!)"
     return re.sub(
-        rf"^from (?:{ours}|({others})) import",
-        lambda match: f"from .{match[1] or match[2]} import", text, flags=re.M,
+        rf"^(\s*)from (?:{ours}|({others})) import",
+        lambda match: f"{match[1]}from .{match[2] or match[3]} import", text, flags=re.M,
     )  # fmt: skip

@@ -107,7 +107,7 @@ def iterations(run: str | Path) -> list[int]:
     """Return the iterations of all checkpoints of a run, whole or not, in ascending order."""
     try:
         found = [(iteration_of(path), path) for path in Path(run).iterdir()]
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     # Only checkpoints are looked at: each rank may also have a log here.
     return sorted(n for n, path in found if n is not None and path.is_dir())

@@ -27,14 +27,14 @@ from megatron_smlp.conversion.safetensors_files import (
 from megatron_smlp.conversion.streamed_weights import weights_from
 from megatron_smlp.data.tokenizers.factory import read_tokenizer
 from megatron_smlp.data.tokenizers.folder import tokenizer_in
-from megatron_smlp.data.tokenizers.spec import TokenizerSpec
+from megatron_smlp.data.tokenizers.spec import TokenizerSpec, adds_nothing
 from megatron_smlp.durable import naming_errors
 from megatron_smlp.errors import DataError, UsageError
 from megatron_smlp.flag_facts import MEGATRON_FLAGS
 from megatron_smlp.hf import modeling_smlp
 from megatron_smlp.hf.configuration_smlp import SMLPConfig
 from megatron_smlp.hf.modeling_smlp import SMLPForCausalLM
-from megatron_smlp.options import MODEL_FLAGS, model_defaults
+from megatron_smlp.options import DEFAULTS, MODEL_FLAGS, PLUGIN_OPTIONS, model_defaults
 from megatron_smlp.systems import ARCHITECTURES, POSITIONS, TOP_K, experts_of_a_token
 
 # Megatron's flag -> the configuration's name.
@@ -92,6 +92,7 @@ def flags_of(config: SMLPConfig) -> dict[str, Any]:
     """Return a Megatron checkpoint's model flags for the configuration of an exported folder."""
     has_experts = config.token_router != "none"
     return {
+        **{name: DEFAULTS[name] for name in PLUGIN_OPTIONS},
         **UNSUPPORTED,
         **{ours: getattr(config, theirs) for ours, theirs in NAMES.items()},
         **(config.plugin or {}).get("options", {}),
@@ -351,10 +352,9 @@ def _as_recorded(loaded: Any, spec: TokenizerSpec) -> None:
             own = read_tokenizer(spec)
             if own.eod is not None and own.identity is not None:
                 loaded.eos_token = loaded.convert_ids_to_tokens(own.eod)
-        return
-    if spec.tokenizer_special_tokens:
+    elif spec.tokenizer_special_tokens:
         loaded.add_special_tokens({"extra_special_tokens": list(spec.tokenizer_special_tokens)})
-    if spec.tokenizer_hf_no_include_special_tokens:
+    if adds_nothing(spec):
         for name in ("add_bos_token", "add_eos_token"):
             setattr(loaded, name, False)
             loaded.init_kwargs[name] = False  # this is saved: some classes add them by default

@@ -29,6 +29,7 @@ ON_CPU: dict[str, Any] = {
     "use_cpu_initialization": True,
     "perform_initialization": False,
     "transformer_impl": "local",
+    "window_size": None,  # Transformer Engine's, and without weights
     "gradient_accumulation_fusion": False,
     "masked_softmax_fusion": False,
     "bias_dropout_fusion": False,
@@ -63,7 +64,7 @@ def build(flags: Mapping[str, Any]) -> Any:
     """
     try:
         return _build(flags)
-    except (RuntimeError, OverflowError) as error:
+    except (RuntimeError, OverflowError, ValueError) as error:
         raise UsageError(f"this model cannot be built: {str(error).splitlines()[0]}") from error
 
 

@@ -29,8 +29,9 @@ def check_layout(flags: Mapping[str, Any], layout: Mapping[str, int]) -> None:
     layout = sizes(layout, None)
     if all(size == 1 for size in layout.values()):
         return  # one process holds any model
+    training = {"micro_batch_size": 1, "optimizer": "adam", "decoupled_lr": None}
     args = argparse.Namespace(
-        **flags, **layout, micro_batch_size=1, context_parallel_size=1, explicit_flags={}
+        **flags, **layout, **training, context_parallel_size=1, explicit_flags={}
     )
     check_model(args)
     tensor, pipeline = layout["tensor_model_parallel_size"], layout["pipeline_model_parallel_size"]

@@ -41,10 +41,11 @@ class DatasetUse:
 
 
 class WatchedGPTDataset(GPTDataset):
-    """Megatron's dataset, with the content of the pair in the names of its caches.
+    """Megatron's dataset, whose caches are named by the content of the pair instead of its path.
 
-    Megatron names caches by the path alone, so that it would read a dataset that has grown through
-    the old index. This class also makes sure that the pair is still what the run began with.
+    By its path, a dataset that has grown would be read through the old index, and machines that
+    keep it under paths of their own could not share one. This class also makes sure that the pair
+    is still what the run began with.
     """
 
     def __getitem__(self, idx: int | None) -> dict[str, Any]:
@@ -57,8 +58,9 @@ class WatchedGPTDataset(GPTDataset):
         return super().__getitem__(idx)
 
     def _build_document_sample_shuffle_indices(self) -> tuple[Any, Any, Any]:
-        """Add the pair's content to the cache names, then do as Megatron does."""
+        """Name the caches by the pair's content, then do as Megatron does."""
         self.watch = Watch(self.dataset.path_prefix)
+        del self.unique_identifiers["dataset_path"]
         self.unique_identifiers["content"] = self.watch.content
         self.unique_description = json.dumps(
             self.unique_identifiers, indent=4, default=lambda part: part.unique_identifiers
@@ -117,9 +119,9 @@ def build_datasets(
         say: tells the user on rank 0 that the build takes long.
 
     Raises:
-        DataError: a split has no document, a cache cannot be written, unweighted datasets do not
-            suffice or include one shorter than a sample, or weighted ones are rounded to too few
-            samples.
+        DataError: a split has no token, a cache cannot be written or is not shared, unweighted
+            datasets do not suffice or include one shorter than a sample, or weighted ones are
+            rounded to too few samples.
     """
     builder = UnhurriedBuilder(WatchedGPTDataset, list(num_samples), is_built_on_rank, config)
     prefixes = [prefix for _, blend, _ in _splits(config) for prefix in blend.prefixes]
@@ -141,6 +143,11 @@ def build_datasets(
                 raise
             raise DataError(f"{error} Raise --mid-level-dataset-surplus.") from None
         except Exception as error:
+            if rank != 0 and isinstance(error, FileNotFoundError):
+                raise DataError(
+                    f"the sample index that rank 0 made in {where} is not there for rank {rank}: "
+                    "give --data-cache-path with a folder that all machines share"
+                ) from None
             if not isinstance(error.__cause__, OSError):  # as Megatron raises it on rank 0
                 raise
             raise DataError(
@@ -160,14 +167,14 @@ def _check_splits(config: GPTDatasetConfig, num_samples: Sequence[int | None]) -
         for prefix in blend.prefixes:
             index = open_index(prefix)
             first, last = (round(edge * index.num_sequences) for edge in share)
-            if first >= last:
+            tokens = len(index.tokens_of(first, last)) if first < last else 0
+            if not tokens:
                 raise DataError(
-                    f"--split {config.split} leaves no document for {name} in {prefix!r}, which "
-                    f"has {index.num_sequences}; set that share to 0 (validation's with "
+                    f"--split {config.split} leaves no token for {name} in {prefix!r}, which "
+                    f"has {index.num_sequences} documents; set that share to 0 (validation's with "
                     f"--eval-iters 0), make it larger, or give --train-data-path and "
                     f"--valid-data-path"
                 )
-            tokens = len(index.tokens_of(first, last))
             is_whole = wanted[name] is None
             is_read_once = is_whole or _is_read_once(name, blend, config)
             if is_read_once and tokens <= config.sequence_length:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval.models.huggingface import HFLM
+from tokenizers.processors import TemplateProcessing
 
 from megatron_smlp.evaluation.harness import Request
 from megatron_smlp.generation.language_model import check_with_tokenizer
@@ -33,9 +34,9 @@ class ExportedModel(HFLM):
             device=device,
             dtype=dtype,
         )
-        if not self.tokenizer.encode(""):
-            # Training documents followed an end of document, not a BOS that is merely defined.
-            self.custom_prefix_token_id = self.tokenizer.eos_token_id
+        start = _without_end(self.tokenizer)
+        # Training documents followed an end of document, not a BOS that is merely defined.
+        self.custom_prefix_token_id = start[-1] if start else self.tokenizer.eos_token_id
 
     def _loglikelihood_tokens(
         self, requests: list[Request], *args: Any, **kwargs: Any
@@ -49,3 +50,18 @@ class ExportedModel(HFLM):
             for key, context, option in requests
         ]
         return super()._loglikelihood_tokens(cut, *args, **kwargs)
+
+
+def _without_end(tokenizer: Any) -> list[int]:
+    """Let a tokenizer put nothing after a text, which is to be continued; return the ids that it
+    puts before one."""
+    text, around = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a")
+    places = range(len(around) - len(text) + 1)
+    begin = next(at for at in places if around[at : at + len(text)] == text)
+    start: list[int] = around[:begin]
+    if begin + len(text) < len(around):
+        tokens = tokenizer.convert_ids_to_tokens(start)
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=[*tokens, "$A"], special_tokens=list(zip(tokens, start, strict=True))
+        )
+    return start

@@ -29,6 +29,7 @@ from megatron_smlp.data.tokenizers.folder import recorded_tokenizer
 from megatron_smlp.data.tokenizers.spec import READ_BY, Tokenizer, TokenizerSpec, named_or_moved
 from megatron_smlp.errors import NoGoodCheckpointError, UsageError
 from megatron_smlp.launching.training_argv import given as option_given
+from megatron_smlp.systems import ARCHITECTURES
 
 # Flags that Megatron requires for training, and flags that keep it from loading training state.
 NO_TRAINING = """
@@ -115,11 +116,13 @@ def sequence_length(args: argparse.Namespace, wanted: int | None) -> int:
     """
     if wanted is None:
         return int(args.seq_length)
-    any_length = args.toeplitz and args.position_embedding_type != "learned_absolute"
+    hosts = any(mixer.plugin for mixer in ARCHITECTURES[args.architecture].mixers)
+    learned = args.position_embedding_type == "learned_absolute"
+    any_length = args.toeplitz and not (learned or hosts)
     if wanted > args.seq_length and not any_length:
         raise UsageError(
             f"--seq-length {wanted} exceeds the {args.seq_length} tokens of training: only "
-            "a model with --toeplitz and without learned positions reads longer "
+            "a model with --toeplitz, without learned positions and plugins' mixers, reads longer "
             f"sequences; give at most {args.seq_length}"
         )
     size = args.tensor_model_parallel_size

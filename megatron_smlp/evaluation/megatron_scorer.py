@@ -61,12 +61,14 @@ class MegatronScorer:
         share = self.batch_size * -(-len(rows) // (size * self.batch_size))
         padded = [order[place % len(order)] for place in range(share * size)]
         scores: dict[int, RowScore] = {}
+        splits = self.config.expert_tensor_parallel_size > self.config.tensor_model_parallel_size
+        shares_experts = self.config.expert_model_parallel_size > 1 or splits
         with self._evaluating():
             for start in range(0, share, self.batch_size):
                 everyone = padded[start * size : (start + self.batch_size) * size]
                 batch = everyone[rank::size]
                 # Ranks that share experts gather each other's tokens, equally many from each.
-                beside = everyone if self.config.expert_model_parallel_size > 1 else batch
+                beside = everyone if shares_experts else batch
                 length = self._length([rows[number] for number in beside])
                 answers = self._forward([rows[number] for number in batch], length)
                 scores |= zip(batch, answers, strict=bool(answers))

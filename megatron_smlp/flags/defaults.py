@@ -217,7 +217,10 @@ def _is_automatic_restart(args: argparse.Namespace) -> bool:
     is_again = os.environ.get(RESTART) or int(os.environ.get("SLURM_RESTART_COUNT") or 0)
     newest = tracked_folder(args.save) if args.save and is_again else None
     record = (read_run_record(newest) if newest else None) or {}
-    return bool(record) and record.get("command_line") == args.command_line
+    lines = (record.get("command_line", []), args.command_line)
+    # Machines may have paths of their own, and the record is of one of them.
+    told, own = ([word for word in line if os.sep not in word] for line in lines)
+    return bool(record) and told == own
 
 
 def _keep_padding(args: argparse.Namespace, padded: int | None) -> None:

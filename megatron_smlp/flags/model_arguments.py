@@ -46,4 +46,5 @@ def _arguments_of(actions: Sequence[argparse.Action], value: Any, *, always: boo
         elif isinstance(action, argparse.BooleanOptionalAction):
             yield option if value else negation_of(option)
         elif always or value != action.default:
-            yield f"{option}={str(value).replace(' ', '')}"
+            is_list = isinstance(value, list | tuple)
+            yield f"{option}={str(value).replace(' ', '') if is_list else value}"

@@ -38,10 +38,11 @@ def with_checkpoint_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) 
     load = known.load or known.save
     if load is None:
         raise UsageError(f"{FLAG} takes the flags of a checkpoint: name it with --load.")
-    start = known.branch_from
-    if start and not iteration_folder(load, start).is_dir():  # --keep-last may have deleted it
-        start = None
-    arguments = _recorded_arguments(load, known.ckpt_step or start)
+    step = known.ckpt_step or known.branch_from
+    if step and not iteration_folder(load, step).is_dir():  # --keep-last may have deleted it
+        own_folders = known.save and folders_to_try(known.save)
+        load, step = known.save if own_folders else load, None
+    arguments = _recorded_arguments(load, step)
     options = actions_of(parser)
     given = {action.dest for action, _ in _groups(options, own) if action}
     replaced = (START_FLAGS | given | replaced_by(given)) - {"allow_untested_flag"}  # names add up

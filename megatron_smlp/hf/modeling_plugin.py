@@ -48,7 +48,7 @@ from megatron_smlp.plugins import (
 def _values(config: SMLPConfig, kind: type) -> dict[str, Any]:
     """Return the values of a class's options."""
     given = (config.plugin or {})["options"]
-    return {name: given[name] for name in options_of(kind)}
+    return {name: given.get(name, it.default) for name, it in options_of(kind).items()}
 
 
 class SMLPHostedMixer(nn.Module):

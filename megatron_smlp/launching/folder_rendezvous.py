@@ -29,7 +29,7 @@ class Presence:
 
     def __init__(self, folder: Path, *, run: str, address: str) -> None:
         self.folder, self.run = folder, run
-        self.file = folder / f"{run}.{socket.gethostname()}-{address}.here"
+        self.file = folder / f"{run}@{socket.gethostname()}-{address}.here"
         if not folder.is_dir():
             raise UsageError(
                 f"RENDEZVOUS=file:{folder}: no such folder. Create it where all machines see it "
@@ -64,9 +64,9 @@ class Presence:
         observer, alive = Observer(), {self.file}
         deadline = time.monotonic() + seconds
         while len(alive) < wanted and time.monotonic() < deadline and not gives_up():
-            files = self.folder.glob(f"{self.run}.*.here")
+            files = self.folder.glob(f"{self.run}@*.here")
             alive |= {path for path in files if observer.look(path).beats}
             time.sleep(INTERVAL / 2)
         return sorted(
-            path.name.removeprefix(f"{self.run}.").removesuffix(".here") for path in alive
+            path.name.removeprefix(f"{self.run}@").removesuffix(".here") for path in alive
         )

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from megatron.core import mpu
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor, nn
 
 from megatron_smlp import plugins
@@ -81,8 +82,14 @@ class HostedRouter(TokenRouter):
 
     def balanced(self, probs: Tensor, scores: Tensor, wanted: Tensor) -> Tensor:
         """Attach the rule's loss: each TP rank has the whole group's; together they count once."""
+        if not (self.training and torch.is_grad_enabled()):
+            return probs
+        # A rule may leave a weight unread, as one with fixed weights does W; with overlapped
+        # reductions, Megatron expects a gradient of each.
+        nothing = 0.0 * sum(parameter.float().sum() for parameter in self.parameters())
+        probs = MoEAuxLossAutoScaler.apply(probs, nothing)
         coefficient = self.get_aux_loss_coeff("aux_loss")
-        if not (self.training and torch.is_grad_enabled() and coefficient):
+        if not coefficient:
             return probs
         if self.config.sequence_parallel:
             scores = gather_from_sequence_parallel_region(scores, group=self.tp_group)

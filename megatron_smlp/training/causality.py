@@ -90,6 +90,8 @@ def _alone(config: Any) -> Any:
         setattr(alone, f"{part}_parallel_size", 1)
     alone.virtual_pipeline_model_parallel_size, alone.sequence_parallel = None, False
     alone.transformer_impl = "local"  # Transformer Engine's linear layers need a GPU
+    alone.window_size, alone.softmax_type = None, "vanilla"  # its attention alone has others
+    alone.num_moe_experts = None  # mixers are checked: experts would only take memory
     return alone
 
 

@@ -87,8 +87,7 @@ class RunConsole:
 def dry_run(args: argparse.Namespace) -> None:
     """Print what the run would be, on rank 0 only; Megatron may reject its configuration."""
     configuration(args)
-    if not args.hash_table:  # a balanced one reads the data
-        check_causality_of_layers(args)
+    check_causality_of_layers(args)
     if args.rank == 0:
         console = Console(file=terminal(), highlight=False, soft_wrap=True)
         with console.capture() as page:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from megatron.training.global_vars import get_timers
 from megatron.training.training import evaluate
 
 from megatron_smlp.training.batches import EvaluationSet
@@ -51,7 +52,8 @@ class Evaluator:
                 self.parts.config,
                 eval_iters=dataset.iterations,
             )
-        if out_of_time:  # Megatron then leaves the model in evaluation mode
+        if out_of_time:  # Megatron then leaves the model in evaluation mode, and its timer on
+            get_timers()("evaluate").stop()
             for chunk in self.parts.model:
                 chunk.train()
             return None

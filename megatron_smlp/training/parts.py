@@ -151,7 +151,7 @@ def _connect(parts: Parts) -> None:
         config.no_sync_func = _per_chunk(model, lambda chunk: chunk.no_sync)
         if args.align_grad_reduce:
             config.grad_sync_func = _per_chunk(model, lambda chunk: chunk.start_grad_sync)
-    if args.overlap_param_gather and args.align_param_gather:
+    if overlaps and args.overlap_param_gather and args.align_param_gather:
         config.param_sync_func = _per_chunk(model, lambda chunk: chunk.start_param_sync)
     config.finalize_model_grads_func = finalize_model_grads
 

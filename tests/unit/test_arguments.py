@@ -242,10 +242,31 @@ class TestRefusals:
         integrity.seal(folder)
         again = parse(words)
         assert (again.load, again.ckpt_step, again.no_resume) == (str(tmp_path), None, False)
+        paths = [word.replace("/", "/of/another/machine/") for word in by_hand.command_line]
+        write_records(folder, model_flags(by_hand), {"command_line": paths})
+        integrity.seal(folder)
+        assert parse(words).ckpt_step is None
         monkeypatch.delenv(RESTART)
         assert parse(words).load == wanted
         monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
         assert parse(words).ckpt_step is None
+
+    def test_a_restart_whose_first_checkpoint_is_gone(
+        self, parse: Parse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        """--keep-last has deleted it; the flags are those of the newest one."""
+        words = f"--use-checkpoint-args --load {tmp_path} --ckpt-step 2"
+        checkpoint(parse(GMLP), tmp_path)
+        folder = iteration_folder(tmp_path, 3)
+        flags = model_flags(parse(GMLP))
+        write_records(folder, flags, {"command_line": [*GMLP.split(), "--weight-decay", "0.03"]})
+        integrity.seal(folder)
+        line = parse(words).command_line
+        monkeypatch.setenv(RESTART, '{"cause": "x", "noticed": 0}')
+        write_records(folder, flags, {"command_line": line})
+        integrity.seal(folder)
+        again = parse(words)
+        assert (again.weight_decay, again.ckpt_step) == (0.03, None)
 
     def test_a_schedule_that_is_kept_has_its_own_rates(self, parse: Parse, tmp_path: Path):
         words = f"{GMLP} --load {tmp_path} --use-checkpoint-opt_param-scheduler --lr"

@@ -30,7 +30,7 @@ def verify_for_training(
             the tokenizer is another one, or ids are outside the vocabulary.
     """
     index = open_index(prefix)
-    if index.num_sequences == 0:
+    if not index.num_tokens:
         raise DataError(f"the dataset {prefix!r} holds no tokens; preprocess a corpus with text")
     require_sound_index(index)
     origin = find_manifest(index.prefix)

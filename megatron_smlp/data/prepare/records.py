@@ -107,6 +107,8 @@ def _text(record: dict[str, Any], key: str) -> str:
     text = record[key]
     if text is None:
         raise _RefusedError("null_text", f"key {key!r} is null")
+    if isinstance(text, bytes):
+        raise _RefusedError("invalid_utf8", f"key {key!r} holds bytes that are not UTF-8")
     if not isinstance(text, str):
         detail = f"key {key!r} holds {type(text).__name__}, not a string"
         raise _RefusedError("not_a_string", detail)

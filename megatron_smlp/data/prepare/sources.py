@@ -140,11 +140,30 @@ def _parquet_chunks(path: Path, *, keys: Sequence[str], begin: Position) -> Iter
                 at = max(first, begin.offset)
                 for rows in _pieces(batch.slice(at - first)):
                     line, at = at + 1, at + rows.num_rows
-                    columns = (rows.column(key).to_pylist() for key in keys)
+                    columns = (_values(rows.column(key)) for key in keys)
                     values = list(zip(*columns, strict=True))
                     yield Chunk(str(path), line, values, Position(begin.file, at, at), rows.nbytes)
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise DamagedInputError(f"damaged parquet file: {error}") from None
+
+
+def _values(column: Any) -> list[Any]:
+    """Return the values of a column, those of bytes as text; bytes that are not UTF-8 stay, which
+    Arrow does not check when it reads."""
+    import pyarrow
+
+    try:
+        values: list[Any] = column.to_pylist()
+    except UnicodeDecodeError:
+        values = column.cast(pyarrow.large_binary()).to_pylist()
+    return [_as_text(value) if isinstance(value, bytes) else value for value in values]
+
+
+def _as_text(value: bytes) -> str | bytes:
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return value
 
 
 def _batches(table: Any, keys: Sequence[str]) -> Iterator[Any]:

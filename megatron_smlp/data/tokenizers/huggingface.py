@@ -4,6 +4,7 @@ Both become the text of a `tokenizer.json`. `gigatoken` encodes with it if it su
 and agrees with `tokenizers` on a probe; otherwise `tokenizers` does.
 """
 
+import itertools
 import json
 import subprocess
 import sys
@@ -18,8 +19,14 @@ from numpy.typing import NDArray
 
 from megatron_smlp.data.tokenizers.gigatoken_encoder import GigatokenEncoder, gigatoken_in_place_of
 from megatron_smlp.data.tokenizers.ids import join_ids
-from megatron_smlp.data.tokenizers.spec import Encoder, TokenizerSpec, WithTexts
+from megatron_smlp.data.tokenizers.spec import (
+    Encoder,
+    TokenizerSpec,
+    UnencodableTextError,
+    WithTexts,
+)
 from megatron_smlp.errors import DataError
+from megatron_smlp.signals import is_interruption
 
 if TYPE_CHECKING:
     import tokenizers
@@ -83,9 +90,14 @@ class HuggingFaceEncoder:
         self.description = "tokenizers"
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        encodings = self.backend.encode_batch_fast(
-            list(texts), add_special_tokens=self.add_special_tokens
-        )
+        try:
+            encodings = self.backend.encode_batch_fast(
+                list(texts), add_special_tokens=self.add_special_tokens
+            )
+        except Exception as error:  # of no class of its own: no unknown token, for one
+            if is_interruption(error):
+                raise KeyboardInterrupt from error
+            raise UnencodableTextError(str(error)) from error
         return join_ids([encoding.ids for encoding in encodings])
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -172,8 +184,9 @@ def _read_generic_folder(folder: Path) -> tuple[str, int | None] | None:
 def _named_tokens(config: dict[str, Any]) -> list[str]:
     """Return every token that the configuration names."""
     named = [value for name, value in config.items() if name.endswith("_token") and value]
-    listed = [*config.get("additional_special_tokens", []), *config.get("extra_special_tokens", [])]
-    added = config.get("added_tokens_decoder", {}).values()
+    lists = (config.get(f"{kind}_special_tokens") or () for kind in ("additional", "extra"))
+    listed = itertools.chain.from_iterable(lists)
+    added = (config.get("added_tokens_decoder") or {}).values()
     return [_content(token) for token in (*named, *listed, *added)]
 
 

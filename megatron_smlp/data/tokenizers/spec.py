@@ -155,6 +155,13 @@ class TokenizerSpec:
         return Path(value)
 
 
+def adds_nothing(spec: TokenizerSpec) -> bool:
+    """Return whether a run with these flags trained on texts without tokens around them, which of
+    all types Hugging Face's alone adds; whoever wrote ids as numbers is not known."""
+    kinds = ("HuggingFaceTokenizer", "NullTokenizer")
+    return spec.tokenizer_hf_no_include_special_tokens or spec.tokenizer_type not in kinds
+
+
 def named_or_moved(
     args: argparse.Namespace, recorded: TokenizerSpec | None = None
 ) -> TokenizerSpec | None:
@@ -163,7 +170,7 @@ def named_or_moved(
     if args.tokenizer_type:
         named = TokenizerSpec.from_arguments(args)
         # Texts begin as they did in training, wherever the tokenizer is now.
-        is_bare = recorded is not None and recorded.tokenizer_hf_no_include_special_tokens
+        is_bare = recorded is not None and adds_nothing(recorded)
         return replace(named, tokenizer_hf_no_include_special_tokens=True) if is_bare else named
     files: dict[str, Any] = {name: getattr(args, name, None) for name in FILES}
     if any(files.values()):

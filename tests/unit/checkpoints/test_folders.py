@@ -1,5 +1,6 @@
 """Names in a run's folder: which are checkpoints, the order of loading, what is kept."""
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -96,3 +97,16 @@ class TestRetention:
         iteration_folder(tmp_path, 5).symlink_to(elsewhere)
         doomed = folders.superfluous(tmp_path, newest=40, last=2, every=None)
         assert doomed == [iteration_folder(tmp_path, 10)]
+
+
+def test_a_folder_that_cannot_be_listed_is_not_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A run would start from scratch."""
+
+    def stale(_: Path) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(Path, "iterdir", stale)
+    with pytest.raises(OSError, match="Stale"):
+        folders.iterations(tmp_path)

@@ -23,7 +23,8 @@ from megatron_smlp.conversion import convert, llama
 from megatron_smlp.conversion.huggingface import _add_tokenizer, write
 from megatron_smlp.data.tokenizers.factory import read_tokenizer
 from megatron_smlp.data.tokenizers.folder import recorded_tokenizer
-from megatron_smlp.data.tokenizers.spec import TokenizerSpec
+from megatron_smlp.data.tokenizers.spec import TokenizerSpec, named_or_moved
+from megatron_smlp.evaluation.huggingface_model import _without_end
 from megatron_smlp.generation.cli import build_parser
 from megatron_smlp.generation.language_model import load
 from megatron_smlp.hf import SMLPConfig
@@ -103,6 +104,38 @@ def test_what_ends_documents_ends_them_in_the_export(tmp_path: Path):
         _add_tokenizer(config, str(tmp_path / "tokenizer"), tmp_path / kind, spec)
         assert config.eos_token_id == config.pad_token_id == read_tokenizer(spec).eod
         assert AutoTokenizer.from_pretrained(tmp_path / kind).eos_token == end
+
+
+def test_a_run_on_sentencepiece_has_nothing_before_its_texts_in_the_export(tmp_path: Path):
+    """Megatron's other tokenizers add nothing, unlike the folder of the same vocabulary."""
+    save_begins(tmp_path / "tokenizer")
+    config = SMLPConfig(vocab_size=264, max_position_embeddings=32)
+    spec = TokenizerSpec(tokenizer_type="SentencePieceTokenizer", tokenizer_model="absent")
+    _add_tokenizer(config, str(tmp_path / "tokenizer"), tmp_path / "hf", spec)
+    exported = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert exported.bos_token_id not in exported("a text")["input_ids"]
+    moved = Namespace(tokenizer_type="HuggingFaceTokenizer", tokenizer_model="x")
+    assert named_or_moved(moved, spec) == TokenizerSpec(
+        tokenizer_type="HuggingFaceTokenizer",
+        tokenizer_model="x",
+        tokenizer_hf_no_include_special_tokens=True,
+    )
+
+
+def test_what_a_tokenizer_puts_after_a_text_is_not_scored(tmp_path: Path):
+    """A text is continued: `[CLS] context option`, not `[CLS] context [SEP]`."""
+    save_tokenizer(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.add_special_tokens({"cls_token": "[CLS]", "sep_token": "[SEP]"})
+    bare = tokenizer.encode("a text", add_special_tokens=False)
+    begin, end = tokenizer.cls_token_id, tokenizer.sep_token_id
+    for single, start in (("[CLS] $A [SEP]", [begin]), ("$A [SEP]", []), ("[CLS] $A", [begin])):
+        tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+            single=single, special_tokens=[("[CLS]", begin), ("[SEP]", end)]
+        )
+        assert _without_end(tokenizer) == start
+        assert tokenizer.encode("a text") == [*start, *bare]
+        assert tokenizer(["a text"])["input_ids"] == [[*start, *bare]]
 
 
 def test_a_llama_trains_the_end_of_documents(tmp_path: Path):

@@ -111,6 +111,12 @@ def test_a_layout_that_does_not_fit_is_refused(layout: tuple[int, ...], words: s
         check_layout(flags, dict(zip(LAYOUT, layout, strict=True)))
 
 
+def test_a_model_with_mup_fits_a_layout():
+    flags = flags_of(make_config("transformer", num_layers=4))
+    flags |= {"use_mup": True, "mup_base_hidden_size": 16}
+    check_layout(flags, {"pipeline_model_parallel_size": 2})
+
+
 def test_the_mean_of_the_last_checkpoints(tmp_path: Path):
     """Exported, and as a release, from which training starts and which evaluation reads."""
     saved, mean, exported = (tmp_path / name for name in ("run", "mean", "exported"))

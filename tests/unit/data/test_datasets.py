@@ -3,11 +3,13 @@
 import multiprocessing
 import os
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from data_helpers import (
     BYTE_FLAGS,
     LENGTH,
@@ -17,10 +19,17 @@ from data_helpers import (
     small_files,
     write_pair,
 )
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from torch.utils.data import DataLoader
 
+from megatron_smlp.data import datasets
 from megatron_smlp.data.blending import Blends, parse_blend
-from megatron_smlp.data.datasets import build_datasets, dataset_uses, use_lines
+from megatron_smlp.data.datasets import (
+    UnhurriedBuilder,
+    build_datasets,
+    dataset_uses,
+    use_lines,
+)
 from megatron_smlp.data.index_cache import exclusive_caches, remove_unfinished
 from megatron_smlp.data.pairs.content import ChangedDataError
 from megatron_smlp.data.pairs.indexed import open_index
@@ -50,8 +59,8 @@ def _build_blends(blends: Blends, sizes: list[Any], cache: Path, *more: str, **f
 def test_weights_are_honoured_within_one_sample_in_a_thousand(prefixes: list[str], tmp_path: Path):
     shares = [0.7, 0.2, 0.1]
     words = [str(part) for pair in zip(shares, prefixes, strict=True) for part in pair]
-    datasets = _build(words, [5000, 10, 10], tmp_path / "cache")
-    uses = [use for use in dataset_uses(datasets, sequence_length=LENGTH) if use.split == "train"]
+    built = _build(words, [5000, 10, 10], tmp_path / "cache")
+    uses = [use for use in dataset_uses(built, sequence_length=LENGTH) if use.split == "train"]
     drawn = np.array([use.samples for use in uses])
     assert np.abs(drawn - np.array(shares) * drawn.sum()).max() <= drawn.sum() / 1000
     assert drawn.sum() >= 5000
@@ -59,8 +68,8 @@ def test_weights_are_honoured_within_one_sample_in_a_thousand(prefixes: list[str
 
 def test_uses_of_one_dataset(prefixes: list[str], tmp_path: Path):
     whole = open_index(prefixes[1]).num_tokens
-    datasets = _build([prefixes[1]], [2 * whole // LENGTH, 5, 5], tmp_path / "cache")
-    uses = dataset_uses(datasets, sequence_length=LENGTH)
+    built = _build([prefixes[1]], [2 * whole // LENGTH, 5, 5], tmp_path / "cache")
+    uses = dataset_uses(built, sequence_length=LENGTH)
     assert [use.split for use in uses] == ["train", "valid", "test"]
     assert sum(use.tokens for use in uses) == whole
     assert uses[0].epochs == pytest.approx(2 * whole / uses[0].tokens, rel=0.01)
@@ -70,8 +79,39 @@ def test_uses_of_one_dataset(prefixes: list[str], tmp_path: Path):
 def test_a_split_without_documents_is_refused_where_megatron_would_hang(
     prefixes: list[str], tmp_path: Path
 ):
-    with pytest.raises(DataError, match=r"--split 969,30,1 leaves no document for test.*has 60"):
+    with pytest.raises(DataError, match=r"--split 969,30,1 leaves no token for test.*has 60"):
         _build([prefixes[2]], [10, 10, 0], tmp_path / "cache", split="969,30,1")
+
+
+def test_a_split_of_empty_sequences_is_refused_where_megatron_would_hang(tmp_path: Path):
+    builder = IndexedDatasetBuilder(f"{tmp_path / 'a'}.bin")
+    for count in [LENGTH] * 50 + [0] * 50:
+        builder.add_document(torch.ones(count, dtype=torch.int32), [count])
+    builder.finalize(f"{tmp_path / 'a'}.idx")
+    with pytest.raises(DataError, match=r"--split 900,50,50 leaves no token for valid"):
+        _build([str(tmp_path / "a")], [10, 10, 10], tmp_path / "cache")
+
+
+def test_machines_with_paths_of_their_own_share_a_cache(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    cache, text = tmp_path / "cache", make_documents(100, 1)
+    names = []
+    for machine in ("node0", "node1"):
+        (tmp_path / machine).mkdir()
+        names.append(write_pair(run, tmp_path / machine, "data", text))
+    made = []
+    for name in names:
+        first, *_ = _build([name], [50, 5, 5], cache)
+        made.append((sorted(cache.rglob("*.npy")), first[7]["tokens"].tolist()))
+    assert made[0][0]
+    assert made[0] == made[1]
+    monkeypatch.setattr(datasets, "first_rank_first", lambda *_, **__: nullcontext())
+    blends = Blends(parse_blend(names[:1], source="--data-path"))
+    config = dataset_config(blends, tmp_path / "another")
+    monkeypatch.setattr(UnhurriedBuilder, "build", lambda _: np.load(tmp_path / "absent.npy"))
+    with pytest.raises(DataError, match="is not there for rank 1: give --data-cache-path"):
+        build_datasets([50, 5, 5], config=config, is_built_on_rank=lambda: True, rank=1)
 
 
 @pytest.mark.parametrize("flags", ["--split", "--valid-data-path"])

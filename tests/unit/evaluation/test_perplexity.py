@@ -15,8 +15,10 @@ import torch
 from evaluation_helpers import LENGTH, TEXT, Run, beginning, loaded, preprocessed
 from support.conversions import run as convert
 from support.in_process import pretrained
+from support.launches import REPOSITORY
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_smlp import plugin_files
 from megatron_smlp.conversion.convert import torch_dist_to_hf
 from megatron_smlp.data.pairs.indexed import open_index
 from megatron_smlp.data.tokenizers.factory import resolve_for
@@ -231,10 +233,12 @@ def test_perplexity_over_longer_windows(tokenizer: Path, data: Path, tmp_path: P
         {"toeplitz": False},
         {"sequence_parallel": True},
         {"position_embedding_type": "learned_absolute"},
+        {"architecture": "gated_conv"},
     ],
 )
 def test_a_length_that_a_model_cannot_take(changes: dict[str, object]):
     values = {"seq_length": 8, "toeplitz": True, "position_embedding_type": "none"}
-    values |= {"tensor_model_parallel_size": 2, "sequence_parallel": False}
+    values |= {"tensor_model_parallel_size": 2, "sequence_parallel": False, "architecture": "gmlp"}
+    plugin_files.load(str(REPOSITORY / "plugins" / "gated_conv.py"))
     with pytest.raises(UsageError, match="--seq-length 9"):
         sequence_length(argparse.Namespace(**(values | changes)), 9)

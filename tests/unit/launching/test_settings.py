@@ -122,10 +122,11 @@ def test_a_port_that_is_free():
 
 def test_machines_see_each_other_in_a_folder_that_they_share(tmp_path: Path):
     first = Presence(tmp_path, run="run", address="10.0.0.1")
-    left_by_one_that_is_gone = tmp_path / "run.node9-10.0.0.9.here"
+    left_by_one_that_is_gone = tmp_path / "run@node9-10.0.0.9.here"
     left_by_one_that_is_gone.write_text("1 1 1", encoding="utf-8")
     Presence(tmp_path, run="run", address="10.0.0.2")
-    Presence(tmp_path, run="another", address="10.0.0.3")
+    for name in ("another", "run.2"):
+        Presence(tmp_path, run=name, address="10.0.0.3")
     seen = first.seen(2, seconds=30)
     assert [re.sub(".*-", "", name) for name in seen] == ["10.0.0.1", "10.0.0.2"]
 

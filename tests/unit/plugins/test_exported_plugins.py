@@ -218,3 +218,22 @@ def test_attention_and_mixers_with_two_states_share_a_cache():
     first = model(ids[:, :4], use_cache=True)
     rest = model(ids[:, 4:], cache=first.cache)
     torch.testing.assert_close(rest.logits, model(ids).logits[:, 4:], rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_plugin_imports_goes_with_it(tmp_path: Path):
+    """Also where that registers nothing; what the folder could not import is refused."""
+    for name, text in {
+        "decays": "def decay(x):\n    return x / 2\n",
+        "halving": "import torch\nfrom decays import decay\n" + GOOD,
+        "whole": "import decays\n",
+        "beside": "",
+    }.items():
+        (tmp_path / f"{name}.py").write_text(text, encoding="utf-8")
+        if name != "whole":
+            plugin_files.load(str(tmp_path / f"{name}.py"))
+    assert list(plugin_texts.recorded()) == ["decays", "halving"]
+    assert "from .decays import decay" in plugin_texts.LOADED["halving"].exported()
+    path = tmp_path / "whole.py"
+    whole = plugin_texts.PluginFile("whole", path, path.read_text(encoding="utf-8"))
+    with pytest.raises(UsageError, match=r"`import decays`: write `from megatron_smlp.plugins imp"):
+        whole.exported()

@@ -49,3 +49,21 @@ def test_counting_keeps_no_graph_of_a_rules_own_parameters():
     weights, _ = router(torch.randn(4, 1, 3))
     assert weights.requires_grad
     assert not router.counter.pop(training=True).requires_grad
+
+
+def test_weights_that_a_rule_leaves_unread_have_a_gradient(tmp_path: Path):
+    """Megatron counts gradients where reductions overlap with the backward pass."""
+    path = tmp_path / "first.py"
+    path.write_text(
+        "from megatron_smlp.plugins import TokenRouter, register\n@register('first')\n"
+        "class First(TokenRouter):\n"
+        "    def choose(self, scores):\n        return scores.argmax(dim=1, keepdim=True)\n"
+        "    def weigh(self, scores, chosen):\n        return scores.new_ones(chosen.shape)\n",
+        encoding="utf-8",
+    )
+    plugin_files.load(str(path))
+    router, tokens = make_router("first", num_experts=3), torch.randn(4, 1, 3)
+    weights, _ = router(tokens)
+    weights.sum().backward()
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in router.parameters())
+    assert not router.eval()(tokens)[0].requires_grad

@@ -15,6 +15,7 @@ from support.launches import launch_calls, records
 from megatron_smlp import plugin_files
 from megatron_smlp.errors import UsageError
 from megatron_smlp.layers.spatial_gating import SpatialGating
+from megatron_smlp.training.causality import check_causality_of_layers
 
 GMLP = "--architecture gmlp --log-interval 1"
 MESSAGE = r"layer {} \({}\) reads later positions: changing inputs from position 9 on"
@@ -116,6 +117,14 @@ def test_a_dry_run_asks_a_layer_of_each_kind(
     message = MESSAGE.format(1, "SpatialGating")
     with pytest.raises(UsageError, match=message), pretrained(f"{GMLP} --dry-run"):
         pass
+
+
+def test_a_dry_run_asks_without_experts_and_transformer_engines_settings(parse: Any):
+    """Experts would take memory, and our attention refuses the settings."""
+    words = "--architecture transformer --num-experts 1000000 --token-router switch"
+    args = parse(f"{words} --num-attention-heads 4 --moe-layer-freq 1")
+    args.window_size, args.softmax_type = (4, 0), "off-by-one"
+    check_causality_of_layers(args)
 
 
 def test_a_run_that_goes_on_is_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

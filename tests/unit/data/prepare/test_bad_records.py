@@ -14,6 +14,8 @@ import psutil
 import pytest
 from data_helpers import BYTE_FLAGS, COMPRESSORS, PYTHON, ROOT, Run, write_jsonl
 from support.living import lives
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from megatron_smlp.data.pairs.indexed import open_index
 from megatron_smlp.errors import DataError
@@ -124,6 +126,38 @@ def test_a_number_outside_of_the_vocabulary(run: Run, tmp_path: Path):
     summary = run(source, tmp_path / "data", *flags, "--on-error", "skip", "--append-eod")
     assert summary.counts.rejected == {"not_encodable": 4}
     assert open_index(str(tmp_path / "data_text_document")).tokens.tolist() == [1, 2, 3, 98, 6, 98]
+
+
+def test_texts_of_a_parquet_file_that_are_no_text(run: Run, tmp_path: Path):
+    """Arrow does not check them; each costs its own record, not the rest of the file."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    texts = pyarrow.array([b"good", b"\xff", b"better", None], pyarrow.binary())
+    for kind in ("string", "binary"):
+        folder = tmp_path / kind
+        folder.mkdir()
+        column = texts.view(pyarrow.string()) if kind == "string" else texts
+        parquet.write_table(pyarrow.table({"text": column}), folder / "a.parquet")
+        flags = (folder / "a.parquet", folder / "data", *BYTE_FLAGS)
+        with pytest.raises(DataError, match=r"a\.parquet:2: .*\[invalid_utf8\]"):
+            run(*flags)
+        counts = run(*flags, "--on-error", "skip").counts
+        assert counts.rejected == {"invalid_utf8": 1, "null_text": 1}
+        tokens = open_index(str(folder / "data_text_document")).tokens
+        assert bytes(tokens.tolist()) == b"goodbetter"
+
+
+def test_a_tokenizer_without_an_unknown_token(run: Run, tmp_path: Path):
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1, "end": 2}))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    folder = tmp_path / "tokenizer"
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="end").save_pretrained(folder)
+    source = write_jsonl(tmp_path / "a.jsonl", ["a b", "c", "b"])
+    flags = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", folder]
+    with pytest.raises(DataError, match=r"a\.jsonl:2: .*\[not_encodable\]"):
+        run(source, tmp_path / "data", *flags)
+    run(source, tmp_path / "data", *flags, "--on-error", "skip")
+    assert open_index(str(tmp_path / "data_text_document")).tokens.tolist() == [0, 1, 1]
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,11 @@ from megatron_smlp.data.prepare import preprocess_cli, train_tokenizer_cli
 from megatron_smlp.data.tokenizers.factory import read_tokenizer
 from megatron_smlp.data.tokenizers.folder import recorded_tokenizer
 from megatron_smlp.data.tokenizers.gigatoken_encoder import GigatokenEncoder
-from megatron_smlp.data.tokenizers.huggingface import HuggingFaceEncoder, HuggingFaceTokenizer
+from megatron_smlp.data.tokenizers.huggingface import (
+    HuggingFaceEncoder,
+    HuggingFaceTokenizer,
+    _named_tokens,
+)
 from megatron_smlp.data.tokenizers.spec import (
     FILES,
     Encoder,
@@ -302,6 +306,13 @@ def test_a_tokenizer_learns_from_so_many_bytes(tmp_path: Path):
             train_tokenizer_cli.main(words.split())
             learned.append((folder / "tokenizer.json").read_bytes())
     assert learned[0] == learned[1] == learned[2] != learned[3]
+
+
+def test_lists_of_a_tokenizer_that_are_null():
+    nothing = dict.fromkeys(
+        ["additional_special_tokens", "extra_special_tokens", "added_tokens_decoder"]
+    )
+    assert _named_tokens(nothing | {"eos_token": "end", "pad_token": None}) == ["end"]
 
 
 def test_a_checkpoint_does_not_say_whom_to_trust():
