@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import subprocess
+from collections.abc import Sequence
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -25,14 +26,18 @@ def software() -> dict[str, Any]:
     return made_by() | {"python": platform.python_version(), "packages": versions()}
 
 
-def made_by() -> dict[str, str | None]:
-    """Return the commit, and a hash of the sources, of the code that this process trains with."""
-    return {"commit": _commit(), "sources": sources()}
+def made_by(plugins: Sequence[tuple[str, str]] | None = None) -> dict[str, str | None]:
+    """Return the commit, and a hash of the sources, of the code that a process trains with.
+
+    Args:
+        plugins: name and text of each; default: those that this process has loaded.
+    """
+    return {"commit": _commit(), "sources": sources(plugins)}
 
 
-def sources() -> str:
+def sources(plugins: Sequence[tuple[str, str]] | None = None) -> str:
     """Return a hash of the texts that determine what a step computes: pretrain_smlp.py, the package
-    except NOT_OF_A_STEP, and the plugins of this process."""
+    except NOT_OF_A_STEP, and plugins."""
     package = Path(__file__).parent
     files = [package.with_name("pretrain_smlp.py"), *sorted(package.rglob("*.py"))]
     digest = hashlib.sha256()
@@ -40,7 +45,7 @@ def sources() -> str:
         name = file.relative_to(package.parent)
         if not NOT_OF_A_STEP.intersection(name.parts[1:2]):
             digest.update(f"{name}\n{len(text := file.read_bytes())}\n".encode() + text)
-    for plugin, content in plugin_texts.texts().items():
+    for plugin, content in plugin_texts.texts().items() if plugins is None else plugins:
         digest.update(f"{plugin}\n{len(content.encode())}\n{content}".encode())
     return digest.hexdigest()[:HASH_DIGITS]
 

@@ -267,8 +267,10 @@ def merged(file: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
             continue
         key = spelling(name.removeprefix("--"))
         given[key] = [_value(key, text)] if has_value else []
-    for key in [key for key in given if key.startswith("no_") and key[3:] in file]:
-        del given[key], values[key[3:]]
+    for key in [key for key in given if key.startswith("no_") and key[3:] in {**file, **given}]:
+        del given[key]
+        given.pop(key[3:], None)
+        values.pop(key[3:], None)
     for key, typed in given.items():
         if not typed and key not in _SIZES:
             values[key] = True  # a switch

@@ -211,9 +211,8 @@ def _draw_band(
     worst: Any,
     style: dict[str, Any],
 ) -> None:
-    values = np.stack([getattr(history, field) for history in histories])
-    steps = histories[0].iterations
-    low, high = values.min(axis=0), values.max(axis=0)
+    steps, values = _aligned(histories, field)
+    low, high = np.nanmin(values, axis=0), np.nanmax(values, axis=0)
     panel.fill_between(steps, low, high, color=style["color"], alpha=0.12, linewidth=0)
     panel.plot(steps, worst(values, axis=0), linewidth=1.4, **style)
 
@@ -227,9 +226,19 @@ def _draw_dots(
     style: dict[str, Any],
 ) -> None:
     """Draw the validations, in which BASE routes greedily and is not balanced."""
-    values = worst(np.stack([getattr(history, field) for history in histories]), axis=0)
+    steps, values = _aligned(histories, field)
     dot = {"color": style["color"], "markersize": 4, "markeredgecolor": "white"}
-    panel.plot(histories[0].iterations, values, "o", **dot)
+    panel.plot(steps, worst(values, axis=0), "o", **dot)
+
+
+def _aligned(histories: Sequence[RouterHistory], field: str) -> tuple[Any, Any]:
+    """Return the iterations that any router has, and the values of each, <float>[routers, N], NaN
+    where it has none: a rule that may skip may have sent nothing meanwhile."""
+    steps = np.unique(np.concatenate([history.iterations for history in histories]))
+    values = np.full((len(histories), len(steps)), np.nan)
+    for row, history in zip(values, histories, strict=True):
+        row[np.searchsorted(steps, history.iterations)] = getattr(history, field)
+    return steps, values
 
 
 def tidy(panel: Axes) -> None:

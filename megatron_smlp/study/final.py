@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from megatron_smlp.study.state import CHECKPOINTS, State
 WINDOWS = 2000
 """Number of windows of the validation documents to score for the breakdown."""
 
+SHARES = ("acc", "acc_norm", "em", "exact_match", "f1")
+"""The harness's metrics that are a share of right answers."""
 Line = dict[str, Any]
 
 
@@ -142,9 +144,20 @@ def _of_tasks(
     flags = ["--tasks", ",".join(tasks)]
     flags += ["--data-dir", str(data_dir)] if data_dir else []
     for task, scores in _evaluated(known, run, flags, watch, name="tasks")["results"].items():
-        metric = PAPER_METRICS.get(task) or next(iter(scores["metrics"]))
-        score = scores["metrics"][metric]
+        score = _accuracy(task, scores["metrics"])
         yield _line(TASK, task, score["value"], stderr=score["stderr"], count=scores["examples"])
+
+
+def _accuracy(task: str, metrics: Mapping[str, Any]) -> Any:
+    """Return the score that counts right answers: the paper's, or the first of SHARES."""
+    names = (PAPER_METRICS.get(task), *SHARES)
+    metric = next((name for name in names if name in metrics), None)
+    if metric is None:
+        raise UsageError(
+            f"--tasks {task} has {', '.join(metrics)}, none of {', '.join(SHARES)}: studies count "
+            "right answers. Leave it out."
+        )
+    return metrics[metric]
 
 
 def _line(kind: str, label: str, value: float, *, count: int, stderr: float | None = None) -> Line:

@@ -133,13 +133,16 @@ def _is_on_cpu() -> bool:
 
 def made_by_next(processes: int) -> dict[str, str | None]:
     """Return the commit and sources of the next training: those on disk now or, for a fork, those
-    that the process it is forked from has read."""
-    return _made_by_forks() if processes == 1 and _is_on_cpu() else made_by()
+    that the process it is forked from has read. Plugins are always read anew."""
+    plugins = tuple(
+        (name, plugin.path.read_text(encoding="utf-8")) for name, plugin in LOADED.items()
+    )
+    return _made_by_forks(plugins) if processes == 1 and _is_on_cpu() else made_by(plugins)
 
 
 @cache
-def _made_by_forks() -> dict[str, str | None]:
-    return made_by()
+def _made_by_forks(plugins: tuple[tuple[str, str], ...]) -> dict[str, str | None]:
+    return made_by(plugins)
 
 
 def _program(command: Sequence[str], log: BinaryIO) -> subprocess.Popen[bytes]:

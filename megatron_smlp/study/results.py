@@ -53,7 +53,7 @@ RENAMED = {
 }
 SIGNIFICANT = "%.7g"
 # Strings that may look like numbers.
-TEXTS = ("key", "parent", "commit", "sources", "fingerprint", "label")
+TEXTS = ("key", "parent", "system", "commit", "sources", "fingerprint", "label")
 
 
 class Results:

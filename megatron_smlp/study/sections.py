@@ -244,7 +244,7 @@ def task_lines(measured: Measured) -> Iterator[str]:
         + " The paper's figures are of models three orders of magnitude larger; n/a: we have "
         "no source for it." * measured.study.paper + "\n"
     )
-    heads = [f"{task} ({PAPER_METRICS.get(task, 'acc')})" for task in tasks]
+    heads = [f"{task} ({PAPER_METRICS[task]})" if task in PAPER_METRICS else task for task in tasks]
     yield from table("system", *heads, "seeds")
     yield row("chance", *(CHANCE.get(task, "n/a") for task in tasks), "")
     for name in measured.systems:

@@ -27,6 +27,7 @@ from megatron_smlp.study.metrics import VALIDATION_LOSS
 from megatron_smlp.study.report import Page
 from megatron_smlp.study.statistics import ALPHA, Difference, of_error, unknown, welch
 
+FIGURE = "differences.png"
 PANELS = 3
 """Panels per row of the figure."""
 
@@ -35,9 +36,11 @@ def write_sizes(name: str, pages: Sequence[Page], folder: Path) -> list[Path]:
     """Write report.md across the sizes of a study, and its figure; return their paths."""
     sizes = Sizes(name, pages)
     folder.mkdir(parents=True, exist_ok=True)
-    report, figure = folder / "report.md", folder / "differences.png"
-    sizes.figure().savefig(figure)
+    report, figure = folder / "report.md", folder / FIGURE
     write_durably(report, sizes.text())
+    if not sizes.rivals:
+        return [report]
+    sizes.figure().savefig(figure)
     return [figure, report]
 
 
@@ -78,7 +81,7 @@ class Sizes:
             "tokens and FLOPs, ± is of 95 %. No exponent is fitted, and nothing is said beyond the "
             "sizes and tokens that were trained.",
             *("", "## Differences", "", *self._differences()),
-            *("", "![Differences against tokens](differences.png)"),
+            *(("", f"![Differences against tokens]({FIGURE})") if self.rivals else ()),
             *("", "## Ranks", "", *self._ranks()),
             *("", "## Predictions", "", *self._predictions(), ""),
         ])  # fmt: skip
@@ -123,7 +126,7 @@ class Sizes:
 
     def _at_equal_time(self, size: Measured, horizon: int) -> str:
         names = size.trained_on(VALIDATION_LOSS)
-        if not size.tables.has_speed(*names):
+        if not (names and size.tables.has_speed(*names)):
             return "no quiet timing"
         seconds = {name: size.tables.seconds_per_token(name) for name in names}
         time = size.tables.tokens(horizon) * min(seconds.values())
@@ -150,7 +153,9 @@ class Sizes:
         for three in zip(self.sizes, self.sizes[1:], self.sizes[2:], strict=False):
             for rival in self.rivals:
                 # Sizes of equal width, such as those that differ in length, define no line.
-                if rival in three[-1].systems and self.width(three[0]) != self.width(three[1]):
+                if all(rival in size.systems for size in three) and self.width(
+                    three[0]
+                ) != self.width(three[1]):
                     for horizon in sorted(three[-1].study.horizons):
                         yield self._predicted(three, rival, horizon)
 

@@ -236,6 +236,11 @@ def read_studies(path: Path) -> tuple[str, list[Study]]:
         for size, own in _sizes(sizes).items():
             place = f"sizes: {size}: "
             studies.append(_study(_of_size(content, own) | {"name": f"{name}-{size}"}))
+            if studies[0].subject not in studies[-1].systems:
+                raise ValueError(
+                    f"systems: {studies[0].subject!r} is missing, the subject of the first size: "
+                    "the report across sizes compares it. Name it alike at all of them."
+                )
     except ValueError as error:
         raise UsageError(f"{path}: {place}{error}") from error
     return name, studies

@@ -43,7 +43,7 @@ class Compute:
         """
         new = tokens - self.tokens
         token_loads = [load for key, load in loads.items() if key.kind == "token"]
-        if new <= 0 or not token_loads:
+        if new <= 0 or not self.choices_per_token:
             return self.needed - self.unsent
         sent = sum(load.choices * (1 - load.drop_rate) for load in token_loads)
         unsent = (self.choices_per_token - sent / new) * self.per_choice

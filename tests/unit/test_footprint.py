@@ -362,6 +362,8 @@ def test_flags_of_the_model_stand_on_the_command_line(
     file = f"--config {config}"
     words = "--num-layers 4 --hidden-size=64 --seq-length 128"
     assert printed(f"{file} --no-num-experts", capsys) == printed(words, capsys)
+    given = "--num-experts 8 --no-num-experts"
+    assert printed(f"{file} {given}", capsys) == printed(words, capsys)
     assert printed(f"{file} --moe-layer-freq [0,1,0,1] --swiglu", capsys) == printed(
         f"{words} --num-experts 8 --moe-layer-freq 0 1 0 1 --swiglu", capsys
     )

@@ -161,6 +161,14 @@ class TestFigures:
         assert edges[:, 0, 1].tolist() == [-0.5, 0.5, 1.5], "experts"
         assert fourth.get_title() == "layer 4, token router"
 
+    def test_a_router_that_sent_nothing_meanwhile(self, tmp_path: Path):
+        lines = routed_lines()
+        del lines[0]["routers"][1]
+        entropy, *_ = router_figure([read_run(write(tmp_path / "run", *lines), label="run")]).axes
+        worst, *_ = entropy.lines
+        assert worst.get_xdata().tolist() == [1, 2, 3]
+        assert worst.get_ydata().tolist() == [0.9, 0.7, 0.7]
+
     def test_curves_draw_the_worst_router(self, run: Run):
         figure = router_figure([run])
         entropy, dropped = figure.axes

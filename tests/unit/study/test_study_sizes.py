@@ -119,6 +119,10 @@ def test_a_variant_of_the_study_has_the_flags_of_the_size_as_well(tmp_path: Path
         ({"D64": {"widths": [7]}}, "sizes: D64: unknown key 'widths'"),
         ({"D64": {"systems": ["hash"]}}, "sizes: D64: 'smlp_deterministic' is not in `systems`"),
         ({}, "give `name: keys of the study"),
+        (
+            SIZES | {"D9": {"systems": ["switch"], "subject": "switch"}},
+            "sizes: D9: systems: 'smlp_deterministic' is missing, the subject of the first size",
+        ),
     ],
 )
 def test_what_a_size_may_not_be(tmp_path: Path, sizes: dict[str, Any], said: str):
@@ -176,6 +180,22 @@ def test_two_sizes_of_one_width_predict_no_third(tmp_path: Path):
     text = Sizes("small", pages).text()
     assert cells(text, "short", "64", "transformer")
     assert "| D128 |" not in text.split("## Predictions")[1]
+
+
+@pytest.mark.parametrize("systems", [["smlp_deterministic"], list(FFN)])
+def test_systems_that_a_size_lacks(tmp_path: Path, systems: list[str]):
+    """The last size has no runs yet; alone, a subject has no rivals."""
+    pair = {"systems": systems[:2]}
+    sizes = {"D64": size(64, **pair), "D128": size(128, **pair), "D256": size(256)}
+    if len(systems) == 1:
+        sizes["D256"] = size(256, **pair)
+    path = write_sizes(tmp_path, sizes=sizes, ablations=None, horizons=["0.4M"])
+    for known, _ in states(path)[:2]:
+        pretend(known, loss_of)
+    assert cli.main(study_argv("report", tmp_path)) == 0
+    text = (tmp_path / "results" / "report.md").read_text(encoding="utf-8")
+    assert ("differences.png" in text) is (len(systems) > 1)
+    assert "| D256 | switch" not in text.split("## Predictions")[1]
 
 
 def test_equal_time_is_that_of_the_fastest(path: Path):

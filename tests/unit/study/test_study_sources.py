@@ -9,9 +9,10 @@ import pytest
 from support.launches import REPOSITORY
 from support.studies import page_of, pretend, state_of, write_study
 
-from megatron_smlp import provenance
+from megatron_smlp import plugin_files, provenance
 from megatron_smlp.study.made_by import FINGERPRINT_COLUMNS, alike, note
 from megatron_smlp.study.plan import identity_of
+from megatron_smlp.study.process import made_by_next
 from megatron_smlp.study.state import State
 
 MIXER = "megatron_smlp/layers/spatial_gating.py"
@@ -118,3 +119,15 @@ def test_a_branch_is_of_the_sources_of_its_trunk_too(tmp_path: Path):
     text = report(known, tmp_path)
     assert "1 of transformer, of sources old new" in text
     assert "4 of transformer, of sources old (commit of-old)" in text  # its branches
+
+
+def test_a_plugin_that_is_edited_meanwhile_is_another_source(tmp_path: Path):
+    """Each training reads its file anew, a forked one too."""
+    path = tmp_path / "mine.py"
+    path.write_text("A = 1\n", encoding="utf-8")
+    plugin_files.load(str(path))
+    before = [made_by_next(processes)["sources"] for processes in (1, 2)]
+    path.write_text("A = 2\n", encoding="utf-8")
+    after = [made_by_next(processes)["sources"] for processes in (1, 2)]
+    assert len({*before}) == len({*after}) == 1
+    assert before != after

@@ -12,7 +12,7 @@ from megatron_smlp.checkpoints.folders import iteration_folder
 from megatron_smlp.conversion import cli as convert
 from megatron_smlp.errors import UsageError
 from megatron_smlp.study import cli
-from megatron_smlp.study.final import what_is_missing
+from megatron_smlp.study.final import _accuracy, what_is_missing
 from megatron_smlp.study.measured import Measured
 from megatron_smlp.study.results import Results
 from megatron_smlp.study.sections import document_lines
@@ -34,6 +34,14 @@ def test_what_was_looked_at_is_not_looked_at_again(tmp_path: Path):
     assert what_is_missing(results.evaluations, "neither", tasks) == (True, tasks)
     results.add_evaluations([one | {"value": 0.5}])  # as when a group of tasks is scored again
     assert list(results.evaluations["value"]) == [1.0, 1.0, 0.5]
+
+
+def test_a_perplexity_is_no_accuracy():
+    """lm-evaluation-harness puts lambada's before its accuracy."""
+    assert _accuracy("lambada_openai", {"perplexity": 40.0, "acc": 0.3}) == 0.3
+    assert _accuracy("hellaswag", {"acc": 0.3, "acc_norm": 0.4}) == 0.4
+    with pytest.raises(UsageError, match="--tasks wikitext has word_perplexity, none of acc"):
+        _accuracy("wikitext", {"word_perplexity": 40.0})
 
 
 def test_the_lowest_of_the_longest_runs_is_exported(

@@ -62,6 +62,12 @@ def test_only_what_was_sent_counts(shape: ModelShape):
     assert resumed.spent(30) == pytest.approx(spent)
 
 
+def test_routers_that_sent_nothing_spent_nothing(shape: ModelShape):
+    compute, cost = Compute(shape), model_cost(shape)
+    whole = 3 * cost.flops / shape.seq_length
+    assert compute.add({}, tokens=10) == pytest.approx(whole - 4 * 3 * choice_flops(shape))
+
+
 def test_a_run_counts_its_own_choices(tmp_path: Path):
     """GShard draws few second experts, and the capacity limit drops others."""
     with pretrained(f"{GSHARD} --log-dir {tmp_path}"):
