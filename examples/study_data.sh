@@ -17,6 +17,7 @@ source examples/common.sh
 answer_help "$@"
 python=${PYTHON_BIN:-.venv/bin/python}
 output=${OUTPUT:-runs/study-data}
+output=${output%/}
 if [[ -e $output ]]; then
   echo "study_data.sh: $output is there; remove it to make it again" >&2
   exit 0

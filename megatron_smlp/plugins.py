@@ -104,16 +104,22 @@ def options_of(kind: type) -> dict[str, Option]:
     """Return the options that a class and its bases declare, by name.
 
     Raises:
-        TypeError: one has an annotation that no flag can have.
+        TypeError: one has an annotation that no flag can have, or the name of a base's member.
     """
     declared: dict[str, Option] = {}
+    hosts = [base for base in kind.__mro__ if base.__module__ == __name__ or base is nn.Module]
     for base in reversed(kind.__mro__):
         options = {name: it for name, it in vars(base).items() if isinstance(it, Option)}
         hints = get_type_hints(base) if options else {}
         for name, it in options.items():
+            if any(name in vars(host) for host in hosts):
+                raise TypeError(
+                    f"{kind.__name__}.{name} is an option, but its base class has that name: "
+                    "rename it."
+                )
             hint = hints.get(name)
             choices = get_args(hint) if get_origin(hint) is Literal else None
-            type_ = str if choices else hint
+            type_ = str if choices and all(isinstance(it, str) for it in choices) else hint
             if type_ not in (int, float, bool, str):
                 raise TypeError(
                     f"{kind.__name__}.{name} is an option: annotate it as int, float, "
@@ -223,7 +229,7 @@ def _has_strays(value: nn.Parameter | nn.Module) -> bool:
 
 def masked_product(weight: Tensor, values: Tensor) -> Tensor:
     """Mixer.causal_product, unless a host has a faster one."""
-    return weight.tril() @ values
+    return weight.tril().to(values.dtype) @ values
 
 
 class Mixer(_WithWeights):
@@ -397,12 +403,14 @@ class TokenRouter(_Router):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> TokenRouter:
         """Keep buffers in fp32 when a model is cast, buffers included, to half precision."""
-        kept = dict(self._buffers)
+        kept = [(part, dict(part._buffers)) for part in self.modules()]
         super()._apply(fn, recurse)
-        for name, buffer in kept.items():
-            moved = self._buffers[name]
-            if buffer is not None and moved is not None and buffer.is_floating_point():
-                self._buffers[name] = moved.float() if buffer.is_meta else buffer.to(moved.device)
+        for part, buffers in kept:
+            for name, buffer in buffers.items():
+                moved = part._buffers[name]
+                if buffer is not None and moved is not None and buffer.is_floating_point():
+                    value = moved.float() if buffer.is_meta else buffer.to(moved.device)
+                    part._buffers[name] = value
         return self
 
 
@@ -526,7 +534,8 @@ class Registry:
     def update[Function: Callable[..., None]](self, function: Function) -> Function:
         """Register a function that changes buffers once per step, after the optimizer's update:
         `f(models, skipped=bool)`, on every rank; see training.events.Update. In bf16 and fp16,
-        change a weight in `parameter.main_param` too, from which the next step recomputes it.
+        change a weight in `parameter.main_param` too, from which the next step recomputes it; a
+        distributed optimizer has a flat part of it on some ranks, and None on the others.
         """
         self.updates.append(function)
         return function

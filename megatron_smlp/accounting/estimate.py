@@ -37,7 +37,7 @@ from megatron_smlp.options import (
     model_defaults,
 )
 from megatron_smlp.partial_prediction import prefix_length
-from megatron_smlp.systems import ARCHITECTURES, BY_PREFIX
+from megatron_smlp.systems import ARCHITECTURES, BY_PREFIX, SPECS
 
 _REQUIRED = ("num_layers", "hidden_size", "seq_length")
 _LAYOUT: dict[str, Any] = {
@@ -154,6 +154,10 @@ def resolve(values: dict[str, Any]) -> argparse.Namespace:
     _refuse_wrong(values)
     plugins = {name: DEFAULTS[name] for name in PLUGIN_OPTIONS}
     args = argparse.Namespace(**(_DEFAULTS | plugins | values))
+    if getattr(args, "use_rotary_position_embeddings", False):
+        args.position_embedding_type = "rope"
+    if values.get("spec") in SPECS and "architecture" not in values:
+        args.architecture = values["spec"][1]
     args.moe_layer_freq = _layer_freq(args.moe_layer_freq)
     args.load = None
     _refuse_impossible(args)

@@ -77,7 +77,7 @@ def _alone(name: str, kind: type[TokenRouter]) -> Row:
 def _gradients(name: str, kind: type[TokenRouter]) -> Row:
     rule = _built(kind).train()
     scores = _scores(torch.float64).requires_grad_()
-    chosen, _ = rule.choices(scores.detach())
+    chosen, _ = rule.choices(_scores())
     if not rule.weigh(scores, chosen).requires_grad:  # fixed weights, such as HASH's
         return close(name, "weights, which have no gradient", 0.0, 0.0, "")
     return gradients(name, lambda x: rule.weigh(x, chosen), (scores,), "weigh")

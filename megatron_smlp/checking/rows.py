@@ -70,8 +70,8 @@ def close(subject: str, compared: str, difference: float, limit: float, advice: 
 
 
 class DoubleStays(TorchFunctionMode):
-    """Makes x.float() keep fp64: plugins use it to mean "at least fp32", and in an fp64 check the
-    rounding would look like an error."""
+    """Makes x.float() and dtype=torch.float32 keep fp64: plugins mean "at least fp32" by them, and
+    in an fp64 check the rounding would look like an error."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -81,4 +81,6 @@ class DoubleStays(TorchFunctionMode):
                 return args[0]
             if func is torch.Tensor.to:
                 args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
+            if kwargs and kwargs.get("dtype") is torch.float32:
+                kwargs = {**kwargs, "dtype": torch.float64}
         return func(*args, **(kwargs or {}))

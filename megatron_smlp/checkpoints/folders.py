@@ -109,6 +109,8 @@ def iterations(run: str | Path) -> list[int]:
         found = [(iteration_of(path), path) for path in Path(run).iterdir()]
     except (FileNotFoundError, NotADirectoryError):
         return []
+    except PermissionError as error:
+        raise UsageError(f"{run} cannot be read: {error.strerror}.") from error
     # Only checkpoints are looked at: each rank may also have a log here.
     return sorted(n for n, path in found if n is not None and path.is_dir())
 

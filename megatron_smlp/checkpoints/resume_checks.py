@@ -10,9 +10,9 @@ from megatron_smlp.checkpoints.folders import MODEL, iteration_folder
 from megatron_smlp.checkpoints.model_record import model_flags, read_model_flags
 from megatron_smlp.checkpoints.run_record import START_FLAGS, plain, read_run_record
 from megatron_smlp.collectives import from_first_rank
-from megatron_smlp.command_line import flag_of
+from megatron_smlp.command_line import flag_of, negation_of
 from megatron_smlp.errors import UsageError
-from megatron_smlp.options import MODEL_FLAGS
+from megatron_smlp.options import MODEL_FLAGS, PLUGIN_OPTIONS
 from megatron_smlp.provenance import software
 
 
@@ -35,9 +35,18 @@ def check_same_model(args: argparse.Namespace, iteration: int | None) -> None:
             if name == "add_bias_linear":
                 name, here, there = "disable_bias_linear", not here, not there
             flag = flag_of(name)
-            remedy = f"give {flag} {there}"
-            if isinstance(there, bool):
-                remedy = f"give {flag}" if there else f"leave {flag} out"
+            if name == "vocab_size":
+                raise UsageError(
+                    f"the tokenizer has {here} entries, that of the checkpoint {args.load} had "
+                    f"{there}: give the run's tokenizer, or another folder."
+                )
+            remedy = f"give {flag} {str(there).replace(' ', '')}"
+            if there is None:
+                remedy = f"leave {flag} out"
+            elif isinstance(there, bool):
+                is_on = name in PLUGIN_OPTIONS and PLUGIN_OPTIONS[name].default is True
+                off = f"give {negation_of(flag)}" if is_on else f"leave {flag} out"
+                remedy = f"give {flag}" if there else off
             raise UsageError(
                 f"{flag} {here} contradicts the checkpoint {args.load}, which was made with "
                 f"{there}: {remedy}, or give another folder."

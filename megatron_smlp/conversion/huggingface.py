@@ -57,7 +57,10 @@ def config_of(flags: Mapping[str, Any]) -> SMLPConfig:
     """
     architecture = ARCHITECTURES[flags["architecture"]]
     only_ones = dict(UNSUPPORTED)
-    if not architecture.attends:
+    plain = flags["position_embedding_type"] in ("none", "learned_absolute")
+    if architecture.layers and plain:
+        pass  # a plugin's, with or without learned positions
+    elif not architecture.attends:
         if not (architecture.rotates and flags["position_embedding_type"] == "rope"):
             only_ones["position_embedding_type"] = architecture.positions
     else:

@@ -42,7 +42,7 @@ class StreamedWeight(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if func in WITHOUT_VALUES:
                 return func(*args, **(kwargs or {}))
-            if func == Tensor.__getitem__ and isinstance(args[1], int):
+            if func == Tensor.__getitem__ and isinstance(args[1], int) and args[1] >= 0:
                 return args[0].values(row=args[1])
             args, kwargs = tree_map(_values, (args, kwargs or {}))
             return func(*args, **kwargs)

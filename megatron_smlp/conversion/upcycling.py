@@ -38,7 +38,12 @@ from megatron_smlp.conversion.recipes import Plan, Recipe, same
 from megatron_smlp.errors import UsageError
 from megatron_smlp.flags.defaults import AUX_LOSS_COEFF
 from megatron_smlp.routers.hash_table import random_table
-from megatron_smlp.systems import ARCHITECTURES, TOKEN_ROUTERS, experts_of_a_token
+from megatron_smlp.systems import (
+    ARCHITECTURES,
+    FEATURE_ROUTERS,
+    TOKEN_ROUTERS,
+    experts_of_a_token,
+)
 
 EXTRA_WIDTH = 8
 """Hidden units beyond those of the dense FFN; one of them carries its bias."""
@@ -85,7 +90,9 @@ def _add_experts(target: dict[str, Any]) -> None:
             f"--token-router {target['token_router']} cannot be made from a dense model: its "
             f"weights depend on scores that start at random; give one of {known}."
         )
-    has_ffn = ARCHITECTURES[target["architecture"]].channel == "mlp"
+    architecture, count = ARCHITECTURES[target["architecture"]], target["num_layers"]
+    layers = architecture.layers or (lambda *_: ("", architecture.channel))
+    has_ffn = any(layers(number, count)[1] == "mlp" for number in range(count))
     has_bias = has_ffn and target["add_bias_linear"]
     if has_bias and target["normalization"] != "LayerNorm":
         raise UsageError(
@@ -113,6 +120,12 @@ def _add_experts(target: dict[str, Any]) -> None:
 
 def _check_spatial(flags: Mapping[str, Any], target: Mapping[str, Any]) -> None:
     heads, experts = flags["spatial_heads"], target["num_feature_experts"]
+    rule = FEATURE_ROUTERS.get(target["feature_router"])
+    if rule and rule.plugin:
+        raise UsageError(
+            f"--feature-router {target['feature_router']}: a plugin's rule cannot be started from "
+            "a dense model; give deterministic or partial."
+        )
     if target["feature_router"] == "partial" and heads > 1:
         raise UsageError(
             f"--feature-router partial: any chunk may choose any expert, so all experts start as "

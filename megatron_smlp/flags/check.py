@@ -188,6 +188,11 @@ def validate(args: argparse.Namespace) -> None:
             "require: set eos_token in its tokenizer_config.json."
         )
     size, padded = get_tokenizer().vocab_size, args.padded_vocab_size
+    if size > padded and "padded_vocab_size" not in args.explicit_flags:
+        raise UsageError(
+            f"the tokenizer has {size} entries, but the checkpoint {args.load} only {padded}, with "
+            "padding: give the run's tokenizer, or another folder."
+        )
     if size > padded or padded % args.tensor_model_parallel_size:
         raise UsageError(
             f"--padded-vocab-size {padded}: give a multiple of --tensor-model-parallel-size "

@@ -55,6 +55,17 @@ def check_attention(args: argparse.Namespace) -> None:
             f"--tensor-model-parallel-size {tp} does not divide --num-attention-heads {heads}: "
             "choose a divisor."
         )
+    if args.group_query_attention and heads % (args.num_query_groups or 1):
+        raise UsageError(
+            f"--num-query-groups {args.num_query_groups} does not divide --num-attention-heads "
+            f"{heads}: choose a divisor."
+        )
+    width = args.kv_channels or args.hidden_size // heads
+    if args.position_embedding_type == "rope" and width % 2:
+        raise UsageError(
+            f"--position-embedding-type rope turns pairs of features, but a head has {width}: "
+            "choose another --num-attention-heads, or an even --kv-channels."
+        )
 
 
 def check_channels(args: argparse.Namespace) -> None:

@@ -53,6 +53,8 @@ def expand_config(
 
 def _action_of(parser: argparse.ArgumentParser, key: str, place: str) -> argparse.Action:
     action = actions_of(parser).get(flag_of(key))
+    if key == "config":
+        raise UsageError(f"--config {place}: 'config' is a flag alone: a file has `include:`.")
     if action is None:
         raise UsageError(f"--config {place}: unknown key '{key}': {nearest(parser, key)}")
     return action

@@ -51,7 +51,8 @@ def add_plugin_options(parser: argparse.ArgumentParser) -> None:
             switch = argparse.BooleanOptionalAction if it.default else "store_true"
             kind = {"action": switch}
         try:
-            group.add_argument(flag_of(name), default=it.default, help=it.help, **kind)
+            text = it.help.replace("%", "%%")
+            group.add_argument(flag_of(name), default=it.default, help=text, **kind)
         except argparse.ArgumentError as error:
             raise UsageError(
                 f"the plugin option {name} would shadow Megatron's flag {flag_of(name)}: rename it."

@@ -74,7 +74,7 @@ def read(environment: Mapping[str, str], *, several: bool) -> Settings:
         UsageError: one is missing, or has an invalid value.
     """
     return Settings(
-        processes=whole_number(environment, "NPROC_PER_NODE", default="1"),
+        processes=_processes(environment),
         rendezvous=_rendezvous(environment) if several else None,
         local_address=environment.get("LOCAL_ADDR") or "",
         max_restarts=whole_number(environment, "MAX_RESTARTS", default="3"),
@@ -82,6 +82,13 @@ def read(environment: Mapping[str, str], *, several: bool) -> Settings:
         start_timeout=whole_number(environment, "START_TIMEOUT", default="180"),
         rejoin_timeout=whole_number(environment, "REJOIN_TIMEOUT", default="600"),
     )
+
+
+def _processes(environment: Mapping[str, str]) -> int:
+    count = whole_number(environment, "NPROC_PER_NODE", default="1")
+    if not count:
+        raise UsageError("NPROC_PER_NODE=0: give the number of processes (GPUs), at least 1.")
+    return count
 
 
 def _rendezvous(environment: Mapping[str, str]) -> RendezvousSettings:

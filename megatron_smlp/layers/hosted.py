@@ -11,6 +11,7 @@ Letters: T sequence, B batch, D hidden, F features, tp tensor parallel size.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -30,7 +31,7 @@ from megatron_smlp.layers.projections import (
 )
 from megatron_smlp.layers.token_mixer import TokenMixer
 from megatron_smlp.ops.causal_mix import causal_mix
-from megatron_smlp.plugin_weights import own_weights
+from megatron_smlp.plugin_weights import alike_on_ranks, on_cpu, own_weights
 from megatron_smlp.plugins import Mixer, mix, projections_of, values_in
 
 
@@ -60,6 +61,8 @@ def check_flags(args: Any, kind: type[Mixer]) -> None:
     Raises:
         ValueError: see `check_heads`.
     """
+    if args.ffn_hidden_size is None:
+        return  # Megatron's default, which follows from --hidden-size
     width = features_of(args, kind)
     check_heads(args, "one head", 1, width=width, width_flag="features", mixer=kind.__name__)
 
@@ -107,7 +110,7 @@ class HostedMixer(TokenMixer):
             setattr(self, name, project(outputs * features))
         self.whole = kind.whole and parts > 1
         width = features if kind.whole else features // parts
-        self.mixer = kind(width=width, length=length, values=values)
+        self.mixer = on_cpu(lambda: kind(width=width, length=length, values=values))
         self.mixer.causal_product = causal_product
         own_weights(self.mixer, dtype=config.params_dtype, group=self.tp_group, whole=kind.whole)
         self.linear_out = row_projection(
@@ -127,7 +130,8 @@ class HostedMixer(TokenMixer):
             self._gathered(getattr(self, name)(hidden_states)[0]).transpose(0, 1)
             for name in projections_of(type(self.mixer))
         ]
-        mixed = mix(self.mixer, projected).transpose(0, 1).contiguous()
+        with alike_on_ranks(self.config, self) if self.whole else nullcontext():
+            mixed = mix(self.mixer, projected).transpose(0, 1).contiguous()
         if self.whole:
             mixed = tensor_parallel.scatter_to_tensor_model_parallel_region(
                 mixed, group=self.tp_group

@@ -19,7 +19,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor, nn
 
 from megatron_smlp import plugins
-from megatron_smlp.plugin_weights import own_weights
+from megatron_smlp.plugin_weights import alike_on_ranks, on_cpu, own_weights
 from megatron_smlp.routers.handed import repeats_a_pass
 from megatron_smlp.routers.prefix import PrefixRouter
 from megatron_smlp.routers.token_router import Choices, TokenRouter
@@ -42,7 +42,7 @@ class HostedRouter(TokenRouter):
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         values = plugins.values_in(self.kind, config)
-        self.rule = self.kind(num_experts=self.num_experts, values=values)
+        self.rule = on_cpu(lambda: self.kind(num_experts=self.num_experts, values=values))
         self.rule.to(self.weight.device)
         # Under sequence parallelism each rank scores its own tokens; otherwise all do the same.
         whole = not config.sequence_parallel
@@ -63,7 +63,8 @@ class HostedRouter(TokenRouter):
         if self.training and self.buffers_before is None:
             self.buffers_before = [buffer.clone() for buffer in buffers]
         before = [buffer.clone() for buffer in buffers] if repeats_a_pass() else []
-        chosen, visited = self.rule.choices(scores)
+        with alike_on_ranks(self.config, self):
+            chosen, visited = self.rule.choices(scores)
         for buffer, value in zip(buffers, before, strict=False):
             buffer.copy_(value)  # the original pass has already updated them
         if not self.skips and chosen.shape[1] != self.kind.experts_per_token:
@@ -114,9 +115,8 @@ class HostedFeatureRouter(PrefixRouter):
 
     def build(self) -> None:
         values = plugins.values_in(self.kind, self.config)
-        self.rule = self.kind(
-            num_experts=self.num_experts, prefix_length=self.prefix_length, values=values
-        )
+        sizes = {"num_experts": self.num_experts, "prefix_length": self.prefix_length}
+        self.rule = on_cpu(lambda: self.kind(**sizes, values=values))
         own_weights(self.rule, dtype=self.config.params_dtype, group=self.tp_group)
 
     def scores(self, means: Tensor) -> Tensor:

@@ -225,6 +225,8 @@ def read_studies(path: Path) -> tuple[str, list[Study]]:
         UsageError: it cannot be read, a key is unknown or missing, or a value is not allowed.
     """
     content = load_strictly(path, name=str(path), ready="studies/")
+    if not isinstance(content, dict):
+        raise UsageError(f"{path}: {str(content)[:60]!r}: give `key: value` lines")
     name, sizes = str(content.get("name")), content.pop("sizes", None)
     place = ""
     try:

@@ -26,6 +26,8 @@ PARTIAL = SMLP.replace("deterministic", "partial")
 TRANSFORMER = "--architecture transformer --num-attention-heads 4"
 BOTH_SCHEDULES = "--use-checkpoint-opt_param-scheduler --override-opt_param-scheduler"
 PRICED = "--token-router base --num-experts 2 --base-gate price"
+GROUPED = f"{TRANSFORMER} --group-query-attention"
+ROPE = f"{TRANSFORMER} --position-embedding-type rope"
 TP = "--tensor-model-parallel-size"
 
 
@@ -98,6 +100,8 @@ REFUSED = f"""
     --eval-tasks copa needs a training | {GMLP} --skip-train --eval-tasks copa
     --attention-dropout 0.3 needs attention | {GMLP} --attention-dropout 0.3
     --attention-softmax-in-fp32 needs attention | {GMLP} --attention-softmax-in-fp32
+    --num-query-groups 3 does not divide | {GROUPED} --num-query-groups 3
+    --position-embedding-type rope turns pairs | {ROPE} --kv-channels 3
     --glu-linear-offset 1.0 needs --swiglu | {TRANSFORMER} --glu-linear-offset 1
     --dist-ckpt-workers 3 needs --async-save | {GMLP} --dist-ckpt-workers 3
     --lr-warmup-init 0.5 exceeds --lr | {GMLP} --lr-warmup-init 0.5

@@ -175,6 +175,7 @@ ARGUMENTS = {
     "architecture: gmpl": "--architecture: invalid choice: 'gmpl'.*gmlp",
 }
 WRONG = {
+    "config: more.yaml": "'config' is a flag alone: a file has `include:`",
     "num-lyers: 4": "unknown key 'num-lyers': did you mean --num-layers",
     "zzzzqqqq: 4": "unknown key 'zzzzqqqq'.*docs/flags.md",
     "bf16: 1": "'bf16' is a switch: true or false, not 1",

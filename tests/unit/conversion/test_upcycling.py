@@ -15,12 +15,15 @@ from support.conversions import (
     weights,
 )
 from support.in_process import pretrained
-from support.launches import records
-from support.smlp_systems import make_model
+from support.launches import REPOSITORY, records
+from support.smlp_systems import make_config, make_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from megatron_smlp import plugin_files
 from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
 from megatron_smlp.conversion import convert
+from megatron_smlp.conversion.huggingface import flags_of
+from megatron_smlp.conversion.upcycling import target_flags
 from megatron_smlp.errors import UsageError
 from megatron_smlp.systems import TOKEN_ROUTERS
 
@@ -122,6 +125,16 @@ def test_from_folders_of_transformers(tmp_path: Path):
         once, twice = (TorchDistCheckpoint(folder / name) for name in ("once", "twice"))
         assert_same(weights(once), weights(twice))
         assert once.flags == twice.flags
+
+
+def test_layers_without_an_ffn_beside_others_that_have_one():
+    """A plugin's first layer may have none: its biases are carried all the same."""
+    for name in ("gated_conv", "conv_gating"):
+        plugin_files.load(str(REPOSITORY / "plugins" / f"{name}.py"))
+    flags = flags_of(make_config("gmlp", **DENSE))
+    flags |= {"architecture": "conv_gating", "add_bias_linear": True}
+    target = target_flags(flags, {"token_router": "hash", "num_experts": 2})
+    assert target["moe_ffn_hidden_size"] == flags["ffn_hidden_size"] + 8
 
 
 @pytest.mark.parametrize(

@@ -147,3 +147,8 @@ def test_a_folder_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(fcntl, "flock", flock)
     with pytest.raises(UsageError, match=r"cannot be locked: Function not impl.*Lustre: -o flock"):
         Presence(tmp_path, run="run", address="10.0.0.1")
+
+
+def test_no_process_is_refused():
+    with pytest.raises(UsageError, match="NPROC_PER_NODE=0: give the number of processes"):
+        read({"NPROC_PER_NODE": "0"}, several=False)

@@ -48,6 +48,18 @@ class LinearAttention(TokenMixer):
 
 register.architecture("linear_attention", mixer="linear_attention")
 """
+DROPPING = """
+import torch
+from torch.nn.functional import dropout
+from megatron_smlp.plugins import TokenMixer, register
+
+@register("dropping")
+class Dropping(TokenMixer):
+    inner = {"gate": 1, "value": 1}
+    def forward(self, gate, value):
+        sums = gate.sigmoid().cumsum(1, dtype=torch.float32)
+        return dropout((sums * value).to(value.dtype), 0.1, self.training)
+"""
 LONG = """
 import torch
 from megatron_smlp.plugins import TokenMixer, normal, register
@@ -106,6 +118,8 @@ def test_what_ships_passes(registry: plugins.Registry, tmp_path: Path, text: str
                      id="another state"),
         pytest.param("late[:, length:]\n", "late[:, length:].transpose(0, 1)\n", "axis 0",
                      id="batch of a state"),
+        pytest.param("late[:, length:]\n", "late[:, max(0, length - 9) :]\n", "grows with",
+                     id="size of a state"),
     ],
 )  # fmt: skip
 def test_a_mixer_that_is_wrong(
@@ -223,3 +237,8 @@ def test_a_feature_router_that_is_wrong(
 ):
     assert right in FEATURES
     assert said in advice(registry, tmp_path, FEATURES.replace(right, wrong, 1))
+
+
+def test_fp32_by_a_keyword_and_dropout_pass(registry: plugins.Registry, tmp_path: Path):
+    """Neither rounds in fp64, nor draws where two passes are compared."""
+    assert not advice(registry, tmp_path, DROPPING)

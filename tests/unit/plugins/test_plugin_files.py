@@ -121,6 +121,32 @@ def test_layers_of_the_package_bring_their_flags(parse: Callable[..., Any]):
         parse(f"{words} --num-feature-experts 2")
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("features: int = option(2, 'x')", "GatedConv.features is an option, but its base class"),
+        ("kind: Literal[1, 2] = option(1, 'x')", "annotate it as int"),
+    ],
+)
+def test_an_option_that_cannot_be(tmp_path: Path, line: str, said: str):
+    text = "from typing import Literal\n" + GOOD.replace("smallest=1)", f"smallest=1)\n    {line}")
+    with pytest.raises(UsageError, match=said):
+        plugin_files.load(written(tmp_path, text))
+
+
+def test_a_name_of_the_packages_own_layers(tmp_path: Path):
+    """An exported model would be built of those."""
+    text = GOOD.replace('@register("gated_conv")', '@register("gmlp")').split("register.arch")[0]
+    with pytest.raises(UsageError, match="the token mixer 'gmlp' already exists"):
+        plugin_files.load(written(tmp_path, text))
+
+
+def test_a_percent_sign_in_the_help_of_an_option(parse: Callable[..., Any], tmp_path: Path):
+    text = GOOD.replace("smallest=1)", "smallest=1)\n    keep: float = option(0.1, '10 % of all')")
+    plugin_files.load(written(tmp_path, text))
+    assert parse("--architecture gated_conv --keep 0.2").keep == 0.2
+
+
 @pytest.mark.parametrize("name", ["none.py", "no_module_of_this_name", ""])
 def test_a_name_of_nothing(name: str):
     with pytest.raises(UsageError, match="--plugin"):

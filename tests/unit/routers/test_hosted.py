@@ -1,14 +1,20 @@
 """A plugin's token router in its host: the number of experts per token, and skipped steps."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from megatron.core.tensor_parallel.random import (
+    get_cuda_rng_tracker,
+    model_parallel_cuda_manual_seed,
+)
 from support.launches import REPOSITORY
 from support.routers import make_router
 from unit.plugins.test_checks import TWO
 
 from megatron_smlp import plugin_files
+from megatron_smlp.plugin_weights import alike_on_ranks
 from megatron_smlp.routers.hosted import update_rules
 from megatron_smlp.routers.statistics import RouterCounter
 
@@ -67,3 +73,32 @@ def test_weights_that_a_rule_leaves_unread_have_a_gradient(tmp_path: Path):
     weights.sum().backward()
     assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in router.parameters())
     assert not router.eval()(tokens)[0].requires_grad
+
+
+def test_statistics_in_a_part_of_a_rule_stay_fp32(tmp_path: Path):
+    path = tmp_path / "counted.py"
+    path.write_text(
+        "import torch\nfrom megatron_smlp.plugins import TokenRouter, register\n"
+        "class Mean(torch.nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        "        self.register_buffer('mean', torch.full((3,), 1 / 3))\n"
+        "@register('counted')\nclass Counted(TokenRouter):\n"
+        "    def __init__(self, **host):\n        super().__init__(**host)\n"
+        "        self.part = Mean()\n",
+        encoding="utf-8",
+    )
+    plugin_files.load(str(path))
+    rule = make_router("counted", num_experts=3).rule.bfloat16()
+    assert torch.equal(rule.part.mean, torch.full((3,), 1 / 3))
+
+
+def test_draws_are_alike_on_ranks_that_choose_for_the_same_tokens():
+    config = SimpleNamespace(sequence_parallel=True)
+    drawn = []
+    for rank in (0, 1):
+        model_parallel_cuda_manual_seed(7, tp_rank=rank, ep_rank=0, etp_rank=rank)
+        with get_cuda_rng_tracker().fork():
+            own = torch.rand(4)
+            with alike_on_ranks(config, torch.nn.Identity()):
+                drawn.append((own, torch.rand(4)))
+    assert not torch.equal(drawn[0][0], drawn[1][0])
+    assert torch.equal(drawn[0][1], drawn[1][1])
