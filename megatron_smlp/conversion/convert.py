@@ -153,8 +153,8 @@ def upcycle(options: argparse.Namespace, say: Say = print) -> None:
     with one_process():
         dense = _weights(options)
         flags = upcycling.target_flags(dense.flags, options.model)
+        rewriting.check_layout(flags, options.layout, is_new=True)
         huggingface.config_of(flags)  # checks that the sizes fit
-        rewriting.check_layout(flags, options.layout)
         expected = megatron_model.expected_shapes(flags)
         plan = upcycling.plan(dense.source.specs, expected, flags)
         sparse = Converted(plan, dense.source, expected, where=dense.where)

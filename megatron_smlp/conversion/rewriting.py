@@ -22,18 +22,27 @@ ANY_LAYOUT = "optimizer.state."
 """Prefix of the names of optimizer state that does not depend on the layout."""
 
 
-def check_layout(flags: Mapping[str, Any], layout: Mapping[str, int]) -> None:
-    """Raise UsageError, as pretrain_smlp.py would, if the model cannot be sharded that way."""
+def check_layout(
+    flags: Mapping[str, Any], layout: Mapping[str, int], *, is_new: bool = False
+) -> None:
+    """Raise UsageError, as pretrain_smlp.py would, if the model cannot be sharded that way.
+
+    Args:
+        is_new: whether no run has had this model: check it in any layout.
+    """
     from megatron_smlp.flags.check_model import check_model
+    from megatron_smlp.flags.check_routers import check_feature_router
 
     layout = sizes(layout, None)
-    if all(size == 1 for size in layout.values()):
+    if not is_new and all(size == 1 for size in layout.values()):
         return  # one process holds any model
     training = {"micro_batch_size": 1, "optimizer": "adam", "decoupled_lr": None}
     args = argparse.Namespace(
         **flags, **layout, **training, context_parallel_size=1, explicit_flags={}
     )
     check_model(args)
+    if is_new:
+        check_feature_router(args)
     tensor, pipeline = layout["tensor_model_parallel_size"], layout["pipeline_model_parallel_size"]
     if flags["num_layers"] % pipeline:
         raise UsageError(
