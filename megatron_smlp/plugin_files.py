@@ -42,7 +42,7 @@ GROUP = "megatron_smlp.plugins"
 HOSTED = "megatron_smlp.layers.hosted"
 WITHOUT_FLAGS = ("mlp", "none")
 RESERVED = (*WITHOUT_FLAGS, *systems.ARCHITECTURES, "token_moe")
-"""Names of the package's own layers, in exported models too."""
+"""Names of the package's own layers in exported models, which no mixer may have."""
 OF_MEGATRON = ("rank", "world_size", "data_parallel_size", "iteration", "params_dtype")
 """Names that Megatron sets in the namespace of the flags, overwriting what is there."""
 
@@ -201,7 +201,8 @@ def _enter(added: Mapping[str, Sequence[str]]) -> None:
     for title, table in register.tables():
         target, make = targets[title]
         for name in added[title]:
-            if name in target or (name in RESERVED and title.endswith("mixer")):
+            is_ours = name in (RESERVED if title.endswith("mixer") else WITHOUT_FLAGS)
+            if name in target or is_ours:
                 raise ValueError(f"the {title} {name!r} already exists: give another name.")
             target[name] = make(name, table[name])
     for name in added["token router"]:

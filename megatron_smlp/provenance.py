@@ -26,18 +26,31 @@ def software() -> dict[str, Any]:
     return made_by() | {"python": platform.python_version(), "packages": versions()}
 
 
-def made_by(plugins: Sequence[tuple[str, str]] | None = None) -> dict[str, str | None]:
+def made_by(
+    plugins: Sequence[tuple[str, str]] | None = None,
+    package: tuple[str | None, Any] | None = None,
+) -> dict[str, str | None]:
     """Return the commit, and a hash of the sources, of the code that a process trains with.
 
     Args:
         plugins: name and text of each; default: those that this process has loaded.
+        package: an earlier answer of `package_now`; default: the present one.
     """
-    return {"commit": _commit(), "sources": sources(plugins)}
+    commit, digest = package or package_now()
+    digest = digest.copy()
+    for plugin, content in plugin_texts.texts().items() if plugins is None else plugins:
+        digest.update(f"{plugin}\n{len(content.encode())}\n{content}".encode())
+    return {"commit": commit, "sources": digest.hexdigest()[:HASH_DIGITS]}
 
 
-def sources(plugins: Sequence[tuple[str, str]] | None = None) -> str:
-    """Return a hash of the texts that determine what a step computes: pretrain_smlp.py, the package
-    except NOT_OF_A_STEP, and plugins."""
+def sources() -> str:
+    """Return a hash of the texts that determine what a step of this process computes."""
+    return str(made_by()["sources"])
+
+
+def package_now() -> tuple[str | None, Any]:
+    """Return the commit, and a hashlib object fed with what a step depends on: pretrain_smlp.py and
+    the package except NOT_OF_A_STEP."""
     package = Path(__file__).parent
     files = [package.with_name("pretrain_smlp.py"), *sorted(package.rglob("*.py"))]
     digest = hashlib.sha256()
@@ -45,9 +58,7 @@ def sources(plugins: Sequence[tuple[str, str]] | None = None) -> str:
         name = file.relative_to(package.parent)
         if not NOT_OF_A_STEP.intersection(name.parts[1:2]):
             digest.update(f"{name}\n{len(text := file.read_bytes())}\n".encode() + text)
-    for plugin, content in plugin_texts.texts().items() if plugins is None else plugins:
-        digest.update(f"{plugin}\n{len(content.encode())}\n{content}".encode())
-    return digest.hexdigest()[:HASH_DIGITS]
+    return _commit(), digest
 
 
 def versions() -> dict[str, str | None]:

@@ -11,7 +11,8 @@
 import sys
 from pathlib import Path
 
-sys.path.pop(0)  # this folder, whose evaluate.py would hide the package that lm-eval imports
+if sys.path[0] == str(Path(__file__).resolve().parent):
+    sys.path.pop(0)  # this file would hide the package evaluate, which lm-eval imports
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_smlp.commands import evaluate

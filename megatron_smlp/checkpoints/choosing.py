@@ -16,6 +16,7 @@ import torch
 from megatron_smlp.checkpoints import integrity
 from megatron_smlp.checkpoints.folders import (
     TRACKER,
+    check_listing,
     folders_to_try,
     is_ours,
     is_same_folder,
@@ -46,7 +47,9 @@ def choose_checkpoint(args: argparse.Namespace, say: Say) -> Path | None:
         if args.rank == 0:
             for name in tidy(args.save) if args.save else []:
                 say(f"removed {name}, left in {args.save} by an interrupted save or deletion")
-            folders = folders_to_try(args.load, args.ckpt_step) if args.load else []
+            if args.load:
+                check_listing(args.load)
+                folders = folders_to_try(args.load, args.ckpt_step)
     args.load, folders = from_first_rank((args.load, folders))
     if not folders:
         return None

@@ -103,14 +103,27 @@ def checkpoint_of(path: str | Path) -> Path:
     return folder
 
 
+def check_listing(run: str | Path) -> None:
+    """Check, at a start, that `iterations` finds nothing only where there is nothing.
+
+    Raises:
+        UsageError: the folder may not be read.
+        OSError: it cannot be listed for now, as on a stale mount.
+    """
+    try:
+        next(Path(run).iterdir(), None)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except PermissionError as error:
+        raise UsageError(f"{run} cannot be read: {error.strerror}.") from error
+
+
 def iterations(run: str | Path) -> list[int]:
     """Return the iterations of all checkpoints of a run, whole or not, in ascending order."""
     try:
         found = [(iteration_of(path), path) for path in Path(run).iterdir()]
-    except (FileNotFoundError, NotADirectoryError):
+    except OSError:
         return []
-    except PermissionError as error:
-        raise UsageError(f"{run} cannot be read: {error.strerror}.") from error
     # Only checkpoints are looked at: each rank may also have a log here.
     return sorted(n for n, path in found if n is not None and path.is_dir())
 

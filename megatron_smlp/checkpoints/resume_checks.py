@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Callable
 from typing import Any
 
@@ -40,7 +41,9 @@ def check_same_model(args: argparse.Namespace, iteration: int | None) -> None:
                     f"the tokenizer has {here} entries, that of the checkpoint {args.load} had "
                     f"{there}: give the run's tokenizer, or another folder."
                 )
-            remedy = f"give {flag} {str(there).replace(' ', '')}"
+            is_list = isinstance(there, list | tuple)
+            value = str(there).replace(" ", "") if is_list else shlex.quote(str(there))
+            remedy = f"give {flag} {value}"
             if there is None:
                 remedy = f"leave {flag} out"
             elif isinstance(there, bool):

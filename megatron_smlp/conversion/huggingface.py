@@ -58,15 +58,15 @@ def config_of(flags: Mapping[str, Any]) -> SMLPConfig:
     architecture = ARCHITECTURES[flags["architecture"]]
     only_ones = dict(UNSUPPORTED)
     plain = flags["position_embedding_type"] in ("none", "learned_absolute")
+    if architecture.attends:
+        only_ones["kv_channels"] = flags["hidden_size"] // flags["num_attention_heads"]
     if architecture.layers and plain:
         pass  # a plugin's, with or without learned positions
     elif not architecture.attends:
         if not (architecture.rotates and flags["position_embedding_type"] == "rope"):
             only_ones["position_embedding_type"] = architecture.positions
-    else:
-        only_ones["kv_channels"] = flags["hidden_size"] // flags["num_attention_heads"]
-        if flags["position_embedding_type"] not in POSITIONS:
-            only_ones["position_embedding_type"] = " or ".join(POSITIONS)
+    elif flags["position_embedding_type"] not in POSITIONS:
+        only_ones["position_embedding_type"] = " or ".join(POSITIONS)
     for name, only in only_ones.items():
         if flags[name] != only:
             raise UsageError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -135,7 +136,11 @@ class ScorerModel(TemplateLM):
         self, requests: list[Request], **kwargs: Any
     ) -> list[tuple[float, bool]]:
         rows = [self._row(context, option) for _, context, option in requests]
-        answers = [(sum(s.logprobs), all(s.greedy)) for s in self._scores(rows)]
+        answers = [
+            # An option without tokens of its own is never the likeliest.
+            (sum(score.logprobs), all(score.greedy)) if score.logprobs else (-math.inf, False)
+            for score in self._scores(rows)
+        ]
         for (key, _, _), pair in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("loglikelihood", key, pair)
         return answers

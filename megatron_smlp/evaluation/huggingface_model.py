@@ -55,7 +55,10 @@ class ExportedModel(HFLM):
 def _without_end(tokenizer: Any) -> list[int]:
     """Let a tokenizer put nothing after a text, which is to be continued; return the ids that it
     puts before one."""
-    text, around = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a")
+    probe = next((text for text in tokenizer.get_vocab() if text.isalnum()), "a")
+    text, around = tokenizer.encode(probe, add_special_tokens=False), tokenizer.encode(probe)
+    if not text:
+        return list(tokenizer.encode(""))
     places = range(len(around) - len(text) + 1)
     begin = next(at for at in places if around[at : at + len(text)] == text)
     start: list[int] = around[:begin]

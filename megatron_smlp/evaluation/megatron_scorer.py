@@ -142,7 +142,7 @@ class MegatronScorer:
             scores[len(row.tokens) - 1 - row.scored : len(row.tokens) - 1]
             for scores, row in zip(logits, rows, strict=True)
         ]
-        targets = [token for row in rows for token in row.tokens[-row.scored :]]
+        targets = [token for row in rows for token in row.tokens[len(row.tokens) - row.scored :]]
         logprobs, greedy = score_targets(
             torch.cat(parts), torch.tensor(targets, device=logits.device)
         )

@@ -12,7 +12,7 @@ import os
 import sys
 from importlib.util import find_spec
 
-from megatron_smlp.checkpoints.folders import is_same_folder, tracked_folder
+from megatron_smlp.checkpoints.folders import check_listing, is_same_folder, tracked_folder
 from megatron_smlp.checkpoints.model_record import read_model_flags
 from megatron_smlp.checkpoints.run_record import read_run_record
 from megatron_smlp.data.blending import MEGATRONS_SPLIT, PER_SPLIT_FLAGS, WHOLE_FLAGS
@@ -191,6 +191,8 @@ def _fill_in_from_checkpoint(args: argparse.Namespace) -> None:
 
 
 def _choose_checkpoint(args: argparse.Namespace) -> None:
+    for folder in filter(None, (args.load, args.save)):
+        check_listing(folder)
     own = tracked_folder(args.save) if args.save else None
     if args.branch_from and (args.no_resume or not own):
         args.ckpt_step = args.branch_from

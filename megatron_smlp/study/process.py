@@ -33,7 +33,7 @@ from megatron_smlp.metrics_records import FILE_NAME, Record
 from megatron_smlp.platform import choice
 from megatron_smlp.plugin_files import KEY
 from megatron_smlp.plugin_texts import LOADED
-from megatron_smlp.provenance import made_by
+from megatron_smlp.provenance import made_by, package_now
 from megatron_smlp.study.data import StudyData
 from megatron_smlp.study.metrics import read_records
 from megatron_smlp.study.systems import System
@@ -134,15 +134,11 @@ def _is_on_cpu() -> bool:
 def made_by_next(processes: int) -> dict[str, str | None]:
     """Return the commit and sources of the next training: those on disk now or, for a fork, those
     that the process it is forked from has read. Plugins are always read anew."""
-    plugins = tuple(
-        (name, plugin.path.read_text(encoding="utf-8")) for name, plugin in LOADED.items()
-    )
-    return _made_by_forks(plugins) if processes == 1 and _is_on_cpu() else made_by(plugins)
+    plugins = [(name, plugin.path.read_text(encoding="utf-8")) for name, plugin in LOADED.items()]
+    return made_by(plugins, _package_of_forks() if processes == 1 and _is_on_cpu() else None)
 
 
-@cache
-def _made_by_forks(plugins: tuple[tuple[str, str], ...]) -> dict[str, str | None]:
-    return made_by(plugins)
+_package_of_forks = cache(package_now)
 
 
 def _program(command: Sequence[str], log: BinaryIO) -> subprocess.Popen[bytes]:

@@ -1,6 +1,8 @@
 """Names in a run's folder: which are checkpoints, the order of loading, what is kept."""
 
 import errno
+import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ from support.deletion import names_in
 
 from megatron_smlp.checkpoints import folders
 from megatron_smlp.checkpoints.folders import MARKER, RUN, TRACKER, iteration_folder
+from megatron_smlp.errors import UsageError
 
 
 def checkpoint(run: Path, iteration: int, *, whole: bool = True) -> Path:
@@ -99,14 +102,18 @@ class TestRetention:
         assert doomed == [iteration_folder(tmp_path, 10)]
 
 
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.EACCES, errno.ENOENT])
 def test_a_folder_that_cannot_be_listed_is_not_empty(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ):
     """A run would start from scratch."""
 
-    def stale(_: Path) -> None:
-        raise OSError(errno.ESTALE, "Stale file handle")
+    def fails(_: Path) -> None:
+        raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(Path, "iterdir", stale)
-    with pytest.raises(OSError, match="Stale"):
-        folders.iterations(tmp_path)
+    folders.check_listing(tmp_path)
+    monkeypatch.setattr(Path, "iterdir", fails)
+    assert folders.iterations(tmp_path) == []  # a save that failed says what is left
+    raised = {errno.ESTALE: OSError, errno.EACCES: UsageError}.get(code)
+    with pytest.raises(raised) if raised else nullcontext():
+        folders.check_listing(tmp_path)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evaluation_helpers import EXAMPLES, LENGTH, TEXT, Run, loaded, write_task
+from evaluation_helpers import EXAMPLES, LENGTH, TEXT, Run, instances, loaded, write_task
 
 from megatron_smlp.errors import UsageError
 from megatron_smlp.evaluation import cli
@@ -78,6 +78,16 @@ def test_an_option_that_is_cut_keeps_its_end(model: Any, own: Path, tasks: Path)
         assert cut == pytest.approx(
             float(logits[0].log_softmax(-1).gather(1, targets[:, None]).sum()), abs=1e-3
         )
+
+
+def test_an_option_without_tokens_is_never_chosen(run: Run):
+    with loaded(run.checkpoint) as (_, stages, tokenizer):
+        model = ScorerModel(MegatronScorer(stages, longest=LENGTH, batch_size=8), tokenizer)
+        cases = instances([("the model", ""), ("the model", " mixes")])
+        (empty, chosen), (score, _) = model.loglikelihood(cases)
+        assert model.loglikelihood(cases[1:])[0][0] == pytest.approx(score)
+    assert (empty, chosen) == (-math.inf, False)
+    assert math.isfinite(score)
 
 
 def test_only_exported_models_write(model: Any, own: Path, tasks: Path):
