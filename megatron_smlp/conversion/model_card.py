@@ -88,9 +88,11 @@ def training_facts(
         facts["training tokens"] = f"{samples * length:,}" if length else f"{samples:,} samples"
     if average:
         return {**facts, "weights": f"the mean of {average} checkpoints, this the last"}
-    folder = record.get("flags", {}).get("log_dir") or checkpoint.parent
+    # A study has its log beside its checkpoints; a relative path may be another folder's.
+    folders = (record.get("flags", {}).get("log_dir"), checkpoint.parent, checkpoint.parent.parent)
+    logs = [Path(folder) / FILE_NAME for folder in folders if folder]
     try:
-        logged = read_records(Path(folder) / FILE_NAME)
+        logged = read_records(next((log for log in logs if log.exists()), logs[-1]))
     except UserError:  # the log is elsewhere now
         return facts
     for line in reversed(logged):
