@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,15 @@ class ExportedModel(HFLM):
         start = _without_end(self.tokenizer)
         # Training documents followed an end of document, not a BOS that is merely defined.
         self.custom_prefix_token_id = start[-1] if start else self.tokenizer.eos_token_id
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
+        return super().loglikelihood(requests, disable_tqdm or not sys.stderr.isatty())
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
+        return super().loglikelihood_rolling(requests, disable_tqdm or not sys.stderr.isatty())
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
+        return super().generate_until(requests, disable_tqdm or not sys.stderr.isatty())
 
     def _loglikelihood_tokens(
         self, requests: list[Request], *args: Any, **kwargs: Any
