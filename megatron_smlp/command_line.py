@@ -23,6 +23,11 @@ def flag_of(name: str) -> str:
     return SPELLINGS.get(name) or "--" + name.replace("_", "-")
 
 
+def word_of(value: Any) -> str:
+    """Return a value as one word of an argv: a list without the spaces that would split it."""
+    return str(value).replace(" ", "") if isinstance(value, list | tuple) else str(value)
+
+
 def negation_of(flag: str) -> str:
     """Return `--no-save` for `--save`."""
     return flag.replace("--", "--no-", 1)

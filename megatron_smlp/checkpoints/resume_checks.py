@@ -11,7 +11,7 @@ from megatron_smlp.checkpoints.folders import MODEL, iteration_folder
 from megatron_smlp.checkpoints.model_record import model_flags, read_model_flags
 from megatron_smlp.checkpoints.run_record import START_FLAGS, plain, read_run_record
 from megatron_smlp.collectives import from_first_rank
-from megatron_smlp.command_line import flag_of, negation_of
+from megatron_smlp.command_line import flag_of, negation_of, word_of
 from megatron_smlp.errors import UsageError
 from megatron_smlp.options import MODEL_FLAGS, PLUGIN_OPTIONS
 from megatron_smlp.provenance import software
@@ -41,9 +41,7 @@ def check_same_model(args: argparse.Namespace, iteration: int | None) -> None:
                     f"the tokenizer has {here} entries, that of the checkpoint {args.load} had "
                     f"{there}: give the run's tokenizer, or another folder."
                 )
-            is_list = isinstance(there, list | tuple)
-            value = str(there).replace(" ", "") if is_list else shlex.quote(str(there))
-            remedy = f"give {flag} {value}"
+            remedy = f"give {flag} {shlex.quote(word_of(there))}"
             if there is None:
                 remedy = f"leave {flag} out"
             elif isinstance(there, bool):

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from megatron_smlp.command_line import negation_of
+from megatron_smlp.command_line import negation_of, word_of
 from megatron_smlp.flag_facts import MEGATRON_FLAGS, Facts
 from megatron_smlp.flags.megatron_flags import ALLOW, usable
 from megatron_smlp.options import MODEL_FLAGS
@@ -46,5 +46,4 @@ def _arguments_of(actions: Sequence[argparse.Action], value: Any, *, always: boo
         elif isinstance(action, argparse.BooleanOptionalAction):
             yield option if value else negation_of(option)
         elif always or value != action.default:
-            is_list = isinstance(value, list | tuple)
-            yield f"{option}={str(value).replace(' ', '') if is_list else value}"
+            yield f"{option}={word_of(value)}"
