@@ -123,7 +123,6 @@ class Tally:
 
 _residents = _Residents()
 _tallies: list[Tally] = []
-_captures = False
 _waits = 0  # host waits so far: work requested before the last one is done
 _asked: list[torch.device] = []  # the device that the current call names
 _surroundings: list[torch.device] = []  # the device of what a call makes in C++ from sizes alone
@@ -140,27 +139,6 @@ def watch() -> Iterator[Tally]:
         yield tally
     finally:
         _tallies.remove(tally)
-
-
-@contextlib.contextmanager
-def capturing() -> Iterator[None]:
-    """Act like `torch.cuda.graph`: raise on what a graph cannot hold, but compute real values.
-
-    Raises:
-        RuntimeError: the host waits for the device, or the device reads a CPU tensor, which a
-            replay would not read again.
-    """
-    global _captures
-    _captures = True
-    try:
-        yield
-    finally:
-        _captures = False
-
-
-def _refuse_in_a_graph(what: str) -> None:
-    if _captures:
-        raise RuntimeError(f"operation not permitted when stream is capturing: {what} at {_site()}")
 
 
 @functools.cache
@@ -210,7 +188,6 @@ def _site() -> str:
 def _synchronised(what: str) -> None:
     global _waits
     _waits += 1
-    _refuse_in_a_graph(what)
     for tally in _tallies:
         tally.synchronisations[f"{what} at {_site()}"] += 1
 
@@ -310,7 +287,7 @@ class _Operators(TorchDispatchMode):
         for tensor in made:
             if tensor.untyped_storage()._cdata not in known:
                 _residents.place(tensor, device)
-        if (_tallies or _captures) and device.type == "cuda":
+        if _tallies and device.type == "cuda":
             _count(func, name, args, inputs, made)
         return outputs
 
@@ -354,8 +331,6 @@ def _common_device(name: str, tensors: list[torch.Tensor]) -> torch.device:
     if not on_device:
         return CPU
     strangers = [t for t in tensors if (strict or t.dim()) and not _residents.has(t)]
-    if strangers:
-        _refuse_in_a_graph(f"{name} of a tensor on the CPU")
     if strangers and name not in ACROSS:
         shapes = [tuple(tensor.shape) for tensor in strangers]
         raise RuntimeError(
@@ -474,7 +449,6 @@ def _moved(
     args = () if names else args
     if target is None or target.type == here.type:
         return func(tensor, *args, **kwargs) if args or kwargs else tensor
-    _refuse_in_a_graph(f"copy to {target}")
     names = ("dtype", "non_blocking", "copy")
     kwargs = {**dict(zip(names, args, strict=False)), **kwargs, "copy": True}
     if not kwargs.get("non_blocking"):
@@ -569,9 +543,6 @@ class Stream:
     def synchronize(self) -> None:
         _synchronised("stream")
 
-    def is_capturing(self) -> bool:
-        return False
-
     def query(self) -> bool:
         return True
 
@@ -632,12 +603,12 @@ def _answer_for_the_device() -> None:
         "mem_get_info": (80 << 30, 80 << 30),
         "memory_stats": collections.defaultdict(int),
         "get_sync_debug_mode": 0,
+        "is_current_stream_capturing": False,
     }
     for name, answer in answers.items():
         setattr(torch.cuda, name, _constant(answer))
     for name in ("set_device", "empty_cache", "reset_peak_memory_stats"):
         setattr(torch.cuda, name, _nothing)
-    torch.cuda.is_current_stream_capturing = lambda: _captures
     torch.cuda.synchronize = lambda *_: _synchronised("device")
     for name in ("set_stream", "set_sync_debug_mode", "_lazy_init", "init"):
         setattr(torch.cuda, name, _nothing)
