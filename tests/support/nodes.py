@@ -1,8 +1,8 @@
 """Machines for tests: network namespaces on a bridge, with addresses and host names of their own.
 
 Each has its own host name, its own mounts and its own interface, so that a link can be cut, slowed
-down or removed. They share the disk, as machines share a file system, and by default also the clock
-and the process table. Needs root and `ip`.
+down or removed. They share the disk, as machines share a file system, the clock and the
+process table. Needs root and `ip`.
 """
 
 from __future__ import annotations
@@ -22,50 +22,6 @@ from support.launches import REPOSITORY, clean_environment
 from support.living import children_of, command_of
 
 ENTER = 'echo "$0" > /proc/sys/kernel/hostname && exec "$@"'
-# Preloaded into every program of a machine whose clock is wrong. A program that waits until a time
-# of day computes it from that clock, but the kernel compares it with its own.
-CLOCK = r"""
-#define _GNU_SOURCE
-#include <dlfcn.h>
-#include <pthread.h>
-#include <semaphore.h>
-#include <stdlib.h>
-#include <sys/time.h>
-#include <time.h>
-#define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
-static long shift(void) {
-  const char *seconds = getenv("CLOCK_SHIFT");
-  return seconds ? atol(seconds) : 0;
-}
-int clock_gettime(clockid_t id, struct timespec *now) {
-  int failed = REAL(clock_gettime)(id, now);
-  if (!failed && (id == CLOCK_REALTIME || id == CLOCK_REALTIME_COARSE)) now->tv_sec += shift();
-  return failed;
-}
-int gettimeofday(struct timeval *now, void *zone) {
-  int failed = REAL(gettimeofday)(now, zone);
-  if (!failed) now->tv_sec += shift();
-  return failed;
-}
-time_t time(time_t *now) {
-  time_t seconds = REAL(time)(NULL) + shift();
-  if (now) *now = seconds;
-  return seconds;
-}
-static struct timespec kernels(const struct timespec *until) {
-  struct timespec moved = *until;
-  if (moved.tv_sec > 1000000000) moved.tv_sec -= shift(); /* less is a time since the start */
-  return moved;
-}
-int pthread_cond_timedwait(pthread_cond_t *c, pthread_mutex_t *m, const struct timespec *until) {
-  struct timespec moved = kernels(until);
-  return REAL(pthread_cond_timedwait)(c, m, &moved);
-}
-int sem_timedwait(sem_t *s, const struct timespec *until) {
-  struct timespec moved = kernels(until);
-  return REAL(sem_timedwait)(s, &moved);
-}
-"""
 
 
 def missing() -> str:
@@ -88,25 +44,11 @@ def ip(*words: str) -> str:
     return done.stdout
 
 
-def wrong_clock(seconds: int, folder: Path) -> dict[str, str]:
-    """Return variables for a machine whose clock is `seconds` ahead. Needs a C compiler."""
-    library = folder / "clock.so"
-    if not library.exists():
-        cc = ["cc", "-shared", "-fPIC", "-O1", "-x", "c", "-", "-o", str(library), "-ldl"]
-        subprocess.run(cc, input=CLOCK, text=True, check=True)
-    return {"LD_PRELOAD": str(library), "CLOCK_SHIFT": str(seconds)}
-
-
 class Network:
-    """A bridge and its machines, numbered from 0; use `network()`.
+    """A bridge and its machines, numbered from 0; use `network()`."""
 
-    Args:
-        own_processes: each machine sees only its own processes, as real ones do. What is started
-            can then be signaled only by `signal`, not through its Popen.
-    """
-
-    def __init__(self, size: int, folder: Path, *, own_processes: bool = False) -> None:
-        self.size, self.folder, self.own_processes = size, folder, own_processes
+    def __init__(self, size: int, folder: Path) -> None:
+        self.size, self.folder = size, folder
         self.tag = f"n{os.getpid() % 100000}"
         self.part = os.getpid() % 200 + 20
 
@@ -170,25 +112,13 @@ class Network:
     def mount(self, node: int, *words: str) -> None:
         """Run `mount` or `umount` with flags, in the mount namespace of what was started there."""
         # The launcher's, since ranks come and go.
-        process = self.processes(node)[1 if self.own_processes else 0]
+        process = self.processes(node)[0]
         enter = ["nsenter", "--mount", f"--target={process}"]
         subprocess.run([*enter, *words], check=True)
 
     def start(self, node: int, words: Sequence[str], **variables: str) -> subprocess.Popen[bytes]:
         """Run a command on a machine; its output goes to `folder`/node0.log."""
-        own = ["--pid", "--fork", "--kill-child", "--mount-proc"] if self.own_processes else []
-        enter = [
-            "ip",
-            "netns",
-            "exec",
-            self.name(node),
-            "unshare",
-            "--uts",
-            *own,
-            "sh",
-            "-c",
-            ENTER,
-        ]
+        enter = ["ip", "netns", "exec", self.name(node), "unshare", "--uts", "sh", "-c", ENTER]
         with (self.folder / f"node{node}.log").open("ab") as log:
             return subprocess.Popen(
                 [*enter, f"node{node}", *words],
@@ -216,9 +146,9 @@ class Network:
 
 
 @contextlib.contextmanager
-def network(size: int, folder: Path, *, own_processes: bool = False) -> Iterator[Network]:
+def network(size: int, folder: Path) -> Iterator[Network]:
     """Make machines for the duration of a block, and leave nothing of them behind."""
-    made = Network(size, folder, own_processes=own_processes)
+    made = Network(size, folder)
     try:
         made.make()
         yield made
