@@ -50,8 +50,6 @@ def check_stopped(
 KILLS = {
     # Flags, stops, seed, ranks.
     "a few": ("", 3, 11, 1),
-    "a few, async": ("--async-save", 3, 11, 1),
-    "a few of ranks, async": (f"{TENSOR_PARALLEL} --async-save", 3, 3, 2),
     "thirty": ("", 30, 12, 1),
     "thirty, async": ("--async-save", 30, 12, 1),
     **{f"of ranks {layout} {how}": (f"{layout} {how}", 8, 13, 2)

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from support.cover import slow_unless_in
 from support.launches import (
     REPOSITORY,
     TIME_LIMIT,
@@ -194,24 +193,13 @@ def is_queued_again(folder: Path, code: int, does: str = "", **variables: str) -
     return (folder / "requeued").exists()
 
 
-# Of each kind, one that is requeued and one that is not.
+# For each line of goes_on in slurm.sh, one that is requeued and one that is not.
 ENDS = [(0, "saves", False), (76, "saves", False), (75, "", True), (143, "", True)]
 ENDS += [(0, "is warned", True), (2, "is warned", False)]
 ENDS += [(2, "is warned, saves", True), (93, "is warned, saves", False)]
 
 
-@pytest.mark.parametrize(
-    ("code", "does", "expected"),
-    slow_unless_in(
-        ENDS,
-        [
-            *((code, "saves", False) for code in (0, 76, 93)),
-            *((code, "", True) for code in (75, 143)),
-            *((code, "is warned", code == 0) for code in (0, 2)),
-            *((code, "is warned, saves", code not in (3, 93)) for code in (2, 3, 93, 137)),
-        ],
-    ),
-)
+@pytest.mark.parametrize(("code", "does", "expected"), ENDS)
 def test_what_slurm_queues_again(code: int, does: str, expected: bool, tmp_path: Path):
     assert is_queued_again(tmp_path, code, does) == expected
 
