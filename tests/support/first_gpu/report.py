@@ -6,7 +6,6 @@ import json
 from collections import Counter
 from dataclasses import asdict
 
-from support.first_gpu.cases import estimate
 from support.first_gpu.notes import Place
 from support.first_gpu.running import Result, log_of
 
@@ -50,10 +49,9 @@ class Report:
         counts = Counter(result.verdict for result in self.results.values())
         seconds = sum(result.seconds for result in self.results.values())
         words = ", ".join(f"{counts[verdict]} {verdict}" for verdict in MARKS)
-        counted = f"{estimate():.0f} were counted for one GPU"
         parts = [
             f"# First run on {self._machine()}",
-            f"{words}, in {seconds:.0f} seconds ({counted}).",
+            f"{words}, in {seconds:.0f} seconds.",
         ]
         parts += [SEND, self._environment(), self._table()]
         parts += [*map(_details, self.results.values()), *map(self._log, self.failed)]

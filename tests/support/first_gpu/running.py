@@ -17,7 +17,6 @@ from typing import Any
 from support.first_gpu.cases import CASES, Case
 from support.first_gpu.notes import Notes, Place, Verdict
 from support.first_gpu.sabotage import VARIABLE
-from support.first_gpu.training import COUNTED
 from support.launches import REPOSITORY
 from support.ranks import forkserver
 
@@ -159,6 +158,4 @@ def _work(name: str, place: Place, written: Path) -> None:
         traceback.print_exc()
         reason = " ".join(str(error).split())[:300]
         notes.failed(f"{type(error).__name__}: {reason}")
-    if COUNTED:
-        notes.data["work"] = dict(COUNTED)
     notes.write(written)

@@ -28,8 +28,6 @@ from support.systems import MODEL, SYSTEMS
 SPARSE = "smlp_deterministic"
 """The system of the cases that need one: gating, chunks and token experts."""
 NUM_STEPS = 3
-COUNTED: Counter[str] = Counter()
-"""Trainings that this process has run, and their steps."""
 RESUMED_FROM = 1
 WAIT = "called a synchronizing CUDA operation"
 MOMENTS = "optimizer.state.exp_avg."
@@ -88,9 +86,7 @@ def train(flags: str, folder: Path, *, around: Around = no_context) -> list[Step
                 pretrain(args)
     finally:
         forget_run()
-    made = steps(folder) if args.rank == 0 else []
-    COUNTED.update(trainings=1, steps=len(made))
-    return made
+    return steps(folder) if args.rank == 0 else []
 
 
 @contextlib.contextmanager
