@@ -140,30 +140,16 @@ def _shares(run: Path) -> list[list[float]]:
 
 
 class Runs:
-    """Makes the runs that the cases need, in as few launches as their order allows."""
+    """Makes the runs that the cases need: those that save, then those that resume them."""
 
     def __init__(self, folder: Path, cases: list[Case]) -> None:
         self.folder = folder
         self.strings = strings(folder / "tokenizer")
-        sources = dict.fromkeys(case[:2] for case in cases)
-        waiting: list[tuple[str, ...]] = [*sources, *cases]
-        done: set[tuple[str, ...]] = set()
-        for processes in itertools.cycle((4, 2, 1)):
-            fits = [one for one in waiting if LAYOUTS[one[-1]][0] == processes]
-            ready = [one for one in fits if self._may_start(one, done, fits)]
-            if ready:
-                named = {"/".join(one): self._flags(*one) for one in ready}
+        for planned in (dict.fromkeys(case[:2] for case in cases), cases):
+            for processes in (4, 2, 1):
+                runs = [one for one in planned if LAYOUTS[one[-1]][0] == processes]
+                named = {"/".join(one): self._flags(*one) for one in runs}
                 launch(named, processes=processes, folder=folder)
-            done |= set(ready)
-            waiting = [one for one in waiting if one not in done]
-            if not waiting:
-                break
-
-    def _may_start(
-        self, one: tuple[str, ...], done: set[tuple[str, ...]], fits: list[tuple[str, ...]]
-    ) -> bool:
-        """Return whether its checkpoint exists, or an earlier run of the launch will save it."""
-        return len(one) == 2 or one[:2] in done or (one not in REWRITTEN and one[:2] in fits)
 
     def _flags(self, system: str, source: str, target: str | None = None) -> str:
         saved = self.folder / system / source / "saved"
