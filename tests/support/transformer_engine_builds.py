@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformer_engine.pytorch.module import base as userbuffers
 from transformer_engine.record import CALLS
 
 from megatron_smlp.platform import cpu
@@ -35,7 +34,6 @@ def build(flags: list[str]) -> dict[str, Any]:
     """Parse flags, build the model, and describe it and its checkpoint."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-    from megatron.training.initialize import _initialize_tp_communicators
     from support.in_process import build_model, prepare_megatron
 
     from megatron_smlp.flags.parse import parse_arguments
@@ -46,8 +44,6 @@ def build(flags: list[str]) -> dict[str, Any]:
         args.tensor_model_parallel_size, create_gloo_process_groups=False
     )
     model_parallel_cuda_manual_seed(1)
-    if args.tp_comm_overlap:
-        _initialize_tp_communicators()
     model = build_model(args)
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     metadata = {"dp_cp_group": group, "singleton_local_shards": False}
@@ -72,7 +68,6 @@ def forget() -> None:
     parallel_state.destroy_model_parallel()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    userbuffers.destroy_ub()
     CALLS.clear()
 
 

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
-from .signatures import FUNCTIONS, MODULES
+from .signatures import MODULES
 
-
-class Call(NamedTuple):
-    """One call of a constructor or function, with its keyword arguments."""
-
-    name: str
-    given: dict[str, Any]
-
-
-CALLS: list[Call] = []
+CALLS: list[tuple[str, dict[str, Any]]] = []
+"""Each call of a constructor or function, with its keyword arguments."""
 
 
 def record(name: str, given: dict[str, Any]) -> None:
     """Keep a call.
 
     Raises:
-        TypeError: Transformer Engine has no such argument, or a required one is missing.
+        TypeError: Transformer Engine's module has no such argument.
     """
-    signature = (MODULES | FUNCTIONS)[name]
-    unknown = set(given) - {*signature.required, *signature.optional}
-    missing = set(signature.required) - set(given)
-    if unknown or missing:
-        raise TypeError(f"{name}: unknown arguments {sorted(unknown)}, missing {sorted(missing)}")
-    CALLS.append(Call(name, given))
+    if name in MODULES and (unknown := set(given) - set(MODULES[name].split())):
+        raise TypeError(f"{name}: unknown arguments {sorted(unknown)}")
+    CALLS.append((name, given))

@@ -1,6 +1,6 @@
 """Of transformer_engine.pytorch: modules with parameters of the right shapes."""
 
-from . import distributed, fp8, module, ops, router, tensor
+from . import distributed, fp8, ops, router, tensor
 from .fp8 import fp8_autocast, fp8_model_init
 from .modules import (
     DotProductAttention,
@@ -26,7 +26,6 @@ __all__ = [
     "fp8",
     "fp8_autocast",
     "fp8_model_init",
-    "module",
     "ops",
     "router",
     "tensor",

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from ..record import record
-from .module import base
 
 PARALLEL_MODES = (None, "column", "row")
 
@@ -70,15 +69,6 @@ class Linear(_Parallel):
 
     def __init__(self, **given: Any) -> None:
         super().__init__(**given)
-        asked = {name for name, value in given.items() if name.startswith("ub_") and value is True}
-        of_mode = {
-            "column": {"ub_overlap_ag", "ub_overlap_rs_dgrad", "ub_bulk_dgrad", "ub_bulk_wgrad"},
-            "row": {"ub_overlap_ag", "ub_overlap_rs"},
-        }
-        if self.sequence_parallel and asked & of_mode.get(self.parallel_mode or "", set()):
-            assert base.is_ub_initialized(), "initialize_ub() comes before the layers"
-            assert given.get("ub_name") is not None, "a layer with overlap needs its buffer's name"
-            base.check_buffer(given["ub_name"])
         self._make()
 
 
