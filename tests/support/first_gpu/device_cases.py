@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 from support.first_gpu.notes import Notes, Place
@@ -24,7 +22,6 @@ def environment(place: Place, notes: Notes) -> None:
 
     made = made_by()
     notes.data = {"commit": made["commit"] or "none: no repository", "package": made["sources"]}
-    notes.data["cases"] = checksum(Path(__file__).parents[1])
     packages = ("torch", "megatron-core", "transformer-engine", "apex", "flash-attn", "triton")
     notes.data["python"] = sys.version.split()[0]
     notes.data |= {name: version_of(name) or "not installed" for name in packages}
@@ -44,15 +41,6 @@ def environment(place: Place, notes: Notes) -> None:
     cpu.apply()
     notes.check((torch.cuda.current_device, torch.empty) == before, "no name is a CPU's")
     notes.passed(f"{torch.cuda.device_count()} devices")
-
-
-def checksum(folder: Path) -> str:
-    """Return twelve digits over a folder's Python files, names and texts, as for the package."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.py")):
-        text = path.read_bytes()
-        digest.update(f"{path.relative_to(folder)}\n{len(text)}\n".encode() + text)
-    return digest.hexdigest()[:12]
 
 
 def nvidia_smi(*arguments: str) -> str:

@@ -9,10 +9,11 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from support.first_gpu.cases import CASES, Case
 from support.first_gpu.notes import Notes, Place, Verdict
@@ -24,7 +25,6 @@ LAST_LINES = 5
 ON_CPU = 5
 """Factor on a case's limit: a CPU in place of a GPU is slower, and shared by many."""
 MOST_THREADS = 16
-GPUS = "CUDA_VISIBLE_DEVICES"
 NVML = "PYTORCH_NVML_BASED_CUDA_CHECK"
 """With it torch asks NVML whether there is a GPU, so that a process can still be forked."""
 
@@ -72,20 +72,6 @@ def context_of(case: Case, place: Place) -> Any:
     return multiprocessing.get_context("fork" if place.can_fork else "spawn")
 
 
-@contextlib.contextmanager
-def _hidden_gpus(*, hides: bool) -> Iterator[None]:
-    """Hide the GPUs from processes started inside, if `hides`."""
-    before = os.environ.get(GPUS)
-    if hides:
-        os.environ[GPUS] = ""
-    try:
-        yield
-    finally:
-        os.environ.pop(GPUS, None)
-        if before is not None:
-            os.environ[GPUS] = before
-
-
 def run_case(case: Case, place: Place, before: Mapping[str, Result]) -> Result:
     """Run a case if what it needs is there; return a result whatever happens to its process."""
     if not place.on_cpu and place.num_gpus < case.gpus:
@@ -109,7 +95,8 @@ def _in_a_process(case: Case, place: Place) -> Notes:
     written = place.folder / f"{case.name}.json"
     log_of(case.name, place).touch()
     process = context.Process(target=_work, args=(case.name, place, written))
-    with _hidden_gpus(hides=case.is_reference or place.on_cpu):
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if case.is_reference or place.on_cpu else {}
+    with mock.patch.dict(os.environ, hidden):
         process.start()
     limit = case.limit * (ON_CPU if place.on_cpu else place.patience)
     is_late = False

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from importlib.util import find_spec
-from pathlib import Path
 
 from support.first_gpu.notes import Notes, Place
 from support.first_gpu.training import NUM_STEPS, SPARSE, run_flags, train
@@ -22,8 +21,8 @@ def text(place: Place, notes: Notes) -> None:
     folder = place.folder / "text"
     save_tokenizer(folder / "tokenizer")
     prose = "\n\n".join(path.read_text(encoding="utf-8") for path in sorted(DOCS.glob("*.md")))
-    (folder / "prose.txt").write_text(prose, encoding="utf-8")
-    _write_records(folder / "prose.jsonl", prose.split("\n\n"))
+    lines = (json.dumps({"text": paragraph}) + "\n" for paragraph in prose.split("\n\n"))
+    (folder / "prose.jsonl").write_text("".join(lines), encoding="utf-8")
     tokenizer = f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {folder / 'tokenizer'}"
     prefix = folder / "prose"
     files = f"--input {folder / 'prose.jsonl'} --output-prefix {prefix}"
@@ -33,11 +32,6 @@ def text(place: Place, notes: Notes) -> None:
     flags = flags.replace(mock, f"--data-path {prefix}_text_document --split 90,10,0 {tokenizer}")
     found = train(f"{flags} --save {folder / 'run'}", folder / "log")
     notes.check(len(found) == NUM_STEPS, f"{len(found)} steps on {len(prose):,} characters")
-
-
-def _write_records(path: Path, texts: list[str]) -> None:
-    lines = [json.dumps({"text": text}) + "\n" for text in texts]
-    path.write_text("".join(lines), encoding="utf-8")
 
 
 def evaluate(place: Place, notes: Notes) -> None:
