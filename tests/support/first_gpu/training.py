@@ -148,46 +148,24 @@ def resumed(flags: str, folder: Path) -> list[Step]:
 
 
 class Watch:
-    """Counts the host's waits for the device within steps, from the second one on: the first
-    allocates and compiles. What a log line reads comes after a step.
-
-    Torch warns of what it reads or copies, not of waits for an event or for the whole device, and
-    for a wait on a stream it names its own line.
+    """Counts where torch waits for the device within steps, to read or copy, from the second one
+    on: the first allocates and compiles. What a log line reads comes after a step.
     """
 
     def __init__(self) -> None:
         self.lines: Counter[str] = Counter()
         """Source line -> how often it waited."""
         self.steps = 0
-        self.is_on = False
         self.peak = 0
         """Peak bytes that torch had allocated within a step; a save is not part of it."""
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
-        import torch
-
         from megatron_smlp.megatron_patches.wrapping import wrapped_in
         from megatron_smlp.training.step import Step
 
-        with wrapped_in(
-            (warnings, "showwarning", self._counting),
-            (Step, "__call__", self._watching),
-            (torch.cuda, "synchronize", self._naming),
-            (torch.cuda.Stream, "synchronize", self._naming),
-            (torch.cuda.Event, "synchronize", self._naming),
-            (torch.cuda.Event, "record", self._noting),
-        ):
+        with wrapped_in((Step, "__call__", self._watching)):
             yield
-
-    def _counting(self, show: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(show)
-        def wrapped(message: Any, kind: Any, filename: str, line: int, *rest: Any) -> None:
-            if WAIT in str(message):
-                self.lines[f"{Path(filename).name}:{line}"] += 1
-            show(message, kind, filename, line, *rest)
-
-        return wrapped
 
     def _watching(self, make_step: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(make_step)
@@ -195,47 +173,19 @@ class Watch:
             import torch
 
             self.steps += 1
-            warnings.simplefilter("always")
             torch.cuda.reset_peak_memory_stats()
-            self._switch(self.steps > 1)
-            try:
-                return make_step(*args, **kwargs)
-            finally:
-                self._switch(False)
-                self.peak = max(self.peak, torch.cuda.max_memory_allocated())
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                torch.cuda.set_sync_debug_mode("warn" if self.steps > 1 else "default")
+                try:
+                    return make_step(*args, **kwargs)
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+                    self.peak = max(self.peak, torch.cuda.max_memory_allocated())
+                    waits = (one for one in caught if WAIT in str(one.message))
+                    self.lines.update(f"{Path(one.filename).name}:{one.lineno}" for one in waits)
 
         return wrapped
-
-    def _naming(self, wait: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(wait)
-        def wrapped(*args: Any) -> None:
-            was_on = self.is_on
-            # An event is done if the host has waited for something later.
-            waits = self.lines.total()
-            if was_on and getattr(next(iter(args), None), "waits_before", waits) == waits:
-                warnings.warn(WAIT, stacklevel=2)
-            self._switch(False)
-            wait(*args)
-            self._switch(was_on)
-
-        return wrapped
-
-    def _noting(self, record: Callable[..., None]) -> Callable[..., None]:
-        """Store with each event how many waits came before it."""
-
-        @functools.wraps(record)
-        def wrapped(event: Any, *args: Any) -> None:
-            event.waits_before = self.lines.total()
-            record(event, *args)
-
-        return wrapped
-
-    def _switch(self, is_on: bool) -> None:
-        import torch
-
-        if is_on != self.is_on:
-            self.is_on = is_on
-            torch.cuda.set_sync_debug_mode("warn" if is_on else "default")
 
 
 def on_ranks(place: Place, count: int, flags: str, folder: Path, notes: Notes) -> list[Step]:
