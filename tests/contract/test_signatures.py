@@ -19,7 +19,6 @@ from megatron.core.transformer.moe.moe_utils import router_gating_linear
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import (
-    TransformerLayer,
     get_transformer_layer_offset,
 )
 from megatron.core.transformer.utils import (
@@ -30,14 +29,11 @@ from megatron.training import checkpointing, training
 LEADING = [
     (get_transformer_layer_offset, "config vp_stage pp_rank"),
     (get_num_layers_to_build, "config vp_stage"),
-    (TransformerLayer._forward_pre_mlp_layernorm, "self hidden_states"),
     (TopKRouter.forward, "self input padding_mask"),
     (
         TopKRouter.attach_and_log_load_balancing_loss,
         "self activation aux_loss_coeff aux_loss aux_loss_name reduce_group",
     ),
-    (TopKRouter.apply_z_loss, "self logits"),
-    (TopKRouter.get_aux_loss_coeff, "self aux_loss_type"),
     (router_gating_linear, "inp weight bias router_dtype"),
     (GPTModel.forward, "self input_ids position_ids attention_mask"),
     (
@@ -58,12 +54,6 @@ LEADING = [
         training.evaluate,
         "forward_step_func data_iterator model process_non_loss_data_func config",
     ),
-    (training.get_optimizer_param_scheduler, "optimizer"),
-    (training.get_megatron_optimizer_config, "args"),
-    (training.disable_forward_pre_hook, "model_chunks optimizer param_sync"),
-    (training.enable_forward_pre_hook, "model_chunks"),
-    (training.force_param_sync, "model_chunks optimizer"),
-    (training.should_disable_forward_pre_hook, "args"),
     (MoEMetricsTracker.report, "self loss_scale iteration writer wandb_writer"),
     (dist_checkpointing.save, "sharded_state_dict checkpoint_dir sharded_strategy"),
     (dist_checkpointing.load, "sharded_state_dict checkpoint_dir sharded_strategy"),
