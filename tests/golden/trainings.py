@@ -34,8 +34,8 @@ OF_TIME = ("seconds", "per_second", "tflops", "mfu", "data_wait", "waiting", "ho
 """Parts of names whose values depend on the clock or the machine."""
 TIMES_OF_TENSORBOARD = ("time", *OF_TIME, "mem-", "energy", "power")
 
-BASE = f"""{MODEL} --seq-length 32 --train-iters {STEPS} --seed 7 --weight-decay 0.1 --clip-grad 1
-    --lr-warmup-iters 2 --lr-decay-style cosine --min-lr 1e-4 --save-interval 1000"""
+BASE = f"""{MODEL} --seq-length 32 --seed 7 --weight-decay 0.1 --clip-grad 1
+    --lr-decay-style cosine --min-lr 1e-4 --save-interval 1000"""
 BATCH = "--global-batch-size 4"
 VALIDATED = "--eval-iters 2 --eval-interval 8"
 TOPK = f"""{ATTENTION} --token-router topk {EXPERTS} --moe-layer-freq 2 --moe-router-topk 2
@@ -67,10 +67,9 @@ ONE = {
     "logged": f"{SWITCH} {BATCH} {LOGS} --moe-z-loss-coeff 1e-3 --moe-per-layer-logging",
     "nonfinite": f"{GMLP} {BATCH} --lr 1e30 --nonfinite-loss skip",
     "skipped_data": f"{SMLP} {BATCH} --iterations-to-skip 3 4 11",
-    "samples": f"{GMLP} {BATCH} --train-samples 80 --no-train-iters --lr-warmup-samples 8 "
-    f"--no-lr-warmup-iters {VALIDATED}",
+    "samples": f"{GMLP} {BATCH} --train-samples 80 --lr-warmup-samples 8 {VALIDATED}",
     "ramped": f"{GMLP} --step-batch-size-schedule 0:2,512:4,1024:8 "
-    "--train-samples 80 --no-train-iters --no-lr-warmup-iters",
+    "--train-samples 80",
     "accumulated": f"{SMLP} --global-batch-size 8",
     "by_interval": f"{SMLP} {BATCH} --exit-interval 7 {VALIDATED}",
     "background": f"{SMLP} {BATCH} --async-save --save-interval 6 --keep-last 2",
@@ -102,12 +101,10 @@ ON_THE_STAND_IN = {
 
 
 def _flags(name: str, flags: str, folder: Path) -> str:
-    for taken in ("train-iters", "lr-warmup-iters"):
-        flags = flags.replace(f"--no-{taken}", "")
-    base = BASE.replace(f"--train-iters {STEPS}", "") if "--train-samples" in flags else BASE
-    base = base.replace("--lr-warmup-iters 2", "") if "samples" in flags else base
-    base = base.replace("--mock-data", "") if "data-path" in flags else base
-    return f"{base} {flags} --save {folder}/saved/{name} --tensorboard-dir {folder}/curves/{name}"
+    length = "" if "--train-samples" in flags else f"--train-iters {STEPS} --lr-warmup-iters 2"
+    base = BASE.replace("--mock-data", "") if "data-path" in flags else BASE
+    folders = f"--save {folder}/saved/{name} --tensorboard-dir {folder}/curves/{name}"
+    return f"{base} {length} {flags} {folders}"
 
 
 def train(folder: Path, only: Sequence[str] = ()) -> None:
