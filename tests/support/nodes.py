@@ -187,22 +187,15 @@ class Job:
     def log(self, node: int) -> str:
         return (self.net.folder / f"node{node}.log").read_text(encoding="utf-8", errors="replace")
 
-    def words_of_launchers(self) -> list[str]:
-        """Return the output of agents and their launchers on all machines."""
-        lines = [line for node in self.launchers for line in self.log(node).splitlines()]
-        return [line for line in lines if line.startswith("launch: ")]
+    def wait_for_iteration(self, iteration: int, *, seconds: float) -> None:
+        self.wait_until(lambda: self.iteration() >= iteration, seconds=seconds)
 
-    def wait_for_iteration(self, iteration: int, *, seconds: float = 180.0) -> float:
-        """Wait, and return how many seconds it took."""
-        return self.wait_until(lambda: self.iteration() >= iteration, seconds=seconds)
-
-    def wait_until(self, is_true: Callable[[], bool], *, seconds: float) -> float:
+    def wait_until(self, is_true: Callable[[], bool], *, seconds: float) -> None:
         began = time.monotonic()
         while not is_true():
             took = time.monotonic() - began
             assert took < seconds, f"nothing for {seconds:.0f} s\n{self.ends_of_logs()}"
             time.sleep(0.02)
-        return time.monotonic() - began
 
     def codes(self, *nodes: int, seconds: float = 300.0) -> list[int]:
         """Return the exit codes once all have ended."""
