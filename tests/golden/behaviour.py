@@ -94,19 +94,21 @@ def beyond(values: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
 
 
 def namespaces() -> dict[str, dict[str, Any]]:
-    """Return how each file differs from the defaults, and each combination from its file."""
+    """Return how all files differ from the defaults, each file from that, and each combination
+    from its file."""
     from megatron_smlp.flags.parse import build_parser
 
     defaults = plain(build_parser().parse_args([]))
-    found = {}
-    for path in configs():
-        name = str(path.relative_to(CONFIGS))
-        own = plain(parsed(path, "", processes=1))
-        found[name] = beyond(own, defaults)
-        if name in COMBINED:
-            for title, (processes, flags) in COMBINATIONS.items():
-                values = plain(parsed(path, flags, processes=processes))
-                found[f"{name}: {title}"] = beyond(values, own)
+    files = {str(path.relative_to(CONFIGS)): plain(parsed(path, "", processes=1))
+             for path in configs()}  # fmt: skip
+    changed = {name: beyond(own, defaults) for name, own in files.items()}
+    first, *others = changed.values()
+    shared = {n: v for n, v in first.items() if all((n, v) in other.items() for other in others)}
+    found = {name: beyond(own, shared) for name, own in changed.items()} | {"all files": shared}
+    for name in COMBINED:
+        for title, (processes, flags) in COMBINATIONS.items():
+            values = plain(parsed(CONFIGS / name, flags, processes=processes))
+            found[f"{name}: {title}"] = beyond(values, files[name])
     return json.loads(json.dumps(found))
 
 
