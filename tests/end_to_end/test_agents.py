@@ -129,19 +129,6 @@ def test_a_rank_that_fails_when_others_have_ended(start: Callable[..., Machines]
     assert machines.events.count("ends 1") == 1
 
 
-@pytest.mark.parametrize("told", [0, 1])
-def test_a_spare_ends_with_a_run_that_was_signalled(start: Callable[..., Machines], told: int):
-    """In either order: the other machine's ranks, which agree in training, are signalled too."""
-    machines = start("wait", count=2, SPARES="1")
-    machines.wait_for(lambda: len(machines.events) == 2)
-    machines.add()
-    machines.wait_for(lambda: "a spare" in (machines.folder / "log2").read_text())
-    for number in (told, 1 - told):
-        machines.launchers[number].send_signal(signal.SIGTERM)
-        time.sleep(0.5)
-    assert machines.codes() == [0, 0, 0], machines.logs()
-
-
 def test_an_agent_ends_whose_launcher_was_killed_as_it_started(start: Callable[..., Machines]):
     machines = start("wait", count=1, NNODES="1")
     (launcher,) = machines.launchers
