@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -57,29 +57,25 @@ class Machines:
         (folder / "save").mkdir()
         shared = {"NNODES": "2", "NPROC_PER_NODE": "1", "MASTER_ADDR": "127.0.0.1", "ROLE": role}
         shared |= {"MASTER_PORT": str(free_port()), "REJOIN_TIMEOUT": "60", **variables}
-        self.environment = clean_environment(**shared)
-        self.launchers: list[subprocess.Popen[bytes]] = []
-        for _ in range(count):
-            self.add()
-
-    def add(self) -> None:
-        number, script = len(self.launchers), str(REPOSITORY / "tools" / "launch.py")
-        words = [str(self.folder / "rank.py"), "--save", str(self.folder / "save")]
-        launcher = subprocess.Popen(
-            [sys.executable, script, "several-nodes", *words],
-            env={**self.environment, "NODE_RANK": str(number)},
-            stdout=(self.folder / f"log{number}").open("w"),
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        self.launchers.append(launcher)
+        script = str(REPOSITORY / "tools" / "launch.py")
+        words = [str(folder / "rank.py"), "--save", str(folder / "save")]
+        self.launchers = [
+            subprocess.Popen(
+                [sys.executable, script, "several-nodes", *words],
+                env=clean_environment(**shared, NODE_RANK=str(number)),
+                stdout=(folder / f"log{number}").open("w"),
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            for number in range(count)
+        ]
 
     @property
     def events(self) -> list[str]:
         file = self.folder / "events"
         return file.read_text().splitlines() if file.exists() else []
 
-    def wait_for(self, condition: Callable[[], bool], *, seconds: float = 120) -> None:
+    def wait_for(self, condition: Callable[[], bool], *, seconds: float) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, self.logs()
@@ -92,50 +88,39 @@ class Machines:
         said = (self.folder / f"log{number}" for number in range(len(self.launchers)))
         return "\n".join([*self.events, *(file.read_text()[-3000:] for file in said)])
 
-    def end(self) -> None:
+    def __enter__(self) -> Machines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         for launcher in self.launchers:
             if launcher.poll() is None:
                 os.killpg(launcher.pid, signal.SIGTERM)
                 launcher.wait(timeout=60)
 
 
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., Machines]]:
-    started: list[Machines] = []
-
-    def begin(role: str, **options: str | int) -> Machines:
-        started.append(Machines(tmp_path, role, **options))  # type: ignore[arg-type]
-        return started[-1]
-
-    yield begin
-    for machines in started:
-        machines.end()
-
-
-def test_a_machine_whose_ranks_end_late_is_no_reason_for_a_restart(start: Callable[..., Machines]):
+def test_a_machine_whose_ranks_end_late_is_no_reason_for_a_restart(tmp_path: Path):
     """The other machine waits and is not considered gone; the spare is not needed."""
-    machines = start("late", count=3, SPARES="1")
-    assert machines.codes() == [0, 0, 0], machines.logs()
+    with Machines(tmp_path, "late", count=3, SPARES="1") as machines:
+        assert machines.codes() == [0, 0, 0], machines.logs()
     assert sorted(machines.events) == ["ends 0", "ends 1", "starts 0", "starts 1"]
 
 
-def test_a_rank_that_fails_when_others_have_ended(start: Callable[..., Machines]):
+def test_a_rank_that_fails_when_others_have_ended(tmp_path: Path):
     """All restart and end; no rank waits for five minutes."""
-    machines = start("crash", count=2)
     began = time.monotonic()
-    assert machines.codes() == [0, 0], machines.logs()
+    with Machines(tmp_path, "crash", count=2) as machines:
+        assert machines.codes() == [0, 0], machines.logs()
     assert time.monotonic() - began < 280  # less than torch's barrier waits
     assert machines.events.count("ends 0") == 2
     assert machines.events.count("ends 1") == 1
 
 
-def test_an_agent_ends_whose_launcher_was_killed_as_it_started(start: Callable[..., Machines]):
-    machines = start("wait", count=1, NNODES="1")
-    (launcher,) = machines.launchers
-    found: list[int] = []
-    machines.wait_for(lambda: bool(found.extend(children_of(launcher.pid)) or found))
-    agent = found[0]
-    launcher.kill()
-    launcher.wait()
-    machines.wait_for(lambda: not lives(agent), seconds=30)
+def test_an_agent_ends_whose_launcher_was_killed_as_it_started(tmp_path: Path):
+    with Machines(tmp_path, "wait", count=1, NNODES="1") as machines:
+        (launcher,) = machines.launchers
+        machines.wait_for(lambda: bool(children_of(launcher.pid)), seconds=120)
+        agent = children_of(launcher.pid)[0]
+        launcher.kill()
+        launcher.wait()
+        machines.wait_for(lambda: not lives(agent), seconds=30)
     assert not machines.events

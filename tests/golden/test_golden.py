@@ -2,17 +2,11 @@
 
 import json
 import os
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from unittest import mock
 
 import pytest
-
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
-
-import behaviour  # noqa: E402
+from golden import behaviour
 
 
 @pytest.fixture(autouse=True)
