@@ -7,6 +7,7 @@ smaller number; a larger one needs a reason.
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,14 @@ COUNTED_SYSTEMS = slow_unless_in(("switch", "smlp_deterministic", "smlp_partial"
 def measured(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Any]:
-    output: Path = tmp_path_factory.mktemp("budget") / "budget.json"
-    script = REPOSITORY / "tests" / "support" / "device_budgets.py"
     systems = sorted(system for (system,) in selected(request, "system"))
-    run_command([sys.executable, str(script), str(output), *systems], CUDA_VISIBLE_DEVICES="")
+    return measure(systems, tmp_path_factory.mktemp("budget"))
+
+
+def measure(systems: Sequence[str], folder: Path, **variables: str) -> dict[str, Any]:
+    script, output = REPOSITORY / "tests" / "support" / "device_budgets.py", folder / "budget.json"
+    command = [sys.executable, "-W", "ignore", str(script), str(output), *systems]
+    run_command(command, CUDA_VISIBLE_DEVICES="", **variables)
     return json.loads(output.read_text(encoding="utf-8"))
 
 
@@ -67,18 +72,11 @@ def test_the_table_of_the_documentation(row_of: str, written: dict[str, Any]):
 @pytest.mark.slow
 def test_a_step_by_kernels(tmp_path: Path):
     """Triton's kernels, interpreted, which takes minutes: two systems that have all of them."""
-    systems = ("base", "smlp_deterministic")
-    script, output = (
-        REPOSITORY / "tests" / "support" / "device_budgets.py",
-        tmp_path / "kernels.json",
-    )
-    command = [sys.executable, "-W", "ignore", str(script), str(output), *systems]
-    run_command(command, CUDA_VISIBLE_DEVICES="", TRITON_INTERPRET="1")
-    ours = json.loads(output.read_text(encoding="utf-8"))
+    ours = measure(("base", "smlp_deterministic"), tmp_path, TRITON_INTERPRET="1")
     allowed = json.loads(KERNELS.read_text(encoding="utf-8"))
-    for system in systems:
+    for system, counted in ours.items():
         for count in COUNTED:
-            assert ours[system]["step"][count] <= allowed[system]["step"][count]
+            assert counted["step"][count] <= allowed[system]["step"][count]
 
 
 @pytest.mark.parametrize("system", COUNTED_SYSTEMS)
