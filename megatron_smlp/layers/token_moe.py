@@ -207,15 +207,11 @@ class Experts(SequentialMLP):
         expert = self.local_experts[0]
         weight, width = expert.linear_fc1.weight, expert.linear_fc2.weight.shape[1]
         reason = ""
-        if not hasattr(functional, "grouped_mm"):
-            reason = f"torch {torch.__version__} has no grouped_mm"
-        elif dtype != torch.bfloat16 or weight.dtype != dtype:
+        if dtype != torch.bfloat16 or weight.dtype != dtype:
             reason = f"grouped GEMMs are for bfloat16, not {dtype} with weights in {weight.dtype}"
         elif width % 8 or weight.shape[1] % 8:
             sizes = f"{weight.shape[1]} and {width}"
             reason = f"grouped GEMMs need widths divisible by 8, not {sizes}"
-        elif self.config.use_te_activation_func:
-            reason = "their activation is Transformer Engine's"
         elif not _has_grouped_kernels():
             reason = "torch has grouped GEMM kernels only for compute capability 9 and 10"
         if reason:

@@ -12,9 +12,8 @@ from torch import Tensor
 _LOGGER = logging.getLogger(__name__)
 
 CAPABILITY = 80
-"""The minimum, times 10: Ampere's, the first with bf16 products and copies past the registers."""
-SHARED_MEMORY = 97 * 1024
-"""Bytes of a multiprocessor that the largest kernel may use; capability 8.6 and 8.9 have 99 KiB."""
+"""The minimum, times 10: Ampere's, the first with bf16 products and copies past the registers. From
+there on a multiprocessor has 99 KiB of shared memory or more, which the largest kernel needs."""
 FUSED = {"enable_fp_fusion": True}
 """Fuse multiplies and adds in every launch: Triton 3.10 changes the default."""
 
@@ -36,10 +35,6 @@ def _missing() -> str | None:
         return f"Triton cannot use a GPU driver ({str(error).partition('\n')[0]})"
     if target.backend != "cuda" or target.arch < CAPABILITY:
         return f"they need an NVIDIA GPU of capability 8.0 or more, not {target.arch}"
-    properties = driver.active.utils.get_device_properties(driver.active.get_current_device())
-    if properties["max_shared_mem"] < SHARED_MEMORY:
-        found = properties["max_shared_mem"]
-        return f"they need {SHARED_MEMORY} bytes of shared memory, but this GPU has {found}"
     return None
 
 

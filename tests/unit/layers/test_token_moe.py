@@ -150,7 +150,6 @@ def test_grouped_gemms_keep_no_copy_of_the_weights(monkeypatch: pytest.MonkeyPat
         ({"params_dtype": torch.float32}, "for bfloat16, not torch.bfloat16 with weights in"),
         ({"moe_ffn_hidden_size": 20}, "need widths divisible by 8, not 64 and 20"),
         ({"moe_ffn_hidden_size": 12} | SWIGLU, "need widths divisible by 8, not 64 and 12"),
-        ({"use_te_activation_func": True}, "their activation is Transformer Engine's"),
         (SWIGLU, ""),
     ],
 )
