@@ -105,8 +105,6 @@ class ModelShape:
     key_value_width: int
     """Width of the keys, and of the values: query groups * kv_channels."""
     num_experts: int = 0
-    token_router: str = ModelOptions.token_router
-    """The token routing rule; `none` is Megatron's own, under a bare `--spec`."""
     moe_ffn_hidden_size: int = 0
     moe_router_topk: int = 1
     options: ModelOptions = dataclasses.field(default_factory=ModelOptions)
@@ -153,7 +151,6 @@ class ModelShape:
             attention_width=width,
             key_value_width=groups * args.kv_channels,
             num_experts=num_experts or 0,
-            token_router=options.token_router,
             moe_ffn_hidden_size=args.moe_ffn_hidden_size or args.ffn_hidden_size,
             moe_router_topk=experts_of_a_token(options.token_router, args.moe_router_topk),
             options=options,
@@ -179,8 +176,9 @@ class ModelShape:
 
     @property
     def router_has_weights(self) -> bool:
-        """Return whether the token router scores tokens with a weight matrix."""
-        rule = TOKEN_ROUTERS.get(self.token_router)
+        """Return whether the token router scores tokens with a weight matrix; Megatron's own, under
+        a bare `--spec`, does."""
+        rule = TOKEN_ROUTERS.get(self.options.token_router)
         return rule is None or rule.has_weights
 
     @property
@@ -314,7 +312,7 @@ def token_moe_cost(shape: ModelShape) -> Cost:
     visits k of E experts, and none are dropped."""
     k, expert = shape.moe_router_topk, _expert_parameters(shape)
     router = shape.hidden_size * shape.num_experts if shape.router_has_weights else 0
-    rule = TOKEN_ROUTERS.get(shape.token_router)
+    rule = TOKEN_ROUTERS.get(shape.options.token_router)
     own: int = load(RULE_PARAMETERS)(shape, rule.plugin) if rule and rule.plugin else 0
     routed = Cost(
         replicated=router + own,

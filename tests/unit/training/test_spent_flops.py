@@ -7,6 +7,7 @@ from support.in_process import pretrained
 from support.launches import records
 
 from megatron_smlp.accounting.costs import ModelShape, choice_flops, choices_per_token, model_cost
+from megatron_smlp.options import ModelOptions
 from megatron_smlp.routers.statistics import RouterKey, RouterLoad
 from megatron_smlp.systems import LayerSlots
 from megatron_smlp.training.spent_flops import Compute
@@ -35,7 +36,7 @@ def shape() -> ModelShape:
         attention_width=8,
         key_value_width=8,
         num_experts=4,
-        token_router="gshard",
+        options=ModelOptions(token_router="gshard"),
         moe_ffn_hidden_size=12,
         moe_router_topk=2,
     )
