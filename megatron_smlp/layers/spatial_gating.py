@@ -236,7 +236,6 @@ class SpatialGating(TokenMixer):
         projection: type[SpatialProjection] = SpatialProjection,
         tiny_attention: Callable[..., nn.Module] | None = None,
         pg_collection: ProcessGroupCollection | None = None,
-        name: str | None = None,
         **unused_attention_arguments: Any,
     ) -> None:
         super().__init__(config, layer_number, pg_collection)
