@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from timing import quartiles
+
+from megatron_smlp.study.hardware import hardware
 
 HERE = Path(__file__).resolve().parent
 BENCHMARKS = {
@@ -39,22 +40,10 @@ DRAWS = ("bench_scaling",)
 PACKAGES = ("torch", "megatron-core", "transformers", "g-mlp-pytorch", "scipy")
 
 
-def hardware() -> str:
-    """Return the processor and how many of its cores we may use, as a file name."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        match = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())
-        name = match[1] if match else name
-    text = re.sub(r"\(R\)|\(TM\)|CPU|Processor|@.*", " ", name)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return re.sub(r"[^a-z0-9]+", "-", f"{text} {cores} cores".lower()).strip("-")
-
-
 def environment() -> dict[str, Any]:
     """Return what the figures depend on."""
     return {
-        "hardware": hardware(),
+        "hardware": f"{hardware()}-{len(os.sched_getaffinity(0))}-cores",
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES},
         "date": time.strftime("%Y-%m-%d"),
