@@ -29,49 +29,45 @@ def key(parse: Callable[[Any], Any], default: Any = dataclasses.MISSING) -> Any:
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def _given(
-    what: str, is_allowed: Callable[[Any], bool], make: Callable[[Any], Any] = lambda value: value
-) -> Callable[[Any], Any]:
-    def read(value: Any) -> Any:
-        if not is_allowed(value):
-            raise ValueError(f"{value!r}: give {what}")
-        return make(value)
-
-    return read
+def _whole(value: Any) -> int:
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{value!r}: give a whole number of 1 or more")
+    return value
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _share(value: Any) -> float:
+    if not 0 < float(value) < 1:
+        raise ValueError(f"{value!r}: give a number between 0 and 1")
+    return float(value)
 
 
-_whole = _given("a whole number of 1 or more", lambda value: type(value) is int and value >= 1)
-_share = _given("a number between 0 and 1", lambda x: _is_number(x) and 0 < x < 1, float)
-_positive = _given("a number over 0", lambda x: _is_number(x) and x > 0, float)
-_text = _given(
-    "a name of letters, digits, '_', '-' and '.'",
-    lambda value: isinstance(value, str) and re.fullmatch(r"[\w.-]+", value) is not None,
-)
-_yes_or_no = _given("true or false", lambda value: isinstance(value, bool))
-_titles = _given(
-    "`system: title` lines",
-    lambda value: isinstance(value, dict),
-    lambda value: {_text(name): str(title) for name, title in value.items()},
-)
-_flags = _given(
-    "`flag: value` lines",
-    lambda value: isinstance(value, dict),
-    lambda value: {spelling(str(name)): content for name, content in value.items()},
-)
-_variants = _given(
-    "`name: {from: system, flag: value}` lines",
-    lambda value: isinstance(value, dict),
-    lambda value: {_text(name): _flags(content) for name, content in value.items()},
-)
-_pair = _given(
-    "a pair as [with it, without it]",
-    lambda value: isinstance(value, list) and len(value) == 2,
-    lambda value: (_text(value[0]), _text(value[1])),
-)
+def _text(value: Any) -> str:
+    if not re.fullmatch(r"[\w.-]+", str(value)):
+        raise ValueError(f"{value!r}: give a name of letters, digits, '_', '-' and '.'")
+    return str(value)
+
+
+def _pair(value: Any) -> tuple[str, str]:
+    one, other = value
+    return _text(one), _text(other)
+
+
+def _lines(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{str(value)[:60]!r}: give `key: value` lines")
+    return {str(name): content for name, content in value.items()}
+
+
+def _titles(value: Any) -> dict[str, str]:
+    return {name: str(title) for name, title in _lines(value).items()}
+
+
+def _flags(value: Any) -> dict[str, Any]:
+    return {spelling(name): content for name, content in _lines(value).items()}
+
+
+def _variants(value: Any) -> dict[str, Any]:
+    return {_text(name): _flags(content) for name, content in _lines(value).items()}
 
 
 def tokens(value: Any) -> int:
@@ -116,7 +112,7 @@ class Tuning:
     seed: int = key(_whole)
     horizon: int = key(tokens)
     """Tokens per trial."""
-    lr: dict[str, tuple[float, ...]] = key(_by_system(_list(_positive)))
+    lr: dict[str, tuple[float, ...]] = key(_by_system(_list(float)))
     """Multiples of the --lr in a system's file."""
     extend_at_edge: int = key(_whole, 0)
     """Most extra trials per system, added one by one while any system's best is at an edge."""
@@ -129,7 +125,7 @@ class Tuning:
 class Design:
     """Full runs at several rates, each with its own seed, instead of trials and seeds."""
 
-    lr: dict[str, tuple[float, ...]] = key(_by_system(_list(_positive)))
+    lr: dict[str, tuple[float, ...]] = key(_by_system(_list(float)))
     """Multiples of the --lr in a system's file."""
     seeds: tuple[int, ...] = key(_list(_whole))
     """One per rate, in the same order; the same for all systems."""
@@ -153,7 +149,7 @@ class Cluster:
     """The machines that `plan` estimates the cost of a study on; no run depends on them."""
 
     gpus: int = key(_whole)
-    tflops: float = key(_positive)
+    tflops: float = key(float)
     """Peak TFLOP/s of one GPU in the runs' dtype."""
     utilization: float = key(_share)
     """Fraction of the peak that trainings are assumed to reach in needed FLOPs, as logged `mfu`."""
@@ -184,7 +180,7 @@ class Study:
     """Flags of the optimizer, or micro-batch-size, that are compared, and so may differ."""
     subject: str = key(_text)
     """The system whose claims are tested."""
-    paper: bool = key(_yes_or_no, False)
+    paper: bool = key(bool, False)
     """Whether the claims are the paper's, C1 to C5; if not, only the subject's loss is compared."""
     titles: dict[str, str] = key(_titles, {})
     """Titles of systems in tables and figures, where they differ from the names."""
@@ -198,6 +194,9 @@ class Study:
     """Largest relative difference in FLOPs per token between systems, in the paper's convention."""
     needed_flops_tolerance: float = key(_share, 0.03)
     """The same, counting causal products as triangles."""
+
+    def __post_init__(self) -> None:
+        _check(self)
 
     def seeds_of(self, system: str) -> tuple[int, ...]:
         return self.design.seeds if self.design else _of_system(self.seeds, system)
@@ -224,52 +223,31 @@ def read_studies(path: Path) -> tuple[str, list[Study]]:
     Raises:
         UsageError: it cannot be read, a key is unknown or missing, or a value is not allowed.
     """
-    content = load_strictly(path, name=str(path), ready="studies/")
-    if not isinstance(content, dict):
-        raise UsageError(f"{path}: {str(content)[:60]!r}: give `key: value` lines")
-    name, sizes = str(content.get("name")), content.pop("sizes", None)
     place = ""
     try:
-        if "name" not in content:
-            raise ValueError("name missing: give one")
+        content = _lines(load_strictly(path, name=str(path), ready="studies/"))
+        name, sizes = str(content.get("name")), content.pop("sizes", None)
         if sizes is None:
-            return name, [_study(content)]
-        studies = []
-        for size, own in _sizes(sizes).items():
+            return name, [_read(Study, content)]
+        studies: list[Study] = []
+        for size, own in _lines(sizes).items():
             place = f"sizes: {size}: "
-            studies.append(_study(_of_size(content, own) | {"name": f"{name}-{size}"}))
+            keys = _of_size(content, _lines(own)) | {"name": f"{name}-{size}"}
+            studies.append(_read(Study, keys))
             if studies[0].subject not in studies[-1].systems:
                 raise ValueError(
                     f"systems: {studies[0].subject!r} is missing, the subject of the first size: "
                     "the report across sizes compares it. Name it alike at all of them."
                 )
-    except ValueError as error:
+    except (TypeError, ValueError) as error:  # the first for a missing key
         raise UsageError(f"{path}: {place}{error}") from error
     return name, studies
-
-
-def _study(content: dict[str, Any]) -> Study:
-    study: Study = _read(Study, content)
-    _check(study)
-    return study
-
-
-_sizes = _given(
-    "`name: keys of the study to override` lines",
-    lambda value: (
-        isinstance(value, dict)
-        and len(value) > 0
-        and all(isinstance(own, dict) for own in value.values())
-    ),
-    lambda value: {_text(name): own for name, own in value.items()},
-)
 
 
 def _of_size(content: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """Return the keys of a study of one size: its own override the file's, except that `fixed` and
     each system's `variants` are merged; null removes a key."""
-    content, own = ({spelling(str(key)): value for key, value in side.items()}
-                    for side in (content, own))  # fmt: skip
+    content, own = _flags(content), _flags(own)
     merged = content | own
     merged["fixed"] = {**_flags(content.get("fixed", {})), **_flags(own.get("fixed", {}))}
     variants, more = (_variants(side.get("variants", {})) for side in (content, own))
@@ -283,25 +261,14 @@ def _of_size(content: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read(kind: type, content: Any) -> Any:
-    if not isinstance(content, dict):
-        raise ValueError(f"{str(content)[:60]!r}: give `key: value` lines")
     fields = {field.name: field for field in dataclasses.fields(kind)}
     values = {}
-    for name, value in content.items():
-        field = fields.get(spelling(str(name))) or _refuse(str(name), list(fields))
+    for name, value in _lines(content).items():
+        field = fields.get(spelling(name)) or _refuse(name, list(fields))
         try:
             values[field.name] = field.metadata["parse"](value)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{name}: {error}") from error
-    lacking = [
-        name.replace("_", "-")
-        for name, field in fields.items()
-        if name not in values
-        and field.default is dataclasses.MISSING
-        and field.default_factory is dataclasses.MISSING
-    ]
-    if lacking:
-        raise ValueError(f"{', '.join(lacking)} missing: give a value for each")
     return kind(**values)
 
 
@@ -321,12 +288,8 @@ def _check(study: Study) -> None:
     for name in sorted(named):
         if name not in study.systems:
             raise ValueError(f"{name!r} is not in `systems`: {', '.join(study.systems)}")
-    _check_design(study)
-    if tuning and tuning.horizon > study.longest:
-        raise ValueError(
-            f"tuning: horizon: {tuning.horizon:,} tokens exceed the longest of horizons, "
-            f"{study.longest:,}: give at most that many."
-        )
+    if design:
+        _check_design(study, design)
     for system in study.systems:
         seeds = study.seeds_of(system)
         if not seeds:
@@ -338,20 +301,12 @@ def _check(study: Study) -> None:
             )
 
 
-def _check_design(study: Study) -> None:
-    if study.design is None:
-        return
+def _check_design(study: Study, design: Design) -> None:
     if study.tuning or study.seeds:
         raise ValueError("design: it cannot be combined with tuning or seeds: remove one.")
-    count = len(study.design.seeds)
-    for system in study.systems:
-        rates = study.rates_of(system)
-        if len(rates) != count:
-            raise ValueError(
-                f"design: lr: {len(rates)} rates for {system!r}, but {count} seeds: give each rate "
-                "its own seed."
-            )
-    if count < LEAST_RATES:
+    counts = {len(design.seeds), *(len(study.rates_of(system)) for system in study.systems)}
+    if len(counts) > 1 or min(counts) < LEAST_RATES:
         raise ValueError(
-            f"design: lr: {count} rates: a parabola needs {LEAST_RATES}: give at least as many."
+            f"design: give every system as many rates as there are seeds, {LEAST_RATES} or more: a "
+            "parabola needs as many."
         )

@@ -118,7 +118,7 @@ def test_a_variant_of_the_study_has_the_flags_of_the_size_as_well(tmp_path: Path
     [
         ({"D64": {"widths": [7]}}, "sizes: D64: unknown key 'widths'"),
         ({"D64": {"systems": ["hash"]}}, "sizes: D64: 'smlp_deterministic' is not in `systems`"),
-        ({}, "give `name: keys of the study"),
+        ([], "give `key: value` lines"),
         (
             SIZES | {"D9": {"systems": ["switch"], "subject": "switch"}},
             "sizes: D9: systems: 'smlp_deterministic' is missing, the subject of the first size",
