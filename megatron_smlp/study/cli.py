@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_smlp.command_line import Parser
 from megatron_smlp.errors import UsageError, require_package
-from megatron_smlp.lease import HeldError, acquire
 from megatron_smlp.study import state
 from megatron_smlp.study.data import StudyData
 from megatron_smlp.study.fairness import check_fair, flops_table
@@ -156,31 +154,13 @@ def _read_state(args: argparse.Namespace, name: str, study: Study) -> tuple[Stat
     else:
         is_needed = args.command in ("run", "reuse") or args.data.exists()
         identity = identity_of(StudyData(args.data).contents() if is_needed else {})
-    now = state.description(study, systems, identity)
-    for place, before in begun.items():
-        state.check_unchanged(before, now, where=place)
     known = State(
         study=study, file=args.study, systems=systems, identity=identity, folder=folder,
         kept=results.endings(), expiry=getattr(args, "expiry", state.EXPIRY),
     )  # fmt: skip
+    for place, before in begun.items():
+        state.check_unchanged(before, known.description(), where=place)
     return known, results
-
-
-@contextlib.contextmanager
-def _alone(known: State, what: str) -> Iterator[None]:
-    """Hold a lease on this work, so that only one process at a time does it for a study.
-
-    Raises:
-        UsageError: another process holds it.
-    """
-    folder = known.folder / what
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        lease = acquire(folder, expiry=known.expiry)
-    except HeldError as error:
-        raise UsageError(f"{folder}: {error} is doing this: wait until it ends.") from error
-    with lease:
-        yield
 
 
 def _plan(args: argparse.Namespace, known: State, results: Results) -> int:
@@ -214,7 +194,7 @@ def _run(args: argparse.Namespace, known: State, results: Results, *, waits: boo
     StudyData(args.data).check_vocabulary(known.study.vocab_size)
     if args.speed:
         return _time(args, known, results)
-    state.begin(known.folder, state.description(known.study, known.systems, known.identity))
+    known.record(known.folder)
     data = StudyData(args.data)
     make_fingerprints(known, data, results, processes=args.processes)
     for line in lines_on_sources(known, results, processes=args.processes):
@@ -229,10 +209,9 @@ def _run(args: argparse.Namespace, known: State, results: Results, *, waits: boo
 def _time(args: argparse.Namespace, known: State, results: Results) -> int:
     from megatron_smlp.study.speed import time_systems
 
-    with _alone(known, "speed"):
-        # Save after each round, which takes minutes with many systems: a stop keeps earlier ones.
-        for lines in time_systems(known, StudyData(args.data), processes=args.processes):
-            results.add_speed(lines)
+    # Save after each round, which takes minutes with many systems: a stop keeps earlier ones.
+    for lines in time_systems(known, StudyData(args.data), processes=args.processes):
+        results.add_speed(lines)
     print(results.folder / "speed.csv")
     return 0
 
@@ -263,15 +242,12 @@ def _with(known: State, results: Results) -> State:
 def _evaluate(args: argparse.Namespace, known: State, results: Results) -> int:
     from megatron_smlp.study.final import evaluate_finals
 
-    if args.data_dir and not args.tasks:
-        raise UsageError(f"--data-dir {args.data_dir} has no effect without --tasks")
-    with _alone(known, "evaluation"):
-        results.collect(known)
-        done = evaluate_finals(
-            known, StudyData(args.data), results,
-            tasks=args.tasks.split(",") if args.tasks else (),
-            data_dir=args.data_dir,
-        )  # fmt: skip
+    results.collect(known)
+    done = evaluate_finals(
+        known, StudyData(args.data), results,
+        tasks=args.tasks.split(",") if args.tasks else (),
+        data_dir=args.data_dir,
+    )  # fmt: skip
     print(f"{len(done)} checkpoints: {results.folder / 'evaluations.csv'}")
     return 0
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pandas
 
 from megatron_smlp.durable import write_durably
-from megatron_smlp.errors import UsageError
 from megatron_smlp.metrics_records import Record
 from megatron_smlp.study import state
 from megatron_smlp.study.hardware import hardware
@@ -57,32 +55,32 @@ TEXTS = ("key", "parent", "system", "commit", "sources", "fingerprint", "label")
 
 
 class Results:
-    """CSV files of one folder (runs, curves, speed, evaluations, fingerprints) and study.json."""
+    """CSV files of one folder, and study.json beside them; a table is read anew at each use."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    @cached_property
+    @property
     def runs(self) -> pandas.DataFrame:
         """One line per run that is over."""
         return self._read("runs.csv", RUN_COLUMNS)
 
-    @cached_property
+    @property
     def curves(self) -> pandas.DataFrame:
         """One line per logged step or evaluation of such a run."""
         return self._read("curves.csv", CURVE_COLUMNS)
 
-    @cached_property
+    @property
     def speed(self) -> pandas.DataFrame:
         """One line per system and round of the quiet timing."""
         return self._read("speed.csv", SPEED_COLUMNS)
 
-    @cached_property
+    @property
     def evaluations(self) -> pandas.DataFrame:
         """One line per number that was measured on a final checkpoint; see study/final.py."""
         return self._read("evaluations.csv", EVALUATION_COLUMNS)
 
-    @cached_property
+    @property
     def fingerprints(self) -> pandas.DataFrame:
         """One line per system, sources and machine for which a fingerprint was made."""
         return self._read("fingerprints.csv", FINGERPRINT_COLUMNS)
@@ -92,10 +90,7 @@ class Results:
         path = self.folder / name
         if not path.exists():
             return pandas.DataFrame(columns=list(columns))
-        try:
-            table = pandas.read_csv(path, dtype=dict.fromkeys(TEXTS, str))
-        except ValueError as error:
-            raise UsageError(f"{path} cannot be read: {error}: restore it from git.") from error
+        table = pandas.read_csv(path, dtype=dict.fromkeys(TEXTS, str))
         return table.reindex(columns=list(columns))
 
     def endings(self) -> dict[str, dict[str, Any]]:
@@ -113,8 +108,9 @@ class Results:
     def collect(self, known: state.State) -> None:
         """Add the finished runs that are missing here from their folders, and write the files."""
         if len(fingerprints := self.fingerprints_of(known)):
-            self._write_fingerprints(fingerprints)
-        kept = set(self.runs["key"][self.runs["status"] != state.FAILED])
+            self._write("fingerprints.csv", fingerprints)
+        runs = self.runs
+        kept = set(runs["key"][runs["status"] != state.FAILED])
         endings = {run.key: (run, known.ending(run)) for run in known.plan().runs}
         new = {
             key: (run, ending)
@@ -133,7 +129,8 @@ class Results:
     def take_over(self, known: state.State, other: Results) -> int:
         """Add the runs of another study's results that this one trains too; return how many."""
         runs = {run.key: run for run in known.plan().runs if known.ending(run) is None}
-        rows = other.runs[other.runs["key"].isin(runs) & (other.runs["status"] != state.FAILED)]
+        theirs = other.runs
+        rows = theirs[theirs["key"].isin(runs) & (theirs["status"] != state.FAILED)]
         if rows.empty:
             return 0
         own_names = {row.system: runs[row.key].system for row in rows.itertuples()}
@@ -141,10 +138,11 @@ class Results:
             row | {name: getattr(runs[row["key"]], name) for name in OF_RUN}
             for row in rows.to_dict("records")
         ]
-        self._add(known, lines, other.curves[other.curves["key"].isin(rows["key"])])
-        found = other.fingerprints[other.fingerprints["system"].isin(own_names)]
+        curves, found = other.curves, other.fingerprints
+        self._add(known, lines, curves[curves["key"].isin(rows["key"])])
+        found = found[found["system"].isin(own_names)]
         found = found.assign(system=found["system"].map(own_names))
-        self._write_fingerprints(_merged(self.fingerprints, found))
+        self._write("fingerprints.csv", _merged(self.fingerprints, found))
         return len(lines)
 
     def _add(
@@ -154,19 +152,13 @@ class Results:
         curves: list[dict[str, Any]] | pandas.DataFrame,
     ) -> None:
         """Add runs and their curves, and write study.json beside them."""
-        for table in ("runs", "curves"):  # another process may have written since they were read
-            self.__dict__.pop(table, None)
         all_runs = _joined(self.runs, runs, RUN_COLUMNS).astype({"horizon": "Int64"})
         all_curves = _joined(self.curves, curves, CURVE_COLUMNS)
-        self.folder.mkdir(parents=True, exist_ok=True)
         # Sorted so that git diffs show what is new.
         order = ["phase", "system", "factor", "seed", "end", "key"]
         self._write("runs.csv", all_runs.sort_values(order))
         self._write("curves.csv", all_curves.sort_values(["key", "iteration"], kind="stable"))
-        begun = state.description(known.study, known.systems, known.identity)
-        write_durably(self.folder / state.BEGUN, json.dumps(begun, indent=1) + "\n")
-        for table in ("runs", "curves"):
-            del self.__dict__[table]  # reread them: reports use the rounded numbers in the files
+        known.record(self.folder)
 
     def fingerprints_of(self, known: state.State) -> pandas.DataFrame:
         """Return the fingerprints in fingerprints.csv and those made since."""
@@ -174,25 +166,17 @@ class Results:
         new = pandas.DataFrame(records, columns=list(FINGERPRINT_COLUMNS))
         return _merged(self.fingerprints, new)
 
-    def _write_fingerprints(self, table: pandas.DataFrame) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._write("fingerprints.csv", table)
-        del self.__dict__["fingerprints"]
-
     def add_speed(self, lines: list[dict[str, Any]]) -> None:
-        """Append the rounds of a quiet timing to earlier ones of this machine.
+        """Append lines of a quiet timing, each a system's next round, to those of this machine.
 
         All of them count, so that nobody can choose among repeated timings. Only another machine
         (which need not be that of the runs) or another number of processes, threads or steps starts
         the file anew: the flags of a folder's systems never change (state.py). Remove speed.csv
         before timing other code.
-
-        Args:
-            lines: the lines of all rounds of this timing so far, numbered from 1.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         new = pandas.DataFrame(lines).assign(hardware=hardware())
-        before = self.speed  # cached: the file as it was before this timing
+        new["round"] = new.groupby("system").cumcount() + 1
+        before = self.speed
         before = before[(before[list(MACHINE)] == new[list(MACHINE)].iloc[0]).all(axis=1)]
         if len(before):
             new["round"] += int(before["round"].max())
@@ -201,16 +185,15 @@ class Results:
 
     def add_evaluations(self, lines: list[dict[str, Any]]) -> None:
         """Add the numbers of one checkpoint, replacing those that it already has."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         new = pandas.DataFrame(lines, columns=list(EVALUATION_COLUMNS))
         known = self.evaluations
         table = pandas.concat([known, new], ignore_index=True) if len(known) else new
         table = table.drop_duplicates(["key", "kind", "label"], keep="last")
         order = ["kind", "system", "seed"]
         self._write("evaluations.csv", table.sort_values(order, kind="stable"))
-        del self.__dict__["evaluations"]
 
     def _write(self, name: str, table: pandas.DataFrame) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
         write_durably(self.folder / name, table.to_csv(index=False, float_format=SIGNIFICANT))
 
 

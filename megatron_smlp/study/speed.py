@@ -22,7 +22,7 @@ DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 def time_systems(
     known: State, data: StudyData, *, processes: int
 ) -> Iterator[list[dict[str, Any]]]:
-    """Yield, after each round, a line for each system and round so far.
+    """Yield a line for each system, after each round.
 
     Each round begins with a different system, and each system with a matrix product, which shows
     how fast the machine is at that time.
@@ -31,17 +31,18 @@ def time_systems(
         UsageError: a run failed.
     """
     names, speed = list(known.systems), known.study.speed
-    lines: list[dict[str, Any]] = []
     with Progress(speed.rounds * len(names)) as progress:
         for number in range(1, speed.rounds + 1):
+            lines: list[dict[str, Any]] = []
             shift = number % len(names)
             for name in names[shift:] + names[:shift]:
-                progress.show(len(lines), f"round {number} of {speed.rounds}: {name}")
+                done = (number - 1) * len(names) + len(lines)
+                progress.show(done, f"round {number} of {speed.rounds}: {name}")
                 system = known.systems[name]
                 product = _product(system)
                 timed = _time(known, system, data, processes=processes)
                 lines.append({
-                    "system": name, "round": number, **timed, **product,
+                    "system": name, **timed, **product,
                     "processes": processes, "steps": speed.steps,
                 })  # fmt: skip
             yield lines

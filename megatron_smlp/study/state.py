@@ -158,6 +158,23 @@ class State:
         # It may be in the middle of being retrained, for a child that is tried again.
         return is_done and (latest_iteration(self.folder_of(run) / CHECKPOINTS) or 0) >= run.end
 
+    def description(self) -> dict[str, Any]:
+        """Return everything that determines the runs of a study, as plain JSON."""
+        asked = dataclasses.asdict(self.study)
+        del asked["speed"]  # More rounds may be added at any time.
+        content = {
+            "study": asked,
+            "flags": {name: dict(system.flags) for name, system in self.systems.items()},
+            "identity": json.loads(self.identity),
+        }
+        plain: dict[str, Any] = json.loads(json.dumps(content))
+        return plain
+
+    def record(self, folder: Path) -> None:
+        """Record in a folder which study its runs or results are of."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_durably(folder / BEGUN, json.dumps(self.description(), indent=1) + "\n")
+
     def end(self, run: PlannedRun, **ending: Any) -> None:
         """Record how a run ended, and that it did so on this machine."""
         content = {"key": run.key, "title": run.title, "hardware": hardware(), **ending}
@@ -175,34 +192,6 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     return content
-
-
-def description(study: Study, systems: Mapping[str, System], identity: str) -> dict[str, Any]:
-    """Return everything that determines the runs of a study, as plain JSON."""
-    asked = dataclasses.asdict(study)
-    del asked["speed"]  # More rounds may be added at any time.
-    content = {
-        "study": asked,
-        "flags": {name: dict(system.flags) for name, system in systems.items()},
-        "identity": json.loads(identity),
-    }
-    plain: dict[str, Any] = json.loads(json.dumps(content))
-    return plain
-
-
-def begin(folder: Path, now: dict[str, Any]) -> None:
-    """Check that a study is still the one that was begun in a folder, and record it there.
-
-    Raises:
-        UsageError: the study has changed; the message has the differences.
-    """
-    before = read_json(folder / BEGUN)
-    if before == now:
-        return
-    if before is not None:
-        check_unchanged(before, now, where=folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_durably(folder / BEGUN, json.dumps(now, indent=1) + "\n")
 
 
 def check_unchanged(before: dict[str, Any], now: dict[str, Any], *, where: Path) -> None:

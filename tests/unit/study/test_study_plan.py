@@ -11,7 +11,7 @@ from megatron_smlp import plugin_texts
 from megatron_smlp.errors import UsageError
 from megatron_smlp.plugin_texts import PluginFile
 from megatron_smlp.study.plan import PlannedRun, identity_of, next_factor
-from megatron_smlp.study.state import DONE, FAILED, State, begin, description
+from megatron_smlp.study.state import BEGUN, DONE, FAILED, State, check_unchanged, read_json
 
 TUNING = {"seed": 1, "horizon": "50K", "lr": [0.5, 1, 2], "extend-at-edge": 1}
 
@@ -174,7 +174,9 @@ class TestWhatIsLeft:
 
 
 def begun_as(known: State, other: State) -> None:
-    begin(known.folder, description(other.study, other.systems, other.identity))
+    if before := read_json(known.folder / BEGUN):
+        check_unchanged(before, other.description(), where=known.folder)
+    other.record(known.folder)
 
 
 @pytest.mark.parametrize(
