@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_smlp.command_line import Parser
-from megatron_smlp.errors import UsageError, require_package
+from megatron_smlp.errors import require_package
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -60,21 +60,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool.
 
     Raises:
-        UsageError: matplotlib is missing, a run cannot be read, or --output cannot be created.
+        UsageError: matplotlib is missing, or a run cannot be read.
     """
     args = build_parser().parse_args(argv)
     require_package("matplotlib", purpose="a plot", extra="'megatron-smlp[plots]'")
-    if args.smooth is not None and args.smooth < 1:
-        raise UsageError(f"--smooth {args.smooth}: give 1 or more logged lines.")
     from megatron_smlp.plotting.series import read_runs
 
     runs = read_runs(args.runs, labels=args.labels)
-    try:
-        args.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(
-            f"--output {args.output}: {error.strerror}: give a writable folder."
-        ) from error
+    args.output.mkdir(parents=True, exist_ok=True)
     for name, figure in figures(runs, against=args.against, window=args.smooth):
         for kind in args.formats:
             path = args.output / f"{name}.{kind}"

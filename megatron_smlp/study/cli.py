@@ -220,9 +220,6 @@ def _reuse(args: argparse.Namespace, known: State, results: Results) -> int:
     from megatron_smlp.study.results import Results
 
     others = [Results(folder) for folder in args.of]
-    for other in others:
-        if other.runs.empty:
-            raise UsageError(f"--of {other.folder}: has no runs.csv with a run.")
     had = len(results.runs)
     # Repeat, since only the results of trials determine which runs follow them.
     while any(results.take_over(_with(known, results), other) for other in others):

@@ -8,7 +8,6 @@ from typing import Any
 
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.errors import UsageError
-from megatron_smlp.study.plan import Calendar
 from megatron_smlp.study.study_file import Study
 from megatron_smlp.study.systems import System
 
@@ -46,17 +45,12 @@ def check_fair(study: Study, systems: Mapping[str, System]) -> None:
     _check_common_flags(study, systems)
     _check_decays(systems)
     _check_trials(study)
-    _check_horizons(study, systems)
     _check_flops(study, systems)
 
 
 def _check_common_flags(study: Study, systems: Mapping[str, System]) -> None:
-    compared = study.may_differ or ()
-    if batch := {"global_batch_size", "seq_length"}.intersection(compared):
-        raise UsageError(
-            f"may-differ: {', '.join(sorted(batch))}: reports compare times of steps of equally "
-            "many tokens, so all systems need the same."
-        )
+    # Reports compare times of steps of equally many tokens.
+    compared = {*(study.may_differ or ())} - {"global_batch_size", "seq_length"}
     for flag in (flag for flag in COMMON_FLAGS if flag not in compared):
         values = {name: system.flags.get(flag) for name, system in systems.items()}
         if len({json.dumps(value) for value in values.values()}) > 1:
@@ -90,21 +84,6 @@ def _check_trials(study: Study) -> None:
             "tuning: lr: the systems have different numbers of trials, and more are an "
             f"advantage: give each the same number.\n{_lines(trials)}"
         )
-
-
-def _check_horizons(study: Study, systems: Mapping[str, System]) -> None:
-    """Check that each horizon ends, and begins to decay, at a step of its own."""
-    horizons = sorted(study.horizons)
-    for system in systems.values():
-        calendar = Calendar.of(study, system)
-        ends = [calendar.end(horizon) for horizon in horizons]
-        starts = [0, *map(calendar.start, horizons[:-1])]
-        if len({*ends}) < len(ends) or len({*starts}) < len(starts):
-            raise UsageError(
-                f"horizons: {', '.join(map(str, horizons))} tokens end at steps "
-                f"{', '.join(map(str, ends))}, some too close to tell apart: raise `evaluations`, "
-                "or give horizons that lie farther apart."
-            )
 
 
 def _check_flops(study: Study, systems: Mapping[str, System]) -> None:

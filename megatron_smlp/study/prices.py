@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from megatron_smlp.accounting.estimate import estimate, uncounted
 from megatron_smlp.command_line import flag_of
-from megatron_smlp.errors import UsageError
 from megatron_smlp.study.cells import number
 from megatron_smlp.study.plan import Calendar, PlannedRun
 from megatron_smlp.study.study_file import Study
@@ -25,9 +24,6 @@ def price_lines(
 
     Args:
         runs: the runs that are left to do.
-
-    Raises:
-        UsageError: a system cannot be partitioned over this many GPUs.
     """
     if study.cluster is None:
         yield from _hours_of_a_worker(systems, runs, tables, study)
@@ -44,10 +40,7 @@ def price_lines(
         hours = tflops * tokens / (cluster.tflops * cluster.utilization) / 3600
         total += hours
         flags = {**system.flags, "vocab_size": study.vocab_size, "world_size": cluster.gpus}
-        try:
-            memory = estimate(flags)["per_gpu"]["memory_bytes"] / GIB
-        except ValueError as error:
-            raise UsageError(f"cluster: gpus: {cluster.gpus}, {name}: {error}") from error
+        memory = estimate(flags)["per_gpu"]["memory_bytes"] / GIB
         yield f"  {name:24}{hours:>12,.0f}{hours / cluster.gpus:>9,.1f}{memory:>10,.1f} GiB"
     yield f"  {'all':24}{total:>12,.0f}{total / cluster.gpus:>9,.1f}"
     ignored = {name for system in systems.values() for name in uncounted(system.flags)}

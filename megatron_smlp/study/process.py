@@ -26,7 +26,6 @@ from typing import Any, BinaryIO
 import yaml
 
 from megatron_smlp.durable import write_durably
-from megatron_smlp.errors import UsageError
 from megatron_smlp.launching.parent import end_with_parent
 from megatron_smlp.launching.settings import ALONE
 from megatron_smlp.metrics_records import FILE_NAME, Record
@@ -73,9 +72,8 @@ def plugin_paths(flags: Mapping[str, Any]) -> list[str]:
 
 def _script() -> str:
     spec = importlib.util.find_spec("pretrain_smlp")
-    if spec is None or spec.origin is None:
-        raise UsageError("pretrain_smlp.py not found: run tools/study.py, or `make env` first.")
-    return spec.origin
+    assert spec is not None  # tools/study.py and an installation have it on the path
+    return str(spec.origin)
 
 
 def run_command(

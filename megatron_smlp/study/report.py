@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,18 +44,10 @@ def write_report(page: Page) -> list[Path]:
         written.append(page.folder / f"{name}.png")
         figure.savefig(written[-1])
     page.figures = [path.name for path in written]
-    for name in {*_figures_of(page.folder / "report.md")} - {*page.figures}:
-        (page.folder / name).unlink(missing_ok=True)
     for file, text in (("report.md", page.text()), ("report.json", page.json())):
         written.append(page.folder / file)
         write_durably(written[-1], text)
     return written
-
-
-def _figures_of(report: Path) -> list[str]:
-    """Return the names of an earlier report's figures."""
-    text = report.read_text(encoding="utf-8") if report.exists() else ""
-    return re.findall(r"^!\[[\w.-]+\]\(([\w.-]+\.png)\)$", text, re.MULTILINE)
 
 
 class Page:

@@ -24,8 +24,8 @@ OWN_FLAGS = (
     *("save", "load", "log_dir", "save_interval", "keep_last", "keep_every", "ckpt_step"),
     *("data_path", "train_data_path", "valid_data_path", "test_data_path", "split"),
     *("tokenizer_type", "tokenizer_model", "mock_data", "tensorboard_dir", "wandb_project"),
+    plugin_files.KEY,  # of the system's own file
 )
-WARM_UPS = {"lr_warmup_fraction", "lr_warmup_iters"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,30 +101,20 @@ def _system(study: Study, name: str, *, folder: Path) -> System:
     file = folder / study.base / f"{source}.yaml"
     settings = read_settings([file])
     flags = {spelling(key): setting.value for key, setting in settings.items()}
+    if clash := sorted({*study.fixed, *own} & {*OWN_FLAGS}):
+        raise UsageError(
+            f"{', '.join(clash)} of study {study.name!r}, {name}: the study sets it for each run, "
+            f"from horizons, seeds, --data, or (plugins) the system's own {file}. Remove it."
+        )
+    flags = {key: value for key, value in flags.items() if key not in OWN_FLAGS}
     if plugins := [plugin_files.load(path) for path in plugin_files.named_in(settings)]:
         # Names only: a run is the same on another machine. Its sources cover the code.
         flags[plugin_files.KEY] = [plugin.path.name for plugin in plugins]
-    given = {*study.fixed, *own}
-    if plugin_files.KEY in given:
-        raise UsageError(
-            f"plugin of study {study.name!r}, {name}: name it in the system's own file, {file}."
-        )
-    if clash := sorted(given & set(OWN_FLAGS)):
-        raise UsageError(
-            f"{', '.join(clash)} of study {study.name!r}, {name}: the study sets it for "
-            "each run, from horizons, seeds and --data. Remove it."
-        )
-    flags = {key: value for key, value in flags.items() if key not in OWN_FLAGS}
     for layer in (study.fixed, own):
         # Override as a YAML file does the files that it includes.
         flags = {key: value for key, value in flags.items() if key not in _replaced_by(layer)}
         flags |= layer
     flags = {key: value for key, value in flags.items() if value is not None}
-    if len(warm_ups := WARM_UPS & {*flags}) > 1:
-        raise UsageError(
-            f"{' and '.join(sorted(warm_ups))} of study {study.name!r}, {name}, cannot be "
-            "combined: give one of them."
-        )
     # A system with a capacity is evaluated without it: its loss is not that of dropped tokens.
     flags.pop("moe_eval_capacity_factor", None)
     try:

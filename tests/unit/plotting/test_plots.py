@@ -194,14 +194,6 @@ class TestCommandLine:
         for path in map(Path, written):
             assert path.read_bytes().startswith(starts[path.suffix[1:]])
 
-    @pytest.mark.parametrize(
-        ("words", "named"), [("--smooth 0", "--smooth 0"), ("--output {path}", "--output")]
-    )
-    def test_what_is_refused(self, tmp_path: Path, words: str, named: str):
-        path = write(tmp_path, step(1), step(2))
-        with pytest.raises(UsageError, match=named):
-            main([str(tmp_path), *words.format(path=path).split()])
-
 
 class TestParts:
     """A loss over all targets and one over a suffix never share an axis."""

@@ -79,10 +79,14 @@ def test_what_is_compared_may_differ(tmp_path: Path):
             }.items()
         ),
         ({"fixed": {"seed": 3}}, "the study sets it for each run"),
-        ({"may-differ": ["global-batch-size"]}, "may-differ: global_batch_size: reports compare"),
-        ({"horizons": ["50K", "51K", "100K"]}, "some too close to tell apart"),
-        ({"fixed": {"plugin": "mine.py"}}, r"in the system's own file, .*transformer.yaml"),
-        ({"variants": {"switch": {"plugin": "mine.py"}}}, "system's own file, .*switch.yaml"),
+        (
+            {
+                "may-differ": ["seq-length"],
+                "variants": {"switch": {"from": "switch", "seq-length": 128}},
+            },
+            "--seq-length differs",
+        ),
+        ({"variants": {"switch": {"plugin": "mine.py"}}}, "system's own .*switch.yaml"),
         (
             {"tuning": {"seed": 1, "horizon": "50K", "lr": {"switch": [0.5, 1], "others": [1]}}},
             "different numbers of trials",

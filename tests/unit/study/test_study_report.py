@@ -22,7 +22,6 @@ from support.studies import (
     write_study,
 )
 
-from megatron_smlp.errors import UsageError
 from megatron_smlp.study import cli
 from megatron_smlp.study.data import StudyData
 from megatron_smlp.study.made_by import FINGERPRINT_COLUMNS
@@ -113,8 +112,6 @@ def test_runs_that_another_study_made_are_taken_over(
     assert list(results.fingerprints["system"]) == ["mine"]
     assert cli.main(argv) == 0
     assert " 0 runs taken over, 17 to do" in capsys.readouterr().out
-    with pytest.raises(UsageError, match=r"--of \S+runs: has no runs.csv with a run"):
-        cli.main([*argv[:-2], str(tmp_path / "first" / "runs")])
 
 
 def test_the_csv_files_alone_give_the_same_report(known: State, tmp_path: Path):
@@ -131,20 +128,6 @@ def test_the_csv_files_alone_give_the_same_report(known: State, tmp_path: Path):
     figures = {path.stem for path in results.glob("*.png")}
     # No system here trains only behind a prefix, which would have a figure of its own.
     assert figures == {"loss", "learning-rates", "expert-load", "speed-up"}
-
-
-def test_a_figure_that_is_not_drawn_any_more_goes(known: State, tmp_path: Path):
-    """Only the report's own figures go: other files in the folder are the user's."""
-    pretend(known, loss_of)
-    results = tmp_path / "results"
-    results.mkdir(exist_ok=True)
-    (results / "report.md").write_text("![old.png](old.png)\n![loss.png](loss.png)\n")
-    for name in ("old.png", "mine.png"):
-        (results / name).touch()
-    assert cli.main(study_argv("report", tmp_path)) == 0
-    assert not (results / "old.png").exists()
-    assert (results / "mine.png").exists()
-    assert (results / "loss.png").stat().st_size
 
 
 def test_a_missing_and_a_diverged_run_are_said(known: State, tmp_path: Path):
