@@ -57,11 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the tool.
-
-    Raises:
-        UsageError: matplotlib is missing, or a run cannot be read.
-    """
+    """Run the tool."""
     args = build_parser().parse_args(argv)
     require_package("matplotlib", purpose="a plot", extra="'megatron-smlp[plots]'")
     from megatron_smlp.plotting.series import read_runs

@@ -171,7 +171,7 @@ def router_figure(runs: Sequence[Run]) -> Figure | None:
     Return None if no run has routers.
     """
     routed = [
-        (run, style, histories)
+        (run, style, histories, router_histories(run, evaluation=True))
         for run, style in zip(runs, styles(), strict=False)
         if (histories := router_histories(run))
     ]
@@ -179,13 +179,9 @@ def router_figure(runs: Sequence[Run]) -> Figure | None:
         return None
     figure = Figure(figsize=(10.4, 4.4), layout="constrained", dpi=DPI)
     entropy, dropped = figure.subplots(1, 2)
-    for run, style, histories in routed:
-        _draw_band(entropy, histories, "entropy", worst=np.nanmin, style=style)
-        _draw_band(dropped, histories, "drop_rate", worst=np.nanmax, style=style)
-        validated = router_histories(run, evaluation=True)
-        if validated:
-            _draw_dots(entropy, validated, "entropy", worst=np.nanmin, style=style)
-            _draw_dots(dropped, validated, "drop_rate", worst=np.nanmax, style=style)
+    for _, style, *both in routed:
+        _draw_worst(entropy, *both, field="entropy", worst=np.nanmin, style=style)
+        _draw_worst(dropped, *both, field="drop_rate", worst=np.nanmax, style=style)
     entropy.axhline(COLLAPSED, color="0.35", linewidth=0.9, linestyle=":")
     entropy.annotate(
         "collapse", (0.995, COLLAPSED), xycoords=("axes fraction", "data"), ha="right", va="top",
@@ -198,37 +194,28 @@ def router_figure(runs: Sequence[Run]) -> Figure | None:
     for panel in (entropy, dropped):
         tidy(panel)
     figure.suptitle("lines: the worst router of a run; bands: all of its routers", fontsize=10)
-    has_dots = any(router_histories(run, evaluation=True) for run, _, _ in routed)
-    legend(figure, [(run.label, style) for run, style, _ in routed], has_dots=has_dots)
+    has_dots = any(validated for *_, validated in routed)
+    legend(figure, [(run.label, style) for run, style, *_ in routed], has_dots=has_dots)
     return figure
 
 
-def _draw_band(
+def _draw_worst(
     panel: Axes,
-    histories: Sequence[RouterHistory],
-    field: str,
+    trained: Sequence[RouterHistory],
+    validated: Sequence[RouterHistory],
     *,
+    field: str,
     worst: Any,
     style: dict[str, Any],
 ) -> None:
-    steps, values = _aligned(histories, field)
+    steps, values = _aligned(trained, field)
     low, high = np.nanmin(values, axis=0), np.nanmax(values, axis=0)
     panel.fill_between(steps, low, high, color=style["color"], alpha=0.12, linewidth=0)
     panel.plot(steps, worst(values, axis=0), linewidth=1.4, **style)
-
-
-def _draw_dots(
-    panel: Axes,
-    histories: Sequence[RouterHistory],
-    field: str,
-    *,
-    worst: Any,
-    style: dict[str, Any],
-) -> None:
-    """Draw the validations, in which BASE routes greedily and is not balanced."""
-    steps, values = _aligned(histories, field)
-    dot = {"color": style["color"], "markersize": 4, "markeredgecolor": "white"}
-    panel.plot(steps, worst(values, axis=0), "o", **dot)
+    if validated:  # in which BASE routes greedily and is not balanced
+        steps, values = _aligned(validated, field)
+        dot = {"color": style["color"], "markersize": 4, "markeredgecolor": "white"}
+        panel.plot(steps, worst(values, axis=0), "o", **dot)
 
 
 def _aligned(histories: Sequence[RouterHistory], field: str) -> tuple[Any, Any]:

@@ -245,7 +245,7 @@ def _evaluate(args: argparse.Namespace, known: State, results: Results) -> int:
         tasks=args.tasks.split(",") if args.tasks else (),
         data_dir=args.data_dir,
     )  # fmt: skip
-    print(f"{len(done)} checkpoints: {results.folder / 'evaluations.csv'}")
+    print(f"{done} checkpoints: {results.folder / 'evaluations.csv'}")
     return 0
 
 

@@ -41,8 +41,8 @@ def evaluate_finals(
     *,
     tasks: Sequence[str],
     data_dir: Path | None,
-) -> list[Path]:
-    """Evaluate runs that reached the longest horizon; return the folders of those that were new.
+) -> int:
+    """Evaluate runs that reached the longest horizon; return how many of them were new.
 
     Skip what is already in evaluations.csv: the text of a checkpoint, and each of its tasks. Tasks
     are scored on all of their examples, since one scored on a subset would count as done.
@@ -50,9 +50,6 @@ def evaluate_finals(
     Args:
         tasks: tasks of lm-evaluation-harness; if empty, only the loss is evaluated.
         data_dir: local files of the tasks; None loads them from the Hub.
-
-    Raises:
-        UsageError: an evaluation failed.
     """
     finals = [run for run in known.plan().runs if _is_final(known, run)]
     known_already = results.evaluations
@@ -67,7 +64,7 @@ def evaluate_finals(
                 lines += _of_tasks(known, run, watch, tasks=named, data_dir=data_dir)
             about = {"key": run.key, "system": run.system, "seed": run.seed}
             results.add_evaluations([about | line for line in lines])
-    return [known.folder_of(run) for run, _ in left]
+    return len(left)
 
 
 def what_is_missing(
@@ -90,10 +87,6 @@ def export_best(known: State, system: str, folder: Path, more: Sequence[str]) ->
 
     Args:
         more: further arguments of tools/convert_checkpoint.py.
-
-    Raises:
-        UsageError: none of its runs to the longest horizon has a checkpoint on this machine, or
-            the folder is not empty.
     """
     from megatron_smlp.conversion import cli
 

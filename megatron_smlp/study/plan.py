@@ -227,15 +227,9 @@ def next_factor(factors: Sequence[float], losses: Sequence[float]) -> float:
     """
     pairs = sorted(zip(factors, losses, strict=True))
     place = min(range(len(pairs)), key=lambda index: pairs[index][1])
-    best = pairs[place][0]
-    if len(pairs) == 1:
-        return _rounded(best * math.sqrt(2))
-    if place == 0:
-        return _rounded(best * best / pairs[1][0])
-    if place == len(pairs) - 1:
-        return _rounded(best * best / pairs[-2][0])
-    near = min((pairs[place - 1], pairs[place + 1]), key=lambda pair: pair[1])[0]
-    return _rounded(math.sqrt(best * near))
+    best, beside = pairs[place][0], pairs[max(0, place - 1) : place] + pairs[place + 1 : place + 2]
+    near = min(beside, key=lambda pair: pair[1], default=(best / math.sqrt(2), 0.0))[0]
+    return _rounded(math.sqrt(best * near) if len(beside) > 1 else best * best / near)
 
 
 def _rounded(factor: float) -> float:

@@ -275,18 +275,12 @@ def exponential(logarithms: Difference) -> Difference:
 
 
 def crossings(own: Sequence[float], rival: Sequence[float], costs: Sequence[float]) -> list[float]:
-    """Return the costs at which two curves over the same costs cross, by linear interpolation.
-
-    Points where either curve is not finite are left out. Curves that touch cross there if they part
-    on the other side.
-    """
+    """Return the costs at which two curves over the same costs cross, by linear interpolation;
+    points where either curve is not finite are left out."""
     gaps = np.asarray(own, dtype=np.float64) - np.asarray(rival, dtype=np.float64)
     points = [pair for pair in zip(costs, gaps, strict=True) if math.isfinite(pair[1])]
-    places, leaving = [], None
-    for left, right in itertools.pairwise(points):
-        if left[1]:
-            leaving = (left, right)  # points where the gap is 0 may follow
-        if leaving is not None and leaving[0][1] * right[1] < 0:
-            (cost, gap), (next_cost, next_gap) = leaving
+    places = []
+    for (cost, gap), (next_cost, next_gap) in itertools.pairwise(points):
+        if gap * next_gap < 0:
             places.append(float(cost + gap / (gap - next_gap) * (next_cost - cost)))
     return places

@@ -80,14 +80,7 @@ class System:
 
 
 def read_systems(study: Study, *, folder: Path) -> dict[str, System]:
-    """Read the flags of every system.
-
-    Args:
-        folder: the folder of the study file.
-
-    Raises:
-        UsageError: a file is missing or wrong.
-    """
+    """Read the flags of every system; `folder` is that of the study file."""
     return {name: _system(study, name, folder=folder) for name in study.systems}
 
 
