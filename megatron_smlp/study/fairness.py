@@ -27,7 +27,7 @@ COMMON_FLAGS = (
     *("attention_dropout", "hidden_dropout", "init_method_std", "init_method_xavier_uniform"),
     *("embedding_init_method_std", "decoupled_lr", "decoupled_min_lr", "lr_warmup_init"),
     *("apply_wd_to_qk_layernorm", "muon_extra_scale_factor", "nonfinite_loss"),
-    *("fp8_format", "fp4_format", "fp32_residual_connection", "mtp_num_layers"),
+    *("fp8_format", "fp4_format", "fp32_residual_connection", "mtp_num_layers", "min_lr"),
 )
 CONVENTIONS = {
     "forward_tflops_per_1024_tokens": ("full squares", "flops-tolerance"),
@@ -43,7 +43,6 @@ def check_fair(study: Study, systems: Mapping[str, System]) -> None:
             by too many FLOPs.
     """
     _check_common_flags(study, systems)
-    _check_decays(systems)
     _check_trials(study)
     _check_flops(study, systems)
 
@@ -52,7 +51,7 @@ def _check_common_flags(study: Study, systems: Mapping[str, System]) -> None:
     # Reports compare times of steps of equally many tokens.
     compared = {*(study.may_differ or ())} - {"global_batch_size", "seq_length"}
     for flag in (flag for flag in COMMON_FLAGS if flag not in compared):
-        values = {name: system.flags.get(flag) for name, system in systems.items()}
+        values = {name: _compared(system, flag) for name, system in systems.items()}
         if len({json.dumps(value) for value in values.values()}) > 1:
             raise UsageError(
                 f"{flag_of(flag)} differs between the systems of the study, which may differ only "
@@ -62,17 +61,10 @@ def _check_common_flags(study: Study, systems: Mapping[str, System]) -> None:
             )
 
 
-def _check_decays(systems: Mapping[str, System]) -> None:
-    """Check that all systems decay to the same share of `lr`; trials scale `min_lr` with it."""
-    shares = {}
-    for name, system in systems.items():
-        first, last = system.flags.get("lr"), system.flags.get("min_lr") or 0.0
-        shares[name] = f"{last / first if first else 0.0:.4g} of lr (min-lr {last}, lr {first})"
-    if len({share.partition(" ")[0] for share in shares.values()}) > 1:
-        raise UsageError(
-            "--min-lr differs between the systems of the study as a share of --lr: a rate that "
-            "decays further is an advantage. Give every system the same share.\n" + _lines(shares)
-        )
+def _compared(system: System, flag: str) -> Any:
+    """Return a flag's value; of `min_lr` the share of `lr`, since a trial scales both."""
+    value = system.flags.get(flag)
+    return f"{(value or 0.0) / system.flags['lr']:.4g} of lr" if flag == "min_lr" else value
 
 
 def _check_trials(study: Study) -> None:

@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
@@ -88,11 +88,13 @@ def run_command(
     start = _Fork.of if _may_be_forked(command) else _program
     with (folder / OUTPUT).open("ab") as log:
         process = start(command, log)
-    with _ended_with_us(process):
+    try:
         while process.poll() is None and not stop.is_set():
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(POLL_SECONDS)
             watch()
+    finally:
+        _end(process)
     return process.wait()
 
 
@@ -193,17 +195,13 @@ def _end_with_worker() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-@contextlib.contextmanager
-def _ended_with_us(process: subprocess.Popen[bytes] | _Fork) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        if process.poll() is None:
-            process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(PATIENCE)
-            process.kill()
-            process.wait()
+def _end(process: subprocess.Popen[bytes] | _Fork) -> None:
+    if process.poll() is None:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(PATIENCE)
+        process.kill()
+        process.wait()
 
 
 def last_lines(folder: Path) -> list[str]:
