@@ -39,11 +39,9 @@ def check_fair(study: Study, systems: Mapping[str, System]) -> None:
     """Check that the systems differ only in what the study compares.
 
     Raises:
-        UsageError: they differ in flags of data, batches or optimizer, in the number of trials, or
-            by too many FLOPs.
+        UsageError: they differ in flags of data, batches or optimizer, or by too many FLOPs.
     """
     _check_common_flags(study, systems)
-    _check_trials(study)
     _check_flops(study, systems)
 
 
@@ -57,7 +55,7 @@ def _check_common_flags(study: Study, systems: Mapping[str, System]) -> None:
                 f"{flag_of(flag)} differs between the systems of the study, which may differ only "
                 "in architecture and learning rate, on the same data in the same batches: set "
                 "it once, in `fixed`, or list it in `may-differ` if the study compares it.\n"
-                + _lines(values)
+                + "\n".join(f"  {name:30}{value}" for name, value in values.items())
             )
 
 
@@ -65,17 +63,6 @@ def _compared(system: System, flag: str) -> Any:
     """Return a flag's value; of `min_lr` the share of `lr`, since a trial scales both."""
     value = system.flags.get(flag)
     return f"{(value or 0.0) / system.flags['lr']:.4g} of lr" if flag == "min_lr" else value
-
-
-def _check_trials(study: Study) -> None:
-    if study.tuning is None:
-        return
-    trials = {name: len(study.tuning.factors(name)) for name in study.systems}
-    if len(set(trials.values())) > 1:
-        raise UsageError(
-            "tuning: lr: the systems have different numbers of trials, and more are an "
-            f"advantage: give each the same number.\n{_lines(trials)}"
-        )
 
 
 def _check_flops(study: Study, systems: Mapping[str, System]) -> None:
@@ -114,7 +101,3 @@ def flops_table(study: Study, systems: Mapping[str, System]) -> str:
     spreads = [flops_spread(systems, key) for key in CONVENTIONS]
     lines.append(f"  {'difference':30}" + "".join(f"{spread:>22.2%}" for spread in spreads))
     return "\n".join(lines)
-
-
-def _lines(values: Mapping[str, Any]) -> str:
-    return "\n".join(f"  {name:30}{value}" for name, value in values.items())

@@ -11,13 +11,12 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pandas
 
 from megatron_smlp.durable import write_durably
-from megatron_smlp.metrics_records import Record
 from megatron_smlp.provenance import HASH_DIGITS
 from megatron_smlp.study.data import StudyData
 from megatron_smlp.study.hardware import hardware
@@ -51,21 +50,14 @@ def make_fingerprints(known: State, data: StudyData, results: Results, *, proces
                 train_iters=STEPS, log_interval=1, eval_interval=STEPS, eval_iters=1,
             )  # fmt: skip
             if not code:  # on failure, the runs themselves will say why
-                record = {
-                    **about,
-                    "commit": now["commit"],
-                    "fingerprint": _digest(_logged(records)),
-                }
-                write_durably(folder / FOUND, json.dumps(record) + "\n")
+                logged = [[record.get(name) for name in LOGGED] for record in records]
+                found = {**about, "commit": now["commit"], "fingerprint": _digest(logged)}
+                write_durably(folder / FOUND, json.dumps(found) + "\n")
 
 
 def _is_in(results: Results, about: Mapping[str, Any]) -> bool:
     known = results.fingerprints
     return bool((known[list(about)] == pandas.Series(about)).all(axis=1).any())
-
-
-def _logged(records: Sequence[Record]) -> list[list[Any]]:
-    return [[record.get(name) for name in LOGGED] for record in records]
 
 
 def _digest(content: Any) -> str:

@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 from megatron_smlp.plugin_files import KEY as PLUGIN
 from megatron_smlp.plugin_texts import LOADED
-from megatron_smlp.study.study_file import Study
+from megatron_smlp.study.study_file import OTHERS, Study
 from megatron_smlp.study.systems import System
 
 FIRST = (1, {"megatron-smlp": "0.1.0"})
@@ -184,7 +184,7 @@ def _tuning(
     tuning = study.tuning
     if tuning is None:
         return [], dict.fromkeys(systems, 1.0)
-    factors = {name: list(tuning.factors(name)) for name in systems}
+    factors = {name: list(tuning.lr[OTHERS]) for name in systems}
     for extension in range(tuning.extend_at_edge + 1):
         runs = {
             name: [

@@ -112,13 +112,10 @@ class Tuning:
     seed: int = key(_whole)
     horizon: int = key(tokens)
     """Tokens per trial."""
-    lr: dict[str, tuple[float, ...]] = key(_by_system(_list(float)))
-    """Multiples of the --lr in a system's file."""
+    lr: dict[str, tuple[float, ...]] = key(lambda value: {OTHERS: _list(float)(value)})
+    """Multiples of the --lr in a system's file; the same for all systems, to be fair."""
     extend_at_edge: int = key(_whole, 0)
     """Most extra trials per system, added one by one while any system's best is at an edge."""
-
-    def factors(self, system: str) -> tuple[float, ...]:
-        return _of_system(self.lr, system)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,7 +280,7 @@ def _check(study: Study) -> None:
     tuning, design = study.tuning, study.design
     named = {study.subject, *study.variants, *study.titles, *(study.primary or ()), *study.seeds}
     named |= {name for names in study.ablations for name in names}
-    named |= {name for block in (tuning, design) if block for name in block.lr}
+    named |= {*(design.lr if design else ())}
     named -= {OTHERS}
     for name in sorted(named):
         if name not in study.systems:

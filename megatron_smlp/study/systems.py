@@ -84,10 +84,6 @@ def read_systems(study: Study, *, folder: Path) -> dict[str, System]:
     return {name: _system(study, name, folder=folder) for name in study.systems}
 
 
-def _replaced_by(flags: Flags) -> set[str]:
-    return replaced_by(key for key, value in flags.items() if value not in (None, False))
-
-
 def _system(study: Study, name: str, *, folder: Path) -> System:
     own = dict(study.variants.get(name, {}))
     source = own.pop("from", name)
@@ -105,8 +101,8 @@ def _system(study: Study, name: str, *, folder: Path) -> System:
         flags[plugin_files.KEY] = [plugin.path.name for plugin in plugins]
     for layer in (study.fixed, own):
         # Override as a YAML file does the files that it includes.
-        flags = {key: value for key, value in flags.items() if key not in _replaced_by(layer)}
-        flags |= layer
+        replaced = replaced_by(key for key, value in layer.items() if value not in (None, False))
+        flags = {key: value for key, value in flags.items() if key not in replaced} | layer
     flags = {key: value for key, value in flags.items() if value is not None}
     # A system with a capacity is evaluated without it: its loss is not that of dropped tokens.
     flags.pop("moe_eval_capacity_factor", None)
