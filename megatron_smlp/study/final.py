@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +56,10 @@ def evaluate_finals(
     left = [(run, what) for run, what in missing if any(what)]
     with Progress(len(left)) as progress:
         for number, (run, (text, named)) in enumerate(left):
-            counted = f"{number} of {len(left)} checkpoints; {run.title}"
-            watch = partial(progress.show, number, counted)
-            lines = list(_of_text(known, run, data, watch)) if text else []
+            progress.show(number, f"{number} of {len(left)} checkpoints; {run.title}")
+            lines = list(_of_text(known, run, data)) if text else []
             if named:
-                lines += _of_tasks(known, run, watch, tasks=named, data_dir=data_dir)
+                lines += _of_tasks(known, run, tasks=named, data_dir=data_dir)
             about = {"key": run.key, "system": run.system, "seed": run.seed}
             results.add_evaluations([about | line for line in lines])
     return len(left)
@@ -101,11 +99,9 @@ def export_best(known: State, system: str, folder: Path, more: Sequence[str]) ->
     cli.main(["--load", str(load), "--save", str(folder), "--to", "hf", *more])
 
 
-def _of_text(
-    known: State, run: PlannedRun, data: StudyData, watch: Callable[[], None]
-) -> Iterator[Line]:
+def _of_text(known: State, run: PlannedRun, data: StudyData) -> Iterator[Line]:
     flags = ["--data-path", data.prefix("valid"), "--limit", str(WINDOWS)]
-    scores = _evaluated(known, run, [*flags, "--breakdown"], watch, name="text")
+    scores = _evaluated(known, run, [*flags, "--breakdown"], name="text")
     for kind, bins in scores["breakdown"].items():
         for row in bins:
             if kind == DOCUMENT:
@@ -119,21 +115,16 @@ def _of_text(
     yield _line(ROUTING, rule, scores["nll"] / scores["tokens"], count=scores["tokens"])
     if run.flags.get("token_router") == "base" and not priced:
         other = "prices" if rule == "greedy" else "greedy"
-        scores = _evaluated(known, run, [*flags, "--base-eval", other], watch, name="routing")
+        scores = _evaluated(known, run, [*flags, "--base-eval", other], name="routing")
         yield _line(ROUTING, other, scores["nll"] / scores["tokens"], count=scores["tokens"])
 
 
 def _of_tasks(
-    known: State,
-    run: PlannedRun,
-    watch: Callable[[], None],
-    *,
-    tasks: Sequence[str],
-    data_dir: Path | None,
+    known: State, run: PlannedRun, *, tasks: Sequence[str], data_dir: Path | None
 ) -> Iterator[Line]:
     flags = ["--tasks", ",".join(tasks)]
     flags += ["--data-dir", str(data_dir)] if data_dir else []
-    for task, scores in _evaluated(known, run, flags, watch, name="tasks")["results"].items():
+    for task, scores in _evaluated(known, run, flags, name="tasks")["results"].items():
         score = _accuracy(task, scores["metrics"])
         yield _line(TASK, task, score["value"], stderr=score["stderr"], count=scores["examples"])
 
@@ -154,14 +145,8 @@ def _line(kind: str, label: str, value: float, *, count: int, stderr: float | No
     return {"kind": kind, "label": label, "value": value, "stderr": stderr, "count": count}
 
 
-def _evaluated(
-    known: State, run: PlannedRun, flags: Sequence[str], watch: Callable[[], None], *, name: str
-) -> Any:
-    """Run tools/evaluate.py with these flags, and return the JSON that it writes.
-
-    Args:
-        watch: called about once a second.
-    """
+def _evaluated(known: State, run: PlannedRun, flags: Sequence[str], *, name: str) -> Any:
+    """Run tools/evaluate.py with these flags, and return the JSON that it writes."""
     folder = known.folder_of(run) / f"evaluation-{name}"
     folder.mkdir(exist_ok=True)
     output = folder / "result.json"
@@ -171,7 +156,7 @@ def _evaluated(
         *(*flags, "--output", str(output)),
         *(f"{FLAG}={path}" for path in plugin_paths(run.flags)),
     ]
-    code = run_command(command, folder=folder, stop=threading.Event(), watch=watch)
+    code = run_command(command, folder=folder, stop=threading.Event(), watch=lambda: None)
     if code:
         text = "\n".join(f"  {line}" for line in last_lines(folder))
         raise UsageError(f"evaluating {run.title} failed ({code}), {folder}:\n{text}")

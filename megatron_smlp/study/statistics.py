@@ -98,10 +98,7 @@ def visible(difference: Difference, *, comparisons: int = 1) -> float:
 
 def plus(left: Difference, right: Difference) -> Difference:
     """Return the sum of two independent means; `n` is that of `left`."""
-    if not math.isfinite(right.high - right.low):
-        return unknown(left.mean + right.mean, left.n)
-    moved = replace(left, mean=left.mean + right.mean)
-    return with_error(moved, right.error, df=right.df)
+    return with_error(replace(left, mean=left.mean + right.mean), right.error, df=right.df)
 
 
 def with_error(difference: Difference, error: float, *, df: float = math.inf) -> Difference:
@@ -111,11 +108,9 @@ def with_error(difference: Difference, error: float, *, df: float = math.inf) ->
         error: standard error; NaN, if it is not known, makes the result `unknown`.
         df: its degrees of freedom.
     """
-    if not math.isfinite(difference.high - difference.low + error):
-        return unknown(difference.mean, difference.n)
-    mean, n = difference.mean, difference.n
-    parts = [(difference.error, difference.df), (error, df)]
-    return of_error(mean, math.hypot(difference.error, error), df=welch(parts), n=n)
+    df = welch([(difference.error, difference.df), (error, df)])
+    both = math.hypot(difference.error, error)
+    return of_error(difference.mean, both, df=df, n=difference.n)
 
 
 def welch(parts: Sequence[tuple[float, float]]) -> float:
