@@ -26,7 +26,12 @@ from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.data.tokenizers.factory import resolve_for
 from megatron_smlp.data.tokenizers.folder import recorded_tokenizer
-from megatron_smlp.data.tokenizers.spec import READ_BY, Tokenizer, TokenizerSpec, named_or_moved
+from megatron_smlp.data.tokenizers.spec import (
+    SIZED_TYPES,
+    Tokenizer,
+    TokenizerSpec,
+    named_or_moved,
+)
 from megatron_smlp.errors import NoGoodCheckpointError, UsageError
 from megatron_smlp.launching.training_argv import given as option_given
 from megatron_smlp.systems import ARCHITECTURES
@@ -141,7 +146,7 @@ def tokenizer_flags(spec: TokenizerSpec) -> list[str]:
         value = getattr(spec, field.name)
         if not value or value == field.default:
             continue
-        if field.name == "vocab_size" and spec.tokenizer_type not in READ_BY["vocab_size"]:
+        if field.name == "vocab_size" and spec.tokenizer_type not in SIZED_TYPES:
             continue
         values = [] if value is True else value if isinstance(value, tuple) else [value]
         flags += [flag_of(field.name), *map(str, values)]

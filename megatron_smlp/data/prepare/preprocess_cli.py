@@ -46,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="stop at the first bad record with file:line (default), or list and count them",
     )
     group.add_argument("--split-sentences", action="store_true", help="sequence per sentence")
-    group.add_argument("--lang", help="language of --split-sentences (default: english)")
+    group.add_argument("--lang", default="english", help="language of --split-sentences")
     group.add_argument("--keep-newlines", action="store_true", help="with --split-sentences")
     group = parser.add_argument_group("output")
     group.add_argument(
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A scheduler's SIGTERM ends the run as Ctrl-C does: workers stop, finished shards stay.
     signal.signal(signal.SIGTERM, interrupt)
     from megatron_smlp.data.pairs.indexed import refuse_existing
-    from megatron_smlp.data.prepare.inputs import can_be_resumed, comparable_size, find_inputs
+    from megatron_smlp.data.prepare.inputs import comparable_size, find_inputs
     from megatron_smlp.data.prepare.preprocessing import pairs_of, preprocess
 
     if not (args.overwrite or args.resume):
@@ -95,9 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         rest = "nothing was written"
         if Path(args.output_prefix + ".partial").exists():
-            rest = "a pipe cannot be resumed: start again"
-            if can_be_resumed(files):
-                rest = "finished shards are kept, rerun with --resume"
+            rest = "finished shards are kept, rerun with --resume"
         print(f"interrupted: {rest}", file=sys.stderr)
         return 128 + signal.SIGINT
     _print_summary(summary, time.monotonic() - began)

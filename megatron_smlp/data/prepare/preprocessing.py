@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_smlp.command_line import flag_of, note_ignored, require_positive
+from megatron_smlp.command_line import require_positive
 from megatron_smlp.data.pairs.indexed import optimal_dtype, refuse_existing
 from megatron_smlp.data.pairs.manifest import (
     Manifest,
@@ -18,20 +18,14 @@ from megatron_smlp.data.pairs.manifest import (
     read_manifest,
 )
 from megatron_smlp.data.prepare.encoding import EncodingSettings
-from megatron_smlp.data.prepare.inputs import (
-    can_be_resumed,
-    describe_inputs,
-    find_inputs,
-    shown,
-    stamps_of,
-)
+from megatron_smlp.data.prepare.inputs import describe_inputs, find_inputs, stamps_of
 from megatron_smlp.data.prepare.output import Counts, PartialOutput
 from megatron_smlp.data.prepare.records import remedy
-from megatron_smlp.data.prepare.sentences import SentenceSettings, Splitter
+from megatron_smlp.data.prepare.sentences import SentenceSettings
 from megatron_smlp.data.prepare.sources import read_chunks
 from megatron_smlp.data.prepare.workers import InlineWorker, WorkerPool
 from megatron_smlp.data.tokenizers.factory import read_tokenizer
-from megatron_smlp.data.tokenizers.spec import READ_BY, Tokenizer, TokenizerSpec
+from megatron_smlp.data.tokenizers.spec import Tokenizer, TokenizerSpec
 from megatron_smlp.errors import DataError, UsageError
 
 SHARD_BYTES = 64 << 20
@@ -72,19 +66,19 @@ def preprocess(
     tokenizer = read_tokenizer(spec)
     _check(args, spec, tokenizer)
     stamps = stamps_of(files)
-    keys = tuple(dict.fromkeys(args.json_keys))
-    encoding = EncodingSettings(tokenizer, keys, args.append_eod, _sentences(args))
+    pairs = pairs_of(args)
+    sentences = SentenceSettings(args.lang, args.keep_newlines) if args.split_sentences else None
+    encoding = EncodingSettings(tokenizer, tuple(pairs), args.append_eod, sentences)
     # Everything that determines the output, including the tokenizer's rules, not just its ids.
     digest = hashlib.sha256(repr((encoding, stamps)).encode()).hexdigest()
     if args.resume:
-        for path, stamp in stamps.items():
-            if stamp is None:
-                raise DataError(f"--resume: {shown(path)} cannot be read again; give a file")
+        if None in stamps.values():
+            raise DataError("--resume: a pipe cannot be read again; give a file")
         if done := _complete_already(args, digest):
             return done
     partial = PartialOutput(
         args.output_prefix,
-        pairs=pairs_of(args),
+        pairs=pairs,
         level=_level(args),
         dtype=optimal_dtype(tokenizer.vocab_size),
     )
@@ -124,18 +118,6 @@ def pairs_of(args: argparse.Namespace) -> dict[str, str]:
     return {key: f"{args.output_prefix}_{key}_{_level(args)}" for key in args.json_keys}
 
 
-def _sentences(args: argparse.Namespace) -> SentenceSettings | None:
-    """Return how documents are split into sentences; None if each document is one sequence."""
-    if args.split_sentences:
-        settings = SentenceSettings(args.lang or "english", args.keep_newlines)
-        Splitter(settings)  # here, or each worker would report that its data is missing
-        return settings
-    if args.lang or args.keep_newlines:
-        flag = "--lang" if args.lang else "--keep-newlines"
-        note_ignored(flag, "it has no effect without --split-sentences")
-    return None
-
-
 def _check(args: argparse.Namespace, spec: TokenizerSpec, tokenizer: Tokenizer) -> None:
     require_positive(args, "workers")
     if args.append_eod and tokenizer.eod is None:
@@ -143,15 +125,6 @@ def _check(args: argparse.Namespace, spec: TokenizerSpec, tokenizer: Tokenizer) 
             f"--append-eod: this {spec.tokenizer_type} has no end-of-document token; "
             f"set eos_token in its tokenizer_config.json: Megatron's training needs one too"
         )
-    for key in args.json_keys:
-        if "/" in key:
-            raise UsageError(
-                f"--json-keys {key}: keys become part of file names, which cannot contain '/'; "
-                f"rename it in the input"
-            )
-    for name, kinds in READ_BY.items():
-        if getattr(spec, name) is not None and spec.tokenizer_type not in kinds:
-            note_ignored(flag_of(name), f"a {spec.tokenizer_type} does not read it")
 
 
 def _complete_already(args: argparse.Namespace, digest: str) -> Summary | None:
@@ -195,9 +168,7 @@ def _encode(
             first = encoded.rejections[0]
             left = f"nothing was written ({remedy(args.json_keys)})"
             if partial.has_journal:
-                left = "a pipe cannot be resumed: start again with --on-error skip"
-                if can_be_resumed(files):
-                    left = "finished shards are kept; add --on-error skip --resume"
+                left = "finished shards are kept; add --on-error skip --resume"
             raise DataError(f"{first} [{first.reason}]; {left}")
         partial.write(encoded)
         position = chunk.end

