@@ -63,7 +63,7 @@ class Manifest:
     def write(self, path: Path) -> None:
         """Write to `path` atomically: a reader sees the old file or the whole new one."""
         body = {"format": FORMAT, "version": VERSION, **asdict(self)}
-        write_durably(path, json.dumps(body, indent=2, ensure_ascii=False) + "\n")
+        write_durably(path, json.dumps(body, indent=2) + "\n")
 
 
 class Origin(NamedTuple):

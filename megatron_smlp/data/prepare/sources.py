@@ -12,7 +12,6 @@ from typing import Any
 
 from megatron_smlp.data.prepare.chunks import CHUNK_BYTES, START, UTF8_BOM, Chunk, Position
 from megatron_smlp.data.prepare.compression import DamagedInputError, text_blocks
-from megatron_smlp.data.prepare.inputs import is_parquet
 from megatron_smlp.errors import DataError, require_package
 
 PARQUET_ROWS = 1024
@@ -28,23 +27,19 @@ def read_chunks(
     A damaged file yields what precedes the damage, then one chunk that carries the reason.
     """
     for number in range(start.file, len(files)):
-        begin = start if number == start.file else Position(number)
-        yield from _read_file(files[number], keys=keys, begin=begin)
-
-
-def _read_file(path: Path, *, keys: Sequence[str], begin: Position) -> Iterator[Chunk]:
-    position = begin
-    try:
-        for chunk in _records(path, keys=keys, begin=begin):
-            position = chunk.end
-            yield chunk
-    except DamagedInputError as damage:
-        end = Position(begin.file + 1)
-        yield Chunk(str(path), position.line + 1, bytearray(), end, 0, damage=str(damage))
+        path = files[number]
+        position = start if number == start.file else Position(number)
+        try:
+            for chunk in _records(path, keys=keys, begin=position):
+                position = chunk.end
+                yield chunk
+        except DamagedInputError as damage:
+            end = Position(number + 1)
+            yield Chunk(str(path), position.line + 1, bytearray(), end, 0, damage=str(damage))
 
 
 def _records(path: Path, *, keys: Sequence[str], begin: Position) -> Iterator[Chunk]:
-    if is_parquet(path):
+    if path.suffix == ".parquet":
         return _parquet_chunks(path, keys=keys, begin=begin)
     if ".json" in path.suffixes and path.is_file() and _starts_with_bracket(path):
         return _array_chunks(path, begin=begin)
