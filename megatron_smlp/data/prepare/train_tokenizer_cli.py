@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,13 +9,12 @@ from typing import TYPE_CHECKING
 
 from megatron_smlp.command_line import Parser
 from megatron_smlp.durable import write_durably
-from megatron_smlp.errors import DataError, UsageError
+from megatron_smlp.errors import DataError
 
 if TYPE_CHECKING:
     import tokenizers
 
 EOD = "<|endoftext|>"
-NUM_BYTES = 256
 PIECE_CHARACTERS = 1 << 16
 
 
@@ -46,15 +44,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train on the texts of --input, and write the folder --output.
 
     Raises:
-        UsageError: an invalid value, such as a vocabulary that is too small.
-        DataError: bad input, too little text, or a tokenizer that already exists.
+        DataError: bad input, text for another size only, or a tokenizer that already exists.
     """
     args = build_parser().parse_args(argv)
-    if not 1 <= args.max_bytes < math.inf:
-        raise UsageError(f"--max-bytes {args.max_bytes:g}: give 1 or more, as 1e9")
-    if args.vocab_size <= NUM_BYTES:
-        least = NUM_BYTES + 1
-        raise UsageError(f"--vocab-size {args.vocab_size}: at least {least} (bytes and {EOD})")
     if (Path(args.output) / "tokenizer.json").exists() and not args.overwrite:
         raise DataError(
             f"--output {args.output} already has a tokenizer; give --overwrite to replace it, or "
@@ -62,10 +54,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     tokenizer = _train(_pieces(args), args.vocab_size)
     learned = tokenizer.get_vocab_size()
-    if learned < args.vocab_size:
+    if learned != args.vocab_size:
         raise DataError(
-            f"--vocab-size {args.vocab_size}: the input only yields {learned} entries; give "
-            f"more text or --vocab-size {learned}"
+            f"--vocab-size {args.vocab_size}: the input yields {learned} entries; give more text "
+            f"or --vocab-size {learned}"
         )
     _write_folder(tokenizer, Path(args.output))
     end = f"end of document {EOD!r} = {tokenizer.token_to_id(EOD)}"

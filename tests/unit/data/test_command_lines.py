@@ -147,9 +147,8 @@ REFUSED = [
     (*PREPARE, "--tokenizer-type GPT2BPETokenizer --vocab-file none", "--vocab-file none"),
     (*PREPARE, "--tokenizer-type HuggingFaceTokenizer", "--tokenizer-model"),
     (*PREPARE, "--tokenizer-type NullTokenizer", "--vocab-size"),
-    (*TRAIN, "--vocab-size 256", "at least 257"),
-    (*TRAIN, "--vocab-size 50000", r"only yields \d+ entries"),
-    *((*TRAIN, f"--vocab-size 300 --max-bytes {n}", f"--max-bytes {n}") for n in ("nan", "0")),
+    (*TRAIN, "--vocab-size 256", "yields 257 entries"),
+    (*TRAIN, "--vocab-size 50000", r"yields \d+ entries"),
 ]
 
 
