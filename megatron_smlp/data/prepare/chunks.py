@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any
 
 CHUNK_BYTES = 2 << 20
-UTF8_BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)

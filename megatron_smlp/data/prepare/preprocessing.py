@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -86,8 +87,10 @@ def preprocess(
         sources = describe_inputs(files)
         partial.start(digest, resume=args.resume)
         bytes_before = partial.journal.counts.text_bytes
-        pool: InlineWorker | WorkerPool = (
-            WorkerPool(encoding, args.workers) if args.workers > 1 else InlineWorker(encoding)
+        pool: AbstractContextManager[WorkerPool | InlineWorker] = (
+            WorkerPool(encoding, args.workers)
+            if args.workers > 1
+            else nullcontext(InlineWorker(encoding))
         )
         with pool as workers:
             began = time.monotonic()

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_smlp.data.prepare.chunks import UTF8_BOM, Chunk
+from megatron_smlp.data.prepare.chunks import Chunk
 
 EXCERPT_CHARACTERS = 200
 
@@ -61,8 +61,6 @@ def _lines(chunk: Chunk) -> Iterator[memoryview]:
     payload, start = chunk.payload, 0
     assert isinstance(payload, bytearray)
     view = memoryview(payload)  # Slices of it are not copies.
-    if chunk.first_line == 1 and payload.startswith(UTF8_BOM):
-        start = len(UTF8_BOM)
     while start < len(payload):
         end = payload.find(b"\n", start)
         end = len(payload) if end < 0 else end
@@ -76,7 +74,8 @@ def _excerpt(raw: memoryview) -> str:
 
 def _parse_json(raw: memoryview) -> Any:
     try:
-        text = str(raw, "utf-8")  # decodes a memoryview without copying it first
+        # Decodes a memoryview without copying it first; a byte order mark is no text.
+        text = str(raw, "utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise _RefusedError(
             "invalid_utf8", f"invalid UTF-8 at byte {error.start}: {error.reason}"
@@ -85,10 +84,7 @@ def _parse_json(raw: memoryview) -> Any:
         raise _RefusedError("blank_line", "blank line")
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
-        detail = f"bad JSON: {error.msg} at column {error.pos + 1}"
-        raise _RefusedError("bad_json", detail) from None
-    # A number with more digits than Python converts, or nesting beyond its recursion limit.
+    # Also a number with more digits than Python converts, or nesting beyond its recursion limit.
     except (ValueError, RecursionError) as error:
         raise _RefusedError("bad_json", f"bad JSON: {error}") from None
 
@@ -107,8 +103,12 @@ def _text(record: dict[str, Any], key: str) -> str:
     text = record[key]
     if text is None:
         raise _RefusedError("null_text", f"key {key!r} is null")
-    if isinstance(text, bytes):
-        raise _RefusedError("invalid_utf8", f"key {key!r} holds bytes that are not UTF-8")
+    if isinstance(text, bytes):  # of a parquet file
+        try:
+            return text.decode()
+        except UnicodeDecodeError:
+            detail = f"key {key!r} holds bytes that are not UTF-8"
+            raise _RefusedError("invalid_utf8", detail) from None
     if not isinstance(text, str):
         detail = f"key {key!r} holds {type(text).__name__}, not a string"
         raise _RefusedError("not_a_string", detail)

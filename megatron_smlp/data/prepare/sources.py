@@ -10,13 +10,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_smlp.data.prepare.chunks import CHUNK_BYTES, START, UTF8_BOM, Chunk, Position
+from megatron_smlp.data.prepare.chunks import CHUNK_BYTES, START, Chunk, Position
 from megatron_smlp.data.prepare.compression import DamagedInputError, text_blocks
 from megatron_smlp.errors import DataError, require_package
 
 PARQUET_ROWS = 1024
 """Most rows of a parquet file to read at once."""
 BUFFER_BYTES = 1 << 20
+UTF8_BOM = b"\xef\xbb\xbf"
 
 
 def read_chunks(
@@ -143,42 +144,24 @@ def _parquet_chunks(path: Path, *, keys: Sequence[str], begin: Position) -> Iter
 
 
 def _values(column: Any) -> list[Any]:
-    """Return the values of a column, those of bytes as text; bytes that are not UTF-8 stay, which
-    Arrow does not check when it reads."""
+    """Return the values of a column: texts as bytes if one is not UTF-8, which Arrow does not check
+    when it reads."""
     import pyarrow
 
     try:
         values: list[Any] = column.to_pylist()
     except UnicodeDecodeError:
         values = column.cast(pyarrow.large_binary()).to_pylist()
-    return [_as_text(value) if isinstance(value, bytes) else value for value in values]
-
-
-def _as_text(value: bytes) -> str | bytes:
-    try:
-        return value.decode()
-    except UnicodeDecodeError:
-        return value
+    return values
 
 
 def _batches(table: Any, keys: Sequence[str]) -> Iterator[Any]:
-    """Yield the rows of a file in batches of about CHUNK_BYTES, by the average row size there.
-
-    Small row groups are read together, since some writers make one for every few rows.
-    """
-    groups: list[int] = []
-    rows = size = 0
-    for number in range(table.num_row_groups):
-        group = table.metadata.row_group(number)
-        columns = map(group.column, range(group.num_columns))
-        size += sum(part.total_uncompressed_size for part in columns if part.path_in_schema in keys)
-        rows += group.num_rows
-        groups.append(number)
-        is_last = number + 1 == table.num_row_groups
-        if is_last or rows >= PARQUET_ROWS or size >= CHUNK_BYTES:
-            num_rows = max(1, min(PARQUET_ROWS, rows * CHUNK_BYTES // max(size, 1)))
-            yield from table.iter_batches(num_rows, row_groups=groups, columns=list(keys))
-            groups, rows, size = [], 0, 0
+    """Yield the rows of a file in batches of about CHUNK_BYTES, by the average size of a row."""
+    groups = map(table.metadata.row_group, range(table.num_row_groups))
+    columns = (group.column(place) for group in groups for place in range(group.num_columns))
+    size = sum(part.total_uncompressed_size for part in columns if part.path_in_schema in keys)
+    num_rows = table.metadata.num_rows * CHUNK_BYTES // max(size, 1)
+    return table.iter_batches(max(1, min(PARQUET_ROWS, num_rows)), columns=list(keys))
 
 
 def _pieces(batch: Any) -> Iterator[Any]:

@@ -31,17 +31,11 @@ JOIN_SECONDS = 5.0
 
 
 class InlineWorker:
-    """The calling process, with the interface of `WorkerPool`."""
+    """The calling process, which encodes as `WorkerPool` does."""
 
     def __init__(self, settings: EncodingSettings) -> None:
         self.encoder = ChunkEncoder(settings)
         self.description = self.encoder.encoder.description
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """Do nothing: there is no process to end."""
 
     def encode(self, chunks: Iterable[Chunk]) -> Iterator[tuple[Chunk, EncodedChunk]]:
         for chunk in chunks:
