@@ -46,7 +46,8 @@ def _files_in(folder: Path) -> list[Path]:
 def _unwritten(pattern: str) -> list[Path]:
     """Return what matches, sorted, without hidden files and output of these tools, which may be
     next to the corpus."""
-    every = sorted(map(Path, glob.glob(pattern, recursive=True)))  # noqa: PTH207: may be absolute
+    # `Path.glob` takes no absolute pattern.
+    every = sorted(map(Path, glob.glob(pattern, recursive=True)))  # noqa: PTH207
     return [path for path in every if not _is_output(path)]
 
 

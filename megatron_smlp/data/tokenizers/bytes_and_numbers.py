@@ -30,10 +30,7 @@ class ByteLevel(WithTexts):
 
     @classmethod
     def from_spec(cls, spec: TokenizerSpec) -> "ByteLevel":
-        size = BYTE_LEVEL_VOCABULARY if spec.vocab_size is None else spec.vocab_size
-        if size < NUM_BYTES:
-            raise DataError(f"--vocab-size {size}: ByteLevelTokenizer needs at least {NUM_BYTES}")
-        return cls(size)
+        return cls(spec.vocab_size or BYTE_LEVEL_VOCABULARY)
 
     @property
     def entries(self) -> list[tuple[int, bytes]]:
@@ -67,10 +64,6 @@ class Null:
         if size is None or size < 1:
             raise DataError(f"NullTokenizer needs --vocab-size of 1 or more, got {size}")
         eod = spec.null_tokenizer_eod_id
-        if eod is not None and not 0 <= eod < size:
-            raise DataError(
-                f"--null-tokenizer-eod-id {eod}: --vocab-size {size} has ids from 0 to {size - 1}"
-            )
         return cls(size, size - 1 if eod is None else eod)
 
     def build(self) -> Encoder:

@@ -100,11 +100,7 @@ def tokenizer_folder(args: argparse.Namespace, say: Callable[[str], None]) -> st
     is_huggingface = getattr(args, "tokenizer_type", None) == "HuggingFaceTokenizer"
     if recorded and is_huggingface and (Path(recorded) / "tokenizer_config.json").is_file():
         return str(recorded)
-    reason = ""
-    if _has_gpt2_files(args):
-        try:
-            return str(_gpt2_folder(args))
-        except UsageError as error:
-            reason = f" ({error})"
-    say(f"no tokenizer is written{reason}: --tokenizer-model FOLDER adds one")
+    if _has_gpt2_files(args) and all(Path(f).is_file() for f in (args.vocab_file, args.merge_file)):
+        return str(_gpt2_folder(args))
+    say("no tokenizer is written: --tokenizer-model FOLDER adds one")
     return None

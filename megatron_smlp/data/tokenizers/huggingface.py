@@ -9,7 +9,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_smlp.data.tokenizers.gigatoken_encoder import GigatokenEncoder, gigatoken_in_place_of
+from megatron_smlp.data.tokenizers.gigatoken_encoder import gigatoken_in_place_of
 from megatron_smlp.data.tokenizers.ids import join_ids
 from megatron_smlp.data.tokenizers.spec import (
     Encoder,
@@ -46,6 +46,7 @@ class HuggingFaceTokenizer(WithTexts):
     tokenizer_json: str
     eod: int | None
     add_special_tokens: bool
+    description: str = field(default="tokenizers", repr=False)
 
     @cached_property
     def backend(self) -> "tokenizers.Tokenizer":
@@ -63,31 +64,17 @@ class HuggingFaceTokenizer(WithTexts):
     @property
     def start(self) -> list[int]:
         """Special ids that it puts before a text, whether or not `add_special_tokens` is set."""
-        return _surrounding_ids(HuggingFaceEncoder(self.tokenizer_json, True))[0]
+        return _surrounding_ids(self.backend)[0]
 
     def build(self) -> Encoder:
-        slow = HuggingFaceEncoder(self.tokenizer_json, self.add_special_tokens)
-        prefix, suffix = _surrounding_ids(slow)
-        fast = gigatoken_in_place_of(
-            slow,
+        prefix, suffix = _surrounding_ids(self.backend) if self.add_special_tokens else ([], [])
+        return gigatoken_in_place_of(
+            self,
             lambda gigatoken: gigatoken.Tokenizer.from_json(self.tokenizer_json),
             pieces=[token.content for token in self.backend.get_added_tokens_decoder().values()],
             prefix=prefix,
             suffix=suffix,
         )
-        if isinstance(fast, GigatokenEncoder):
-            return fast
-        slow.description = f"tokenizers ({fast})"
-        return slow
-
-
-class HuggingFaceEncoder:
-    """The reference: the `tokenizers` library."""
-
-    def __init__(self, tokenizer_json: str, add_special_tokens: bool) -> None:
-        self.add_special_tokens = add_special_tokens
-        self.backend = _load(tokenizer_json)
-        self.description = "tokenizers"
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
         try:
@@ -104,12 +91,10 @@ class HuggingFaceEncoder:
         return str(self.backend.decode(list(ids), skip_special_tokens=False))
 
 
-def _surrounding_ids(slow: HuggingFaceEncoder) -> tuple[list[int], list[int]]:
-    """Return the special ids that the tokenizer puts before and after each text."""
-    if not slow.add_special_tokens:
-        return [], []
-    bare = slow.backend.encode("a", add_special_tokens=False).ids
-    whole = slow.backend.encode("a", add_special_tokens=True).ids
+def _surrounding_ids(backend: "tokenizers.Tokenizer") -> tuple[list[int], list[int]]:
+    """Return the special ids that the tokenizer's template puts before and after each text."""
+    bare = backend.encode("a", add_special_tokens=False).ids
+    whole = backend.encode("a", add_special_tokens=True).ids
     for start in range(len(whole) - len(bare) + 1):
         if whole[start : start + len(bare)] == bare:
             return whole[:start], whole[start + len(bare) :]
@@ -164,10 +149,8 @@ def _read_generic_folder(folder: Path) -> tuple[str, int | None] | None:
     try:
         text = (folder / "tokenizer.json").read_text(encoding="utf-8")
         config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):
         return None
-    except ValueError as error:
-        raise DataError(f"--tokenizer-model {folder}: tokenizer_config.json: {error}") from None
     if "added_tokens_decoder" not in config and (folder / "special_tokens_map.json").is_file():
         return None  # which may override the configuration
     changes_pipeline = any(config.get(name) for name in PIPELINE_KEYS)

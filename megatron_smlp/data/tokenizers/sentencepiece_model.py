@@ -1,14 +1,14 @@
 """SentencePiece models."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_smlp.data.tokenizers.gigatoken_encoder import GigatokenEncoder, gigatoken_in_place_of
+from megatron_smlp.data.tokenizers.gigatoken_encoder import gigatoken_in_place_of
 from megatron_smlp.data.tokenizers.ids import join_ids, within
 from megatron_smlp.data.tokenizers.spec import Encoder, TokenizerSpec, WithTexts
 from megatron_smlp.errors import DataError
@@ -66,16 +66,13 @@ class SentencePiece(WithTexts):
         by_rules = (kinds.USER_DEFINED, kinds.UNUSED, kinds.BYTE)
         # gigatoken recognizes the names of control pieces; for SentencePiece they are plain text.
         special = (kinds.CONTROL, kinds.UNKNOWN)
-        fast = gigatoken_in_place_of(
+        return gigatoken_in_place_of(
             self,
             lambda gigatoken: gigatoken.Tokenizer.from_sentencepiece(self.model),
             # A piece spells a space as U+2581.
             pieces=[p.piece.replace("\u2581", " ") for p in pieces if p.type in by_rules],
             slow_strings=[p.piece for p in pieces if p.type in special],
         )
-        if isinstance(fast, GigatokenEncoder):
-            return fast
-        return replace(self, description=f"sentencepiece ({fast})")
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
         return join_ids([self.processor.encode_as_ids(text) for text in texts])
