@@ -1,10 +1,9 @@
 """Merge several pairs into one, with helpers that splitting.py shares. Ids are copied in parts."""
 
-import contextlib
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
@@ -15,11 +14,11 @@ from megatron_smlp.data.pairs.manifest import (
     Origin,
     TokenizerRecord,
     check_manifest_path,
+    check_output_prefix,
     find_manifest,
     is_unchanged,
 )
-from megatron_smlp.data.pairs.writer import PairWriter, lock_output, publish
-from megatron_smlp.durable import empty_locked, remove_locked
+from megatron_smlp.data.pairs.writer import PairWriter, publish
 from megatron_smlp.errors import DataError
 
 COPY_DOCUMENTS = 1 << 16
@@ -28,22 +27,17 @@ COPY_DOCUMENTS = 1 << 16
 def find_pairs(inputs: Sequence[str], *, output_prefix: str) -> list[str]:
     """Return the prefixes that `inputs` name, in order; a folder stands for its pairs, sorted.
 
-    A pair that is found again, perhaps through a link, is left out, and the user is told.
-
     Raises:
         DataError: a folder has no pair, or the output is one of the inputs.
     """
-    prefixes: dict[Path, str] = {}
+    prefixes: list[str] = []
     for name in inputs:
         # Training keeps its cache in a folder with the pair's name.
         is_folder = Path(name).is_dir() and not idx_path(name).is_file()
-        for prefix in _pairs_in(Path(name)) if is_folder else [strip_suffix(name)]:
-            first = prefixes.setdefault(bin_path(prefix).resolve(), prefix)
-            if first is not prefix:
-                print(f"note: {prefix} repeats {first}: merged once", file=sys.stderr)
-    if bin_path(output_prefix).resolve() in prefixes:
+        prefixes += _pairs_in(Path(name)) if is_folder else [strip_suffix(name)]
+    if bin_path(output_prefix).resolve() in [bin_path(prefix).resolve() for prefix in prefixes]:
         raise DataError(f"--output-prefix {output_prefix} is one of the inputs; give another name")
-    return list(prefixes.values())
+    return prefixes
 
 
 def _pairs_in(folder: Path) -> list[str]:
@@ -71,7 +65,7 @@ def merge(prefixes: Sequence[str], *, output_prefix: str, allow_mismatch: bool =
     name, manifest_path = Path(output_prefix).name, Path(output_prefix + ".json")
     check_manifest_path(manifest_path, pairs=[name])
     with scratch_folder(output_prefix) as folder:
-        writer = PairWriter(folder / "merged", dtype=np.result_type(*dtypes))
+        writer = PairWriter(Path(folder, "merged"), dtype=np.result_type(*dtypes))
         for index in map(open_index, prefixes):
             require_sound_index(index)
             copy_documents(index, writer, 0, index.num_documents)
@@ -127,20 +121,12 @@ def _joined(origins: list[Origin], name: str) -> str:
     return "+".join(sorted({getattr(origin.pair, name) for origin in origins})) or "document"
 
 
-@contextlib.contextmanager
-def scratch_folder(output_prefix: str) -> Iterator[Path]:
-    """Create a folder next to the output, empty but for its lock, and remove it afterwards.
-
-    Raises:
-        DataError: another process is writing there.
-    """
-    folder = Path(output_prefix + ".merging")  # `.partial` belongs to a resumable preprocessing
-    lock = lock_output(folder, output_prefix)
-    try:
-        empty_locked(folder)
-        yield folder
-    finally:
-        remove_locked(folder, lock)
+def scratch_folder(output_prefix: str) -> TemporaryDirectory[str]:
+    """Return a context manager of a folder beside the output, for what is not yet finished."""
+    check_output_prefix(output_prefix)
+    output = Path(output_prefix)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    return TemporaryDirectory(prefix=f"{output.name}.merging-", dir=output.parent)
 
 
 def copy_documents(index: Index, writer: PairWriter, first: int, last: int) -> None:

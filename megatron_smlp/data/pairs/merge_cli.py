@@ -45,7 +45,5 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{output}: {len(prefixes)} pairs, {index.num_documents:,} documents, "
         f"{index.num_tokens:,} tokens, {index.dtype}"
     )
-    if (origin := find_manifest(output)) is None:
+    if find_manifest(output) is None:
         print("no manifest was written: not every input has one with the same tokenizer")
-    elif "+" in (keys := origin.pair.key):
-        print(f"note: it has documents of several keys: {keys}")

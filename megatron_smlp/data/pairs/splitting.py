@@ -88,7 +88,7 @@ def _write_parts(index: Index, part_of: NDArray[np.int8], output_prefix: str) ->
         for number in np.unique(part_of).tolist():
             target = f"{output_prefix}_{NAMES[number]}"
             check_manifest_path(Path(target + ".json"), pairs=[Path(target).name])
-            writer = PairWriter(folder / NAMES[number], dtype=index.dtype)
+            writer = PairWriter(Path(folder, NAMES[number]), dtype=index.dtype)
             chosen = np.concatenate(([0], (part_of == number).astype(np.int8), [0]))
             edges = np.flatnonzero(np.diff(chosen)).tolist()
             for first, last in zip(edges[::2], edges[1::2], strict=True):

@@ -13,7 +13,7 @@ import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,30 +22,13 @@ from megatron_smlp.data.pairs.indexed import bin_path, idx_path, in_parts, mappe
 from megatron_smlp.data.pairs.manifest import (
     Manifest,
     PairRecord,
-    check_output_prefix,
     fingerprint_of,
     sha256_of,
 )
-from megatron_smlp.durable import LOCK, link_durably, lock_folder, naming_errors
+from megatron_smlp.durable import link_durably, naming_errors
 from megatron_smlp.errors import DataError
 
 STREAMS = ("bin", "lengths", "sequences")
-
-
-def lock_output(folder: Path, output_prefix: str) -> IO[bytes]:
-    """Create a folder for unfinished output, and lock it until the returned file is closed.
-
-    Raises:
-        DataError: the prefix does not end in a name, or another process is working there.
-    """
-    check_output_prefix(output_prefix)
-    try:
-        return lock_folder(folder)
-    except BlockingIOError:
-        raise DataError(
-            f"another process is writing {output_prefix!r} (it holds {folder}/{LOCK}); wait for "
-            "it, or give another --output-prefix"
-        ) from None
 
 
 def append_to(path: Path, *, committed: int) -> BinaryIO:

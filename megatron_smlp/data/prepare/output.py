@@ -14,18 +14,24 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from megatron_smlp.data.pairs.manifest import Manifest, PairRecord, check_manifest_path
+from megatron_smlp.data.pairs.manifest import (
+    Manifest,
+    PairRecord,
+    check_manifest_path,
+    check_output_prefix,
+)
 from megatron_smlp.data.pairs.writer import (
     PairWriter,
     append_to,
     flush_to_disk,
-    lock_output,
     publish,
 )
 from megatron_smlp.data.prepare.chunks import Position
 from megatron_smlp.data.prepare.encoding import EncodedChunk
 from megatron_smlp.durable import (
+    LOCK,
     link_durably,
+    lock_folder,
     naming_errors,
     remove_locked,
     write_durably,
@@ -94,9 +100,16 @@ class PartialOutput:
         self.journal = Journal(settings="")
 
     def __enter__(self) -> "PartialOutput":
+        check_output_prefix(self.prefix)
         names = [Path(prefix).name for prefix in self.pairs.values()]
         check_manifest_path(Path(self.prefix + ".json"), pairs=names)
-        self.lock = lock_output(self.folder, self.prefix)
+        try:
+            self.lock = lock_folder(self.folder)
+        except BlockingIOError:
+            raise DataError(
+                f"another process is writing {self.prefix!r} (it holds {self.folder}/{LOCK}); wait "
+                "for it, or give another --output-prefix"
+            ) from None
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_smlp.data.pairs import writer as pair_writer
-from megatron_smlp.data.pairs.combining import find_pairs, merge, scratch_folder
+from megatron_smlp.data.pairs.combining import find_pairs, merge
 from megatron_smlp.data.pairs.full_check import validate
 from megatron_smlp.data.pairs.indexed import open_index
 from megatron_smlp.data.pairs.manifest import read_manifest
@@ -63,33 +63,6 @@ def test_more_pairs_than_files_may_be_open(pairs: list[str], tmp_path: Path):
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
     assert open_index(str(tmp_path / "ours")).num_documents == 40 * 50
-
-
-def test_a_pair_that_is_named_twice_is_merged_once(
-    pairs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    for half in (".bin", ".idx"):
-        (tmp_path / f"link{half}").symlink_to(pairs[1] + half)
-    names = [pairs[0], str(tmp_path / "in"), pairs[1] + ".bin", str(tmp_path / "link")]
-    assert find_pairs(names, output_prefix="x") == pairs
-    assert capsys.readouterr().err.splitlines() == [
-        f"note: {again} repeats {first}: merged once"
-        for again, first in ((pairs[0], pairs[0]), (pairs[1], pairs[1]), (names[3], pairs[1]))
-    ]
-
-
-def test_two_at_work_on_one_output_are_refused(pairs: list[str], tmp_path: Path):
-    output = str(tmp_path / "ours")
-    with scratch_folder(output) as folder:
-        (folder / "begun").touch()
-        with pytest.raises(DataError, match=r"another process is writing .*ours'.*merging/lock"):
-            merge(pairs, output_prefix=output)
-        assert (folder / "begun").exists()
-    folder.mkdir()
-    (folder / "ours.bin").write_bytes(b"half")  # left by a killed merge
-    merge(pairs, output_prefix=output)
-    assert _problems(output) == []
-    assert not list(tmp_path.glob("*.merging"))
 
 
 def test_narrow_and_wide_ids_merge_into_wide_ones(run: Run, tmp_path: Path):

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+import numpy as np
 import pytest
 from data_helpers import BYTE_FLAGS, PYTHON, ROOT, Run, make_documents, write_jsonl
 
@@ -114,6 +115,12 @@ def test_what_a_kill_left_behind_does_not_reach_the_published_files(
 def _die(_: Path, lock: IO[bytes]) -> None:
     lock.close()  # as the kernel does
     raise _KilledError
+
+
+def test_two_at_work_on_one_output(run: Run, tmp_path: Path, source: Path):
+    first = PartialOutput(f"{tmp_path}/data", pairs={}, level="document", dtype=np.dtype("uint16"))
+    with first, pytest.raises(DataError, match=r"another process is .*data'.*partial/lock"):
+        run(source, tmp_path / "data", *FLAGS)
 
 
 def test_other_flags_or_input_are_refused(run: Run, tmp_path: Path, source: Path):
