@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_smlp.command_line import flag_of
-from megatron_smlp.data.pairs.indexed import idx_path, strip_suffix
+from megatron_smlp.data.pairs.indexed import strip_suffix
 from megatron_smlp.errors import UsageError
 
 MEGATRONS_SPLIT = "969, 30, 1"
@@ -148,12 +148,11 @@ def parse_blend(entries: Sequence[str], *, source: str) -> Blend:
 
 
 def _is_weight(entry: str) -> bool:
-    """Return True for a number, unless a dataset has that name."""
     try:
         float(entry)
     except ValueError:
         return False
-    return not idx_path(entry).is_file()
+    return True
 
 
 def _weight(entry: str, name: str, source: str) -> float:

@@ -120,8 +120,7 @@ def build_datasets(
 
     Raises:
         DataError: a split has no token, a cache cannot be written or is not shared, unweighted
-            datasets do not suffice or include one shorter than a sample, or weighted ones are
-            rounded to too few samples.
+            datasets do not suffice or include one shorter than a sample.
     """
     builder = UnhurriedBuilder(WatchedGPTDataset, list(num_samples), is_built_on_rank, config)
     prefixes = [prefix for _, blend, _ in _splits(config) for prefix in blend.prefixes]
@@ -138,10 +137,6 @@ def build_datasets(
             _check_splits(config, num_samples)
         try:
             datasets: list[Any] = builder.build()
-        except IndexError as error:
-            if "oversamples" not in str(error):
-                raise
-            raise DataError(f"{error} Raise --mid-level-dataset-surplus.") from None
         except Exception as error:
             if rank != 0 and isinstance(error, FileNotFoundError):
                 raise DataError(

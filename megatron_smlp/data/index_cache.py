@@ -8,9 +8,8 @@ import fcntl
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
@@ -35,7 +34,7 @@ def cache_folders(prefixes: Sequence[str], *, path_to_cache: str | None) -> list
 def exclusive_caches(folders: Sequence[Path]) -> Iterator[None]:
     """Lock the cache folders while Megatron builds or loads; call on one rank of a job.
 
-    A folder that exists but is not writable is left alone: nobody builds in it.
+    A folder or lock that exists but is not writable is left alone: another user builds in it.
 
     Raises:
         DataError: a missing folder cannot be created, or a folder cannot be locked or cleaned up.
@@ -44,8 +43,9 @@ def exclusive_caches(folders: Sequence[Path]) -> Iterator[None]:
         for folder in folders:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                if os.access(folder, os.W_OK):
-                    lock = stack.enter_context(_open_lock(folder / LOCK_NAME))
+                path = folder / LOCK_NAME
+                if os.access(path if path.exists() else folder, os.W_OK):
+                    lock = stack.enter_context(path.open("ab"))
                     lock_if_possible(lock, fcntl.LOCK_EX)
                     remove_unfinished(folder)
             except OSError as error:
@@ -54,15 +54,6 @@ def exclusive_caches(folders: Sequence[Path]) -> Iterator[None]:
                     f"{error.filename or LOCK_NAME}); give another folder with --data-cache-path"
                 ) from None
         yield
-
-
-def _open_lock(path: Path) -> IO[bytes]:
-    """Open the lock, writable for all who may write into its folder: NFS requires that to lock it;
-    elsewhere read permission is enough."""
-    with suppress(PermissionError):  # it is another user's
-        path.touch()
-        path.chmod(path.parent.stat().st_mode & 0o666)
-    return path.open("r+b" if os.access(path, os.W_OK) else "rb")
 
 
 def remove_unfinished(folder: Path) -> list[Path]:

@@ -122,9 +122,7 @@ def assert_same_pair(ours: Path | str, theirs: Path | str) -> None:
         assert Path(f"{ours}{suffix}").read_bytes() == Path(f"{theirs}{suffix}").read_bytes()
 
 
-def dataset_config(
-    blends: Blends, cache: Path, split: str = "900,50,50", surplus: float = 0.005
-) -> Any:
+def dataset_config(blends: Blends, cache: Path, split: str = "900,50,50") -> Any:
     """Return Megatron's configuration for a dataset of bytes."""
     from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 
@@ -142,5 +140,5 @@ def dataset_config(
         reset_attention_mask=False,
         eod_mask_loss=False,
         create_attention_mask=False,
-        mid_level_dataset_surplus=surplus,
+        mid_level_dataset_surplus=0.005,
     )

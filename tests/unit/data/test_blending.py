@@ -34,12 +34,6 @@ def test_bad_lists_name_the_entry(words: list[str], entry: str):
         parse_blend(words, source="--data-path")
 
 
-def test_a_dataset_may_have_a_number_for_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(tmp_path)
-    Path("2024.idx").touch()
-    assert parse_blend(["0.5", "2024", "0.5", "b"], source="x").prefixes == ["2024", "b"]
-
-
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(1e-6, 1e6), st.text("abc/", min_size=1)), min_size=1))
 def test_megatron_reads_good_lists_in_the_same_way(pairs: list[tuple[float, str]]):

@@ -51,8 +51,8 @@ def _build(words: list[str], sizes: list[int], cache: Path, split: str = "900,50
     return _build_blends(Blends(parse_blend(words, source="--data-path")), sizes, cache, split)
 
 
-def _build_blends(blends: Blends, sizes: list[Any], cache: Path, *more: str, **flags: float) -> Any:
-    config = dataset_config(blends, cache, *more, **flags)
+def _build_blends(blends: Blends, sizes: list[Any], cache: Path, *more: str) -> Any:
+    config = dataset_config(blends, cache, *more)
     return build_datasets(sizes, config=config, is_built_on_rank=lambda: True, rank=0)
 
 
@@ -142,16 +142,6 @@ def test_a_whole_validation_of_less_than_a_sample(run: Run, prefixes: list[str],
     assert len(_build_blends(blends, [100, 2, 0], tmp_path / "cache")[1]) >= 2
 
 
-def test_many_weighted_datasets_and_few_samples(run: Run, tmp_path: Path):
-    """The first has 8 samples; it needs 5 of 10, but 12 of all 24 are drawn from it."""
-    name = write_pair(run, tmp_path, "a", ["a" * (8 * LENGTH + 1)])
-    blend = parse_blend(["19", name, *["1", name] * 19], source="x")
-    blends, sizes = Blends(per_split=[blend, None, None]), [10, 0, 0]
-    with pytest.raises(DataError, match=r"oversamples .* --mid-level-dataset-surplus"):
-        _build_blends(blends, sizes, tmp_path / "cache")
-    assert len(_build_blends(blends, sizes, tmp_path / "cache", surplus=3.0)[0]) == 24
-
-
 def test_datasets_without_weights_that_do_not_suffice(prefixes: list[str], tmp_path: Path):
     _build(prefixes, [500, 5, 5], tmp_path / "cache")
     with pytest.raises(DataError, match=r"read once without weights.*needs 100000.*by size: \d+ "):
@@ -190,13 +180,6 @@ def test_only_unfinished_indices_are_removed(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(np, "load", unreadable)
     assert remove_unfinished(tmp_path) == []
     assert kept.exists()
-
-
-def test_a_folder_of_a_group(tmp_path: Path):
-    lock = tmp_path / ".building.lock"
-    tmp_path.chmod(0o775)
-    with exclusive_caches([tmp_path]):
-        assert lock.stat().st_mode & 0o777 == 0o664
 
 
 def test_a_dataset_that_grew_is_read_through_an_index_of_its_own(run: Run, tmp_path: Path):
