@@ -27,9 +27,8 @@ class Agreed:
 
     nonfinite_rank: int | None
     """The highest rank with a non-finite loss."""
-    is_signalled: bool
-    is_over: bool
-    """Whether the time that the run may take is up."""
+    ends: bool
+    """Whether a rank was signalled or is out of time."""
 
 
 class StepAgreement:
@@ -54,13 +53,12 @@ class StepAgreement:
 
     def send(self) -> None:
         """Send this rank's state. Collective; the host does not wait."""
-        numbers = torch.zeros(3, dtype=torch.int64, device=torch.cuda.current_device())
+        numbers = torch.zeros(2, dtype=torch.int64, device=torch.cuda.current_device())
         nonfinite = self.pop_nonfinite()
         if nonfinite is not None:
             numbers[0] = (torch.distributed.get_rank() + 1) * nonfinite
-        for place, is_so in ((1, get_signal_handler()._signal_received), (2, self._is_late())):
-            if is_so:
-                numbers[place].fill_(1)
+        if get_signal_handler()._signal_received or self._is_late():
+            numbers[1].fill_(1)
         torch.distributed.all_reduce(numbers, op=torch.distributed.ReduceOp.MAX)
         self._numbers = numbers.to("cpu", non_blocking=True)
         if numbers.is_cuda:
@@ -72,8 +70,8 @@ class StepAgreement:
         assert self._numbers is not None, "nothing was sent"
         if self._copied is not None:
             self._copied.synchronize()
-        rank, is_signalled, is_over = self._numbers.tolist()
-        return Agreed(rank - 1 if rank else None, bool(is_signalled), bool(is_over))
+        rank, ends = self._numbers.tolist()
+        return Agreed(rank - 1 if rank else None, bool(ends))
 
     def _is_late(self) -> bool:
         limit = self.args.exit_duration_in_mins

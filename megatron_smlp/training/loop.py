@@ -234,10 +234,9 @@ class Loop:
 
     def stop_if_due(self) -> None:
         """Save and stop after a signal, at the run's time limit, or at --exit-interval."""
-        agreed = self.agreement.read()
         goes_on = self.iteration < self.args.train_iters
         is_at_interval = goes_on and is_due(self.args.exit_interval, self.iteration)
-        self.stopped = agreed.is_signalled or agreed.is_over or is_at_interval
+        self.stopped = self.agreement.read().ends or is_at_interval
         if self.stopped:
             self.save()
 
