@@ -12,7 +12,6 @@ Letters: T tokens, B batch, D hidden.
 from __future__ import annotations
 
 import argparse
-import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,12 +20,10 @@ from megatron.core.transformer.attention import Attention
 from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
-from megatron_smlp.architectures import SlottedLayer, slots_of
+from megatron_smlp.architectures import SlottedLayer
 from megatron_smlp.collectives import gathered
 from megatron_smlp.errors import UsageError
-from megatron_smlp.model import transformer_config
 from megatron_smlp.ops.triton_ready import unsaid
-from megatron_smlp.platform.one_process import one_process
 from megatron_smlp.training.parts import Parts
 
 LENGTH = 16
@@ -57,50 +54,18 @@ def check_causality(parts: Parts) -> None:
         for layer in chunk.decoder.layers
         if not (has_engine and isinstance(layer.self_attention, Attention))
     ]
-    ranks = parts.args.tensor_model_parallel_size
     with unsaid():  # the kernels do not run in fp32
         leaks = [
             leak
             for layer, rotary in layers
-            for leak in _leaks(layer, _length(layer, parts.args, ranks), rotary)
+            for leak in _leaks(layer, _length(layer, parts.args), rotary)
         ]
-    _refuse([leak for rank in gathered(leaks) for leak in rank])
+    if every := [leak for rank in gathered(leaks) for leak in rank]:
+        raise UsageError(every[0])
 
 
-def check_causality_of_layers(args: argparse.Namespace) -> None:
-    """Check one layer of each kind, built on the CPU for this: for --dry-run.
-
-    Raises:
-        UsageError: one reads later positions or outputs non-finite numbers.
-    """
-    with one_process():
-        config = _alone(transformer_config(args))
-        slots = slots_of(config)
-        kinds = {slots[number - 1]: number for number in range(len(slots), 0, -1)}
-        layers = [SlottedLayer(config, number) for number in kinds.values()]
-        _refuse([
-            leak for layer in layers for leak in _leaks(layer, _length(layer, args, 1), None)
-        ])  # fmt: skip
-
-
-def _alone(config: Any) -> Any:
-    """Return a copy of the configuration for a single process."""
-    alone = copy.copy(config)
-    for part in ("tensor_model", "pipeline_model", "expert_model", "expert_tensor"):
-        setattr(alone, f"{part}_parallel_size", 1)
-    alone.virtual_pipeline_model_parallel_size, alone.sequence_parallel = None, False
-    alone.transformer_impl = "local"  # Transformer Engine's linear layers need a GPU
-    alone.window_size, alone.softmax_type = None, "vanilla"  # its attention alone has others
-    alone.num_moe_experts = None  # mixers are checked: experts would only take memory
-    return alone
-
-
-def _refuse(leaks: list[str]) -> None:
-    if leaks:
-        raise UsageError(leaks[0])
-
-
-def _length(layer: SlottedLayer, args: argparse.Namespace, ranks: int) -> int:
+def _length(layer: SlottedLayer, args: argparse.Namespace) -> int:
+    ranks = args.tensor_model_parallel_size
     each = HOSTED_LENGTH // ranks if hasattr(layer.self_attention, "mixer") else LENGTH
     return min(int(args.seq_length), each * ranks)
 
@@ -116,7 +81,7 @@ def _leaks(layer: SlottedLayer, length: int, rotary: Any) -> Iterator[str]:
     outputs = [_mixed(layer, drawn, x, rotary) for x in (first, other)]
     change = (outputs[0] - outputs[1]).abs().amax(dim=(1, 2))
     scale = float(outputs[0].abs().max())
-    early = change[: max(0, half - _offset(layer, len(change)))]
+    early = change[: max(0, half - _place(layer)[0] * len(change))]  # of this rank's positions
     mixer = layer.self_attention
     kind = type(getattr(mixer, "mixer", mixer)).__name__  # for a plugin, its own class
     named = f"layer {layer.layer_number} ({kind})"
@@ -175,8 +140,3 @@ def _place(layer: SlottedLayer) -> tuple[int, int]:
     if not layer.config.sequence_parallel:
         return 0, 1
     return layer.pg_collection.tp.rank(), layer.pg_collection.tp.size()
-
-
-def _offset(layer: SlottedLayer, count: int) -> int:
-    """Return the position of this rank's first output; each rank has `count`."""
-    return _place(layer)[0] * count

@@ -19,7 +19,6 @@ from megatron_smlp.data.blending import SPLIT_FLAGS, SPLITS
 from megatron_smlp.platform import cpu
 from megatron_smlp.provenance import software, version_of
 from megatron_smlp.training.captured_output import terminal
-from megatron_smlp.training.causality import check_causality_of_layers
 from megatron_smlp.training.parts import configuration
 from megatron_smlp.training.start_screen import print_dry_run, summary
 from megatron_smlp.unwritable_log import TolerantStream
@@ -87,7 +86,6 @@ class RunConsole:
 def dry_run(args: argparse.Namespace) -> None:
     """Print what the run would be, on rank 0 only; Megatron may reject its configuration."""
     configuration(args)
-    check_causality_of_layers(args)
     if args.rank == 0:
         console = Console(file=terminal(), highlight=False, soft_wrap=True)
         with console.capture() as page:

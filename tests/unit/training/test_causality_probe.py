@@ -1,4 +1,4 @@
-"""A token mixer that reads later positions ends a run before its first step, and a --dry-run."""
+"""A token mixer that reads later positions ends a run before its first step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from support.launches import launch_calls, records
 from megatron_smlp import plugin_files
 from megatron_smlp.errors import UsageError
 from megatron_smlp.layers.spatial_gating import SpatialGating
-from megatron_smlp.training.causality import check_causality_of_layers
 
 GMLP = "--architecture gmlp --log-interval 1"
 MESSAGE = r"layer {} \({}\) reads later positions: changing inputs from position 9 on"
@@ -59,12 +58,9 @@ def test_a_plugin_is_called_by_its_own_name(tmp_path: Path):
         "        return value.roll(-1, 1)\nregister.architecture('ahead', mixer='ahead')\n"
     )
     plugin_files.load(str(path))
-    for more in ("--dry-run", f"--log-dir {tmp_path}"):
-        with (
-            pytest.raises(UsageError, match=MESSAGE.format(1, "Ahead")),
-            pretrained(f"--architecture ahead {more}"),
-        ):
-            pass
+    message = MESSAGE.format(1, "Ahead")
+    with pytest.raises(UsageError, match=message), pretrained("--architecture ahead"):
+        pass
 
 
 @pytest.mark.usefixtures("registry")
@@ -82,7 +78,7 @@ def test_a_plugin_that_works_in_chunks(tmp_path: Path, length: int):
     plugin_files.load(str(path))
     base = MINIMAL.replace("--seq-length 16", f"--seq-length {length}")
     leaks = pytest.raises(UsageError, match="reads later") if length > 64 else nullcontext()
-    with leaks, pretrained("--architecture chunks --dry-run", base=base):
+    with leaks, pretrained("--architecture chunks --train-iters 1", base=base):
         pass
 
 
@@ -102,29 +98,9 @@ def test_a_parameter_of_which_a_plugin_takes_the_logarithm(tmp_path: Path, init:
     refused = pytest.raises(UsageError, match=r"layer 1 \(Decays\) returns non-finite values")
     with (
         refused if init == "zeros" else nullcontext(),
-        pretrained("--architecture decays --dry-run"),
+        pretrained("--architecture decays --train-iters 1"),
     ):
         pass
-
-
-def test_a_dry_run_asks_a_layer_of_each_kind(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-):
-    with pretrained(f"{GMLP} --dry-run"):
-        pass
-    assert "spatial gating" in capfd.readouterr().out
-    monkeypatch.setattr(SpatialGating, "forward", peeking(SpatialGating.forward, layer=1))
-    message = MESSAGE.format(1, "SpatialGating")
-    with pytest.raises(UsageError, match=message), pretrained(f"{GMLP} --dry-run"):
-        pass
-
-
-def test_a_dry_run_asks_without_experts_and_transformer_engines_settings(parse: Any):
-    """Experts would take memory, and our attention refuses the settings."""
-    words = "--architecture transformer --num-experts 1000000 --token-router switch"
-    args = parse(f"{words} --num-attention-heads 4 --moe-layer-freq 1")
-    args.window_size, args.softmax_type = (4, 0), "off-by-one"
-    check_causality_of_layers(args)
 
 
 def test_a_run_that_goes_on_is_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
