@@ -47,18 +47,10 @@ class MetricsFile:
         records = map(json.loads, reversed(kept))  # records of restarts have no wall time
         return next((record for record in records if "wall_seconds" in record), {})
 
-    def newest(self) -> tuple[int, float | None]:
-        """Return the last logged iteration (0 if none) and the seconds since the last write, by the
-        file system's clock; None if there is no file."""
-        if self.path is None or not self.path.exists():
-            return 0, None
-        numbers = [n for n in map(_iteration_of, self._text().splitlines()) if math.isfinite(n)]
-        written = self.path.stat().st_mtime
-        silent: float | None = None
-        with self.lost.tolerated():
-            self.path.touch()  # to read the file system's own clock
-            silent = self.path.stat().st_mtime - written
-        return int(max(numbers, default=0)), silent
+    def newest(self) -> int:
+        """Return the last logged iteration; 0 if there is none."""
+        numbers = map(_iteration_of, self._text().splitlines())
+        return int(max(filter(math.isfinite, numbers), default=0))
 
     def fields_at(self, iteration: int) -> set[str]:
         """Return the fields of all records of this iteration."""

@@ -88,8 +88,8 @@ class Reporter(Listener):
 
     def built(self, parts: Parts) -> None:
         iteration = self.args.iteration
-        logged, silent = self.metrics.newest()
-        self.restart = restart(self.before, iteration=iteration, logged=logged, silent=silent)
+        logged = self.metrics.newest()
+        self.restart = restart(self.before, iteration=iteration, logged=logged)
         if self.args.world_size > 1:
             self.slow_hosts = SlowHosts(
                 timedelta(minutes=self.args.distributed_timeout_minutes),

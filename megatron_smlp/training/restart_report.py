@@ -23,14 +23,12 @@ class Restart:
     """Iteration of the checkpoint that the run resumes from."""
     lost: int
     """Steps that had been trained past that checkpoint."""
-    down: float
-    """Seconds without a run, up to `since`."""
-    since: float
-    """Time at which `down` was measured, by time.monotonic."""
+    ended: float
+    """Time of the last run's last heartbeat, by time.monotonic."""
 
     def seconds_down(self) -> float:
         """Return the seconds without a run up to now; call it when the first step is done."""
-        return self.down + time.monotonic() - self.since
+        return time.monotonic() - self.ended
 
     def record(self) -> dict[str, Any]:
         """Return the record for metrics.jsonl."""
@@ -45,9 +43,7 @@ class Restart:
         )
 
 
-def restart(
-    before: PreviousRun | None, *, iteration: int, logged: int, silent: float | None
-) -> Restart | None:
+def restart(before: PreviousRun | None, *, iteration: int, logged: int) -> Restart | None:
     """Determine what a restart cost; None if the last run ended well.
 
     Collective.
@@ -56,7 +52,6 @@ def restart(
         before: what the last run left in its lease; on rank 0 only.
         iteration: where this run begins.
         logged: the last iteration in metrics.jsonl.
-        silent: seconds since metrics.jsonl was last written; None if there is none.
     """
     causes = [cause for cause in gathered(noted_cause()) if cause is not None]
     if before is None or not (before.failed or causes):
@@ -67,6 +62,5 @@ def restart(
         cause=cause,
         iteration=iteration,
         lost=max(0, max(before.iteration, logged) - iteration),
-        down=before.seconds if silent is None else min(before.seconds, silent),
-        since=time.monotonic(),
+        ended=time.monotonic() - before.seconds,
     )

@@ -81,7 +81,7 @@ class TestMetricsFile:
             metrics.write({"iteration": iteration, "loss": 1.0})
         with metrics.path.open("a") as file:
             file.write('{"iteration": 3, "routers": [{"layer": 2}')
-        assert metrics.newest()[0] == 5
+        assert metrics.newest() == 5
         assert metrics.fields_at(3) == {"iteration", "loss"}
         metrics.drop_after(3)
         metrics.write({"iteration": 4, "loss": 2.0})
