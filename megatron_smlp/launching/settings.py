@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megatron_smlp.errors import UsageError
 
+LAST_PORT = 65535
 HOST, SERVER, FILE = "host", "server", "file"
 CLOSING = "--closing"
 """Tells an agent to close the rendezvous when the run is over for good."""
@@ -103,7 +104,7 @@ def _rendezvous(environment: Mapping[str, str]) -> RendezvousSettings:
         keeper = "machine 0" if kind == HOST else "the machine with the server"
         address = _given(environment, "MASTER_ADDR", f"the name or address of {keeper}")
         _given(environment, "MASTER_PORT", f"a free port on {keeper}")
-        port = port_number(environment, "MASTER_PORT")
+        port = whole_number(environment, "MASTER_PORT", most=LAST_PORT)
     return RendezvousSettings(
         kind=kind,
         address=address,
@@ -155,25 +156,15 @@ def _given(environment: Mapping[str, str], name: str, what: str) -> str:
     return value
 
 
-def whole_number(environment: Mapping[str, str], name: str, *, default: str = "") -> int:
+def whole_number(
+    environment: Mapping[str, str], name: str, *, default: str = "", most: int = 10**9
+) -> int:
     """Return a variable's value.
 
     Raises:
-        UsageError: it is not a whole number.
+        UsageError: it is not a whole number, or above `most`.
     """
     text = environment.get(name) or default
-    if not re.fullmatch(r"\d{1,9}", text):
-        raise UsageError(f"{name}={text}: give a whole number.")
+    if not re.fullmatch(r"\d+", text) or int(text) > most:
+        raise UsageError(f"{name}={text}: give a whole number up to {most}.")
     return int(text)
-
-
-def port_number(environment: Mapping[str, str], name: str) -> int:
-    """Return a variable's value.
-
-    Raises:
-        UsageError: it is not a port.
-    """
-    port = whole_number(environment, name)
-    if not 0 < port < 1 << 16:
-        raise UsageError(f"{name}={port}: give a port from 1 to 65535.")
-    return port

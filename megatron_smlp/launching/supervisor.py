@@ -41,10 +41,11 @@ from megatron_smlp.launching.settings import (
     CLOSING,
     FILE,
     HOST,
+    LAST_PORT,
     RendezvousSettings,
     Settings,
-    port_number,
     read,
+    whole_number,
 )
 from megatron_smlp.launching.training_argv import (
     FROM_CHECKPOINT,
@@ -66,10 +67,6 @@ QUIET_WAIT = 10
 SHARING = 30
 """Seconds within which another machine's checkpoint becomes visible in a shared folder."""
 AGENT = "agent"
-EXAMPLES = {"serve": "serve 29500"} | {
-    what: f"{what} pretrain_smlp.py --config configs/cpu/gmlp.yaml"
-    for what in ("one-node", "several-nodes", AGENT)
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,8 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     options = build_parser().parse_args(argv)
     if not options.argv:
-        what = "the port of the store" if options.what == "serve" else "the script that trains"
-        raise UsageError(f"{options.what}: give {what}, for example {EXAMPLES[options.what]}.")
+        raise UsageError(f"{options.what}: give the training script and its flags, or the port.")
     if options.what == AGENT:
         end_with_launcher()
         from megatron_smlp.launching import agent  # with torch, in a process of its own
@@ -92,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The rendezvous' thread may be inside the store, where a normal exit would abort.
         os._exit(code)
     if options.what == "serve":
-        return serve(port_number({"serve": options.argv[0]}, "serve"))
+        return serve(whole_number({"serve": options.argv[0]}, "serve", most=LAST_PORT))
     several = options.what == "several-nodes"
     return Supervisor(read(os.environ, several=several), options.argv).run()
 
@@ -121,7 +117,8 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="examples/one_node.sh --help and examples/several_nodes.sh --help list the "
         "variables; docs/resilience.md says what is restarted when.",
     )
-    parser.add_argument("what", choices=list(EXAMPLES), metavar="one-node|several-nodes|serve")
+    kinds = ("one-node", "several-nodes", "serve")
+    parser.add_argument("what", choices=(*kinds, AGENT), metavar="|".join(kinds))
     parser.add_argument(
         "argv", nargs=argparse.REMAINDER, metavar="...",
         help="the training script and its flags; for serve: the port",

@@ -350,6 +350,6 @@ def test_numbers_of_machines_that_can_go_on():
 
 
 def test_the_port_of_a_store_is_a_number():
-    for port, said in (("x", "give a whole number"), ("70000", "give a port from 1")):
+    for port, said in (("x", "give a whole number"), ("70000", "give a whole number up to 65535")):
         with pytest.raises(UsageError, match=f"serve={port}: {said}"):
             supervisor.main(["serve", port])
