@@ -55,7 +55,7 @@ class TolerantStream(io.TextIOBase):
 
     def __init__(self, stream: TextIO, name: str) -> None:
         self.stream, self.lost = stream, UnwritableLog(name)
-        atexit.register(drop_unwritten, stream)
+        atexit.register(self._drop_unwritten)
 
     def write(self, text: str) -> int:
         with self.lost.tolerated():
@@ -76,12 +76,11 @@ class TolerantStream(io.TextIOBase):
     def encoding(self) -> str:  # type: ignore[override]
         return self.stream.encoding
 
-
-def drop_unwritten(stream: TextIO) -> None:
-    """Discard unwritten text: it is still in a buffer, and flushing it at exit would fail again."""
-    try:
-        stream.flush()
-    except OSError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
+    def _drop_unwritten(self) -> None:
+        """Discard what is still in a buffer: flushing it at exit would fail again."""
+        try:
+            self.stream.flush()
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())
+            os.close(nowhere)

@@ -13,10 +13,10 @@ import logging
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Self, TextIO
 
 from megatron_smlp.errors import UsageError
-from megatron_smlp.unwritable_log import UnwritableLog, drop_unwritten
+from megatron_smlp.unwritable_log import TolerantStream, UnwritableLog
 
 
 class FolderError(UsageError):
@@ -25,15 +25,14 @@ class FolderError(UsageError):
     speaker = ""
 
 
-class CapturedOutput(contextlib.AbstractContextManager["CapturedOutput"]):
+class CapturedOutput(TolerantStream):
     """`with CapturedOutput() as output: ...; output.open(folder, rank=0)`."""
 
     def __init__(self) -> None:
-        self.file: TextIO = io.StringIO()
-        self.lost = UnwritableLog(Path("megatron.log"))
+        super().__init__(io.StringIO(), "megatron.log")
         self.stack = contextlib.ExitStack()
 
-    def __enter__(self) -> CapturedOutput:
+    def __enter__(self) -> Self:
         self.stack.enter_context(contextlib.redirect_stdout(self))
         self.stack.enter_context(warnings.catch_warnings())
         warnings.showwarning = self._show_warning
@@ -45,8 +44,6 @@ class CapturedOutput(contextlib.AbstractContextManager["CapturedOutput"]):
     def __exit__(self, *error: object) -> None:
         self.stack.close()
         self.flush()
-        if self.lost.is_said:
-            drop_unwritten(self.file)
 
     def open(self, folder: str | None, *, rank: int) -> None:
         """Continue in `folder`/megatron.log (on rank 3, megatron.rank3.log); None: discard all.
@@ -55,33 +52,20 @@ class CapturedOutput(contextlib.AbstractContextManager["CapturedOutput"]):
             FolderError: the folder cannot be created or written to.
         """
         if folder is None:
-            self.file = Path("/dev/null").open("w", encoding="utf-8")  # noqa: SIM115
+            self.stream = Path("/dev/null").open("w", encoding="utf-8")  # noqa: SIM115
             return
         path = Path(folder) / ("megatron.log" if rank == 0 else f"megatron.rank{rank}.log")
         self.lost = UnwritableLog(path)
-        earlier = self.file.getvalue() if isinstance(self.file, io.StringIO) else ""
+        earlier = self.stream.getvalue() if isinstance(self.stream, io.StringIO) else ""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = path.open("a", encoding="utf-8", buffering=1)
+            self.stream = path.open("a", encoding="utf-8", buffering=1)
         except OSError as error:
             raise FolderError(
                 f"--log-dir {folder} (defaults to --save) cannot be written to: {error.strerror}: "
                 "give another folder."
             ) from error
         self.write(earlier)
-
-    def write(self, text: str) -> int:
-        """Write to the log; if that fails, as on a full disk, drop the text: the run goes on."""
-        with self.lost.tolerated():
-            self.file.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with self.lost.tolerated():
-            self.file.flush()
-
-    def isatty(self) -> bool:
-        return False
 
     def _show_warning(self, *what: Any, **_: Any) -> None:
         self.write(warnings.formatwarning(*what[:4]))
