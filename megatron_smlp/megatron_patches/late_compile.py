@@ -39,14 +39,12 @@ def late_compile() -> Iterator[None]:
 
 
 def _compiled_by_first_call(function: Callable[..., Any], compile_now: Callable[[], Any]) -> Any:
-    compiled: list[Callable[..., Any]] = []
+    compiled = functools.cache(compile_now)
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return function(*args, **kwargs)  # the outer region compiles it with the rest
-        if not compiled:
-            compiled.append(compile_now())
-        return compiled[0](*args, **kwargs)
+        return compiled()(*args, **kwargs)
 
     return call
