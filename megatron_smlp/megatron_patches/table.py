@@ -8,7 +8,7 @@ do not apply to the whole process are installed and reverted by a context manage
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,27 +16,17 @@ Extent = Literal["process", "run", "import", "agent"]
 
 
 @dataclass(frozen=True)
-class Patch:
-    """One replaced function or method."""
+class Patches:
+    """What one module of this folder replaces."""
 
-    target: str
-    """The name under which Megatron or torch looks it up."""
-    why: str
-    """What is wrong with the original."""
     module: str
-    """The module of this folder that replaces it."""
     contract: str
     """The test that fails if a later Megatron no longer has what is replaced."""
-    extent: Extent
-    """Where it applies: in the whole process, during a run, while Megatron is imported, or in a
+    targets: Mapping[str, str]
+    """What is wrong with each original, by the name under which Megatron or torch looks it up."""
+    extent: Extent = "process"
+    """Where they apply: in the whole process, during a run, while Megatron is imported, or in a
     launcher's agent, which does not train."""
-
-
-def _rows(
-    module: str, contract: str, targets: Mapping[str, str], *, extent: Extent = "process"
-) -> Iterator[Patch]:
-    for target, why in targets.items():
-        yield Patch(target, why, module, contract, extent)
 
 
 _OPTIMIZER = "megatron.core.optimizer"
@@ -50,13 +40,13 @@ _EACH_TENSOR = "without Apex makes a temporary of each tensor"
 _ALONE = "fails on rank 0 while the others wait"
 
 PATCHES = (
-    *_rows(
+    Patches(
         "late_compile",
         "unit/platform/test_late_compile.py",
         {"torch.compile": "imports a compiler, for seconds, that most runs never call"},
         extent="import",
     ),
-    *_rows(
+    Patches(
         "compiled_helpers",
         "contract/test_compiled_helpers.py",
         {
@@ -64,7 +54,7 @@ PATCHES = (
             "the compiled module, and ends the first rank",
         },
     ),
-    *_rows(
+    Patches(
         "cross_entropy",
         "contract/test_cross_entropy.py",
         {
@@ -72,7 +62,7 @@ PATCHES = (
             "fp32 logits a dozen times where one CPU holds the whole vocabulary",
         },
     ),
-    *_rows(
+    Patches(
         "tensor_lists",
         "contract/test_tensor_lists.py",
         {
@@ -83,7 +73,7 @@ PATCHES = (
             f"{_OPTIMIZER}.optimizer._multi_tensor_copy_this_to_that": "copies each weight alone",
         },
     ),
-    *_rows(
+    Patches(
         "torch_adam",
         "contract/test_optimizer_checkpoints.py",
         {
@@ -92,7 +82,7 @@ PATCHES = (
             f"{_DISTRIBUTED}._set_main_param_and_optimizer_states": _NEEDS_APEX,
         },
     ),
-    *_rows(
+    Patches(
         "bucket_padding",
         "contract/test_optimizer_checkpoints.py",
         {
@@ -100,7 +90,7 @@ PATCHES = (
             "padding that it has left out",
         },
     ),
-    *_rows(
+    Patches(
         "safe_loading",
         "unit/checkpoints/test_safe_loading.py",
         {
@@ -110,7 +100,7 @@ PATCHES = (
             f"{_SAVING}.serialization.load_common": "unpickles anything",
         },
     ),
-    *_rows(
+    Patches(
         "checkpoint_files",
         "contract/test_checkpointing_seams.py",
         {
@@ -121,7 +111,7 @@ PATCHES = (
         },
         extent="run",
     ),
-    *_rows(
+    Patches(
         "elastic_agent",
         "contract/test_elastic_agent.py",
         {
@@ -137,5 +127,6 @@ PATCHES = (
 
 def apply() -> None:
     """Install the patches that apply to the whole process; a second call is a no-op."""
-    for module in dict.fromkeys(patch.module for patch in PATCHES if patch.extent == "process"):
-        importlib.import_module(f"megatron_smlp.megatron_patches.{module}").apply()
+    for patches in PATCHES:
+        if patches.extent == "process":
+            importlib.import_module(f"megatron_smlp.megatron_patches.{patches.module}").apply()

@@ -11,7 +11,7 @@ from contract.test_cpu_platform import replacements
 from support.in_process import prepare_megatron
 from support.launches import REPOSITORY
 
-from megatron_smlp.megatron_patches.table import PATCHES, Patch
+from megatron_smlp.megatron_patches.table import PATCHES, Patches
 
 PATCHES_FOLDER = REPOSITORY / "megatron_smlp" / "megatron_patches"
 
@@ -30,16 +30,18 @@ def found(target: str) -> Any:
     raise AssertionError(f"{target} is nowhere")
 
 
-@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: f"{patch.module}: {patch.target}")
-def test_a_row(patch: Patch):
+@pytest.mark.parametrize(
+    ("patches", "target"), [(patches, target) for patches in PATCHES for target in patches.targets]
+)
+def test_a_row(patches: Patches, target: str):
     """Every replaced name exists, and is ours for the whole process."""
     prepare_megatron()
-    value = found(patch.target)
-    if patch.extent == "process":
+    value = found(target)
+    if patches.extent == "process":
         # functools.wraps gives a wrapper its original's module, but not its code.
         assert "megatron_smlp" in value.__module__ + value.__code__.co_filename
-    contract = REPOSITORY / "tests" / patch.contract
-    name = patch.target.rpartition(".")[2]
+    contract = REPOSITORY / "tests" / patches.contract
+    name = target.rpartition(".")[2]
     assert re.search(rf"\b{name}\b", contract.read_text(encoding="utf-8")), "no test names it"
 
 
@@ -50,5 +52,5 @@ def attributes() -> Iterator[str]:
 
 
 def test_no_replacement_lacks_a_row():
-    named = {patch.target.rpartition(".")[2] for patch in PATCHES}
+    named = {target.rpartition(".")[2] for patches in PATCHES for target in patches.targets}
     assert {name for name in attributes() if name != "?"} <= named
