@@ -68,12 +68,9 @@ class Writers:
         # What torch's writer does for `purge_step`, which Megatron does not know yet at creation.
         self.tensorboard.file_writer.add_event(Event(step=iteration + 1, session_log=start))
 
-    def flush(self) -> None:
+    def close(self) -> None:
         if self.tensorboard:
             self.tensorboard.flush()
-
-    def close(self) -> None:
-        self.flush()
         if self.wandb:
             self.wandb.finish()
 
