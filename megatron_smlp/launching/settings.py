@@ -75,7 +75,7 @@ def read(environment: Mapping[str, str], *, several: bool) -> Settings:
         UsageError: one is missing, or has an invalid value.
     """
     return Settings(
-        processes=_processes(environment),
+        processes=whole_number(environment, "NPROC_PER_NODE", default="1", least=1),
         rendezvous=_rendezvous(environment) if several else None,
         local_address=environment.get("LOCAL_ADDR") or "",
         max_restarts=whole_number(environment, "MAX_RESTARTS", default="3"),
@@ -83,13 +83,6 @@ def read(environment: Mapping[str, str], *, several: bool) -> Settings:
         start_timeout=whole_number(environment, "START_TIMEOUT", default="180"),
         rejoin_timeout=whole_number(environment, "REJOIN_TIMEOUT", default="600"),
     )
-
-
-def _processes(environment: Mapping[str, str]) -> int:
-    count = whole_number(environment, "NPROC_PER_NODE", default="1")
-    if not count:
-        raise UsageError("NPROC_PER_NODE=0: give the number of processes (GPUs), at least 1.")
-    return count
 
 
 def _rendezvous(environment: Mapping[str, str]) -> RendezvousSettings:
@@ -104,7 +97,7 @@ def _rendezvous(environment: Mapping[str, str]) -> RendezvousSettings:
         keeper = "machine 0" if kind == HOST else "the machine with the server"
         address = _given(environment, "MASTER_ADDR", f"the name or address of {keeper}")
         _given(environment, "MASTER_PORT", f"a free port on {keeper}")
-        port = whole_number(environment, "MASTER_PORT", most=LAST_PORT)
+        port = whole_number(environment, "MASTER_PORT", least=1, most=LAST_PORT)
     return RendezvousSettings(
         kind=kind,
         address=address,
@@ -157,14 +150,19 @@ def _given(environment: Mapping[str, str], name: str, what: str) -> str:
 
 
 def whole_number(
-    environment: Mapping[str, str], name: str, *, default: str = "", most: int = 10**9
+    environment: Mapping[str, str],
+    name: str,
+    *,
+    default: str = "",
+    least: int = 0,
+    most: int = 10**9,
 ) -> int:
     """Return a variable's value.
 
     Raises:
-        UsageError: it is not a whole number, or above `most`.
+        UsageError: it is not a whole number from `least` to `most`.
     """
     text = environment.get(name) or default
-    if not re.fullmatch(r"\d+", text) or int(text) > most:
-        raise UsageError(f"{name}={text}: give a whole number up to {most}.")
+    if not re.fullmatch(r"\d+", text) or not least <= int(text) <= most:
+        raise UsageError(f"{name}={text}: give a whole number from {least} to {most}.")
     return int(text)

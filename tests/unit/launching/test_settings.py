@@ -56,6 +56,7 @@ def test_a_file_and_a_server_need_no_rank():
     [
         {"NNODES": "4:2"},
         {"MASTER_PORT": "70000"},
+        {"NPROC_PER_NODE": "0"},
         {"RENDEZVOUS": "etcd"},
         {"RENDEZVOUS": "file:"},
         {"MAX_RESTARTS": "-1"},
@@ -147,8 +148,3 @@ def test_a_folder_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(fcntl, "flock", flock)
     with pytest.raises(UsageError, match=r"cannot be locked: Function not impl.*Lustre: -o flock"):
         Presence(tmp_path, run="run", address="10.0.0.1")
-
-
-def test_no_process_is_refused():
-    with pytest.raises(UsageError, match="NPROC_PER_NODE=0: give the number of processes"):
-        read({"NPROC_PER_NODE": "0"}, several=False)

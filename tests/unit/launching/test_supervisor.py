@@ -349,7 +349,7 @@ def test_numbers_of_machines_that_can_go_on():
     check_counts(["--use-checkpoint-args"], machines=range(2, 5), processes=8)
 
 
-def test_the_port_of_a_store_is_a_number():
-    for port, said in (("x", "give a whole number"), ("70000", "give a whole number up to 65535")):
-        with pytest.raises(UsageError, match=f"serve={port}: {said}"):
-            supervisor.main(["serve", port])
+@pytest.mark.parametrize("port", ["x", "70000"])
+def test_the_port_of_a_store_is_a_number(port: str):
+    with pytest.raises(UsageError, match=f"serve={port}: give a whole number from 0 to 65535"):
+        supervisor.main(["serve", port])
