@@ -113,7 +113,7 @@ def interface_of(ip: str, environment: Mapping[str, str]) -> str:
     """Return the interface for gloo to use: GLOO_SOCKET_IFNAME, or that of the address.
 
     Raises:
-        UsageError: the given one does not exist, or does not lead to other machines.
+        UsageError: the given one does not exist.
     """
     given = environment.get(GLOO, "")
     for name in filter(None, given.split(",")):
@@ -121,11 +121,6 @@ def interface_of(ip: str, environment: Mapping[str, str]) -> str:
             raise UsageError(
                 f"{GLOO}={given}: {name} is not an interface with an address; this machine has "
                 f"{_list_of_addresses()}. Give one of these, or leave it out."
-            )
-        if all(map(is_local, addresses()[name])) and not is_local(ip):
-            raise UsageError(
-                f"{GLOO}={given} does not lead to other machines: give the interface of {ip}, or "
-                "leave it out."
             )
     return given or next((name for name, own in addresses().items() if ip in own), "")
 
