@@ -16,8 +16,4 @@ COMPILED = "megatron.core.datasets.helpers_cpp"
 def apply() -> None:
     """Replace Megatron's function if there is nothing to compile."""
     if find_spec(COMPILED) is not None:
-        utils.compile_helpers = _nothing
-
-
-def _nothing() -> None:
-    """Compile nothing."""
+        utils.compile_helpers = lambda: None

@@ -19,9 +19,7 @@ from megatron_smlp.collectives import gathered
 from megatron_smlp.data.blending import has_data
 from megatron_smlp.signals import held
 from megatron_smlp.training.data import run_datasets
-
-type PerChunk[T] = T | list[T]
-"""One, or with interleaved pipeline stages one per model chunk, as Megatron's schedules expect."""
+from megatron_smlp.training.parts import PerChunk, per_chunk
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class EvaluationSet:
     def batches(self) -> PerChunk[Iterator[Any]]:
         """Return an iterator over its micro-batches, starting at the first."""
         batches = _endless if self.micro_batches is None else _whole
-        return _per_chunk([batches(loader) for loader in self.loaders])
+        return per_chunk([batches(loader) for loader in self.loaders])
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ def build_batches(args: argparse.Namespace, say: Callable[[str], None], *, chunk
     test = _evaluation(args, "test", [datasets.test for datasets in built])
     is_over = args.skip_train or args.iteration >= args.train_iters
     return Batches(
-        train=None if is_over else _per_chunk([_training(args, d.train) for d in built]),
+        train=None if is_over else per_chunk([_training(args, d.train) for d in built]),
         valid=valid,
         test=[test] if args.eval_iters and has_data(args, "test") else [],
     )
@@ -133,7 +131,3 @@ def _begun(loader: Any) -> Iterator[Any]:
     """
     with torch.random.fork_rng(devices=[]), held(signal.SIGTERM):
         return iter(loader)
-
-
-def _per_chunk[T](chunks: list[T]) -> PerChunk[T]:
-    return chunks[0] if len(chunks) == 1 else chunks

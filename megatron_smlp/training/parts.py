@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +31,9 @@ from megatron_smlp.model import model_config
 from megatron_smlp.platform import cpu
 from megatron_smlp.plugins import register
 from megatron_smlp.training.same_everywhere import run_store
+
+type PerChunk[T] = T | list[T]
+"""One, or with interleaved pipeline stages one per model chunk, as Megatron's schedules expect."""
 
 
 @dataclass
@@ -148,18 +150,16 @@ def _connect(parts: Parts) -> None:
     config.grad_scale_func = parts.optimizer.scale_loss if parts.optimizer else None
     overlaps = isinstance(model[0], DistributedDataParallel) and args.overlap_grad_reduce
     if overlaps:
-        config.no_sync_func = _per_chunk(model, lambda chunk: chunk.no_sync)
+        config.no_sync_func = per_chunk([chunk.no_sync for chunk in model])
         if args.align_grad_reduce:
-            config.grad_sync_func = _per_chunk(model, lambda chunk: chunk.start_grad_sync)
+            config.grad_sync_func = per_chunk([chunk.start_grad_sync for chunk in model])
     if overlaps and args.overlap_param_gather and args.align_param_gather:
-        config.param_sync_func = _per_chunk(model, lambda chunk: chunk.start_param_sync)
+        config.param_sync_func = per_chunk([chunk.start_param_sync for chunk in model])
     config.finalize_model_grads_func = finalize_model_grads
 
 
-def _per_chunk(model: list[Any], method: Callable[[Any], Any]) -> Any:
-    """Return a function for a single chunk, a list for several, as Megatron's schedules expect."""
-    methods = [method(chunk) for chunk in model]
-    return methods[0] if len(methods) == 1 else methods
+def per_chunk[T](chunks: list[T]) -> PerChunk[T]:
+    return chunks[0] if len(chunks) == 1 else chunks
 
 
 def release(parts: Parts) -> None:
