@@ -209,10 +209,10 @@ class SMLPCache(Cache):
     and how many tokens each sample has."""
 
     def __init__(self, config: SMLPConfig) -> None:
-        self.longest = math.inf if config.reads_any_length else config.max_position_embeddings
+        longest = math.inf if config.reads_any_length else config.max_position_embeddings
         num_states = config.states_per_layer * config.num_layers
         num_states += config.input_projection == "minhash"
-        super().__init__(layers=[SMLPCacheLayer(self.longest) for _ in range(num_states)])
+        super().__init__(layers=[SMLPCacheLayer(longest) for _ in range(num_states)])
         self.num_columns = 0
         self.lengths: Tensor | None = None
         """<int64>[B], tokens of each sample; None: `num_columns` each."""
@@ -220,12 +220,6 @@ class SMLPCache(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the columns of `input_ids` so far, with padding: the unit of `generate`."""
         return self.num_columns
-
-    @property
-    def is_full(self) -> bool:
-        """Whether a sample has reached position T, from which on the model has no weights."""
-        end = self.num_columns if self.lengths is None else int(self.lengths.max())
-        return end >= self.longest
 
     def advance(self, num_columns: int, lengths: Tensor | None) -> None:
         self.num_columns += num_columns
@@ -1695,24 +1689,6 @@ class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
         routed = labels.masked_fill(positions <= config.prefix_length, -100)
         return torch.where((routed != -100).any(dim=1, keepdim=True), routed, labels)
 
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        next_sequence_length: int | None = None,
-        cache: SMLPCache | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """See transformers. If weights are sharded (FSDP, ZeRO-3), a rank that has finished keeps
-        stepping until the others have too: from position T on with one token and no cache."""
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(
-            *(input_ids, next_sequence_length, cache, attention_mask, inputs_embeds), **kwargs
-        )
-        if next_sequence_length == 1 and isinstance(cache, SMLPCache) and cache.is_full:
-            inputs.update(cache=None, use_cache=False)
-        return inputs
-
     def _prepare_position_ids_for_generation(self, *args: Any, **kwargs: Any) -> None:
         """Give `generate` none: the mask and the cache determine the positions."""
 
@@ -1721,14 +1697,10 @@ class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
     ) -> None:
         """Give `generate`, which calls this, our own kind of cache, whichever it would choose."""
         self._end_at_longest(generation_config, model_kwargs)
-        if kind := generation_config.cache_implementation:
-            logger.warning_once(f"cache_implementation={kind} is ignored: SMLPCache is taken")
-        cache = model_kwargs.get("cache")
-        if isinstance(cache, SMLPCache):
-            # On some devices transformers takes one step too many, but not with a user's own cache.
-            cache._is_user_defined = True
-        elif cache is None and generation_config.use_cache is not False:
+        if model_kwargs.get("cache") is None and generation_config.use_cache is not False:
             model_kwargs["cache"] = SMLPCache(self.config)
+        else:
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
     def _prepare_generated_length(self, generation_config: Any, **kwargs: Any) -> Any:
         """Note how many of the tokens that `generate` counts are the prompt's: none for embeddings,

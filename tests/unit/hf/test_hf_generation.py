@@ -131,17 +131,6 @@ def test_too_long_prompts_and_sequences_are_refused():
         model(make_ids(1, 1), cache=cache)
 
 
-def test_a_rank_that_has_come_to_position_t_steps_on():
-    """As needed with sharded weights, where each step of the other ranks needs all ranks."""
-    model, ids = make_model("gmlp"), make_ids(2, LONGEST)
-    cache = model(ids, use_cache=True).cache
-    inputs = model.prepare_inputs_for_generation(ids, 1, cache, use_cache=True)
-    output = model(**inputs)
-    assert output.logits.shape[:2] == (2, 1)
-    assert output.cache is None
-    assert cache.num_columns == LONGEST
-
-
 @pytest.mark.parametrize("columns", [LONGEST, LONGEST + 20])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("system", ["transformer", "smlp_partial", "minhash", "gshard"])
