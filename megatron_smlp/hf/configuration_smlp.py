@@ -4,7 +4,6 @@ Names are Megatron's where Megatron has one. `num_hidden_layers` and `seq_length
 aliases of `num_layers` and `max_position_embeddings`.
 """
 
-import math
 from fractions import Fraction
 from typing import Any
 
@@ -52,22 +51,6 @@ _IS_FOR = {
     "moe_router_enable_expert_bias": _TOP_K,
     "moe_shared_expert_intermediate_size": _TOP_K,
 }
-_POSITIVE = (
-    *("vocab_size", "hidden_size", "ffn_hidden_size", "num_layers", "num_attention_heads"),
-    *("num_query_groups", "max_position_embeddings", "spatial_heads", "tiny_attention_width"),
-    *("num_feature_experts", "rotary_base", "hash_count", "filter_size"),
-    *("moe_router_num_groups", "moe_router_group_topk"),
-)
-_OVER_ZERO = (
-    *("moe_train_capacity_factor", "moe_eval_capacity_factor", "moe_router_topk_scaling_factor"),
-    "moe_shared_expert_intermediate_size",
-)
-_LARGEST = {
-    **dict.fromkeys(("hidden_dropout", "attention_dropout", "layer_norm_epsilon"), 1),
-    **dict.fromkeys(("feature_aux_loss_coeff", "moe_aux_loss_coeff", "moe_z_loss_coeff"), math.inf),
-    **dict.fromkeys(("moe_router_bias_update_rate", "initializer_range"), math.inf),
-}
-"""The largest value that each may have; the smallest is 0."""
 
 
 @strict
@@ -225,10 +208,14 @@ class SMLPConfig(PreTrainedConfig):
             self.position_embedding_type = self._positions
         if self.token_router == "topk" and self.moe_router_topk is None:
             self.moe_router_topk = 2
+        if self.input_projection == "minhash":
+            self.tie_word_embeddings = False  # there is no table that the output layer could share
         self._check_choices()
-        self._check_input()
         self._check_widths()
-        self._check_experts()
+        if self.token_router != "none":
+            fewest = 2 if self.token_router == "gshard" else 1
+            what = f"be {fewest} or more with token_router={self.token_router}"
+            self._require("num_experts", (self.num_experts or 0) >= fewest, what)
         self._check_features()
 
     @property
@@ -257,12 +244,12 @@ class SMLPConfig(PreTrainedConfig):
         return self.moe_ffn_hidden_size or self.ffn_hidden_size
 
     def slots(self, index: int) -> tuple[str, str]:
-        """Return what fills the slots of layer `index`, token experts aside: the architecture or,
-        in a plugin's, its token mixer; and the channel mixer."""
+        """Return the names of what fills the slots of layer `index`, token experts aside."""
         if self._plugged:
             mixer, channel = self._plugged[index]
             return mixer, channel
-        return self.architecture, "mlp" if self.architecture in _FEED_FORWARD else "none"
+        mixer = _MIXER_OF.get(self.architecture, "spatial_gating")
+        return mixer, "mlp" if self.architecture in _FEED_FORWARD else "none"
 
     @property
     def _plugged(self) -> list[tuple[str, str]]:
@@ -331,98 +318,24 @@ class SMLPConfig(PreTrainedConfig):
             if value and value != "none" and not self._is(field, values):
                 kinds, given = " or ".join(values), getattr(self, field)
                 raise ValueError(f"{name}={value} is for {field}={kinds}, not {given}")
-        for name in _POSITIVE:
-            value = getattr(self, name)
-            self._require(name, value is None or value >= 1, "be 1 or more")
-        for name in _OVER_ZERO:
-            value = getattr(self, name)
-            is_possible = value is None or 0 < value < math.inf
-            self._require(name, is_possible, "be over 0 and finite, or None")
-        for name, largest in _LARGEST.items():
-            value = getattr(self, name) or 0
-            is_possible = 0 <= value <= largest and not math.isinf(value)
-            self._require(name, is_possible, f"be finite, and lie between 0 and {largest}")
-        self._require(
-            "unpadded_vocab_size",
-            (self.unpadded_vocab_size or 0) <= self.vocab_size,
-            f"be at most vocab_size={self.vocab_size}, or None",
-        )
-
-    def _check_input(self) -> None:
-        if self.input_projection == "minhash":
-            self.tie_word_embeddings = False  # there is no table that the output layer could share
-            length = self.max_position_embeddings
-            what = f"be 0 or more, and under max_position_embeddings={length}"
-            self._require("window", 0 <= self.window < length, what)
 
     def _check_widths(self) -> None:
         if self._attends:
-            self._check_divides("hidden_size=", self.hidden_size, "num_attention_heads")
-            self._check_heads()
+            self._check_divides("num_attention_heads", self.hidden_size, "hidden_size = ")
         else:
             allowed = [self._positions, *(["rope"] if self.architecture == "amlp" else [])]
             what = f"be {' or '.join(allowed)} with architecture={self.architecture}"
             is_possible = self.position_embedding_type in allowed
             self._require("position_embedding_type", is_possible, what)
-            if self.turning_base:
-                what = "be even: position_embedding_type='rope' turns pairs of features"
-                self._require("tiny_attention_width", self.tiny_attention_width % 2 == 0, what)
         if self.architecture == "mixer":
-            self._check_divides("hidden_size=", self.hidden_size, "spatial_heads")
+            self._check_divides("spatial_heads", self.hidden_size, "hidden_size = ")
         if self.architecture in _GATING:
-            gate_width = self.ffn_hidden_size / 2
             for name in ("spatial_heads", "num_chunks"):
-                self._check_divides("the gate width, ffn_hidden_size / 2 = ", gate_width, name)
+                width = self.ffn_hidden_size / 2
+                self._check_divides(name, width, "the gate width, ffn_hidden_size / 2 = ")
 
-    def _check_divides(self, what: str, width: float, name: str) -> None:
-        if width % getattr(self, name):
-            field = {"num_chunks": "num_feature_chunks"}.get(name, name)
-            raise ValueError(f"{field}={getattr(self, name)} must divide {what}{width:g}")
-
-    def _check_heads(self) -> None:
-        if self.num_query_groups is not None:
-            self._check_divides(
-                "num_attention_heads=", self.num_attention_heads, "num_query_groups"
-            )
-        width = self.hidden_size // self.num_attention_heads
-        if self.position_embedding_type == "rope" and width % 2:
-            raise ValueError(
-                f"position_embedding_type='rope' turns pairs of features: a head's width, "
-                f"hidden_size / num_attention_heads = {width}, must be even"
-            )
-
-    def _check_experts(self) -> None:
-        if self.token_router == "none":
-            return
-        fewest = 2 if self.token_router == "gshard" else 1
-        what = f"be {fewest} or more with token_router={self.token_router}"
-        self._require("num_experts", (self.num_experts or 0) >= fewest, what)
-        if self.token_router == "topk":
-            is_possible = 1 <= (self.moe_router_topk or 0) <= (self.num_experts or 0)
-            what = f"lie between 1 and num_experts={self.num_experts}"
-            self._require("moe_router_topk", is_possible, what)
-            self._check_groups()
-            if self.moe_router_enable_expert_bias:
-                is_possible = self.moe_router_score_function == "sigmoid"
-                self._require("moe_router_score_function", is_possible, "be sigmoid, with a bias")
-        layers = self.moe_layer_freq
-        if self.architecture != "smlp":
-            is_possible = (
-                layers >= 1
-                if isinstance(layers, int)
-                else (len(layers) == self.num_layers and {*layers} <= {0, 1})
-            )
-            what = f"be 1 or more, or a list with a 0 or 1 for each of num_layers={self.num_layers}"
-            self._require("moe_layer_freq", is_possible, what)
-
-    def _check_groups(self) -> None:
-        groups, chosen = self.moe_router_num_groups or 1, self.moe_router_group_topk or 1
-        experts, topk = self.num_experts or 0, self.moe_router_topk or 0
-        what = f"divide num_experts={experts}"
-        self._require("moe_router_num_groups", experts % groups == 0, what)
-        is_possible = topk % chosen == 0 and topk <= chosen * (experts // groups)
-        what = f"divide moe_router_topk={topk}, and choose groups of as many experts"
-        self._require("moe_router_group_topk", chosen <= groups and is_possible, what)
+    def _check_divides(self, name: str, width: float, what: str) -> None:
+        self._require(name, width % getattr(self, name) == 0, f"divide {what}{width:g}")
 
     def _check_features(self) -> None:
         if self.architecture != "smlp":

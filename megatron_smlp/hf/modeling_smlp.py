@@ -360,8 +360,7 @@ class SMLPAttention(nn.Module):
             default: h.
         rotary_base: base of RoPE; None: queries and keys are not rotated.
         width: of all heads together.
-        out_features: what the output projection maps to.
-        leads_back: whether its output is added to the residual.
+        out_features: what the output projection maps to; default: D, to be added to the residual.
         normed: whether queries and keys have a norm over d.
     """
 
@@ -372,8 +371,7 @@ class SMLPAttention(nn.Module):
         *,
         num_heads: int,
         width: int,
-        out_features: int,
-        leads_back: bool,
+        out_features: int | None = None,
         num_groups: int | None = None,
         rotary_base: int | None = None,
         normed: bool = False,
@@ -390,10 +388,11 @@ class SMLPAttention(nn.Module):
         head = width // num_heads
         self.q_norm = _build_norm(config, head) if normed else nn.Identity()
         self.k_norm = _build_norm(config, head) if normed else nn.Identity()
-        if leads_back:
-            self.out_proj = to_residual(config, width, bias=bias)
-        else:
-            self.out_proj = nn.Linear(width, out_features, bias=bias)
+        self.out_proj = (
+            nn.Linear(width, out_features, bias=bias)
+            if out_features
+            else to_residual(config, width, bias=bias)
+        )
 
     def forward(
         self, hidden: Tensor, layout: Layout, cache: SMLPCache | None
@@ -565,7 +564,6 @@ class SMLPSpatialGating(nn.Module):
     def __init__(self, config: SMLPConfig, layer_index: int, *, num_heads: int, num_experts: int):
         super().__init__()
         bias, width = config.add_bias_linear, config.gate_width
-        has_attention = config.architecture == "amlp"
         self.num_heads = num_heads
         self.cache_index = layer_index * config.states_per_layer
         self.activation = ACT2FN[config.hidden_act]
@@ -575,14 +573,13 @@ class SMLPSpatialGating(nn.Module):
         self.spatial = projection(num_experts, config.max_position_embeddings)
         self.down_proj = to_residual(config, width, bias=bias)
         self.tiny_attention: SMLPAttention | None = None
-        if has_attention:
+        if config.architecture == "amlp":
             self.tiny_attention = SMLPAttention(
                 config,
                 self.cache_index + 1,
                 num_heads=1,
                 width=config.tiny_attention_width,
                 out_features=width,
-                leads_back=False,
                 rotary_base=config.turning_base,
             )
 
@@ -892,14 +889,13 @@ class SMLPTokenMoE(nn.Module):
         seen = residual if self.routes_on_residual else hidden
         tokens, seen = (states.transpose(0, 1).flatten(0, 1) for states in (hidden, seen))
         ids = None if layout.input_ids is None else layout.input_ids.T.flatten()
-        if layout.valid is None:
-            routing = self.router(seen, ids, limited=not layout.cached)
-            output = self.experts(tokens, routing.experts, routing.weights)
-        else:
+        real: Any = slice(None)
+        if layout.valid is not None:
             real = layout.valid.T.flatten().nonzero()[:, 0]
-            ids = None if ids is None else ids[real]
-            routing = self.router(seen[real], ids, limited=not layout.cached)
-            output = self.experts(tokens[real], routing.experts, routing.weights)
+        ids = None if ids is None else ids[real]
+        routing = self.router(seen[real], ids, limited=not layout.cached)
+        output = self.experts(tokens[real], routing.experts, routing.weights)
+        if layout.valid is not None:
             output = torch.zeros_like(tokens).index_copy(0, real, output.to(tokens.dtype))
         loss = _add(routing.loss, self._z_loss(routing.scores))
         return output.unflatten(0, (hidden.shape[1], -1)).transpose(0, 1), loss
@@ -1216,8 +1212,6 @@ def _attention(config: SMLPConfig, index: int) -> nn.Module:
         index * config.states_per_layer,
         num_heads=config.num_attention_heads,
         width=config.hidden_size,
-        out_features=config.hidden_size,
-        leads_back=True,
         num_groups=config.num_query_groups,
         rotary_base=config.turning_base,
         normed=config.qk_layernorm,
@@ -1235,18 +1229,12 @@ def _spatial_gating(config: SMLPConfig, index: int) -> nn.Module:
 
 
 _MIXERS: dict[str, Any] = {
-    "transformer": _attention,
-    "gmlp": _spatial_gating,
-    "amlp": _spatial_gating,
-    "smlp": _spatial_gating,
-    "mixer": SMLPMaskedMixer,
-    # In layers of a plugin's architecture, by their names in Megatron's model.
     "attention": _attention,
     "spatial_gating": _spatial_gating,
     "masked_mixer": SMLPMaskedMixer,
 }
-"""Functions that build the mixer of a layer from the configuration and the layer's number, by the
-architecture."""
+"""Functions that build the mixer of a layer from the configuration and the layer's number, by its
+name in Megatron's model."""
 
 
 class _Hosted(dict[str, Any]):

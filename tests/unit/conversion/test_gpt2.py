@@ -92,7 +92,7 @@ def test_older_files(tmp_path: Path):
     [
         ({"activation_function": "relu"}, "activation_function='relu' cannot be imported"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
-        ({"n_head": 5}, "num_attention_heads=5 must divide hidden_size=32"),
+        ({"n_head": 5}, "num_attention_heads=5: must divide hidden_size = 32"),
         ({"n_layer": "many"}, "n_layer"),
     ],
 )
