@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
@@ -11,9 +11,8 @@ from megatron_smlp.data.tokenizers.spec import UnencodableTextError
 from megatron_smlp.generation.language_model import LanguageModel
 
 MOST_ANSWERS = 128
-"""Limit on the prompts times `n` of one request."""
+"""Limit on the answers to one prompt, which are generated together."""
 MOST_LOGPROBS = 20
-MOST_STOPS = 16
 DEFAULT_MAX_TOKENS = 16
 
 
@@ -55,7 +54,7 @@ class CompletionRequest(BaseModel):
     echo: bool = False
     stream: bool = False
     stream_options: dict[Literal["include_usage"], bool] = {}
-    stop: str | Annotated[list[str], Field(max_length=MOST_STOPS)] = []
+    stop: str | list[str] = []
     user: Any = None
     """The client's name, which has no effect."""
 
@@ -102,11 +101,6 @@ def parse(body: bytes, lm: LanguageModel) -> Asked:
         check_model(given.model, lm)
     stops = [given.stop] if isinstance(given.stop, str) else given.stop
     prompt = _several(given.prompt)
-    if len(prompt) * given.n > MOST_ANSWERS:
-        raise RequestError(
-            f"{len(prompt)} prompts times n={given.n} exceed {MOST_ANSWERS} answers",
-            name="prompt",
-        )
     prompts = _ids(prompt, lm)
     return Asked.model_construct(
         **given.model_dump(exclude={"prompt", "max_tokens", "stop", "top_k"}),
