@@ -20,7 +20,6 @@ from megatron_smlp.durable import write_durably
 
 DIGEST_BYTES = 32
 THREADS = 4  # per process; hashlib releases the GIL while it computes
-LINE = re.compile(r"([0-9a-f]{64})  ([^/\n]+)")
 OWN_FILES = re.compile(r"__(\d+)_\d+\.distcp")
 SHARE = ".checksums-{rank}"
 
@@ -48,11 +47,9 @@ def format_sums(sums: Sums) -> str:
     return "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
 
 
-def parse_sums(text: str) -> dict[str, str] | None:
-    """Return checksums by file name; None if the text is not what `format_sums` writes."""
-    matches = [LINE.fullmatch(line) for line in text.removesuffix("\n").split("\n")]
-    sums = {match[2]: match[1] for match in matches if match}
-    return sums if len(sums) == len(matches) and format_sums(sums) == text else None
+def parse_sums(text: str) -> dict[str, str]:
+    """Return checksums by file name, from what `format_sums` wrote."""
+    return {name: digest for digest, name in (line.split("  ", 1) for line in text.splitlines())}
 
 
 def write_share(folder: Path, *, rank: int) -> None:
@@ -61,7 +58,7 @@ def write_share(folder: Path, *, rank: int) -> None:
         p for p in folder.iterdir() if (m := OWN_FILES.fullmatch(p.name)) and int(m[1]) == rank
     ]
     if shards:
-        (folder / SHARE.format(rank=rank)).write_text(format_sums(sums_of(shards)), "utf-8")
+        write_durably(folder / SHARE.format(rank=rank), format_sums(sums_of(shards)))
 
 
 def seal(folder: Path) -> None:
@@ -79,24 +76,20 @@ def seal(folder: Path) -> None:
 def _taken(share: Path) -> dict[str, str]:
     text = share.read_text(encoding="utf-8")
     share.unlink()
-    return parse_sums(text) or {}
+    return parse_sums(text)
 
 
 def read_sums(folder: Path) -> tuple[dict[str, str], list[str]]:
     """Return the checksums of one of our checkpoints, and the problems of its checksum files."""
-    lists: dict[str, dict[str, str] | None] = {}
-    problems = []
     for name in (SUMS, MARKER):
-        try:
-            lists[name] = parse_sums((folder / name).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            problems.append(f"{name} is missing")
-        except (OSError, UnicodeDecodeError) as error:
-            problems.append(f"{name} cannot be read ({error})")
-    sums = lists.get(SUMS)
-    if not problems and (sums is None or lists[MARKER] != {SUMS: file_sum(folder / SUMS)}):
-        problems.append(f"{SUMS} or {MARKER} is damaged")
-    return sums or {}, problems
+        if not (folder / name).exists():
+            return {}, [f"{name} is missing"]
+    try:
+        if (folder / MARKER).read_bytes() == format_sums({SUMS: file_sum(folder / SUMS)}).encode():
+            return parse_sums((folder / SUMS).read_text(encoding="utf-8")), []
+    except OSError as error:
+        return {}, [f"{SUMS} or {MARKER} cannot be read ({error.strerror})"]
+    return {}, [f"{SUMS} or {MARKER} is damaged"]
 
 
 def problems_in(folder: Path, sums: Sums) -> list[str]:
