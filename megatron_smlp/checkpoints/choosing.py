@@ -7,26 +7,15 @@ file system this may take longer than a collective's timeout, hence first_rank.p
 from __future__ import annotations
 
 import argparse
-import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from megatron_smlp.checkpoints import integrity
-from megatron_smlp.checkpoints.folders import (
-    TRACKER,
-    check_listing,
-    folders_to_try,
-    is_ours,
-    is_same_folder,
-    iteration_of,
-    tidy,
-    tracked_iteration,
-)
+from megatron_smlp.checkpoints.folders import folders_to_try, is_ours, iteration_of, tidy
 from megatron_smlp.checkpoints.resume_checks import check_same_model, compare_run
 from megatron_smlp.collectives import from_first_rank, gathered
-from megatron_smlp.durable import write_durably
 from megatron_smlp.errors import NoGoodCheckpointError
 from megatron_smlp.first_rank import await_all_ranks, first_rank_first
 
@@ -48,7 +37,6 @@ def choose_checkpoint(args: argparse.Namespace, say: Say) -> Path | None:
             for name in tidy(args.save) if args.save else []:
                 say(f"removed {name}, left in {args.save} by an interrupted save or deletion")
             if args.load:
-                check_listing(args.load)
                 folders = folders_to_try(args.load, args.ckpt_step)
     args.load, folders = from_first_rank((args.load, folders))
     if not folders:
@@ -60,10 +48,6 @@ def choose_checkpoint(args: argparse.Namespace, say: Say) -> Path | None:
     compare_run(args, iteration, say)
     if iteration != args.ckpt_step:
         check_same_model(args, iteration)
-        is_unnamed = args.rank == 0 and tracked_iteration(args.load) != iteration
-        if is_unnamed and is_same_folder(args.load, args.save):
-            with contextlib.suppress(OSError):  # only other programs need it: a run looks itself
-                write_durably(Path(args.load) / TRACKER, str(iteration))
     return folder
 
 

@@ -107,15 +107,10 @@ def check_listing(run: str | Path) -> None:
     """Check, at a start, that `iterations` finds nothing only where there is nothing.
 
     Raises:
-        UsageError: the folder may not be read.
-        OSError: it cannot be listed for now, as on a stale mount.
+        OSError: the folder cannot be listed, as on a stale mount.
     """
-    try:
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         next(Path(run).iterdir(), None)
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-    except PermissionError as error:
-        raise UsageError(f"{run} cannot be read: {error.strerror}.") from error
 
 
 def iterations(run: str | Path) -> list[int]:
