@@ -9,15 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_smlp.checkpoints.folders import iteration_of
-from megatron_smlp.checkpoints.model_record import written_in
+from megatron_smlp.checkpoints.folders import MODEL, iteration_of
+from megatron_smlp.checkpoints.integrity import read_record
 from megatron_smlp.checkpoints.reader import TorchDistReader
 from megatron_smlp.checkpoints.run_record import read_run_record
 
 
 def describe(folder: Path) -> dict[str, Any]:
     """Return iteration, layout, tokenizer, the flags that were given, and those of the model."""
-    flags = written_in(folder)
     record = read_run_record(folder) or {}
     return {
         "checkpoint": str(folder),
@@ -25,7 +24,7 @@ def describe(folder: Path) -> dict[str, Any]:
         "layout": record.get("layout"),
         "tokenizer": record.get("tokenizer"),
         "command_line": " ".join(record.get("command_line", [])) or None,
-        "model": flags,
+        "model": read_record(folder, MODEL),
     }
 
 

@@ -8,12 +8,14 @@ written last. The hash is BLAKE2b with 256 bits; it detects accidents, not tampe
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from megatron_smlp.checkpoints.folders import MARKER, SUMS, is_ours
 from megatron_smlp.durable import write_durably
@@ -126,3 +128,13 @@ def verify(folder: Path) -> list[str]:
     """Return a checkpoint's problems, one sentence each; an intact one has none."""
     sums, problems = plan(folder)
     return problems or problems_in(folder, sums)
+
+
+def read_record(folder: Path, name: str) -> dict[str, Any] | None:
+    """Return the object in a JSON file; None if it is missing or does not match its checksum."""
+    sums, problems = plan(folder)
+    if problems or not (folder / name).exists():
+        return None
+    if problems_in(folder, {name: sums[name]} if name in sums else {}):
+        return None
+    return dict(json.loads((folder / name).read_text(encoding="utf-8")))

@@ -7,14 +7,13 @@ read without torch and without unpickling anything.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 from megatron_smlp import plugin_texts
 from megatron_smlp.checkpoints.folders import MODEL, folder_at
-from megatron_smlp.checkpoints.integrity import problems_in, read_sums
-from megatron_smlp.errors import DamagedCheckpointError, UsageError
+from megatron_smlp.checkpoints.integrity import read_record
+from megatron_smlp.errors import UsageError
 from megatron_smlp.options import MODEL_FLAGS, model_defaults
 
 
@@ -45,19 +44,7 @@ def read_model_flags(checkpoint: str | Path, iteration: int | None = None) -> di
         UsageError: it was written with a plugin that was not given, or that has another text.
     """
     folder = folder_at(checkpoint, iteration)
-    if folder is None or not _is_whole(folder):
-        return {}
-    try:
-        flags = written_in(folder)
-    except DamagedCheckpointError:
-        return {}
-    return {} if flags is None else _completed(flags, folder)
-
-
-def _is_whole(folder: Path) -> bool:
-    """Return whether model.json matches its checksum, if the checkpoint has one."""
-    sums, _ = read_sums(folder)
-    return MODEL not in sums or not problems_in(folder, {MODEL: sums[MODEL]})
+    return (_completed(folder) if folder else None) or {}
 
 
 def flags_in(folder: Path) -> dict[str, Any]:
@@ -65,32 +52,19 @@ def flags_in(folder: Path) -> dict[str, Any]:
 
     Raises:
         UsageError: it was not written by us, or with a plugin that was not given.
-        DamagedCheckpointError: model.json cannot be read as a JSON object.
     """
-    flags = written_in(folder)
+    flags = _completed(folder)
     if flags is None:
         raise UsageError(
             f"{folder} has no {MODEL}, which pretrain_smlp.py writes with each checkpoint."
         )
-    return _completed(flags, folder)
+    return flags
 
 
-def _completed(flags: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _completed(folder: Path) -> dict[str, Any] | None:
     """Add the defaults that model.json leaves out, once its plugins are known to be named."""
+    flags = read_record(folder, MODEL)
+    if flags is None:
+        return None
     plugin_texts.require(flags.get("plugins", {}), str(folder))
     return {**model_defaults(), **flags}
-
-
-def written_in(folder: Path) -> dict[str, Any] | None:
-    """Return the content of model.json, whatever plugins it needs; None if the file is missing.
-
-    Raises:
-        DamagedCheckpointError: it cannot be read as a JSON object.
-    """
-    path = folder / MODEL
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError, TypeError) as error:
-        raise DamagedCheckpointError(f"{path} is not a JSON object ({error}).") from error

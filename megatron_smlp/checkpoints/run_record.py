@@ -95,12 +95,4 @@ def write_records(folder: Path, model: Mapping[str, Any], run: Mapping[str, Any]
 
 def read_run_record(folder: Path) -> dict[str, Any] | None:
     """Return the contents of run.json; None if it is missing or does not match its checksum."""
-    try:
-        text = (folder / RUN).read_text(encoding="utf-8")
-        sums, problems = integrity.read_sums(folder)
-        if problems or integrity.problems_in(folder, {RUN: sums.get(RUN, "")}):
-            return None
-        record: dict[str, Any] = json.loads(text)
-    except (OSError, ValueError):
-        return None
-    return record
+    return integrity.read_record(folder, RUN)

@@ -61,15 +61,3 @@ def test_a_config_that_lies(exported: Path, tmp_path: Path, lie: Any, named: str
         assert "\n" not in refusals[-1]
     assert any(named in refusal for refusal in refusals), refusals
     assert not (tmp_path / "run").exists()
-
-
-def test_flags_of_a_checkpoint(exported: Path, tmp_path: Path):
-    run(from_hf, exported, tmp_path / "run", checks=False)
-    path = TorchDistCheckpoint(tmp_path / "run").folder / "model.json"
-    flags = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps([flags]), encoding="utf-8")
-    for name in (SUMS, MARKER):
-        (path.parent / name).unlink()
-    seal(path.parent)  # checksums do not protect from intent
-    with pytest.raises(UserError, match="not a JSON object"):
-        run(convert.torch_dist_to_hf, tmp_path / "run", tmp_path / "hf", checks=False)
