@@ -28,7 +28,7 @@ class SafetensorsFolder:
 
     Raises:
         UsageError: there is no such file in the folder.
-        DamagedCheckpointError: a file is missing or damaged, or contradicts the index.
+        DamagedCheckpointError: a file is missing or damaged.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -36,22 +36,11 @@ class SafetensorsFolder:
         self.specs: dict[str, Spec] = {}
         self._places: dict[str, tuple[Path, str]] = {}
         """A tensor's name -> its file, and its name there."""
-        index, single = _read_index(self.folder / INDEX), self.folder / SINGLE
-        if index is None and not single.is_file():
-            raise UsageError(
-                f"{self.folder} holds neither {SINGLE} nor {INDEX}: give the folder of a Hugging "
-                "Face model with safetensors weights."
-            )
-        held = set()
-        for path in sorted({self.folder / file for file in index.values()} if index else [single]):
+        for path in _files(self.folder):
             with _opened(path) as file:
                 for name in file.keys():  # noqa: SIM118 - it is no mapping
                     self.specs[name] = Spec.of(file.get_tensor(name))  # mapped, not read
                     self._places[name] = path, name
-                    held.add((name, path.name))
-        if index is not None and (wrong := held ^ set(index.items())):
-            name, place = min(wrong)
-            raise DamagedCheckpointError(f"{self.folder / place} and {INDEX} disagree on {name}.")
 
     def read(self, name: str, row: int | None = None) -> Tensor:
         """Return one tensor, or one row of it; its memory maps the file until it is changed."""
@@ -61,16 +50,9 @@ class SafetensorsFolder:
         return tensor
 
     def rename(self, renamed: Callable[[str], str]) -> None:
-        """Rename the tensors.
-
-        Raises:
-            UsageError: two would get the same name.
-        """
-        for name in list(self.specs):
-            new = renamed(name)
-            if new != name and new in self.specs:
-                raise UsageError(f"{self.folder} holds both {name} and {new}.")
-            self.specs[new], self._places[new] = self.specs.pop(name), self._places.pop(name)
+        """Rename the tensors."""
+        self.specs = {renamed(name): spec for name, spec in self.specs.items()}
+        self._places = {renamed(name): place for name, place in self._places.items()}
 
     def leave_out(self, names: re.Pattern[str]) -> None:
         """Drop tensors that are not weights."""
@@ -92,18 +74,17 @@ class SafetensorsFolder:
         del self.specs[head]
 
 
-def _read_index(path: Path) -> dict[str, str] | None:
-    if not path.is_file():
-        return None
-    try:
-        weights = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        files = {str(name): str(file) for name, file in weights.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DamagedCheckpointError(f"{path} is not an index of safetensors files.") from error
-    for file in files.values():
-        if Path(file).name != file:
-            raise UsageError(f"{path} names {file}, which is in another folder.")
-    return files
+def _files(folder: Path) -> list[Path]:
+    index = folder / INDEX
+    if index.is_file():
+        weights = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return [folder / file for file in sorted(set(weights.values()))]
+    if not (folder / SINGLE).is_file():
+        raise UsageError(
+            f"{folder} holds neither {SINGLE} nor {INDEX}: give the folder of a Hugging Face "
+            "model with safetensors weights."
+        )
+    return [folder / SINGLE]
 
 
 @contextlib.contextmanager

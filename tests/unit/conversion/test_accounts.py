@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -95,31 +94,9 @@ def test_a_wrong_tensor_of_a_checkpoint_is_named(
     assert not (tmp_path / "hf").exists()
 
 
-GOOD = '{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}'
-LIES = [(GOOD.replace("[2]", "[4]"), 8), (GOOD, 9), (GOOD, 7)]
-
-
-@pytest.mark.parametrize(("text", "size"), [*LIES, ("[" * 100_000, 8)])
-def test_a_lying_header_is_refused(tmp_path: Path, text: str, size: int):
-    content = struct.pack("<Q", len(text)) + text.encode() + bytes(size)
-    (tmp_path / "model.safetensors").write_bytes(content)
+def test_a_damaged_file_is_named(tmp_path: Path):
+    (tmp_path / "model.safetensors").write_bytes(b"\x08" + bytes(15))
     with pytest.raises(UserError, match=r"model\.safetensors [^\n]*$"):
-        SafetensorsFolder(tmp_path)
-
-
-@pytest.mark.parametrize("place", [None, "model-00002-of-00002.safetensors"])
-def test_an_index_that_lies_is_refused(tmp_path: Path, place: str | None):
-    """It omits a tensor, or places it in another tensor's file."""
-    tensors = {name: torch.ones(4) for name in "abc"}
-    specs = {name: Spec.of(tensor) for name, tensor in tensors.items()}
-    write_folder(tmp_path, specs, tensors.items(), limit=specs["a"].nbytes * 2)
-    assert_same(folder_weights(tmp_path), tensors)
-    path = tmp_path / "model.safetensors.index.json"
-    index = json.loads(path.read_text())
-    places = index["weight_map"] | {"a": place}
-    index["weight_map"] = {name: file for name, file in places.items() if file}
-    path.write_text(json.dumps(index))
-    with pytest.raises(UserError, match="disagree on a"):
         SafetensorsFolder(tmp_path)
 
 
