@@ -175,19 +175,14 @@ def lock_folder(folder: Path) -> IO[bytes]:
     Raises:
         BlockingIOError: another process holds the lock.
     """
-    path = folder / LOCK
-    while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):  # its owner has just removed it: try again
-            file = path.open("wb")
-            try:
-                lock_if_possible(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
-                    return file
-                file.close()
-            except BaseException:
-                file.close()
-                raise
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / LOCK).open("wb")
+    try:
+        lock_if_possible(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise
+    return file
 
 
 def empty_locked(folder: Path) -> None:
@@ -198,15 +193,6 @@ def empty_locked(folder: Path) -> None:
 
 
 def remove_locked(folder: Path, lock: IO[bytes]) -> None:
-    """Remove a locked folder and close its lock. The lock file goes last: whoever takes the folder
-    after that creates a new one, which is left alone.
-
-    Files that NFS keeps for a while, because an error left them open, stay behind.
-    """
-    with contextlib.suppress(OSError):
-        empty_locked(folder)
-    with contextlib.suppress(OSError):
-        (folder / LOCK).unlink()
+    """Remove a locked folder and close its lock; what NFS keeps for a while stays behind."""
+    shutil.rmtree(folder, ignore_errors=True)
     lock.close()
-    with contextlib.suppress(OSError):
-        folder.rmdir()
