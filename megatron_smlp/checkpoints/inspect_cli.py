@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from megatron_smlp.checkpoints.folders import checkpoint_of
@@ -16,17 +15,16 @@ from megatron_smlp.library_logging import silence_libraries
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(description="Show, compare or verify checkpoints.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, count, summary, answer in (
-        ("show", 1, "iteration, model, tensors with shapes and norms", _show),
-        ("diff", 2, "tensors that differ; exit 0 if none does, else 1", _diff),
-        ("verify", 1, "compare all checksums; exit 0 or 1", _verify),
+    for name, count, summary in (
+        ("show", 1, "iteration, model, tensors with shapes and norms"),
+        ("diff", 2, "tensors that differ; exit 0 if none does, else 1"),
+        ("verify", 1, "compare all checksums; exit 0 or 1"),
     ):
         command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
         command.add_argument(
             "folders", nargs=count, metavar="DIR", help="folder of a run (its newest), or iter_*"
         )
         command.add_argument("--json", action="store_true", help="one JSON object")
-        command.set_defaults(answer=answer)
     return parser
 
 
@@ -38,31 +36,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = build_parser().parse_args(argv)
     silence_libraries()
-    answer, code = args.answer(*map(checkpoint_of, args.folders))
+    # Imported late, as torch takes seconds.
+    from megatron_smlp.checkpoints import inspection
+
+    answer, code = getattr(inspection, args.command)(*map(checkpoint_of, args.folders))
     print(json.dumps(answer, indent=1) if args.json else "\n".join(_lines(answer)))
     return code
-
-
-def _show(folder: Path) -> tuple[dict[str, Any], int]:
-    from megatron_smlp.checkpoints.inspection import describe, tensor_rows
-
-    return {**describe(folder), "tensors": list(tensor_rows(folder))}, 0
-
-
-def _diff(first: Path, second: Path) -> tuple[dict[str, Any], int]:
-    from megatron_smlp.checkpoints.inspection import differences
-
-    rows = list(differences(first, second))
-    return {"checkpoints": [str(first), str(second)], "differences": rows}, int(bool(rows))
-
-
-def _verify(folder: Path) -> tuple[dict[str, Any], int]:
-    from megatron_smlp.checkpoints.folders import is_ours
-    from megatron_smlp.checkpoints.integrity import verify
-
-    problems = verify(folder)
-    answer = {"checkpoint": str(folder), "has_checksums": is_ours(folder), "problems": problems}
-    return answer, int(bool(problems))
 
 
 def _lines(answer: dict[str, Any]) -> list[str]:

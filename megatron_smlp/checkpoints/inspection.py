@@ -9,23 +9,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_smlp.checkpoints.folders import MODEL, iteration_of
-from megatron_smlp.checkpoints.integrity import read_record
+from megatron_smlp.checkpoints import integrity
+from megatron_smlp.checkpoints.folders import MODEL, is_ours, iteration_of
 from megatron_smlp.checkpoints.reader import TorchDistReader
 from megatron_smlp.checkpoints.run_record import read_run_record
 
 
-def describe(folder: Path) -> dict[str, Any]:
-    """Return iteration, layout, tokenizer, the flags that were given, and those of the model."""
+def show(folder: Path) -> tuple[dict[str, Any], int]:
+    """Return what `inspect_checkpoint.py show` prints, and its exit code."""
     record = read_run_record(folder) or {}
-    return {
+    answer = {
         "checkpoint": str(folder),
         "iteration": iteration_of(folder),
         "layout": record.get("layout"),
         "tokenizer": record.get("tokenizer"),
         "command_line": " ".join(record.get("command_line", [])) or None,
-        "model": read_record(folder, MODEL),
+        "model": integrity.read_record(folder, MODEL),
+        "tensors": list(tensor_rows(folder)),
     }
+    return answer, 0
+
+
+def diff(first: Path, second: Path) -> tuple[dict[str, Any], int]:
+    """Return what `inspect_checkpoint.py diff` prints, and its exit code."""
+    rows = list(differences(first, second))
+    return {"checkpoints": [str(first), str(second)], "differences": rows}, int(bool(rows))
+
+
+def verify(folder: Path) -> tuple[dict[str, Any], int]:
+    """Return what `inspect_checkpoint.py verify` prints, and its exit code."""
+    problems = integrity.verify(folder)
+    answer = {"checkpoint": str(folder), "has_checksums": is_ours(folder), "problems": problems}
+    return answer, int(bool(problems))
 
 
 def tensor_rows(folder: Path) -> Iterator[dict[str, Any]]:
