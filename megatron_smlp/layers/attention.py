@@ -46,7 +46,7 @@ class CausalCoreAttention(DotProductAttention):
     """Megatron's DotProductAttention, computed by `attend`; takes the same arguments.
 
     Raises:
-        ValueError: a setting is not supported (window, sink softmax).
+        ValueError: a setting is not supported (window, sink softmax, packed sequences).
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -76,6 +76,11 @@ class CausalCoreAttention(DotProductAttention):
         The mask is causal; under --reset-attention-mask it is <bool>[B, 1, T, T], True where a
         position is masked out.
         """
+        mask_type = attn_mask_type or self.attn_mask_type
+        if packed_seq_params is not None or attention_bias is not None:
+            raise ValueError("Packed sequences and attention bias need Transformer Engine.")
+        if mask_type is not AttnMaskType.causal:
+            raise ValueError(f"Only the causal mask is supported here, not {mask_type}.")
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         dropout = self.attention_dropout.p if self.training else 0.0
         # Ranks hold different heads and draw apart; with sequence parallelism the whole layer does.

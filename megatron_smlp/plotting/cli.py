@@ -57,7 +57,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the tool."""
+    """Run the tool.
+
+    Raises:
+        UsageError: matplotlib is missing, a run cannot be read, or --output cannot be created.
+    """
     args = build_parser().parse_args(argv)
     require_package("matplotlib", purpose="a plot", extra="'megatron-smlp[plots]'")
     from megatron_smlp.plotting.series import read_runs

@@ -33,6 +33,9 @@ def read_runs(paths: Sequence[Path], *, labels: Sequence[str] | None = None) -> 
 
     Args:
         labels: one per run; default: the part in which their paths differ.
+
+    Raises:
+        UsageError: the number of labels is wrong, or `read_run` raises it.
     """
     names = list(labels) if labels else default_labels(paths)
     if len(names) != len(paths):
@@ -51,7 +54,11 @@ def default_labels(paths: Sequence[Path]) -> list[str]:
 
 
 def read_run(path: Path, *, label: str) -> Run:
-    """Read one run."""
+    """Read one run.
+
+    Raises:
+        UsageError: there is no such file, a line is not a record, or no step is recorded.
+    """
     file = path / FILE_NAME if path.is_dir() else path
     present = read_records(file)
     training, validation = (_by_iteration(present, name) for name in ("loss", "validation_loss"))

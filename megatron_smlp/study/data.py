@@ -35,7 +35,11 @@ class StudyData:
         return [*named, *kind]
 
     def check_vocabulary(self, size: int) -> None:
-        """Check that the tokenizer has the vocabulary size that the study counts FLOPs for."""
+        """Check that the tokenizer has the vocabulary size that the study counts FLOPs for.
+
+        Raises:
+            UsageError: they differ; the message has both numbers.
+        """
         from tokenizers import Tokenizer
 
         tokenizer = Tokenizer.from_file(str(self.folder / TOKENIZER / "tokenizer.json"))
@@ -46,7 +50,11 @@ class StudyData:
             )
 
     def contents(self) -> dict[str, str]:
-        """Return the checksum of each dataset and of the tokenizer."""
+        """Return the checksum of each dataset and of the tokenizer.
+
+        Raises:
+            UsageError: a file is missing or cannot be read.
+        """
         try:
             content = {split: content_of(self.prefix(split)) for split in SPLITS}
             files = sorted(path for path in (self.folder / TOKENIZER).iterdir() if path.is_file())

@@ -49,6 +49,9 @@ def evaluate_finals(
     Args:
         tasks: tasks of lm-evaluation-harness; if empty, only the loss is evaluated.
         data_dir: local files of the tasks; None loads them from the Hub.
+
+    Raises:
+        UsageError: an evaluation failed.
     """
     finals = [run for run in known.plan().runs if _is_final(known, run)]
     known_already = results.evaluations
@@ -85,6 +88,10 @@ def export_best(known: State, system: str, folder: Path, more: Sequence[str]) ->
 
     Args:
         more: further arguments of tools/convert_checkpoint.py.
+
+    Raises:
+        UsageError: none of its runs to the longest horizon has a checkpoint on this machine, or
+            the folder is not empty.
     """
     from megatron_smlp.conversion import cli
 

@@ -24,6 +24,9 @@ def price_lines(
 
     Args:
         runs: the runs that are left to do.
+
+    Raises:
+        UsageError: a system cannot be partitioned over this many GPUs.
     """
     if study.cluster is None:
         yield from _hours_of_a_worker(systems, runs, tables, study)

@@ -26,6 +26,9 @@ def time_systems(
 
     Each round begins with a different system, and each system with a matrix product, which shows
     how fast the machine is at that time.
+
+    Raises:
+        UsageError: a run failed.
     """
     names, speed = list(known.systems), known.study.speed
     with Progress(speed.rounds * len(names)) as progress:

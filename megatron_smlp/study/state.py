@@ -199,6 +199,9 @@ def check_unchanged(before: dict[str, Any], now: dict[str, Any], *, where: Path)
 
     Systems may be added, seeds may be appended, and the keys in MAY_CHANGE may change: existing
     runs keep their hashes. The values of a system's flags matter, but not where they are written.
+
+    Raises:
+        UsageError: the study has changed; the message has the differences.
     """
     names = before["study"]["systems"]
     old, new = (_of_systems(side, names) for side in (before, now))

@@ -11,12 +11,8 @@ import pytest
 from support.conversions import from_hf, run, save_exported
 from support.smlp_systems import make_model
 
-from megatron_smlp.checkpoints.folders import MARKER, SUMS
-from megatron_smlp.checkpoints.integrity import seal
-from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
-from megatron_smlp.conversion import convert
 from megatron_smlp.conversion.huggingface import check_folder
-from megatron_smlp.errors import UsageError, UserError
+from megatron_smlp.errors import UsageError
 from megatron_smlp.generation import language_model
 
 
