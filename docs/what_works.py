@@ -34,7 +34,7 @@ SYSTEMS = (
 )
 DATA = "--mock-data --tokenizer-type NullTokenizer --vocab-size 50257"
 TP, PP = "--tensor-model-parallel-size 2", "--pipeline-model-parallel-size {stages}"
-PROBES = "cuda_without_a_gpu/test_probes.py"
+BUDGET = "cuda_without_a_gpu/test_device_budget.py"
 LAYOUTS = "invariants/test_layouts.py"
 RECOMPUTED = "unit/layers/test_recompute.py"
 MUON = "invariants/test_muon.py"
@@ -82,7 +82,7 @@ ROWS = (
         RECOMPUTED,
     ),
     Row("selective recomputation", "--recompute-granularity selective", RECOMPUTED),
-    Row("CUDA graphs", "--cuda-graph-impl local", PROBES, is_for_gpus=True),
+    Row("CUDA graphs", "--cuda-graph-impl local", BUDGET, is_for_gpus=True),
     Row("Toeplitz matrices", "--toeplitz", LAYOUTS),
     Row("rotary positions", "--position-embedding-type rope", LAYOUTS),
     Row("SwiGLU", "--swiglu", LAYOUTS),
