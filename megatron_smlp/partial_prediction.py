@@ -51,8 +51,9 @@ def suffix_start(options: Any) -> int:
     given, seq_length = options.suffix_from, options.seq_length
     if given is None:
         return prefix_length(options, seq_length=seq_length)
-    position = Fraction(str(given)) * (seq_length if given < 1 else 1)
-    if not 1 <= position < seq_length or (given >= 1 and position.denominator != 1):
+    inside = 0 < given < seq_length
+    position = Fraction(str(given)) * (seq_length if given < 1 else 1) if inside else Fraction(0)
+    if position < 1 or (given >= 1 and position.denominator != 1):
         raise UsageError(
             f"--suffix-from {given:g}: give a whole position over 0 and under --seq-length "
             f"{seq_length}, or an equivalent fraction such as 0.2; or leave it out."

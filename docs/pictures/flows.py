@@ -58,7 +58,7 @@ def channel_flow(shape: ModelShape, slots: LayerSlots) -> Flow:
     if slots.channel == "mlp":
         columns = [["SwiGLU(x W1)" if shape.gated_mlp else "GELU(x W1)"], ["W2"]]
         return Flow("channel mixer: FFN", COLOURS["mlp"], columns)
-    router, experts = shape.token_router, shape.num_experts
+    router, experts = shape.options.token_router, shape.num_experts
     columns = [[f"router: {router}"], ["FFN 1", "FFN 2", DOTS, f"FFN {experts}"], ["weighed sum"]]
     title = f"channel mixer: token MoE, {shape.moe_router_topk} of {experts} experts a token"
     return Flow(title, COLOURS["token_moe"], columns)

@@ -543,6 +543,9 @@ class Stream:
     def synchronize(self) -> None:
         _synchronised("stream")
 
+    def is_capturing(self) -> bool:
+        return False
+
     def query(self) -> bool:
         return True
 

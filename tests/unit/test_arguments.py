@@ -326,6 +326,7 @@ def checkpoint(args: Any, folder: Path) -> None:
     """Write what the check reads from a save: the tracker file and the model's flags."""
     iteration_folder(folder, 3).mkdir()
     write_records(iteration_folder(folder, 3), model_flags(args), {})
+    integrity.seal(iteration_folder(folder, 3))
     (folder / TRACKER).write_text("3")
 
 

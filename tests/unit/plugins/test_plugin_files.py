@@ -14,6 +14,7 @@ from unit.plugins.test_checks import GOOD
 
 from megatron_smlp import options, plugin_files, plugin_texts, plugins, systems
 from megatron_smlp.checking import mixers, new, routers
+from megatron_smlp.checkpoints import integrity
 from megatron_smlp.checkpoints.folders import MODEL, iteration_folder
 from megatron_smlp.checkpoints.model_record import read_model_flags
 from megatron_smlp.errors import UsageError
@@ -229,6 +230,7 @@ def test_a_run_goes_on_with_another_text_only_where_that_is_allowed(tmp_path: Pa
     folder = iteration_folder(tmp_path, 1)
     folder.mkdir()
     (folder / MODEL).write_text(json.dumps({"plugins": {"mine": "0" * 64}, "num_layers": 3}))
+    integrity.seal(folder)
     with pytest.raises(UsageError, match="another version"):
         read_model_flags(tmp_path, 1)
     monkeypatch.setattr(plugin_texts, "ALLOWED", {plugin_texts.ALLOW})
