@@ -1,6 +1,6 @@
 """Faults on the device's side only, each with the cases that must fail with it.
 
-    PYTHONPATH=tests:. python -m support.first_gpu --sabotage grad-scaled [--device cpu]
+    PYTHONPATH=tests:. python -m support.first_gpu --sabotage gate-zero [--device cpu]
 
 A comparison that has never failed may compare nothing. Processes that a case starts inherit the
 variable; references are made without it. The product knows nothing of these faults.
@@ -65,6 +65,18 @@ def _unprobed() -> Wrapper:
     from megatron_smlp.training import loop
 
     return (loop, "check_causality", _instead(_nothing))
+
+
+def _gate_zero() -> list[Wrapper]:
+    """M is zero, with the gradients that follow from it."""
+    from megatron_smlp.layers.spatial_gating import SpatialGating
+    from megatron_smlp.ops import gated_mix_launches
+
+    def without(gate: Any) -> Any:
+        return lambda u1, values, weight, *others: gate(u1, values, weight * 0, *others)
+
+    zero = _afterwards(lambda result, *_: (result[0] * 0, result[1]))
+    return [(SpatialGating, "spatial_parameters", zero), (gated_mix_launches, "gate", without)]
 
 
 def _gate_ahead() -> list[Wrapper]:
@@ -235,6 +247,7 @@ def _draws_lost() -> list[Wrapper]:
 
 GATED = ("train_gmlp", "train_amlp", "train_smlp_deterministic", "train_smlp_partial")
 SABOTAGES = {
+    "gate-zero": Sabotage(_gate_zero, (*GATED, "kernels")),
     "gate-ahead": Sabotage(_gate_ahead, GATED),
     "attention-ahead": Sabotage(_attention_ahead, ("train_transformer", "train_amlp")),
     "expert-swapped": Sabotage(
