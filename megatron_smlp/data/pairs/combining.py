@@ -27,17 +27,20 @@ COPY_DOCUMENTS = 1 << 16
 def find_pairs(inputs: Sequence[str], *, output_prefix: str) -> list[str]:
     """Return the prefixes that `inputs` name, in order; a folder stands for its pairs, sorted.
 
+    A pair that is named twice, perhaps through a link, is there once.
+
     Raises:
         DataError: a folder has no pair, or the output is one of the inputs.
     """
-    prefixes: list[str] = []
+    prefixes: dict[Path, str] = {}
     for name in inputs:
         # Training keeps its cache in a folder with the pair's name.
         is_folder = Path(name).is_dir() and not idx_path(name).is_file()
-        prefixes += _pairs_in(Path(name)) if is_folder else [strip_suffix(name)]
-    if bin_path(output_prefix).resolve() in [bin_path(prefix).resolve() for prefix in prefixes]:
+        for prefix in _pairs_in(Path(name)) if is_folder else [strip_suffix(name)]:
+            prefixes.setdefault(bin_path(prefix).resolve(), prefix)
+    if bin_path(output_prefix).resolve() in prefixes:
         raise DataError(f"--output-prefix {output_prefix} is one of the inputs; give another name")
-    return prefixes
+    return list(prefixes.values())
 
 
 def _pairs_in(folder: Path) -> list[str]:

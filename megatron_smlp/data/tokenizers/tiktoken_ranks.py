@@ -103,4 +103,6 @@ def _read_ranks(path: Path) -> list[bytes]:
             f"--tokenizer-model {path} has no tiktoken ranks: give a JSON list, as Megatron "
             f"reads it ({error})"
         ) from None
+    if [rank for rank, _ in pairs] != list(range(len(pairs))):
+        raise DataError(f"--tokenizer-model {path}: the ranks must run from 0 without gaps")
     return [token for _, token in pairs]

@@ -94,6 +94,13 @@ def test_a_pair_beside_the_cache_of_its_training(pairs: list[str], tmp_path: Pat
     assert find_pairs(pairs, output_prefix=str(tmp_path / "out")) == pairs
 
 
+def test_a_pair_that_is_named_twice_is_merged_once(pairs: list[str], tmp_path: Path):
+    for half in (".bin", ".idx"):
+        (tmp_path / f"link{half}").symlink_to(pairs[1] + half)
+    names = [pairs[0], str(tmp_path / "in"), pairs[1] + ".bin", str(tmp_path / "link")]
+    assert find_pairs(names, output_prefix="x") == pairs
+
+
 @settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
