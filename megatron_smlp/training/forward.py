@@ -63,7 +63,7 @@ class ForwardStep:
             the loss function that Megatron calls on it.
         """
         args, timers = get_args(), get_timers()
-        with self.own_part.timed():
+        with self.own_part.timed(getattr(args, "curr_iteration", 0)):
             timers("batch-generator", log_level=2).start()
             start = time.perf_counter()
             vp_stage = get_attr_wrapped_model(model, "vp_stage")

@@ -134,8 +134,11 @@ class Reporter(Listener):
         for text in self.slow_paths.of_all_ranks():
             self.say(f"WARNING: {text}")
 
-    def _tell_slow_hosts(self, own_part: float, *, step: float) -> dict[str, list[dict[str, Any]]]:
-        slow_ranks = self.slow_hosts.find(own_part, step=step) if self.slow_hosts else []
+    def _tell_slow_hosts(self, *, step: float) -> dict[str, list[dict[str, Any]]]:
+        if self.slow_hosts is None:
+            self.forward.own_part.forget()
+            return {}
+        slow_ranks = self.slow_hosts.find(self.forward.own_part.pop_seconds(), step=step)
         for slow in slow_ranks:
             self.say(str(slow))
         return {"slow_hosts": [asdict(slow) for slow in slow_ranks]} if slow_ranks else {}
@@ -143,12 +146,11 @@ class Reporter(Listener):
     def _log_step(self, outcome: Outcome) -> None:
         iteration, numbers = outcome.iteration, _numbers(outcome.losses)
         loads = self.forward.statistics.take(training=True)
-        own_part = self.forward.own_part.pop_seconds() / max(1, self.clock.steps)
         self._tell_loads(loads, iteration=iteration)
         flops_per_token = self.compute.add(loads, tokens=self._tokens())
         progress, speed = self._progress(), self._speed(iteration, flops_per_token)
         self.writers.add_all(run_curves(progress | speed), iteration)
-        slow = self._tell_slow_hosts(own_part, step=speed["seconds_per_iteration"] or 0.0)
+        slow = self._tell_slow_hosts(step=speed["seconds_per_iteration"] or 0.0)
         if self.args.rank > 0:  # other ranks may have no learning rate
             return
         loss = numbers.pop("lm loss")

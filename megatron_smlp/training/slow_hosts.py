@@ -42,6 +42,7 @@ class OwnPart:
 
     def __init__(self) -> None:
         self.on_gpu = torch.cuda.is_available()
+        self.steps: set[int] = set()
         self.parts: list[tuple[Any, Any]] = []
 
     def _now(self) -> Any:
@@ -52,21 +53,29 @@ class OwnPart:
         return event
 
     @contextlib.contextmanager
-    def timed(self) -> Iterator[None]:
-        """Time a forward pass, unless it belongs to an evaluation."""
+    def timed(self, step: int) -> Iterator[None]:
+        """Time a forward pass as part of `step`, unless it belongs to an evaluation."""
         if not torch.is_grad_enabled():
             yield
             return
         began = self._now()
         yield
+        self.steps.add(step)
         self.parts.append((began, self._now()))
 
+    def forget(self) -> None:
+        """Drop all measurements."""
+        self.parts.clear()
+        self.steps.clear()
+
     def pop_seconds(self) -> float:
-        """Return the seconds since the last call. Waits for the GPU."""
-        parts, self.parts = self.parts, []
+        """Return the mean seconds per step since the last call. Waits for the GPU."""
+        parts, steps = list(self.parts), len(self.steps)
+        self.forget()
         if self.on_gpu and parts:
             parts[-1][1].synchronize()
-        return sum(b.elapsed_time(e) / 1000 if self.on_gpu else e - b for b, e in parts)
+        seconds = [b.elapsed_time(e) / 1000 if self.on_gpu else e - b for b, e in parts]
+        return sum(seconds) / max(1, steps)
 
 
 @dataclass(frozen=True)

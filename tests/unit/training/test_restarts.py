@@ -109,13 +109,14 @@ def test_an_own_part_is_of_forward_passes_alone(monkeypatch: pytest.MonkeyPatch)
     clock = 10.0
     monkeypatch.setattr(slow_hosts, "time", SimpleNamespace(perf_counter=lambda: clock))
     part = OwnPart()
-    for _ in range(4):  # micro-batches
-        with part.timed():
-            clock += 2
-        clock += 5  # waiting for another stage
-    with torch.no_grad(), part.timed():
+    for step in (1, 2):
+        for _ in range(2):  # micro-batches
+            with part.timed(step):
+                clock += 2
+            clock += 5  # waiting for another stage
+    with torch.no_grad(), part.timed(2):
         clock += 20
-    assert part.pop_seconds() == 8
+    assert part.pop_seconds() == 4
     assert part.pop_seconds() == 0
 
 
