@@ -10,7 +10,7 @@ from scipy.optimize import linear_sum_assignment
 from timing import Record, benchmark_parser, compare, report
 from torch import Tensor
 
-from megatron_smlp.ops.balanced_assignment import priced_assignment
+from megatron_smlp.ops.balanced_assignment import balanced_assignment
 
 # The exact solution takes seconds from here on, minutes on larger clustered scores.
 CASES = [
@@ -43,7 +43,7 @@ def _quality(scores: Tensor) -> float:
         return scores.double().gather(1, experts[:, None]).sum().item()
 
     chance = scores.double().mean(dim=1).sum().item()
-    return (total(priced_assignment(scores)[0]) - chance) / (total(_exact(scores)) - chance)
+    return (total(balanced_assignment(scores)) - chance) / (total(_exact(scores)) - chance)
 
 
 def _bench(kind: str, shape: tuple[int, int], repeats: int) -> Record:
@@ -52,7 +52,7 @@ def _bench(kind: str, shape: tuple[int, int], repeats: int) -> Record:
     quality = "" if kind == "identical" else f" quality={_quality(scores):.5f}"
     return compare(
         f"{kind} N={shape[0]} E={shape[1]}{quality}",
-        lambda: priced_assignment(scores),
+        lambda: balanced_assignment(scores),
         lambda: _exact(scores),
         repeats=repeats,
     )

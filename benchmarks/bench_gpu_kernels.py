@@ -54,15 +54,15 @@ def pairs(sizes: Sizes, device: str) -> Iterator[tuple[str, Call, Call]]:
 
 
 def _assignments(sizes: Sizes, device: str) -> Iterator[tuple[str, Call, Call]]:
-    from megatron_smlp.ops.balanced_assignment import priced_assignment
-    from megatron_smlp.ops.host_assignment import host_assignment
+    from megatron_smlp.ops.balanced_assignment import balanced_assignment
+    from megatron_smlp.ops.device_assignment import device_assignment
 
     for count in sizes.num_experts:
         scores = torch.randn(sizes.tokens * sizes.samples, count, device=device)
         yield (
             f"balanced assignment, {len(scores)} tokens, {count} experts, against its twin",
-            lambda scores=scores: priced_assignment(scores),  # type: ignore[misc]
-            lambda scores=scores: host_assignment(scores),  # type: ignore[misc]
+            lambda scores=scores: balanced_assignment(scores),  # type: ignore[misc]
+            lambda scores=scores: device_assignment(scores),  # type: ignore[misc]
         )
 
 

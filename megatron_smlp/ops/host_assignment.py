@@ -1,4 +1,4 @@
-"""Balanced assignment without kernels, in three steps: prices, rounding, polishing.
+"""Balanced assignment on a CPU, in three steps: prices, rounding, polishing.
 
     maximize  sum over i of s[i, a(i)]    subject to    floor(N/E) <= |{i: a(i) = e}| <= ceil(N/E)
 

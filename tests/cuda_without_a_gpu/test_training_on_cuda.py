@@ -162,5 +162,7 @@ def test_layouts_train_and_resume_as_one_process(layout: str, device: Path):
 
 @pytest.mark.parametrize("fp32_system", slow_unless_in(IN_LAYOUTS_FAST, IN_LAYOUTS))
 def test_fp32_is_as_on_a_cpu(fp32_system: str, cpu: Path, device: Path):
+    """BASE's assignment differs there, though it is as good: device_assignment.py."""
+    tolerances = ROUNDED if "base" in SYSTEMS[fp32_system] else EXACT
     ours, expected = _resumed(device, f"{fp32_system}_fp32"), steps(cpu / f"steps_{fp32_system}")
-    _assert_alike(ours, expected, EXACT)
+    _assert_alike(ours, expected, tolerances)

@@ -1,5 +1,7 @@
 """Every input gives a balanced assignment, with nearly the total score of scipy's exact optimum."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -18,19 +20,21 @@ from support.assignments import (
 )
 from torch import Tensor
 
-from megatron_smlp.ops.balanced_assignment import priced_assignment
+from megatron_smlp.ops.balanced_assignment import balanced_assignment
+from megatron_smlp.ops.device_assignment import device_assignment
+
+Solver = Callable[[Tensor], Tensor]
+SOLVERS = {"balanced": balanced_assignment, "device": lambda scores: device_assignment(scores)[0]}
+both = pytest.mark.parametrize("solve", SOLVERS.values(), ids=SOLVERS)
 
 
-def solve(scores: Tensor) -> Tensor:
-    return priced_assignment(scores)[0]
-
-
+@both
 @pytest.mark.parametrize("make", [random, clustered, low_rank, one_favourite, tiny_differences])
 @pytest.mark.parametrize(
     ("num_tokens", "num_experts"),
     [(1024, 16), (1024, 64), (1000, 7), (600, 4), (128, 128), (513, 128), (65, 64), (10, 64)],
 )
-def test_reaches_nearly_the_optimum(make, num_tokens: int, num_experts: int):
+def test_reaches_nearly_the_optimum(solve: Solver, make, num_tokens: int, num_experts: int):
     """Measured as a share of the way from a random balanced assignment to the optimum.
 
     The plain ratio says little where the optimum is near zero or negative.
@@ -43,6 +47,7 @@ def test_reaches_nearly_the_optimum(make, num_tokens: int, num_experts: int):
     assert (total(scores, experts) - chance) / (best - chance) >= 0.995
 
 
+@both
 @settings(max_examples=150, deadline=None)
 @given(
     hnp.arrays(
@@ -54,10 +59,11 @@ def test_reaches_nearly_the_optimum(make, num_tokens: int, num_experts: int):
         ),
     )
 )
-def test_is_balanced_for_every_finite_input(values: np.ndarray):
+def test_is_balanced_for_every_finite_input(solve: Solver, values: np.ndarray):
     assert_balanced(solve(torch.from_numpy(values)), *values.shape)
 
 
+@both
 @settings(max_examples=60, deadline=None)
 @given(
     hnp.arrays(
@@ -66,7 +72,7 @@ def test_is_balanced_for_every_finite_input(values: np.ndarray):
         elements=st.integers(-5, 5).map(float),
     )
 )
-def test_no_exchange_of_two_tokens_improves_tied_integer_scores(values: np.ndarray):
+def test_no_exchange_of_two_tokens_improves_tied_integer_scores(solve: Solver, values: np.ndarray):
     """Small integers tie all the time: the guarantee of polishing holds there, too."""
     scores = torch.from_numpy(values)
     experts = solve(scores)
@@ -79,6 +85,7 @@ def test_no_exchange_of_two_tokens_improves_tied_integer_scores(values: np.ndarr
         assert (to_others[smaller] <= 0).all()
 
 
+@both
 @pytest.mark.parametrize(("num_tokens", "num_experts"), [(2048, 64), (1001, 64), (33, 64), (7, 1)])
 @pytest.mark.parametrize(
     "make",
@@ -95,13 +102,16 @@ def test_no_exchange_of_two_tokens_improves_tied_integer_scores(values: np.ndarr
     ],
     ids=["zero", "same row", "same column", "3 rows", "1e30", "-1e38", "denormal", "1e307", "wild"],
 )
-def test_ties_and_extreme_scores_stay_balanced(make, num_tokens: int, num_experts: int):
+def test_ties_and_extreme_scores_stay_balanced(
+    solve: Solver, make, num_tokens: int, num_experts: int
+):
     torch.manual_seed(3)
     scores = make(num_tokens, num_experts)
     assert_balanced(solve(scores), num_tokens, num_experts)
 
 
-def test_same_scores_give_the_same_assignment_whatever_the_random_state():
+@both
+def test_same_scores_give_the_same_assignment_whatever_the_random_state(solve: Solver):
     torch.manual_seed(0)
     scores = torch.randn(777, 16)
     first = solve(scores)
@@ -109,7 +119,8 @@ def test_same_scores_give_the_same_assignment_whatever_the_random_state():
     assert torch.equal(solve(scores.clone()), first)
 
 
-def test_any_strides_and_no_change_of_the_input():
+@both
+def test_any_strides_and_no_change_of_the_input(solve: Solver):
     torch.manual_seed(0)
     scores = torch.randn(16, 200)
     before = scores.clone()
@@ -117,10 +128,19 @@ def test_any_strides_and_no_change_of_the_input():
     assert torch.equal(scores, before)
 
 
-def test_needs_no_gradient_and_works_under_autocast():
+@both
+def test_needs_no_gradient_and_works_under_autocast(solve: Solver):
     torch.manual_seed(0)
     scores = torch.randn(128, 4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         experts = solve(scores.clone().requires_grad_())
     assert not experts.requires_grad
     assert torch.equal(experts, solve(scores))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_scores_that_are_not_finite_are_refused(bad: float):
+    scores = torch.zeros(5, 3)
+    scores[2, 1] = bad
+    with pytest.raises(ValueError, match="1 of 15 scores are NaN or infinite"):
+        balanced_assignment(scores)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from megatron_smlp.architectures import SlottedLayer
-from megatron_smlp.ops.balanced_assignment import priced_assignment
+from megatron_smlp.ops.balanced_assignment import balanced_assignment, priced_assignment
 from megatron_smlp.routers.base import update_prices
 
 pytestmark = pytest.mark.usefixtures("megatron")
@@ -91,7 +91,8 @@ class TestPrices:
     def test_they_even_the_greedy_choice(self):
         """Prices are in the unit of the scores, whatever that is."""
         scores = 40 * torch.randn(4096, 8) + 100 * torch.arange(8)
-        _, prices = priced_assignment(scores)
+        experts, prices = priced_assignment(scores)
+        assert torch.equal(experts, balanced_assignment(scores))
         assert scores.argmax(1).bincount(minlength=8).max() > 3 * 512
         loads = (scores - prices).argmax(1).bincount(minlength=8)
         assert loads.min() >= 508
