@@ -121,12 +121,17 @@ def read_records(file: Path) -> list[Record]:
 
 def _parse(line: str, *, where: str, is_last: bool) -> Record:
     """Return a line's record; empty if it is blank, or the partial last line of a running run."""
-    is_whole = math.isfinite(_iteration_of(line))
-    if not line.strip() or (is_last and not is_whole):
+    if not line.strip():
         return {}
-    if not is_whole:
-        raise UsageError(f"{where}: not a JSON object with an `iteration`: remove the line.")
-    return dict(json.loads(line))
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        if is_last:
+            return {}
+        raise UsageError(f"{where}: not a JSON object: remove the line.") from error
+    if not (isinstance(record, dict) and isinstance(record.get("iteration"), int)):
+        raise UsageError(f"{where}: a JSON object with an integer `iteration` is expected.")
+    return record
 
 
 def _without_overlap(records: Sequence[Record]) -> list[Record]:

@@ -56,7 +56,11 @@ class TestOverlap:
 class TestBadInput:
     @pytest.mark.parametrize(
         "lines",
-        [("{broken", step(2)), ("[1]", step(2)), ('{"loss": 1}', step(2)), (validation(1, 2.0),)],
+        [
+            *((line, step(2)) for line in ("{broken", "[1]", '{"loss": 1}')),
+            ('{"iteration": 1, "loss": broken}', step(2)),
+            (validation(1, 2.0),),
+        ],
     )
     def test_what_is_no_run_is_named(self, tmp_path: Path, lines: tuple[Any, ...]):
         path = write(tmp_path, *lines)
