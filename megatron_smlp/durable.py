@@ -185,13 +185,6 @@ def lock_folder(folder: Path) -> IO[bytes]:
     return file
 
 
-def empty_locked(folder: Path) -> None:
-    """Remove everything in a locked folder except the lock."""
-    for path in folder.iterdir():
-        if path.name != LOCK:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
 def remove_locked(folder: Path, lock: IO[bytes]) -> None:
     """Remove a locked folder and close its lock; what NFS keeps for a while stays behind."""
     shutil.rmtree(folder, ignore_errors=True)

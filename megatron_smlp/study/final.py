@@ -163,7 +163,7 @@ def _evaluated(known: State, run: PlannedRun, flags: Sequence[str], *, name: str
         *(*flags, "--output", str(output)),
         *(f"{FLAG}={path}" for path in plugin_paths(run.flags)),
     ]
-    code = run_command(command, folder=folder, stop=threading.Event(), watch=lambda: None)
+    code = run_command(command, folder=folder, stop=threading.Event())
     if code:
         text = "\n".join(f"  {line}" for line in last_lines(folder))
         raise UsageError(f"evaluating {run.title} failed ({code}), {folder}:\n{text}")

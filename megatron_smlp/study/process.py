@@ -77,7 +77,11 @@ def _script() -> str:
 
 
 def run_command(
-    command: Sequence[str], *, folder: Path, stop: threading.Event, watch: Callable[[], None]
+    command: Sequence[str],
+    *,
+    folder: Path,
+    stop: threading.Event,
+    watch: Callable[[], None] = lambda: None,
 ) -> int:
     """Run a command, with its output appended to the folder's log; return its exit code.
 
@@ -119,7 +123,7 @@ def train_shortly(
         folder, own | {"seed": 1} | flags, paths=[*data.flags, "--log-dir", str(folder)],
         processes=processes,
     )  # fmt: skip
-    code = run_command(command, folder=folder, stop=stop, watch=lambda: None)
+    code = run_command(command, folder=folder, stop=stop)
     return code, read_records(folder)
 
 
