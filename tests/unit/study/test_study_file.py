@@ -1,5 +1,6 @@
 """Study files: what is read, and what is refused."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ from support.studies import state_of, write_study
 
 from megatron_smlp.errors import UsageError
 from megatron_smlp.study.fairness import check_fair
+from megatron_smlp.study.plan import make_plan
+from megatron_smlp.study.process import training_command
 from megatron_smlp.study.study_file import read_studies
 from megatron_smlp.study.systems import read_systems
 
@@ -23,6 +26,24 @@ def test_every_study_of_the_project_is_fair(path: Path):
         systems = read_systems(study, folder=path.parent)
         check_fair(study, systems)
         assert list(systems) == list(study.systems)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_training_takes_the_flags_of_every_system(
+    parse: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, path: Path
+):
+    """As its runs start: what a layer's sizes must divide is only checked there."""
+    monkeypatch.setenv("WORLD_SIZE", {"paper": "8", "paper_large": "128"}.get(path.stem, "1"))
+    for study in read_studies(path)[1]:
+        systems = read_systems(study, folder=path.parent)
+        plan = make_plan(study, systems, identity="", losses={}, failed=())
+        data = f"--mock-data --tokenizer-type NullTokenizer --vocab-size {study.vocab_size}"
+        paths = [*data.split(), "--save", str(tmp_path)]
+        flags = {run.system: run.flags for run in (*plan.runs, *plan.pending)}
+        assert flags.keys() == systems.keys()
+        for own in flags.values():
+            command = training_command(tmp_path, own, paths=paths, processes=1)
+            parse(" ".join(command[2:]), base="")
 
 
 DESIGN = {"lr": [0.5, 1, 2], "seeds": [1, 2, 3]}
