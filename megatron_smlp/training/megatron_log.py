@@ -29,6 +29,7 @@ from megatron.training.utils import (
 )
 from torch import Tensor
 
+from megatron_smlp.flags.check_model import slots_of
 from megatron_smlp.training.events import Evaluation, Listener, Outcome
 from megatron_smlp.training.parts import Parts
 from megatron_smlp.training.speed import StepClock
@@ -135,7 +136,8 @@ class MegatronLog(Listener):
             force_initialize=True,
             track_names=[name for name, is_tracked in tracked.items() if is_tracked],
             num_layers=args.num_layers,
-            moe_layer_freq=args.moe_layer_freq,
+            # Megatron averages over these layers, and does not know sMLP's --num-dense-layers.
+            moe_layer_freq=[slots.channel == "token_moe" for slots in slots_of(args)],
             mtp_num_layers=None,
             total_loss_dict=self.sums,
             pg_collection=self.parts.groups,

@@ -79,6 +79,7 @@ class TestRun:
         """Train four steps, with a line and a validation every two."""
         folder = tmp_path_factory.mktemp("routers")
         flags = f"{PARTIAL} --log-dir {folder} --log-interval 2 --eval-interval 2"
+        flags += " --moe-z-loss-coeff 1e-3"
         with pretrained(f"{flags} --tensorboard-dir {folder}/events"):
             return folder
 
@@ -132,6 +133,16 @@ class TestRun:
                     expected = [(line["iteration"], line[key][place][name]) for line in steps]
                     for found, wanted in zip(scalars, expected, strict=True):
                         assert found == pytest.approx(wanted, abs=1e-6)
+
+    def test_megatrons_curve_is_a_mean_over_the_layers_that_have_experts(self, folder: Path):
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(folder / "events")).Reload()
+        curve = [event.value for event in events.Scalars("z_loss")]
+        for line, steps in zip(records(folder)[:3:2], (curve[:2], curve[2:]), strict=True):
+            losses = [router["z_loss"] for router in line["routers"] if router["kind"] == "token"]
+            assert len(losses) == 2
+            assert sum(steps) / 2 == pytest.approx(sum(losses) / 2, rel=1e-4)
 
 
 def test_console_line_and_warning(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
