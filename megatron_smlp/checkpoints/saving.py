@@ -45,7 +45,7 @@ from megatron_smlp.checkpoints.state import Trained, write
 from megatron_smlp.checkpoints.tokenizer_copy import keep_tokenizer
 from megatron_smlp.collectives import from_first_rank, gathered
 from megatron_smlp.durable import remove_folder, replace_folder, text_of, write_durably
-from megatron_smlp.errors import SaveError, TakenOverError, UsageError
+from megatron_smlp.errors import NonFiniteLossError, SaveError, TakenOverError, UsageError
 from megatron_smlp.signals import held
 
 FAILURES = (CheckpointException, SaveError)
@@ -123,6 +123,9 @@ class Saving:
             yield
             self._raise_if_unsaved()
             failed = False
+        except NonFiniteLossError:  # raised on all ranks: they can still commit what they wrote
+            self.finish(blocking=True)
+            raise
         finally:
             for call in self.queue.async_calls:  # background writers end with the run
                 call.async_caller.close()

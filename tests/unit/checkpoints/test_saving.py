@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from support.launches import REPOSITORY, clean_environment
 from megatron_smlp.checkpoints import gpu_memory, saving
 from megatron_smlp.checkpoints.folders import iteration_folder, iterations
 from megatron_smlp.checkpoints.integrity import verify
-from megatron_smlp.errors import SaveError
+from megatron_smlp.errors import NonFiniteLossError, SaveError
 from megatron_smlp.training.events import Outcome
 from megatron_smlp.training.reporting import Reporter
 
@@ -36,6 +38,24 @@ def test_a_save_in_the_background_holds_the_step_that_asked_for_it(
         assert mine.keys() == other.keys()
         assert all(torch.equal(mine[name], other[name]) for name in mine)
     assert not hidden_in(run)
+
+
+def test_a_loss_that_is_not_finite_costs_no_save_in_the_background(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The second update ruins the weights; the saves before it are still being written then."""
+    add = saving.add_share
+
+    def add_slowly(*given: Any) -> None:
+        time.sleep(2)
+        add(*given)
+
+    monkeypatch.setattr(saving, "add_share", add_slowly)
+    words = "--async-save --save-interval 1 --lr 1e30 --lr-decay-style constant"
+    with pytest.raises(NonFiniteLossError, match="at iteration 3"):
+        pretrain(f"--save {tmp_path} {words}")
+    assert iterations(tmp_path) == [1, 2]
+    assert [verify(iteration_folder(tmp_path, n)) for n in (1, 2)] == [[], []]
 
 
 GATHERING = "--use-distributed-optimizer --exit-interval 2"
