@@ -71,6 +71,12 @@ def compare_run(args: argparse.Namespace, iteration: int, say: Callable[[str], N
     record = read_run_record(folder) if args.rank == 0 else None
     if record and (changed := _changes(record, args)):
         say(f"changed since iteration {iteration}: {', '.join(changed)}")
+    lacks_optimizer = record and record["flags"].get("no_save_optim")
+    if lacks_optimizer and not (args.finetune or args.no_load_optim or args.skip_train):
+        say(
+            f"WARNING: iteration {iteration} was saved with --no-save-optim: optimizer and "
+            "learning rate schedule start anew"
+        )
     differing = from_first_rank(_other_data(record, args) if record else [])
     if not differing or args.finetune:
         return

@@ -114,6 +114,20 @@ def test_what_is_saved_no_more_is_still_read(run: Path, finished_run: Path, flag
     assert steps(run) == steps(finished_run)
 
 
+def test_what_was_not_saved_is_told(tmp_path: Path, capfd: Capture):
+    """A schedule that warms up again would otherwise show in the curve of the rate only."""
+    words = f"--save {tmp_path} --no-save-optim"
+    pretrain(f"{words} --exit-interval 4")
+    capfd.readouterr()
+    pretrain(f"{words} --exit-interval 5")
+    told = "WARNING: iteration 4 was saved with --no-save-optim: optimizer and learning rate"
+    assert told in capfd.readouterr().out
+    rates = {line["iteration"]: line["learning_rate"] for line in records(tmp_path)}
+    assert rates[5] == rates[1]
+    pretrain(f"{words} --ckpt-step 4 --no-load-optim --exit-interval 5")
+    assert told not in capfd.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("saved", "changed", "named"),
     [
