@@ -183,8 +183,9 @@ def _weights(options: argparse.Namespace) -> Weights:
     kind = gpt2.MODEL_TYPE if options.source == "gpt2" else values["model_type"]
     form = FORMS.get(kind, huggingface)
     config = form.config_in(values, options.load)
-    if not values.get("unpadded_vocab_size"):
-        huggingface.find_padding(config, options.load)
+    noted = values.get("unpadded_vocab_size")
+    if not noted or form is not huggingface:
+        huggingface.find_padding(config, options.load, noted)
     if form is gpt2:
         files.rename(gpt2.with_prefix)
     if form is not huggingface:

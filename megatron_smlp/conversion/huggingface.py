@@ -382,11 +382,17 @@ def generation_config(config: PreTrainedConfig) -> Any:
     )
 
 
-def find_padding(config: SMLPConfig, folder: Path) -> None:
-    """Take the rows that the tokenizer of a model's folder has no token for as padding."""
+def find_padding(config: PreTrainedConfig, folder: Path, noted: int | None = None) -> None:
+    """Take the rows that the tokenizer of a model's folder has no token for as padding.
+
+    Args:
+        noted: the tokens that config.json counts. Transformers does not count those that are added
+            to a Llama later, and ours does.
+    """
     if spec := tokenizer_in(folder):
         with contextlib.suppress(DataError):  # without one, each row may be a token's
-            config.unpadded_vocab_size = min(read_tokenizer(spec).vocab_size, config.vocab_size)
+            tokens = max(read_tokenizer(spec).vocab_size, noted or 0)
+            config.unpadded_vocab_size = min(tokens, config.vocab_size)
 
 
 def padding_of(config: PreTrainedConfig) -> list[int]:

@@ -132,7 +132,12 @@ def model_of(checkpoint: Any) -> Any:
 def _exported(options: argparse.Namespace) -> tuple[Any, TokenizerSpec | None, str]:
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    from megatron_smlp.conversion.huggingface import check_folder, impossible
+    from megatron_smlp.conversion.huggingface import (
+        MODEL_TYPE,
+        check_folder,
+        find_padding,
+        impossible,
+    )
 
     folder = Path(options.hf)
     check_folder(folder)
@@ -146,6 +151,9 @@ def _exported(options: argparse.Namespace) -> tuple[Any, TokenizerSpec | None, s
         )
     if missing := sorted(loaded["missing_keys"]):
         raise UsageError(f"--hf {folder} lacks weights for {missing[0]}, which its model has.")
+    noted = getattr(model.config, "unpadded_vocab_size", None)
+    if noted and model.config.model_type != MODEL_TYPE:
+        find_padding(model.config, folder, noted)
     # Its other settings, such as a repetition penalty, would apply without being asked for.
     names = ("eos_token_id", "suppress_tokens")
     model.generation_config = GenerationConfig(

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from megatron_smlp.checkpoints.tensors import Spec
+from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
 from megatron_smlp.conversion import convert, llama
 from megatron_smlp.conversion.huggingface import _add_tokenizer, write
 from megatron_smlp.data.tokenizers.factory import read_tokenizer
@@ -138,8 +139,8 @@ def test_what_a_tokenizer_puts_after_a_text_is_not_scored(tmp_path: Path):
         assert tokenizer(["a text"])["input_ids"] == [[*start, *bare]]
 
 
-def test_a_llama_trains_the_end_of_documents(tmp_path: Path):
-    """A Llama's embedding never trains the row of the configuration's padding id."""
+def save_llama(tmp_path: Path) -> tuple[Path, int]:
+    """Write a Llama of 264 rows as `--to hf` does; return its folder and its tokenizer's size."""
     entries = save_tokenizer(tmp_path / "tokenizer")
     ours = make_model("modern", normalization="RMSNorm", vocab_size=264).config
     ours.unpadded_vocab_size = entries
@@ -151,6 +152,12 @@ def test_a_llama_trains_the_end_of_documents(tmp_path: Path):
     folder.mkdir()
     tokenizer = str(tmp_path / "tokenizer")
     write(folder, config, specs, tensors.items(), shard_limit=10**9, tokenizer=tokenizer)
+    return folder, entries
+
+
+def test_a_llama_trains_the_end_of_documents(tmp_path: Path):
+    """A Llama's embedding never trains the row of the configuration's padding id."""
+    folder, entries = save_llama(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(folder)
     end = AutoTokenizer.from_pretrained(folder).eos_token_id
     assert model.model.embed_tokens.padding_idx is None
@@ -159,6 +166,22 @@ def test_a_llama_trains_the_end_of_documents(tmp_path: Path):
     assert model.generation_config.suppress_tokens is None
     lm = load(build_parser().parse_args(["--hf", str(folder)]))
     assert lm.padding_ids == list(range(entries, 264))
+
+
+@pytest.mark.parametrize("multiple", [None, 8])
+def test_tokens_added_to_a_llama_are_no_padding(tmp_path: Path, multiple: int | None):
+    """Its configuration still says how many there were before."""
+    folder, entries = save_llama(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<user>", "<bot>"]})
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    rows = model.resize_token_embeddings(entries + 2, multiple, mean_resizing=False).num_embeddings
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "tuned")
+    lm = load(build_parser().parse_args(["--hf", str(tmp_path / "tuned")]))
+    assert lm.padding_ids == list(range(entries + 2, rows))
+    run(from_hf, tmp_path / "tuned", tmp_path / "run", checks=False)
+    assert TorchDistCheckpoint(tmp_path / "run").flags["vocab_size"] == entries + 2
 
 
 def test_special_ids_go_there_and_back(tmp_path: Path):
