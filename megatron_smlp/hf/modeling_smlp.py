@@ -64,7 +64,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput, MoeCausalLMOutputWithPast
-from transformers.modeling_utils import PreTrainedModel
+from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 from transformers.utils.deprecation import deprecate_kwarg
@@ -1623,7 +1623,8 @@ class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
                 generation_config.use_cache. Capacity limits drop nothing while one is filled, since
                 a token by itself would not be dropped either.
             labels: <int64>[B, T], shifted inside; -100 is ignored.
-            logits_to_keep: compute the logits of only this many last positions (0: all).
+            logits_to_keep: compute the logits of only this many last positions (0: all), or of the
+                columns in <int64>[K] or [B, K]; those marked in <bool>[B, T] become one dimension.
             position_ids: <int64>[B or 1, T], which must be the tokens' 0, 1, 2, ...
 
         Returns:
@@ -1642,8 +1643,8 @@ class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
             return_dict=True,
             **kwargs,
         )
-        rows = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = project(self.lm_head, outputs.last_hidden_state[:, rows])
+        kept = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        logits = project(self.lm_head, kept)
         # As Megatron's: what they are used for, log-probabilities first, must not round to 8 bits.
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         aux_loss = outputs.aux_loss

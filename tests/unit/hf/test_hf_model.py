@@ -113,7 +113,14 @@ def test_tuples_hidden_states_and_logits_to_keep():
     assert len(output.hidden_states) == 4
     torch.testing.assert_close(model.lm_head(output.hidden_states[-1]), output.logits)
     assert torch.equal(model(ids, return_dict=False)[0], output.logits)
-    torch.testing.assert_close(model(ids, logits_to_keep=2).logits, output.logits[:, -2:])
+    columns, rows = torch.tensor([[1, 5, 7], [2, 3, 11]]), torch.arange(2)[:, None]
+    for kept, expected in (
+        (2, output.logits[:, -2:]),
+        (columns[0], output.logits[:, columns[0]]),
+        (columns, output.logits[rows, columns]),
+        (ids % 2 == 0, output.logits[ids % 2 == 0]),
+    ):
+        torch.testing.assert_close(model(ids, logits_to_keep=kept).logits, expected)
     embedded = model(inputs_embeds=model.get_input_embeddings()(ids)).logits
     torch.testing.assert_close(embedded, output.logits)
     with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
