@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -36,6 +37,10 @@ BEFORE = 16
 """Tokens decoded ahead of a piece of text, as characters and words may span its edge."""
 CHUNK = 256
 """Windows scored in one call."""
+BYTE_TOKEN = re.compile(rb"<0x[0-9A-F]{2}>")
+"""A token of byte fallback, as Llama 2's vocabulary spells it."""
+LETTER = b"<0x61>"
+"""That of the letter a."""
 
 
 class Part(NamedTuple):
@@ -209,13 +214,20 @@ class _Text:
     def __init__(self, part: Part, tokenizer: Tokenizer) -> None:
         self._encoder, self._end = tokenizer.build(), tokenizer.eod
         self._start = list(getattr(tokenizer, "start", []))
+        # Decoders drop or replace all bytes of a run that begins or ends within a character. For
+        # sizes, each is read as a letter instead, which has one byte too.
+        fallback = {text: i for i, text in tokenizer.entries or () if BYTE_TOKEN.fullmatch(text)}
+        self._letters = (
+            dict.fromkeys(fallback.values(), fallback[LETTER]) if LETTER in fallback else {}
+        )
         self._tokens = part.tokens
         self._documents = part.documents
         self.bytes = np.zeros(len(self._documents) - 1, dtype=np.int64)
         """Bytes of each document predicted so far."""
 
     def count(self, window: Window) -> None:
-        """Count the bytes that a window predicts; a character counts with its last token."""
+        """Count the bytes that a window predicts; a character counts with its last token, except
+        one of byte fallback, whose bytes are tokens."""
         first = max(0, int(np.searchsorted(self._documents, window.scored, side="right")) - 1)
         last = int(np.searchsorted(self._documents, window.end))
         bounds = itertools.pairwise(self._documents[first : last + 1].tolist())
@@ -230,7 +242,7 @@ class _Text:
         """Return the number of words of the whole part, without its unpredicted first token."""
         bounds = itertools.pairwise(self._documents.tolist())
         spans = ((max(1, self._behind_start(begin, end)), end) for begin, end in bounds)
-        return sum(len(self._decoded(begin, end).split()) for begin, end in spans)
+        return sum(len(self._decoded(self._tokens[begin:end]).split()) for begin, end in spans)
 
     def _behind_start(self, begin: int, end: int) -> int:
         behind = begin + len(self._start)
@@ -238,9 +250,9 @@ class _Text:
         return behind if starts else begin
 
     def _size(self, begin: int, end: int) -> int:
-        return len(self._decoded(begin, end).rstrip("\ufffd").encode())
+        ids = [self._letters.get(token, token) for token in self._tokens[begin:end].tolist()]
+        return len(self._decoded(ids).rstrip("\ufffd").encode())
 
-    def _decoded(self, begin: int, end: int) -> str:
-        ids = self._tokens[begin:end].tolist()
-        text: str = self._encoder.decode([token for token in ids if token != self._end])
+    def _decoded(self, ids: Any) -> str:
+        text: str = self._encoder.decode([int(token) for token in ids if token != self._end])
         return text

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 from evaluation_helpers import LENGTH, TEXT, Run, beginning, loaded, preprocessed
 from support.conversions import run as convert
 from support.in_process import pretrained
 from support.launches import REPOSITORY
+from tokenizers import decoders, models
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_smlp import plugin_files
@@ -128,9 +130,9 @@ class Even:
         return [RowScore((-1.0,) * row.scored, (False,) * row.scored) for row in rows]
 
 
-def tokenizer_of(folder: Path) -> Tokenizer:
+def tokenizer_of(folder: Path, entries: int = 300) -> Tokenizer:
     spec = TokenizerSpec(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(folder))
-    return resolve_for(spec, source="it", entries=300)
+    return resolve_for(spec, source="it", entries=entries)
 
 
 def test_what_stands_before_each_text_is_no_text(tokenizer: Path, tmp_path: Path):
@@ -176,6 +178,32 @@ def test_bytes_are_those_of_what_is_predicted(tokenizer: Path, tmp_path: Path, l
     bits = len(predicted) / found["bytes"] / math.log(2)
     assert found["bits_per_byte"] == pytest.approx(bits)
     assert found["byte_perplexity"] == pytest.approx(2**bits)
+
+
+@pytest.mark.parametrize("limit", [None, 2])
+def test_bytes_of_characters_outside_the_vocabulary(tmp_path: Path, limit: int | None):
+    """Llama 2's tokenizer writes such a character as its bytes, and decodes none of a run of bytes
+    of which one end is within a character, as at the edge of a window."""
+    folder, end = tmp_path / "tokenizer", 256
+    folder.mkdir()
+    names = [*(f"<0x{number:02X}>" for number in range(end)), "</s>"]
+    vocabulary = {name: number for number, name in enumerate(names)}
+    model = models.BPE(vocabulary, [], unk_token="</s>", byte_fallback=True)
+    made = tokenizers.Tokenizer(model)
+    made.add_special_tokens(["</s>"])
+    made.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    made.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    texts = ["a", "日本語の文" * 9, "தமிழ் " * 7]
+    data = preprocessed(folder, tmp_path, texts)
+    found = measured(Even(), tokenizer_of(folder, len(names)), data, limit=limit)
+    tokens = open_index(str(data)).tokens.tolist()
+    cut = windows(len(tokens), longest=Even.longest, stride=Even.longest, limit=limit)
+    predicted = [token for window in cut for token in tokens[window.scored : window.end]]
+    assert found["bytes"] == sum(token != end for token in predicted)
+    if limit is None:
+        assert found["bytes"] == sum(len(text.encode()) for text in texts) - 1
 
 
 def test_data_of_another_vocabulary_is_read_where_that_is_allowed(
