@@ -45,7 +45,7 @@ def run_tasks(model: Any, selection: Selection, *, limit: int | None) -> Iterato
             num_fewshot=0,
             limit=limit,
             log_samples=True,
-            random_seed=None,  # nothing is drawn, and a surrounding training keeps its seeds
+            # Python's own seed is the harness's default: tasks may shuffle, on all ranks alike.
             numpy_random_seed=None,
             torch_random_seed=None,
             bootstrap_iters=1000,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,8 +96,12 @@ def select_tasks(
 
 def _load(names: Sequence[str], manager: Any, *, remedy: str) -> Selection:
     """Build tasks, which reads their data and imports the code that they name."""
+    from lm_eval.defaults import DEFAULT_RANDOM_SEED
+
     built: list[Any] = []
     for name in names:
+        # Some, such as GPQA, shuffle options: all ranks, and the harness's own command, alike.
+        random.seed(DEFAULT_RANDOM_SEED)
         try:
             loaded = _outermost(manager.load([name]))
             manager.load([*built, *loaded])  # refuses one that is there twice

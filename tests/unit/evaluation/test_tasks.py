@@ -1,13 +1,16 @@
 """Local files of the six tasks are found, checked, and turned into the harness's own documents."""
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 from evaluation_helpers import write_task
+from lm_eval.api.model import LM
 
 from megatron_smlp.errors import UsageError
+from megatron_smlp.evaluation.harness import run_tasks
 from megatron_smlp.evaluation.selection import Selection, select_tasks
 
 ROWS: dict[str, Any] = {
@@ -149,6 +152,65 @@ def test_a_task_of_ones_own(folder: Path, tmp_path: Path):
         select_tasks(["capital"], **include)
     with pytest.raises(UsageError, match=r"--include-path .*absent is not a folder"):
         select_tasks(["copa"], data_dir=None, include_path=str(tmp_path / "absent"))
+
+
+SHUFFLING = """
+import random
+from datasets import Dataset
+
+
+def shuffled(doc):
+    return {"question": doc["question"], "options": random.sample(doc["options"], 9)}
+
+
+def load(**metadata):
+    doc = {"question": "Which?", "options": [*"abcdefghi"]}
+    return {"train": Dataset.from_list([shuffled(doc)])}
+
+
+def process(dataset):
+    return dataset.map(shuffled)
+"""
+
+
+class Recorder(LM):
+    """A model that keeps what it is asked."""
+
+    def loglikelihood(self, requests: Any) -> list[tuple[float, bool]]:
+        self.asked = [request.args for request in requests]
+        return [(0.0, False)] * len(requests)
+
+    def loglikelihood_rolling(self, requests: Any) -> list[float]:
+        raise NotImplementedError
+
+    def generate_until(self, requests: Any) -> list[str]:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("how", ["as they are loaded", "as they are asked"])
+def test_every_process_asks_options_in_the_same_order(folder: Path, tmp_path: Path, how: str):
+    """Tasks such as GPQA shuffle them. Ranks whose texts differ would wait for each other, and a
+    score would be another one on each machine."""
+    write_task(tmp_path, "shuffling", [("Which?", [*"abcdefghi"])])
+    (tmp_path / "draws.py").write_text(SHUFFLING, encoding="utf-8")
+    path = tmp_path / "shuffling.yaml"
+    text = path.read_text(encoding="utf-8").replace(
+        "dataset_path", "custom_dataset: !function draws.load\n#"
+    )
+    text = text.replace("dataset_kwargs", "#")
+    if how == "as they are asked":
+        text += "process_docs: !function draws.process\n"
+    path.write_text(text, encoding="utf-8")
+    asked = []
+    for process in range(2):
+        random.seed(process)
+        selection = select_tasks(["shuffling"], data_dir=str(folder), include_path=str(tmp_path))
+        random.seed(process)
+        model = Recorder()
+        list(run_tasks(model, selection, limit=None))
+        asked.append(model.asked)
+    assert asked[0] == asked[1]
+    assert len(asked[0]) == 9
 
 
 @pytest.fixture
