@@ -225,7 +225,8 @@ def _scorer(options: argparse.Namespace, megatron_flags: Sequence[str]) -> tuple
     from megatron_smlp.evaluation.megatron_scorer import MegatronScorer
 
     longest = sequence_length(args, options.seq_length)
-    scorer = MegatronScorer(stages, longest=longest, batch_size=options.batch_size)
+    end = tokenizer.eod if options.data_path else None
+    scorer = MegatronScorer(stages, longest=longest, batch_size=options.batch_size, end=end)
     return args, scorer, tokenizer
 
 

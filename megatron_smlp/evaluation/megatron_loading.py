@@ -96,6 +96,7 @@ def load_model(
         [
             *NO_TRAINING.split(),
             *model_arguments(parser, saved.flags),
+            *_document_flags(saved.args),
             *tokenizer_flags(spec),
             *_precision_flags(given, dtype, stored=main_dtype(saved.specs)),
             *flags,
@@ -150,6 +151,16 @@ def tokenizer_flags(spec: TokenizerSpec) -> list[str]:
             continue
         values = [] if value is True else value if isinstance(value, tuple) else [value]
         flags += [flag_of(field.name), *map(str, values)]
+    return flags
+
+
+def _document_flags(trained: argparse.Namespace) -> list[str]:
+    """Return the flags that keep documents apart, as in training; they are not the model's."""
+    flags: list[str] = []
+    if getattr(trained, "reset_attention_mask", False):
+        flags += ["--reset-attention-mask", "--transformer-impl", "local"]  # which it needs
+    if getattr(trained, "reset_position_ids", False):
+        flags.append("--reset-position-ids")
     return flags
 
 

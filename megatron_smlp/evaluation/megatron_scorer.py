@@ -27,11 +27,13 @@ import torch
 from megatron.core import mpu
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
+from megatron.training import get_args
 from torch import Tensor
 from torch.distributed import ReduceOp
 
 from megatron_smlp.collectives import gathered
 from megatron_smlp.evaluation.rows import Progress, Row, RowScore
+from megatron_smlp.training.forward import other_documents
 
 
 class MegatronScorer:
@@ -41,11 +43,15 @@ class MegatronScorer:
         stages: the model chunks of this rank, as in Megatron's training.
         longest: T.
         batch_size: rows per batch on a data parallel rank; always one on a CPU.
+        end: id that ends documents, which are then kept as far apart as in the model's training;
+            None: a row is one text.
     """
 
-    def __init__(self, stages: Sequence[Any], *, longest: int, batch_size: int) -> None:
+    def __init__(
+        self, stages: Sequence[Any], *, longest: int, batch_size: int, end: int | None = None
+    ) -> None:
         self.stages = list(stages)
-        self.longest = longest
+        self.longest, self.end = longest, end
         self.config = get_model_config(self.stages[0])
         self.device = torch.device(torch.cuda.current_device())
         self.batch_size = 1 if self.device.type == "cpu" else batch_size
@@ -131,8 +137,14 @@ class MegatronScorer:
 
     def _step(self, tokens: Tensor, rows: Sequence[Row], _: Any, stage: Any) -> tuple[Any, Any]:
         """Megatron's `forward_step_func`."""
+        args, mask = get_args(), None
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        return stage(tokens, positions, None), partial(self._scored, rows)
+        if self.end is not None and args.reset_attention_mask:
+            mask = other_documents(tokens, self.end)
+        if self.end is not None and args.reset_position_ids:
+            begins = (tokens == self.end).roll(1, 1) * positions
+            positions = positions - begins.cummax(1).values
+        return stage(tokens, positions, mask), partial(self._scored, rows)
 
     def _scored(
         self, rows: Sequence[Row], logits: Tensor, *, non_loss_data: bool

@@ -5,8 +5,9 @@ is predicted exactly once.
 
 Windows of T tokens begin every `stride` tokens; each scores the tokens that no earlier one did, so
 with a stride below T every later token has at least T - stride tokens of context. Documents follow
-each other as in training. Per-byte and per-word figures divide the same nll by the bytes and words
-of the predicted text; a subset of windows, which cuts words, has only per-byte figures:
+each other; MegatronScorer keeps them apart if the training did. Per-byte and per-word figures
+divide the same nll by the bytes and words of the predicted text; a subset of windows, which cuts
+words, has only per-byte figures:
 
     bits per byte = nll / (bytes ln 2)
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import tokenizers
 import torch
-from evaluation_helpers import LENGTH, TEXT, Run, beginning, loaded, preprocessed
+from evaluation_helpers import LENGTH, TEXT, Run, beginning, loaded, preprocessed, trained
 from support.conversions import run as convert
 from support.in_process import pretrained
 from support.launches import REPOSITORY
@@ -26,7 +26,7 @@ from megatron_smlp.data.pairs.indexed import open_index
 from megatron_smlp.data.tokenizers.factory import resolve_for
 from megatron_smlp.data.tokenizers.spec import Tokenizer, TokenizerSpec
 from megatron_smlp.errors import UsageError
-from megatron_smlp.evaluation import cli, perplexity
+from megatron_smlp.evaluation import cli, megatron_loading, perplexity
 from megatron_smlp.evaluation.exported_scorer import ExportedScorer
 from megatron_smlp.evaluation.megatron_loading import sequence_length
 from megatron_smlp.evaluation.megatron_scorer import MegatronScorer
@@ -219,6 +219,31 @@ def test_data_of_another_vocabulary_is_read_where_that_is_allowed(
         measured(Even(), tokenizer_of(folder), data)
     found = measured(Even(), tokenizer_of(folder), data, allow_tokenizer_mismatch=True)
     assert found["perplexity"] == pytest.approx(math.e)
+
+
+def test_documents_that_were_apart_in_training_are_apart(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """An end of a document predicts the first token of the next one, as in training."""
+    flags = (
+        f"--architecture transformer --num-attention-heads 4 --num-layers 2 --seq-length {LENGTH} "
+        f"--max-position-embeddings {LENGTH} --reset-attention-mask --reset-position-ids"
+    )
+    apart = trained(flags, tokenizer, tmp_path)
+    data = preprocessed(tokenizer, tmp_path, ["the model", "what came before", "token"])
+    options, _ = cli.parse(f"--checkpoint {apart.checkpoint} --data-path {data}".split())
+    with loaded(apart.checkpoint) as started:
+        monkeypatch.setattr(megatron_loading, "load_model", lambda *_, **__: started)
+        _, scorer, known = cli._scorer(options, [])
+        found = measured(scorer, known, data)
+    model = AutoModelForCausalLM.from_pretrained(apart.exported, trust_remote_code=True).eval()
+    tokens = torch.from_numpy(open_index(str(data)).tokens.astype("int64"))
+    assert len(tokens) <= LENGTH + 1  # one window
+    ends = (tokens == known.eod).nonzero()[:, 0].tolist()
+    begins = [0, *(end + 1 for end in ends[:-1])]
+    documents = [tokens[begin : end + 2] for begin, end in zip(begins, ends, strict=True)]
+    expected = sum(sum(_losses(model, document, LENGTH)) for document in documents)
+    assert found["nll"] == pytest.approx(expected, rel=1e-5)
 
 
 def _losses(model: Any, tokens: torch.Tensor, longest: int) -> list[float]:
