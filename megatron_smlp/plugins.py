@@ -18,7 +18,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,9 @@ __all__ = [
     "zeros",
 ]
 
+Kind = TypeVar("Kind", bound=type)
+Update = TypeVar("Update", bound=Callable[..., None])
+Schedule = TypeVar("Schedule", bound=Callable[[float], float])
 Init = Callable[[Tensor], Any]
 """Draws the initial values of a parameter in place: <fp32>, on the CPU."""
 
@@ -480,7 +483,7 @@ class Registry:
         yield "feature router", self.feature_routers
         yield "architecture", self.architectures
 
-    def __call__[Kind: type](self, name: str) -> Callable[[Kind], Kind]:
+    def __call__(self, name: str) -> Callable[[Kind], Kind]:
         """Register a class: `@register("name")`.
 
         Raises:
@@ -525,13 +528,13 @@ class Registry:
         pair = (str(mixer), channel)
         self._add(self.architectures, name, Architecture(layers=layers or (lambda _, __: pair)))
 
-    def listener[Kind: type](self, kind: Kind) -> Kind:
+    def listener(self, kind: Kind) -> Kind:
         """Register an observer class: `@register.listener` on a training.events.Listener. Each
         training makes one, called after the program's own. Models are exported without its file."""
         self.listeners.append(kind)
         return kind
 
-    def update[Function: Callable[..., None]](self, function: Function) -> Function:
+    def update(self, function: Update) -> Update:
         """Register a function that changes buffers once per step, after the optimizer's update:
         `f(models, skipped=bool)`, on every rank; see training.events.Update. In bf16 and fp16,
         change a weight in `parameter.main_param` too, from which the next step recomputes it; a
@@ -540,7 +543,7 @@ class Registry:
         self.updates.append(function)
         return function
 
-    def schedule[Function: Callable[[float], float]](self, function: Function) -> Function:
+    def schedule(self, function: Schedule) -> Schedule:
         """Register a factor of the learning rate: `f(done)`, where done goes from 0 in the first
         step to 1 at --lr-decay-iters. It multiplies the rate set by --lr-decay-style and warm-up:
         with `constant` it is the whole schedule."""

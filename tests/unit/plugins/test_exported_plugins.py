@@ -1,5 +1,6 @@
 """A plugin's class in transformers: what it computes, keeps in fp32, and ships with the export."""
 
+import ast
 import math
 from pathlib import Path
 from typing import Any
@@ -218,6 +219,13 @@ def test_attention_and_mixers_with_two_states_share_a_cache():
     first = model(ids[:, :4], use_cache=True)
     rest = model(ids[:, 4:], cache=first.cache)
     torch.testing.assert_close(rest.logits, model(ids).logits[:, 4:], rtol=1e-4, atol=1e-5)
+
+
+def test_an_exports_files_are_python_3_11():
+    """The oldest that transformers runs on; the package itself needs 3.12."""
+    package = REPOSITORY / "megatron_smlp"
+    for file in (*(package / "hf").glob("*.py"), package / "plugins.py"):
+        ast.parse(file.read_text(encoding="utf-8"), str(file), feature_version=(3, 11))
 
 
 def test_what_a_plugin_imports_goes_with_it(tmp_path: Path):
