@@ -28,7 +28,7 @@ EXTRAS = {
     "fast-tokenizer": ["gigatoken"],
     "plots": ["matplotlib>=3.9"],
     "study": ["matplotlib>=3.9", "pandas>=2.2", "scipy>=1.14"],
-    "eval": ["lm_eval>=0.4.9,<0.5"],
+    "eval": ["lm_eval>=0.4.12,<0.5"],  # TaskManager.load
     "muon": ["emerging-optimizers>=0.3,<0.4"],  # --optimizer muon, by Megatron's own code
     "serve": ["fastapi>=0.115", "pydantic>=2.9", "uvicorn>=0.32"],
     "docs": ["sphinx>=9.1", "myst-parser>=5.0", "furo>=2025.12.19"],
@@ -39,7 +39,7 @@ EXTRAS = {
         "hypothesis>=6.115",
         "scipy>=1.14",
         "g-mlp-pytorch>=0.1.5",
-        "lm_eval[api]>=0.4.9,<0.5",  # its local-completions, against tools/serve.py
+        "lm_eval[api]>=0.4.12,<0.5",  # its local-completions, against tools/serve.py
         "openai>=1.50",
         "peft>=0.17",  # docs/library.md fine-tunes with it
         "ruff>=0.14",
