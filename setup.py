@@ -16,7 +16,6 @@ REQUIREMENTS = [
     "safetensors>=0.6",
     "tensorboard>=2.18",  # Megatron's --tensorboard-dir
     "nltk>=3.9",  # --split-sentences
-    "regex>=2024.11",  # GPT-2's pre-tokenisation pattern
     "psutil>=6.0",  # addresses of this machine, for the launchers
     "pyyaml>=6.0",
     "rich>=14.0",  # tables and progress bars
