@@ -38,6 +38,14 @@ def check_muon(args: argparse.Namespace) -> None:
             "fp32 state of whole matrices to shard over ranks. Give both, or leave it out."
         )
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    groups = args.num_query_groups if args.group_query_attention else tp
+    if groups < tp and args.muon_split_qkv:
+        raise UsageError(
+            f"--optimizer muon with --num-query-groups {groups} and --tensor-model-parallel-size "
+            f"{tp}: where a rank has part of a group, Megatron 0.19 silently updates queries, keys "
+            "and values as one matrix, elsewhere separately. Lower the size, or give "
+            "--muon-no-split-qkv, with which they are one matrix in every layout."
+        )
     expert_tp, ep = args.expert_tensor_parallel_size or tp, args.expert_model_parallel_size
     if (
         args.use_distributed_optimizer

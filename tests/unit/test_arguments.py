@@ -124,6 +124,7 @@ LAYOUTS = f"""
     --full-validation | {GMLP} {TP} 2 --full-validation --multiple-validation-sets
     --padded-vocab-size 102 | {GMLP} --padded-vocab-size 102 {TP} 4 --global-batch-size 4
     --padded-vocab-size 90 | {GMLP} --padded-vocab-size 90 --global-batch-size 16
+    --optimizer muon .*-groups 2 .*{TP} 4 | {GROUPED} --num-query-groups 2 {TP} 4 --optimizer muon
     --expert-model-parallel-size 2 | {SMLP} --expert-model-parallel-size 2
     --num-experts 3 | {SMLP} --token-router switch --num-experts 3 --expert-model-parallel-size 2
 """
