@@ -243,7 +243,8 @@ class _Text:
         """Return the number of words of the whole part, without its unpredicted first token."""
         bounds = itertools.pairwise(self._documents.tolist())
         spans = ((max(1, self._behind_start(begin, end)), end) for begin, end in bounds)
-        return sum(len(self._decoded(self._tokens[begin:end]).split()) for begin, end in spans)
+        texts = (self._decoded(self._tokens[begin:end].tolist()) for begin, end in spans)
+        return sum(len(text.split()) for text in texts)
 
     def _behind_start(self, begin: int, end: int) -> int:
         behind = begin + len(self._start)
@@ -254,6 +255,6 @@ class _Text:
         ids = [self._letters.get(token, token) for token in self._tokens[begin:end].tolist()]
         return len(self._decoded(ids).rstrip("\ufffd").encode())
 
-    def _decoded(self, ids: Any) -> str:
-        text: str = self._encoder.decode([int(token) for token in ids if token != self._end])
+    def _decoded(self, ids: Sequence[int]) -> str:
+        text: str = self._encoder.decode([token for token in ids if token != self._end])
         return text

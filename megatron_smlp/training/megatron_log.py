@@ -63,6 +63,8 @@ class MegatronLog(Listener):
         """Reports still due: the first update allocates the optimizer state."""
         self.timers = " ".join(TIMERS[: args.timing_log_level]).split()
         self.clock = StepClock()
+        self.have_experts = [slots.channel == "token_moe" for slots in slots_of(args)]
+        """Layers that Megatron's metrics average over. It does not know --num-dense-layers."""
 
     def built(self, parts: Parts) -> None:
         self.parts = parts
@@ -136,8 +138,7 @@ class MegatronLog(Listener):
             force_initialize=True,
             track_names=[name for name, is_tracked in tracked.items() if is_tracked],
             num_layers=args.num_layers,
-            # Megatron averages over these layers, and does not know sMLP's --num-dense-layers.
-            moe_layer_freq=[slots.channel == "token_moe" for slots in slots_of(args)],
+            moe_layer_freq=self.have_experts,
             mtp_num_layers=None,
             total_loss_dict=self.sums,
             pg_collection=self.parts.groups,
