@@ -1,6 +1,6 @@
 """Feature MoE (sMoE): routes chunks of the hidden dimension, not tokens, to spatial experts.
 
-    g_i = s_i * (M_e(i) LN(u2_i)) + b_e(i)           i = 1..C chunks of F/C features, E experts
+    g_i = s_i * (M_e(i) LN(u2_i)) + b_e(i)         i = 0..C-1 chunks of F/C features, E experts
 
 Deterministic (Yu et al., arXiv 2203.06850, section 3, where C = E):
 

@@ -2,12 +2,12 @@
 
     a_i = sum over t < P of  W_r[t] m_i[t]          m_i[t] mean of chunk i of u2[t]
     p_i = softmax(a_i)        e(i) = argmax p_i        s_i = E p_i[e(i)]      (1 where p is uniform)
+    rows t < P, which must not see all of the prefix:  e(i) = i mod E        s_i = 1
     loss  a E sum_e f_e P_e,  f_e share of the (sample, chunk) choices of e, P_e mean of p_e
 
-Yu et al., arXiv 2203.06850, section 3; the details are ours (docs/decisions/0006). W_r: P x E. Rows
-t < P must not see all of the prefix: layers/feature_moe.py routes them. partial_prediction.py says
-what is trained on. s_i multiplies the mixed values; otherwise W_r would get no gradient. a:
---feature-aux-loss-coeff.
+Yu et al., arXiv 2203.06850, section 3; the details are ours (docs/decisions/0006). W_r: P x E.
+layers/feature_moe.py routes the rows t < P; partial_prediction.py says what is trained on. s_i
+multiplies the mixed values; otherwise W_r would get no gradient. a: --feature-aux-loss-coeff.
 
 Letters: T tokens, B batch, C chunks, C' = C / tp chunks of this rank, E experts, P prefix length.
 """
