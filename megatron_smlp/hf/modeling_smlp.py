@@ -613,8 +613,9 @@ class SMLPPartialPrediction(SMLPSpatialGating):
         row t >= P:  g_i = s_i M_e(i) LN(u2_i) + b_e(i)
         row t <  P:  the same with e(i) = i mod E and s_i = 1, since these rows must not see all P
 
-    The mean is over u2 before its LayerNorm: the mean of a chunk that has been normalized by itself
-    is the same for every input, and would route nothing. A sample shorter than P never routes.
+    The mean is over u2 before its LayerNorm: with initial weights, that of a chunk normalized by
+    itself is the same for every input, and would route nothing. A sample shorter than P never
+    routes.
     Balance loss over the (sample, chunk) choices: E sum_e f_e P_e, as Switch's.
     """
 

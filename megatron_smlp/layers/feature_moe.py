@@ -151,7 +151,7 @@ class PartialFeatureMoE(SpatialGating):
         bias = bias[:, :tokens]
         mixed = self._prefix_rows(chunks[: self.prefix_length], weight, bias)
         if tokens > self.prefix_length:
-            # After its LayerNorm, a chunk's mean would be the same for every input.
+            # After its LayerNorm, a chunk's mean would at first be the same for every input.
             means = u2.unflatten(-1, (self.local_heads, -1)).mean(dim=-1, dtype=torch.float32)
             choice = self.router(means)
             mixed = torch.cat([mixed, self._routed_rows(chunks, weight, bias, choice)])
