@@ -239,7 +239,6 @@ class SpatialGating(TokenMixer):
         **unused_attention_arguments: Any,
     ) -> None:
         super().__init__(config, layer_number, pg_collection)
-        self.projection = projection
         tp = self.tp_group.size()
         check_gate(config, "num_heads", num_heads, splits_one=self.splits_one)
         assert config.ffn_hidden_size is not None
@@ -261,7 +260,7 @@ class SpatialGating(TokenMixer):
             dtype=config.params_dtype,
             group=self.tp_group if self.head_is_split else None,
         )
-        self.spatial = self.projection.of_rank(
+        self.spatial = projection.of_rank(
             self, self._num_matrices(num_heads), sequence_length, is_shared=self.shares_spatial
         )
         self.linear_fc2 = row_projection(
