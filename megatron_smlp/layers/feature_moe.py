@@ -43,10 +43,11 @@ def feature_moe_spec(
     """Return the spec of a layer with `heads` spatial experts, routed as --feature-router says.
 
     Args:
-        feature_router: the layer's router class; None: chunk i goes to expert i.
+        feature_router: the layer's router class; None: chunk i goes to expert i, as the heads of
+            plain spatial gating do.
     """
     if feature_router is None:
-        return gating_spec(*args, module=DeterministicFeatureMoE, heads=heads, **kwargs)
+        return gating_spec(*args, heads=heads, **kwargs)
     return gating_spec(
         *args,
         module=PartialFeatureMoE,
@@ -57,10 +58,6 @@ def feature_moe_spec(
         loss_coeff=options.feature_aux_loss_coeff,
         **kwargs,
     )
-
-
-class DeterministicFeatureMoE(SpatialGating):
-    """Chunk i goes to expert i: plain spatial gating, with the experts as its heads."""
 
 
 class PartialFeatureMoE(SpatialGating):
