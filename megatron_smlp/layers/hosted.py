@@ -29,7 +29,7 @@ from megatron_smlp.layers.projections import (
     row_projection,
     two_projections,
 )
-from megatron_smlp.layers.token_mixer import TokenMixer
+from megatron_smlp.layers.token_mixer import MegatronTokenMixer
 from megatron_smlp.ops.causal_mix import causal_mix
 from megatron_smlp.plugin_weights import alike_on_ranks, on_cpu, own_weights
 from megatron_smlp.plugins import Mixer, mix, projections_of, values_in
@@ -82,7 +82,7 @@ def causal_product(weight: Tensor, values: Tensor) -> Tensor:
     return causal_mix(weight[None], columns.flatten(1)[None]).view_as(columns).transpose(0, 1)
 
 
-class HostedMixer(TokenMixer):
+class HostedMixer(MegatronTokenMixer):
     """See the top of the file.
 
     Args:

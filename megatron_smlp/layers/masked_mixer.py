@@ -40,7 +40,7 @@ from torch import Tensor
 
 from megatron_smlp.layers.projections import check_heads
 from megatron_smlp.layers.spatial_gating import SpatialProjection
-from megatron_smlp.layers.token_mixer import TokenMixer
+from megatron_smlp.layers.token_mixer import MegatronTokenMixer
 
 
 def masked_mixer_spec(
@@ -80,7 +80,7 @@ def check_flags(args: Any) -> None:
     )
 
 
-class MaskedMixer(TokenMixer):
+class MaskedMixer(MegatronTokenMixer):
     """See the top of the file.
 
     Args:

@@ -43,7 +43,7 @@ from megatron_smlp.layers.projections import (
     row_projection,
     two_projections,
 )
-from megatron_smlp.layers.token_mixer import TokenMixer
+from megatron_smlp.layers.token_mixer import MegatronTokenMixer
 from megatron_smlp.ops.causal_mix import causal_mix
 from megatron_smlp.ops.gated_mix import gated_mix, gates_by_kernels, gelu_gate
 
@@ -120,7 +120,7 @@ class SpatialProjection(nn.Module):
 
     @classmethod
     def of_rank(
-        cls, mixer: TokenMixer, heads: int, length: int, *, is_shared: bool, **init: Any
+        cls, mixer: MegatronTokenMixer, heads: int, length: int, *, is_shared: bool, **init: Any
     ) -> SpatialProjection:
         """Build M and b of a rank's heads, or of all heads where every rank needs them all."""
         local = heads if is_shared else heads // mixer.tp_group.size()
@@ -209,7 +209,7 @@ class SpatialProjection(nn.Module):
             )
 
 
-class SpatialGating(TokenMixer):
+class SpatialGating(MegatronTokenMixer):
     """The inside of a gMLP block, a drop-in replacement for Megatron's SelfAttention.
 
     Args:

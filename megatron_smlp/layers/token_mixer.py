@@ -15,7 +15,7 @@ from megatron.core.transformer.utils import (
 from torch.nn import functional
 
 
-class TokenMixer(MegatronModule):
+class MegatronTokenMixer(MegatronModule):
     """A module for Megatron's `self_attention` slot."""
 
     has_halves = False

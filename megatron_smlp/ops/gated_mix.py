@@ -6,7 +6,8 @@
     dg = dy * GELU(u1)    du1 = dy * g * GELU'(u1)    dv = tri(M)' dg    dM = tril(dg v')
     db = sum of dg    da = dg
 
-`gelu_gate` also computes v = LN(GELU(u2)), by head (gelu_norm.py), from u = [u1 | u2].
+`gelu_gate` also computes v = LN(GELU(u2)), by head (gelu_norm.py), from u = [u1 | u2], the layer's
+x U: here u is before GELU, in the layers' formulas behind it.
 
 Routed, a head of a sample has one expert e up to token P and another from there on, with scale c:
 

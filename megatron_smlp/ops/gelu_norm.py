@@ -4,7 +4,8 @@
                                                                                  features
 
 Triton kernels (kernels/gelu_norm.py) for what layers/spatial_gating.py does with torch's functions,
-which are the reference. Letters: T tokens, B samples, H heads, K = H f features.
+which are the reference; u2 is before GELU here. Letters: T tokens, B samples, H heads, K = H f
+features.
 """
 
 import torch

@@ -49,13 +49,13 @@ from torch import Tensor, nn
 
 from megatron_smlp.ops.balanced_assignment import priced_assignment
 from megatron_smlp.routers.handed import repeats_a_pass
-from megatron_smlp.routers.token_router import Choices, TokenRouter
+from megatron_smlp.routers.token_router import Choices, MegatronTokenRouter
 
 INIT_GAIN = 0.1
 PRICE_MEMORY = 0.95
 
 
-class BaseRouter(TokenRouter):
+class BaseRouter(MegatronTokenRouter):
     """See the top of the file."""
 
     can_close = True  # an expert gets its share of the tokens, however low their scores

@@ -41,7 +41,7 @@ class GShardRouter(SwitchRouter):
         self.keys: Tensor | None = None
 
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """See TokenRouter.forward."""
+        """See MegatronTokenRouter.forward."""
         self.keys = self.samples.take()
         return super().forward(input, padding_mask)
 

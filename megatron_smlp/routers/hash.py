@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from megatron_smlp.routers.handed import Handed
 from megatron_smlp.routers.hash_table import random_table
-from megatron_smlp.routers.token_router import Choices, TokenRouter, as_megatron
+from megatron_smlp.routers.token_router import Choices, MegatronTokenRouter, as_megatron
 
 
 def _first_table(config: Any) -> Tensor:
@@ -32,7 +32,7 @@ def _first_table(config: Any) -> Tensor:
     return table
 
 
-class HashRouter(TokenRouter):
+class HashRouter(MegatronTokenRouter):
     """See the top of the file."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -43,7 +43,7 @@ class HashRouter(TokenRouter):
         """<int64>[B, T] of the micro-batch."""
 
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """See TokenRouter.forward.
+        """See MegatronTokenRouter.forward.
 
         Raises:
             ValueError: the model was called without token ids.

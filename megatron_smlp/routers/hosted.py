@@ -22,7 +22,7 @@ from megatron_smlp import plugins
 from megatron_smlp.plugin_weights import alike_on_ranks, on_cpu, own_weights
 from megatron_smlp.routers.handed import repeats_a_pass
 from megatron_smlp.routers.prefix import PrefixRouter
-from megatron_smlp.routers.token_router import Choices, TokenRouter
+from megatron_smlp.routers.token_router import Choices, MegatronTokenRouter
 
 AUX_LOSS = "load_balancing_loss"
 
@@ -33,7 +33,7 @@ def hosting(rule: type[plugins.TokenRouter]) -> type[HostedRouter]:
     return type(f"Hosted{rule.__name__}", (HostedRouter,), attributes)
 
 
-class HostedRouter(TokenRouter):
+class HostedRouter(MegatronTokenRouter):
     """See the top of the file."""
 
     kind: type[plugins.TokenRouter]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_smlp.routers.balance_loss import balance_loss
-from megatron_smlp.routers.token_router import Choices, TokenRouter
+from megatron_smlp.routers.token_router import Choices, MegatronTokenRouter
 
 
 def within_capacity(
@@ -44,7 +44,7 @@ def within_capacity(
     return kept.unflatten(0, (wanted.shape[1], -1)).T & asking
 
 
-class SwitchRouter(TokenRouter):
+class SwitchRouter(MegatronTokenRouter):
     """See the top of the file; GShard differs in the choice and in the number of slots."""
 
     has_aux_loss = True

@@ -37,7 +37,7 @@ class Choices(NamedTuple):
     """<bool>[N, k], which of those found a slot."""
 
 
-class TokenRouter(CountedRouter, TopKRouter):
+class MegatronTokenRouter(CountedRouter, TopKRouter):
     """A rule chooses the experts of a token (`choose`) and their weights (`weigh`).
 
     Megatron's z-loss applies to the scores; its own top-k, capacity and balance losses do not.

@@ -32,10 +32,10 @@ from megatron.core.transformer.moe.moe_utils import (
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor, nn
 
-from megatron_smlp.routers.token_router import Choices, TokenRouter
+from megatron_smlp.routers.token_router import Choices, MegatronTokenRouter
 
 
-class TopKTokenRouter(TokenRouter):
+class TopKTokenRouter(MegatronTokenRouter):
     """Megatron's router, counted; see the top of the file."""
 
     has_aux_loss = True
@@ -43,7 +43,7 @@ class TopKTokenRouter(TokenRouter):
     """<fp32>[E], b before the current training step; None: outside of a step, or without b."""
 
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """See TokenRouter.forward; here Megatron's own router routes."""
+        """See MegatronTokenRouter.forward; here Megatron's own router routes."""
         return TopKRouter.forward(self, input, padding_mask)
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
