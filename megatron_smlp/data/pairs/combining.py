@@ -109,7 +109,7 @@ def _check_tokenizers(
                 return False
             raise DataError(
                 f"{prefix!r} and {first!r} were not written with the same tokenizer settings "
-                f"({ours} against {theirs}); preprocess one of them again, or pass "
+                f"({ours}; against {theirs}); preprocess one of them again, or pass "
                 "--allow-tokenizer-mismatch if the ids mean the same"
             )
     return True

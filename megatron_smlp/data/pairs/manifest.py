@@ -30,6 +30,11 @@ class TokenizerRecord:
     eod: int | None
     append_eod: bool
 
+    def __str__(self) -> str:
+        vocabulary = f", vocabulary {self.identity[:12]}" if self.identity else ""
+        end = f"eod {self.eod} {'' if self.append_eod else 'not '}appended"
+        return f"{self.type}, {self.vocab_size} entries{vocabulary}, {end}"
+
 
 @dataclass(frozen=True)
 class PairRecord:
