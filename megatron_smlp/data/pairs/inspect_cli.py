@@ -2,6 +2,7 @@
 
 import argparse
 import signal
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -161,9 +162,15 @@ def _sample(args: argparse.Namespace) -> int:
     require_positive(args, "count", "max_tokens")
     encoder = None
     if spec := named_or_moved(args):
+        from megatron_smlp.data.pairs.manifest import find_manifest
         from megatron_smlp.data.tokenizers.factory import read_tokenizer
 
-        encoder = read_tokenizer(spec).build()
+        tokenizer = read_tokenizer(spec)
+        encoder = tokenizer.build()
+        origin = find_manifest(index.prefix)
+        if origin and tokenizer.identity != origin.manifest.tokenizer.identity:
+            wrote = origin.manifest.tokenizer
+            print(f"warning: another tokenizer wrote these ids ({wrote})", file=sys.stderr)
     count = min(args.count, index.num_documents)
     chosen = args.documents
     if chosen is None:

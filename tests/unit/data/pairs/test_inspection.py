@@ -49,7 +49,11 @@ def test_a_sample_is_text_where_only_the_folder_of_a_tokenizer_is_named(
     prefix = write_pair(run, tmp_path, "data", ["the white whale"], hf_flags)
     capsys.readouterr()
     inspect_cli.main(["sample", prefix, "--tokenizer-model", str(tokenizer_folder)])
-    assert "the white whale" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "the white whale" in shown.out
+    assert not shown.err
+    inspect_cli.main(["sample", prefix, *BYTE_FLAGS])
+    assert "another tokenizer wrote these ids (HuggingFaceTokenizer, " in capsys.readouterr().err
 
 
 def test_stats(prefix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
