@@ -54,11 +54,14 @@ def inputs(
 
 
 def _runs_alone(name: str, kind: type[Mixer]) -> Row:
-    """Check that forward returns [B, T, F]."""
+    """Check that forward returns [B, T, F], of finite values."""
     compared, advice = "forward: [B, T, F] -> [B, T, F]", ""
-    shape = list(built(kind)(*inputs(kind)).shape)
+    mixed = built(kind)(*inputs(kind))
+    shape = list(mixed.shape)
     if shape != [BATCH, LENGTH, WIDTH]:
         advice = f"forward returns {shape} for {[BATCH, LENGTH, WIDTH]}: return the inputs' shape"
+    elif not mixed.isfinite().all():  # the next rows would blame what they compare
+        advice = "forward returns NaN or infinity for standard normal inputs"
     return Row(subject=name, compared=compared, apart=f"{shape}", advice=advice)
 
 

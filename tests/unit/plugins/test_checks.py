@@ -108,6 +108,7 @@ def test_what_ships_passes(registry: plugins.Registry, tmp_path: Path, text: str
         pytest.param("gate.sigmoid()", "gate.sigmoid().detach()", "gradient", id="gradient"),
         pytest.param("gate.sigmoid() * mixed\n", "(gate.sigmoid() * mixed)[:, 1:]\n",
                      "forward returns", id="shape"),
+        pytest.param("gate.sigmoid() * mixed\n", "gate.log() * mixed\n", "NaN", id="not finite"),
         pytest.param("return gate", "return gate.missing", "it raises", id="raises"),
         pytest.param("return gate.sigmoid() *", "return (gate * 300 + 1e4 - 1e4).sin() *",
                      "bf16", id="bf16"),
