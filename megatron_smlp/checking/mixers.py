@@ -26,7 +26,8 @@ def checks(name: str, kind: type[Mixer]) -> Iterator[Check]:
     always = (_runs_alone, _repeats, _causal_in_training, _causal, _shorter, _gradients)
     split = () if kind.whole else (_split,)
     stateful = (_continues,) if keeps_state(kind) else ()
-    flags = " and ".join(map(flag_of, options_of(kind)))
+    whole = [option for option, it in options_of(kind).items() if it.kind is int]
+    flags = " and ".join(map(flag_of, whole))
     sizes = f"; the sizes here are {WIDTH // 2} or {WIDTH} features and up to {LENGTH} tokens"
     hint = f"{sizes}: if that is why, set {flags} on the command line" if flags else ""
     for check in (*always, *split, *stateful, _half, _flops):

@@ -34,12 +34,13 @@ Check = Callable[[], Row]
 def checked(check: Callable[[str, Any], Row], name: str, kind: type, *, hint: str = "") -> Row:
     """Run a check on a class; an exception that the class raises makes a failed row.
 
-    hint: what may be the reason.
+    hint: what may be the reason, unless it is a TypeError, which no size causes.
     """
     try:
         with DoubleStays():
             return check(name, kind)
     except Exception as error:  # of any kind, as the class is a user's
+        hint = "" if isinstance(error, TypeError) else hint
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         return wrong(name, check.__name__.strip("_").replace("_", " "), f"it raises {reason}{hint}")
 
