@@ -58,9 +58,13 @@ class WatchedGPTDataset(GPTDataset):
         return super().__getitem__(idx)
 
     def _build_document_sample_shuffle_indices(self) -> tuple[Any, Any, Any]:
-        """Name the caches by the pair's content, then do as Megatron does."""
+        """Name the caches by the pair's content, then do as Megatron does.
+
+        The name also leaves out the tokenizer, which no index depends on: its path may differ
+        between machines, and that of GPT-2's two files is another one in each process.
+        """
         self.watch = Watch(self.dataset.path_prefix)
-        del self.unique_identifiers["dataset_path"]
+        del self.unique_identifiers["dataset_path"], self.unique_identifiers["tokenizer"]
         self.unique_identifiers["content"] = self.watch.content
         self.unique_description = json.dumps(
             self.unique_identifiers, indent=4, default=lambda part: part.unique_identifiers

@@ -102,7 +102,10 @@ def test_machines_with_paths_of_their_own_share_a_cache(
         names.append(write_pair(run, tmp_path / machine, "data", text))
     made = []
     for name in names:
-        first, *_ = _build([name], [50, 5, 5], cache)
+        config = dataset_config(Blends(parse_blend([name], source="--data-path")), cache)
+        # That of GPT-2's two files is a temporary folder of each process.
+        config.tokenizer.unique_identifiers["tokenizer_path"] = f"{name}/tokenizer"
+        first, *_ = build_datasets([50, 5, 5], config=config, is_built_on_rank=lambda: True, rank=0)
         made.append((sorted(cache.rglob("*.npy")), first[7]["tokens"].tolist()))
     assert made[0][0]
     assert made[0] == made[1]
