@@ -22,7 +22,7 @@ from megatron_smlp.data.index_cache import cache_folders, exclusive_caches
 from megatron_smlp.data.pairs.content import Watch
 from megatron_smlp.data.pairs.indexed import in_parts, open_index
 from megatron_smlp.durable import text_of
-from megatron_smlp.errors import DataError
+from megatron_smlp.errors import DataError, UnlikeRanksError
 from megatron_smlp.first_rank import first_rank_first, telling
 
 
@@ -125,6 +125,7 @@ def build_datasets(
     Raises:
         DataError: a split has no token, a cache cannot be written or is not shared, unweighted
             datasets do not suffice or include one shorter than a sample.
+        UnlikeRanksError: this rank does not see the cache that rank 0 wrote.
     """
     builder = UnhurriedBuilder(WatchedGPTDataset, list(num_samples), is_built_on_rank, config)
     prefixes = [prefix for _, blend, _ in _splits(config) for prefix in blend.prefixes]
@@ -143,7 +144,7 @@ def build_datasets(
             datasets: list[Any] = builder.build()
         except Exception as error:
             if rank != 0 and isinstance(error, FileNotFoundError):
-                raise DataError(
+                raise UnlikeRanksError(
                     f"the sample index that rank 0 made in {where} is not there for rank {rank}: "
                     "give --data-cache-path with a folder that all machines share"
                 ) from None

@@ -33,7 +33,7 @@ from megatron_smlp.data.datasets import (
 from megatron_smlp.data.index_cache import exclusive_caches, remove_unfinished
 from megatron_smlp.data.pairs.content import ChangedDataError
 from megatron_smlp.data.pairs.indexed import open_index
-from megatron_smlp.errors import DataError
+from megatron_smlp.errors import DataError, UnlikeRanksError
 from megatron_smlp.platform.one_process import one_process
 
 
@@ -113,7 +113,7 @@ def test_machines_with_paths_of_their_own_share_a_cache(
     blends = Blends(parse_blend(names[:1], source="--data-path"))
     config = dataset_config(blends, tmp_path / "another")
     monkeypatch.setattr(UnhurriedBuilder, "build", lambda _: np.load(tmp_path / "absent.npy"))
-    with pytest.raises(DataError, match="is not there for rank 1: give --data-cache-path"):
+    with pytest.raises(UnlikeRanksError, match="is not there for rank 1: give --data-cache-path"):
         build_datasets([50, 5, 5], config=config, is_built_on_rank=lambda: True, rank=1)
 
 
