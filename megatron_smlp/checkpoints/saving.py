@@ -126,6 +126,9 @@ class Saving:
         except NonFiniteLossError:  # raised on all ranks: they can still commit what they wrote
             self.finish(blocking=True)
             raise
+        except UsageError:  # of data, before the first step: the next start is no restart
+            failed = False
+            raise
         finally:
             for call in self.queue.async_calls:  # background writers end with the run
                 call.async_caller.close()

@@ -12,8 +12,9 @@ from support.in_process import pretrained
 from support.launches import records
 
 from megatron_smlp.checkpoints.save_lease import SaveLease
+from megatron_smlp.errors import UsageError
 from megatron_smlp.restart_note import RESTART, note_cause
-from megatron_smlp.training import batches, slow_hosts
+from megatron_smlp.training import batches, loop, slow_hosts
 from megatron_smlp.training.restart_report import BY_HAND
 from megatron_smlp.training.slow_hosts import LINES, OwnPart, SlowHosts, _Streak
 from megatron_smlp.training.speed import StepClock
@@ -56,6 +57,21 @@ def test_a_failure_and_its_cost_are_told_once(
 def test_a_run_that_ended_by_itself_has_not_failed(tmp_path: Path):
     run = tmp_path / "run"
     pretrain(f"--save {run} --exit-interval 4")
+    pretrain(f"--save {run}")
+    assert [record for record in records(run) if "restart" in record] == []
+
+
+def test_a_refusal_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The same command with another --split, say, is not a restart."""
+    run = tmp_path / "run"
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise UsageError("--split leaves no token for test")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "build_batches", refuse)
+        with pytest.raises(UsageError, match="no token"), pretrained(f"{RUN} --save {run}"):
+            pass
     pretrain(f"--save {run}")
     assert [record for record in records(run) if "restart" in record] == []
 
