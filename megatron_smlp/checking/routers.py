@@ -1,6 +1,6 @@
 """Checks of a token router class on its own, in one process.
 
-Letters: N tokens, E experts, k choices of a token.
+Letters: N tokens, D hidden, E experts, k choices of a token.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_smlp.checking.rows import Check, Row, checked, close, gradients
 from megatron_smlp.plugins import TokenRouter
 
-TOKENS, EXPERTS = 24, 4
+TOKENS, EXPERTS, WIDTH = 24, 4, 8
 
 
 def checks(name: str, kind: type[TokenRouter]) -> Iterator[Check]:
@@ -57,12 +57,14 @@ def _chooses(name: str, kind: type[TokenRouter]) -> Row:
 
 
 def _alone(name: str, kind: type[TokenRouter]) -> Row:
-    """Check that in evaluation a token is routed the same alone and among others."""
+    """Check that in evaluation a token is scored and routed the same alone and among others."""
     rule = _built(kind).eval()
-    chosen, visited = rule.choices(_scores())
+    torch.manual_seed(2)
+    hidden, weight = torch.randn(TOKENS, WIDTH), torch.randn(EXPERTS, WIDTH)
+    chosen, visited = rule.choices(rule.scores(hidden, weight))
     differing = 0
     for token in range(TOKENS):
-        alone = rule.choices(_scores()[token : token + 1])
+        alone = rule.choices(rule.scores(hidden[token : token + 1], weight))
         rows = (chosen[token][visited[token]], alone[0][0][alone[1][0]])
         differing += sorted(rows[0].tolist()) != sorted(rows[1].tolist())
     return Row(

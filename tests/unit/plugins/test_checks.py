@@ -195,6 +195,14 @@ def test_a_router_that_is_wrong(
     assert said in advice(registry, tmp_path, RULE.replace(right, wrong, 1))
 
 
+def test_scores_of_a_router_that_see_the_batch(registry: plugins.Registry, tmp_path: Path):
+    text = f"""{TWO}
+    def scores(self, hidden, weight):
+        return super().scores(hidden - hidden.mean(0), weight)
+"""
+    assert "depend on the rest" in advice(registry, tmp_path, text)
+
+
 def test_a_router_says_how_many_experts_a_token_has(registry: plugins.Registry, tmp_path: Path):
     text = TWO.replace("experts_per_token = 2", "experts_per_token = 1")
     assert "set experts_per_token = 2" in advice(registry, tmp_path, text)
