@@ -207,9 +207,11 @@ def _default_width(args: argparse.Namespace) -> int:
 
 
 def _refuse_misspelt(values: dict[str, Any]) -> None:
-    known = [*_DEFAULTS, *_REQUIRED]
-    for name in set(values) - set(known):
-        if hint := did_you_mean(name, known, cutoff=0.9):
+    if values.get("allow_untested_flag"):  # some resemble a tested one: end_weight_decay
+        return
+    known = {*_KNOWN, *OUR_FLAGS, *(spelling(flag.removeprefix("--")) for flag in listed())}
+    for name in sorted(set(values) - known):
+        if hint := did_you_mean(name, sorted(known), cutoff=0.85):
             raise ValueError(f"unknown key {name!r}: {hint}")
 
 

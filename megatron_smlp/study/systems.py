@@ -109,7 +109,7 @@ def _system(study: Study, name: str, *, folder: Path) -> System:
     try:
         costs = estimate(flags | {"vocab_size": study.vocab_size})
     except ValueError as error:
-        raise UsageError(f"{file}: {error}") from error
+        raise UsageError(f"{name} of study {study.name!r}, from {file}: {error}") from error
     for required in ("lr", "global_batch_size"):
         if required not in flags:
             raise UsageError(f"{file}: {required} is missing: give it there or in `fixed`.")

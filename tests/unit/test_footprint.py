@@ -315,6 +315,7 @@ def test_which_layers_have_experts_is_given_as_to_a_training(word: str):
         ({"num_experts": 3, "expert_model_parallel_size": 2}, "--num-experts 3 is not a multiple"),
         ({"global_batch_size": 5, "micro_batch_size": 2}, "--global-batch-size 5"),
         ({"hidden_sizes": 5}, "did you mean hidden_size?"),
+        ({"clip_gard": 0.5}, "did you mean clip_grad?"),  # not a size, but a study may set it
         ({"num_layers": None}, "--num-layers missing"),
         ({"moe_layer_freq": "[0,x]*2"}, r"--moe-layer-freq \[0,x\]\*2: give a number or list"),
     ],
