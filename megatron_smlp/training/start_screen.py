@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import enum
 import itertools
 import math
 from collections.abc import Iterator
@@ -50,6 +51,8 @@ def _configuration(args: argparse.Namespace) -> Iterator[str]:
 
 
 def _in_yaml(value: Any) -> str:
+    if isinstance(value, enum.Enum):
+        value = value.name  # as the flag takes it
     value = value if isinstance(value, (str, int, float, bool, list, type(None))) else str(value)
     return yaml.safe_dump([value], default_flow_style=True, width=math.inf).strip()[1:-1]
 

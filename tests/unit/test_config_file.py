@@ -73,7 +73,7 @@ def test_of_several_files_a_later_one_wins(parse: Parse, yaml, tmp_path: Path):
     path = yaml("architecture: gmlp\nseed: 7\nlr-warmup-iters: 1\nsplit: '9,1,0'\n")
     other = tmp_path / "other.yaml"
     other.write_text("lr-warmup-fraction: 0.5\nseed: 8\n")
-    args = parse(f"--config {path} --seq-length 32 --config={other}")
+    args = parse(f"--config {path} --seq-length 32 --attention-backend auto --config={other}")
     assert (args.seed, args.lr_warmup_fraction, args.lr_warmup_iters) == (8, 0.5, 0)
     console = Console(file=io.StringIO(), width=100, soft_wrap=True)
     print_dry_run(args, console)
@@ -82,7 +82,7 @@ def test_of_several_files_a_later_one_wins(parse: Parse, yaml, tmp_path: Path):
     assert re.search(rf"^architecture: gmlp +# {path}:1$", said, re.MULTILINE)
     assert re.search(r"^seq_length: 32 +# command line$", said, re.MULTILINE)
     values = read_yaml_text(said.partition("\n\n")[0].partition("\n")[2])
-    assert values["split"] == "9,1,0"
+    assert (values["split"], values["attention_backend"]) == ("9,1,0", "auto")
     assert "lr_warmup_iters" not in values
     assert parse(f"--config {other} --config {path} {GMLP}").seed == 7
 
