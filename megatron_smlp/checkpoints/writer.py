@@ -30,25 +30,31 @@ from megatron_smlp.checkpoints import integrity
 from megatron_smlp.checkpoints.folders import RELEASE, TRACKER, iteration_folder
 from megatron_smlp.checkpoints.run_record import write_records
 
-SHARD = "__0_0.distcp"
+SHARD_BYTES = 4 << 30
+"""Size from which another file begins, since ranks share the check of a checkpoint by files."""
 
 
 class TorchDistWriter:
-    """Appends tensors and objects to one file, and indexes them in `.metadata`.
+    """Appends tensors and objects to files, and indexes them in `.metadata`.
 
     Use as a context manager; leaving it without an error completes the checkpoint.
     """
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True)
-        self.folder = folder
+        self.folder, self.shards = folder, 0
         self.metadata = Metadata(state_dict_metadata={}, storage_data={})
         self.metadata.storage_meta = StorageMeta(checkpoint_id=str(folder))
         self.metadata.version = CURRENT_DCP_VERSION
 
     def __enter__(self) -> TorchDistWriter:
-        self.file: BinaryIO = (self.folder / SHARD).open("wb")
+        self._begin_shard()
         return self
+
+    def _begin_shard(self) -> None:
+        self.shard = f"__0_{self.shards}.distcp"
+        self.file: BinaryIO = (self.folder / self.shard).open("wb")
+        self.shards += 1
 
     def __exit__(self, *error: object) -> None:
         if error[0] is not None:
@@ -78,6 +84,9 @@ class TorchDistWriter:
         self._append(MetadataIndex(name), value)
 
     def _append(self, index: MetadataIndex, value: Any) -> None:
+        if self.file.tell() >= SHARD_BYTES:
+            self.file.close()
+            self._begin_shard()
         offset = self.file.tell()
         try:
             torch.save(value, self.file)
@@ -86,7 +95,7 @@ class TorchDistWriter:
                 raise error.__context__ from None
             raise
         length = self.file.tell() - offset
-        self.metadata.storage_data[index] = _StorageInfo(SHARD, offset, length)
+        self.metadata.storage_data[index] = _StorageInfo(self.shard, offset, length)
 
 
 def weights_state(
