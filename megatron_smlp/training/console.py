@@ -67,6 +67,8 @@ class RunConsole:
 
     def introduce(self) -> None:
         """Print the start screen: the model, its data, the checkpoint, where the logs are."""
+        if not self.first_rank:
+            return  # git need not look at a shared folder from every rank
         args = self.args
         commit = software()["commit"]
         ours = f"{__version__} ({commit})" if commit else __version__

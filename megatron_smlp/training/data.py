@@ -79,7 +79,6 @@ def run_datasets(
     Raises:
         UsageError: the datasets do not suffice, or a split is empty.
     """
-    _open_many_files()
     samples = args.eval_iters * args.eval_global_batch_size
     build = partial(_build, args=args, on_rank=partial(_reads_data, args, vp_stage), say=say)
     train = None
@@ -97,8 +96,9 @@ def run_datasets(
     return Datasets(train, sets, _first(test, samples, Split.test))
 
 
-def _open_many_files() -> None:
-    """Raise this process's limit of open files: Megatron keeps up to twelve per prefix open."""
+def open_many_files() -> None:
+    """Raise this process's limit of open files: Megatron keeps up to twelve per prefix open, and a
+    gloo group of n ranks n connections."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
     with contextlib.suppress(ValueError, OSError):  # macOS may not grant what it allows

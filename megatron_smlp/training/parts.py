@@ -30,6 +30,7 @@ from megatron_smlp.megatron_patches import torch_adam
 from megatron_smlp.model import model_config
 from megatron_smlp.platform import cpu
 from megatron_smlp.plugins import register
+from megatron_smlp.training.data import open_many_files
 from megatron_smlp.training.same_everywhere import run_store
 
 type PerChunk[T] = T | list[T]
@@ -63,6 +64,7 @@ def configuration(args: argparse.Namespace) -> Any:
 def build(args: argparse.Namespace, *, began: float) -> Parts:
     """Start Megatron and build everything but the data. Collective."""
     settings = configuration(args)
+    open_many_files()
     initialize_megatron(allow_no_cuda=cpu.needed(), store=run_store(args))
     if not cpu.needed():
         set_jit_fusion_options(tp_size=args.tensor_model_parallel_size)

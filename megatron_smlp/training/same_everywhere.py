@@ -25,6 +25,8 @@ from megatron_smlp.provenance import versions
 OWN = frozenset({"rank", "local_rank", "command_line"})
 """Arguments that differ by rank, or only say where flags come from. Paths are not compared either:
 each machine may keep the same data on its own disk."""
+TO_MEET = timedelta(minutes=10)
+"""At least so long ranks wait for the others to start, which read packages and data first."""
 PLAIN = (bool, int, float, str, list, tuple, type(None))
 """Types whose text is the same in every process."""
 RUNS: Counter[int] = Counter()
@@ -41,7 +43,7 @@ def run_store(args: argparse.Namespace) -> Any:
         return HashStore()  # started without a launcher
     timeout = timedelta(minutes=args.distributed_timeout_minutes)
     where = f"env://?rank={args.rank}&world_size={args.world_size}"
-    store, *_ = next(torch.distributed.rendezvous(where, timeout=timeout))
+    store, *_ = next(torch.distributed.rendezvous(where, timeout=max(timeout, TO_MEET)))
     store.set_timeout(timeout)
     RUNS[args.rank] += 1
     # Not the restart count: it differs on an agent that saw no failure.
