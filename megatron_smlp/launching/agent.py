@@ -126,7 +126,7 @@ class Agent(LocalElasticAgent):
         self.failures.add()
         self.code = self._final_code([failure.exitcode for _, failure in failures])
         if self.code == 1 and self.failures.count >= Failures.LIMIT:
-            self.code = NO_PROGRESS
+            self.code = MISSING if self._is_replaceable() else NO_PROGRESS
             say(f"{cause}; {self.failures} after {self.failures.count} failures: giving up.")
         elif self.code == 1 and self.failures.folder and self._remaining_restarts:
             say(f"{cause}; starting again: {self.failures}.")
@@ -135,6 +135,13 @@ class Agent(LocalElasticAgent):
         else:
             say(f"{cause}.")
         self._remaining_restarts = 0
+
+    def _is_replaceable(self) -> bool:
+        """Return whether the run can go on without this machine, which may be broken."""
+        rendezvous = self.rendezvous
+        is_least = len(rendezvous.state.participants) <= rendezvous.settings.min_nodes
+        has_spare = bool(rendezvous.state.redundancy_list)
+        return not rendezvous.closes and (has_spare or not is_least)
 
     def _final_code(self, codes: Sequence[int]) -> int:
         """Return the run's exit code, given those of its ranks; 1 if it may restart.
@@ -218,7 +225,7 @@ def main(argv: Sequence[str]) -> int:
             run.run(run.parse_args(list(argv)))
         except ChildFailedError:
             code = watch.agent.code if watch.agent else 1
-            return code if code in FOR_GOOD else AGAIN + failures.count
+            return code if code in (*FOR_GOOD, MISSING) else AGAIN + failures.count
         except SignalException as end:
             is_well = watch.agent is None or watch.agent.end_signalled()
             return 0 if is_well else 128 + end.sigval

@@ -261,6 +261,8 @@ class Supervisor:
         self.environment.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
         # NCCL's own way: end a rank without aborting first, which may hang. torchrun's is older.
         self.environment.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3")
+        # Without it torchrun does not notice ranks that hang in the kernel.
+        self.environment.setdefault("TORCHELASTIC_UNINTERRUPTIBLE_STATE_TIMEOUT", "600")
         self.environment[LAUNCHER_PID] = str(os.getpid())
         if rendezvous is None:
             address = settings.local_address or "127.0.0.1"

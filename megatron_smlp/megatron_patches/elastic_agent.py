@@ -1,4 +1,5 @@
-"""Replaces torchrun's agent with ours, and judges by the local clock which machines are gone.
+"""Replaces torchrun's agent with ours, and mends its rendezvous: which machines are gone, by the
+local clock, and which are spares.
 
 Active only in the process of an agent (launching/agent.py), never in a rank.
 """
@@ -30,15 +31,17 @@ def installed(make_agent: Callable[..., Any], synced: Synced) -> AbstractContext
     holder = dynamic_rendezvous._BackendRendezvousStateHolder
     return wrapped_in(
         (api, "LocalElasticAgent", lambda _: make_agent),
-        (holder, "_sanitize", lambda sanitize: _by_own_clock(sanitize, synced)),
+        (holder, "_sanitize", lambda sanitize: _mended(sanitize, synced)),
     )
 
 
-def _by_own_clock(sanitize: Callable[[Any], None], synced: Synced) -> Callable[[Any], None]:
-    """Date each node's heartbeat by when this node saw it change.
+def _mended(sanitize: Callable[[Any], None], synced: Synced) -> Callable[[Any], None]:
+    """Date each node's heartbeat by when this node saw it change, and let those that wait for a
+    complete round be its spares.
 
     torch compares timestamps of the other nodes' clocks with this node's: a skew of 15 seconds is
-    enough to declare every other node dead.
+    enough to declare every other node dead. A node that waited for a round and found it complete
+    stays on torch's wait list, for which the others restart, again and again.
     """
     seen: dict[Any, tuple[datetime, float]] = {}
 
@@ -54,6 +57,9 @@ def _by_own_clock(sanitize: Callable[[Any], None], synced: Synced) -> Callable[[
         }
         sanitize(self)
         state.last_heartbeats = {node: beats[node] for node in state.last_heartbeats}
+        if state.complete and len(state.participants) == self._settings.max_nodes:
+            state.redundancy_list |= state.wait_list
+            state.wait_list.clear()
         synced(state, self._settings)
 
     return sanitized

@@ -118,7 +118,8 @@ PATCHES = (
             "torch.distributed.launcher.api.LocalElasticAgent": "starts again what fails, and "
             "gives ranks 30 s to save",
             "torch.distributed.elastic.rendezvous.dynamic_rendezvous."
-            "_BackendRendezvousStateHolder._sanitize": "takes a node for dead whose clock differs",
+            "_BackendRendezvousStateHolder._sanitize": "takes a node for dead whose clock differs; "
+            "starts again for one that waits for a complete round",
         },
         extent="agent",
     ),

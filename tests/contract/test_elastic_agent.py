@@ -83,6 +83,18 @@ def test_clocks_may_differ_by_an_hour(hours: int):
     assert sanitized(two_nodes(skew=timedelta(hours=-1))) == ["here"]
 
 
+def test_who_waits_for_a_complete_round_is_its_spare():
+    """Unpatched, the participants see a node that waits, and restart for it."""
+    state = two_nodes(skew=timedelta(0))
+    state.complete = True
+    state.wait_list = {node("late")}
+    sanitized(state)
+    assert state.wait_list
+    with elastic_agent.installed(Agent, lambda state, settings: None):
+        sanitized(state)
+    assert (state.wait_list, state.redundancy_list) == (set(), {node("late")})
+
+
 def test_a_node_that_stops_beating_is_gone(monkeypatch: pytest.MonkeyPatch):
     """This machine's clock decides, although the node's own is an hour ahead."""
     now = [1000.0]

@@ -15,6 +15,8 @@ from support.launches import REPOSITORY, clean_environment
 from support.living import children_of, lives
 from support.ranks import free_port
 
+from megatron_smlp.launching.exit_codes import MISSING
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 RANK = """
@@ -42,6 +44,13 @@ elif role == "crash":  # the second one's fails, once, when the first one's has 
     if rank == 1 and tries == 1:
         time.sleep(5)
         os.kill(os.getpid(), signal.SIGSEGV)
+elif role == "sick":  # those of one machine always fail, here once a spare waits
+    while not (spare := folder / "log2").exists() or "a spare" not in spare.read_text():
+        time.sleep(0.5)
+    if os.environ["NODE_RANK"] == "1":
+        time.sleep(3)  # as an import takes; whoever waits is a spare by then
+        sys.exit(1)
+    time.sleep(20)
 else:
     time.sleep(300)
 note("ends")
@@ -58,16 +67,22 @@ class Machines:
         shared = {"NNODES": "2", "NPROC_PER_NODE": "1", "MASTER_ADDR": "127.0.0.1", "ROLE": role}
         shared |= {"MASTER_PORT": str(free_port()), "REJOIN_TIMEOUT": "60", **variables}
         script = str(REPOSITORY / "tools" / "launch.py")
-        words = [str(folder / "rank.py"), "--save", str(folder / "save")]
-        self.launchers = [
+        self.argv = [sys.executable, script, "several-nodes", str(folder / "rank.py")]
+        self.argv += ["--save", str(folder / "save")]
+        self.shared, self.launchers = shared, []
+        for _ in range(count):
+            self.start()
+
+    def start(self) -> None:
+        number = len(self.launchers)
+        self.launchers += [
             subprocess.Popen(
-                [sys.executable, script, "several-nodes", *words],
-                env=clean_environment(**shared, NODE_RANK=str(number)),
-                stdout=(folder / f"log{number}").open("w"),
+                self.argv,
+                env=clean_environment(**self.shared, NODE_RANK=str(number)),
+                stdout=(self.folder / f"log{number}").open("w"),
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-            for number in range(count)
         ]
 
     @property
@@ -113,6 +128,16 @@ def test_a_rank_that_fails_when_others_have_ended(tmp_path: Path):
     assert time.monotonic() - began < 280  # less than torch's barrier waits
     assert machines.events.count("ends 0") == 2
     assert machines.events.count("ends 1") == 1
+
+
+def test_a_spare_replaces_a_machine_whose_ranks_always_fail(tmp_path: Path):
+    with Machines(tmp_path, "sick", count=2, SPARES="1") as machines:
+        machines.wait_for(lambda: len(machines.events) == 2, seconds=120)
+        machines.start()
+        first, sick, spare = machines.codes()
+        assert (first, spare) == (0, 0), machines.logs()
+        assert sick in (0, MISSING)  # with 0 it waited as a spare itself
+    assert 1 < machines.events.count("starts 1") < 8  # each failure restarts once
 
 
 def test_an_agent_ends_whose_launcher_was_killed_as_it_started(tmp_path: Path):

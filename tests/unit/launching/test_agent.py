@@ -13,7 +13,7 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 
 from megatron_smlp.errors import UsageError
 from megatron_smlp.launching.agent import Agent
-from megatron_smlp.launching.exit_codes import FOR_GOOD, NO_PROGRESS
+from megatron_smlp.launching.exit_codes import FOR_GOOD, MISSING, NO_PROGRESS
 from megatron_smlp.launching.failures import Failures
 from megatron_smlp.launching.rendezvous import DONE, Rendezvous, agree_on_restart, are_alike
 from megatron_smlp.restart_note import RESTART, note_cause
@@ -90,6 +90,29 @@ def test_wrong_use_is_the_runs_where_the_first_machine_says_so(
     agent._first_machine_ended = lambda: False  # type: ignore[method-assign]
     codes = (1, 2, 3, 76, NO_PROGRESS, -9)
     assert tuple(code for code in codes if agent._final_code([code]) != 1) == final
+
+
+@pytest.mark.parametrize(
+    ("here", "spares", "closes", "goes_on"),
+    [
+        (2, [], False, False),  # as few as may be
+        (3, [], False, True),
+        (2, ["a spare"], False, True),
+        (3, ["a spare"], True, False),  # the store ends with this machine
+    ],
+)
+def test_a_machine_that_may_be_broken_leaves_a_run_that_can_do_without_it(
+    here: int, spares: list[str], closes: bool, goes_on: bool
+):
+    agent = waiting_agent(HashStore(), least=2, waiting=0, here=here)
+    agent.rendezvous.closes, agent.rendezvous.state.redundancy_list = closes, set(spares)
+    agent.failures, agent._remaining_restarts = Failures([]), 3
+    agent.failures.count = Failures.LIMIT - 1
+    agent._decide(
+        RunResult(WorkerState.FAILED, failures={1: SimpleNamespace(exitcode=1, timestamp=0)})
+    )
+    assert agent.code == (MISSING if goes_on else NO_PROGRESS)
+    assert agent._remaining_restarts == 0
 
 
 def waiting_agent(store: Store, *, least: int, waiting: int, here: int) -> Agent:
