@@ -66,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parsers["reuse"].add_argument(
         "--of", type=Path, nargs="+", required=True, metavar="FOLDER",
-        help="with runs.csv, as studies/results/NAME/HARDWARE",
+        help="--results of a study, as studies/results/NAME/HARDWARE",
     )  # fmt: skip
     parsers["report"].add_argument(
         "--accept-other-sources", action="store_true",
@@ -219,7 +219,11 @@ def _time(args: argparse.Namespace, known: State, results: Results) -> int:
 def _reuse(args: argparse.Namespace, known: State, results: Results) -> int:
     from megatron_smlp.study.results import Results
 
-    others = [Results(folder) for folder in args.of]
+    others = []
+    for folder in args.of:
+        if not (files := sorted(folder.rglob("runs.csv"))):  # of a study with sizes: one in each
+            raise UsageError(f"--of {folder} holds no runs.csv: `study.py report` writes it.")
+        others += [Results(file.parent) for file in files]
     had = len(results.runs)
     # Repeat, since only the results of trials determine which runs follow them.
     while any(results.take_over(_with(known, results), other) for other in others):

@@ -18,10 +18,12 @@ from support.studies import (
     page_of,
     page_of_study,
     pretend,
+    state_of,
     study_argv,
     write_study,
 )
 
+from megatron_smlp.errors import UsageError
 from megatron_smlp.study import cli
 from megatron_smlp.study.data import StudyData
 from megatron_smlp.study.made_by import FINGERPRINT_COLUMNS
@@ -112,6 +114,21 @@ def test_runs_that_another_study_made_are_taken_over(
     assert list(results.fingerprints["system"]) == ["mine"]
     assert cli.main(argv) == 0
     assert " 0 runs taken over, 17 to do" in capsys.readouterr().out
+
+
+def test_runs_are_taken_over_from_each_size_of_another_study(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """By the folder of all its sizes; one without results, as before a report, is refused."""
+    monkeypatch.setattr(StudyData, "contents", lambda _: {})
+    known = state_of(write_study(tmp_path), runs=tmp_path / "runs")
+    pretend(known, loss_of)
+    Results(tmp_path / "theirs" / "small-D256").collect(known)
+    shutil.rmtree(tmp_path / "runs")
+    assert cli.main(study_argv("reuse", tmp_path, "--of", str(tmp_path / "theirs"))) == 0
+    assert " taken over, 0 to do" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="holds no runs"):
+        cli.main(study_argv("reuse", tmp_path, "--of", str(tmp_path / "runs")))
 
 
 def test_the_csv_files_alone_give_the_same_report(known: State, tmp_path: Path):
