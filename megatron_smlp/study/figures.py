@@ -270,6 +270,7 @@ class Drawing:
         unit, unit_name = unit_for(AXES["tokens"], self.study.longest)
         for name, lines in loads.items():
             mean = lines.groupby("tokens")[["load_min", "load_max"]].mean()
+            mean = mean.clip(lower=LEAST_LOAD)  # a logarithm of zero would hide the emptiest
             for field, width in (("load_max", 1.6), ("load_min", 0.8)):
                 width = self._width(name, width)
                 panel.plot(mean.index / unit, mean[field], linewidth=width, **self.styles[name])
@@ -278,9 +279,10 @@ class Drawing:
             xlabel=f"training tokens{unit_name}", ylabel="load in evaluations (1: an even share)"
         )
         plain_log(panel, "y")
-        panel.set_ylim(bottom=LEAST_LOAD)
+        panel.set_ylim(bottom=LEAST_LOAD / 1.2)  # the axis itself would hide a line
         tidy(panel)
-        note = "thick: the fullest expert of any layer; thin: the emptiest; mean of seeds"
+        note = "thick: the fullest expert of any layer; thin: the emptiest "
+        note += f"({LEAST_LOAD:g}: or less); mean of seeds"
         self._legend(figure, note, list(loads))
         return figure
 

@@ -49,3 +49,12 @@ def test_titles_are_in_tables_and_figures(tmp_path: Path):
     assert not [row for row in rows if "switch" in row or "smlp_deterministic" in row]
     [legend] = drawing(made).losses(VALIDATION_LOSS, "").legends
     assert {*titles.values()} < {text.get_text() for text in legend.get_texts()}
+
+
+def test_an_expert_without_tokens_is_drawn_above_the_edge(known: State, tmp_path: Path):
+    """A logarithmic axis has no place for zero: the line would be missing."""
+    pretend(known, loss_of)
+    made = page_of(known, tmp_path)
+    loads = made.measured.tables.loads("switch", known.study.longest).assign(load_min=0.0)
+    [panel] = drawing(made).load({"switch": loads}).axes
+    assert min(panel.lines[1].get_ydata()) > panel.get_ylim()[0]
