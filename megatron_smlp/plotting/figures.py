@@ -35,10 +35,11 @@ from megatron_smlp.plotting.series import (
 from megatron_smlp.routers.collapse import COLLAPSED
 
 # Paul Tol's "muted", which color-blind readers can tell apart, and three more, so that each of a
-# study's twelve systems has its own; line styles help where two colors are close.
+# study's twelve systems has its own; line styles help where two colors are close. The last one is
+# that of the first system that no other study has, often the subject: no gray.
 COLORS = (
     "#332288", "#CC6677", "#117733", "#DDAA33", "#88CCEE", "#AA4499", "#882255", "#44AA99",
-    "#999933", "#EE7733", "#000000", "#999999",
+    "#999933", "#999999", "#000000", "#EE7733",
 )  # fmt: skip
 STYLES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)))
 SMOOTHED = 50  # a curve averages over 1 / SMOOTHED of its points by default
