@@ -72,8 +72,9 @@ def _check_flops(study: Study, systems: Mapping[str, System]) -> None:
         spread = flops_spread(systems, convention)
         if spread > tolerance:
             raise UsageError(
-                f"FLOPs per token, {title}, differ by {spread:.1%} between the systems, but "
-                f"{tolerance:.0%} is allowed ({key}): change the sizes in {study.base}.\n"
+                f"{study.name}: FLOPs per token, {title}, differ by {spread:.1%} between the "
+                f"systems, but {tolerance:.0%} is allowed ({key}): change their widths in "
+                "`variants`.\n"
                 f"{flops_table(study, systems)}"
             )
 

@@ -87,7 +87,7 @@ def test_what_is_compared_may_differ(tmp_path: Path):
     [
         (
             {"variants": {"switch": {"from": "switch", "ffn-hidden-size": 64}}},
-            "full squares .* differ by",
+            "small: FLOPs per token, full squares .* differ by",
         ),
         *(
             ({"variants": {"switch": {"from": "switch", flag: value}}}, f"--{flag} differs")
@@ -118,7 +118,7 @@ def test_what_is_not_fair_is_refused_with_a_table(
     with pytest.raises(UsageError, match=message) as refusal:
         check_fair(study, read_systems(study, folder=tmp_path))
     table = str(refusal.value).splitlines()[1:]
-    assert bool(table) == message.startswith(("full squares", "--"))
+    assert bool(table) == message.startswith(("small:", "--"))
     assert not table or any(line.split()[0] == "smlp_deterministic" for line in table)
 
 
