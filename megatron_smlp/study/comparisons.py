@@ -116,9 +116,12 @@ def deviation_lines(measured: Measured) -> Iterator[str]:
         else:
             several = len(spread.pooled) + len(spread.outliers)
             test = f"; equal deviations of all {several}: Bartlett's p = {spread.p:.3g}"
+            shared = f"with one deviation of {len(spread.pooled)} systems, {spread.sd:.4f} nats"
+            shared += f" (df {spread.df})"
+            if several > len(spread.pooled) == 1:
+                shared, names = "each system with its own deviation and Welch's df", ""
             yield (
-                f"\nLosses{behind} are compared by seeds that are not paired, with one deviation "
-                f"of {len(spread.pooled)} systems, {spread.sd:.4f} nats (df {spread.df})"
+                f"\nLosses{behind} are compared by seeds that are not paired, {shared}"
                 + test * (several > 1)
                 + f". Outliers, with their own deviation and Welch's df: {names}" * bool(names)
                 + "."

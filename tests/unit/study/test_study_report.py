@@ -12,6 +12,7 @@ import pytest
 from support.cover import slow_unless_in
 from support.launches import REPOSITORY
 from support.studies import (
+    NOISE,
     claims_and_text,
     drawing,
     loss_of,
@@ -72,6 +73,13 @@ def test_trials_and_experts_have_their_tables(tmp_path: Path):
     assert re.search(r"\| system \| learning rate \| x 1 \| x 2 \| x 4 \|", text)
     assert re.search(r"\| switch \| [\d.]+ \| 5\.250 \| \*\*5\.125\*\* \|  \|", text)
     assert "| switch | 1 to 1 | 0.8 to 1.2 | 0.970 | 10.0% | 25.0% |" in text
+
+
+def test_systems_that_all_deviate_differently_share_no_deviation(tmp_path: Path):
+    wider = {"transformer": 1, "switch": 30, "smlp_deterministic": 900}
+    text = page_of_study(tmp_path, lambda run: 5 + wider[run.system] * NOISE[run.seed] / 9).text()
+    assert "not paired, each system with its own deviation and Welch's df; equal" in text
+    assert "Outliers" not in text
 
 
 def test_losses_of_one_horizon_are_drawn_where_the_subject_has_others(tmp_path: Path):
