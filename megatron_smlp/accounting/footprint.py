@@ -169,8 +169,8 @@ def _activation_bytes(shape: ModelShape, layout: ParallelLayout, stage: int) -> 
 def _gathered_bytes(
     shape: ModelShape, layout: ParallelLayout, stage: int, dense: int, experts: int
 ) -> int:
-    """Return the most bytes that a save gathers at once: one fp32 value per parameter of a bucket,
-    the shards of all ranks, plus this rank's own shard."""
+    """Return the most bytes that a save gathers at once: two fp32 values per parameter of a bucket,
+    the shards of all ranks and NCCL's block of them, plus this rank's own shard."""
     if not layout.gathers_on_gpus:
         return 0
     expert = shape.hidden_size * shape.moe_ffn_hidden_size * (2 if shape.gated_mlp else 1)
@@ -184,7 +184,7 @@ def _gathered_bytes(
         if layout.overlap_grad_reduce and stage == 0:
             # The parameter that reaches the minimum size closes the bucket.
             bucket = min(count, max(_BUCKET, _BUCKET_PER_RANK * layout.data) + largest)
-        most = max(most, FP32_BYTES * (bucket + bucket // ranks))
+        most = max(most, FP32_BYTES * (2 * bucket + bucket // ranks))
     return most
 
 

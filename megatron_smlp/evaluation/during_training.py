@@ -106,8 +106,9 @@ class TaskEvaluation:
 def _own_random_numbers() -> Iterator[None]:
     """Restore all random states on exit: libraries draw numbers, and some set a seed."""
     ours, numpys = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices):
             yield
     finally:
         random.setstate(ours)

@@ -159,7 +159,7 @@ class MegatronScorer:
             torch.cat(parts), torch.tensor(targets, device=logits.device)
         )
         counts = [row.scored for row in rows]
-        pairs = zip(logprobs.split(counts), greedy.split(counts), strict=True)
+        pairs = zip(logprobs.cpu().split(counts), greedy.cpu().split(counts), strict=True)
         return [RowScore(tuple(values.tolist()), tuple(flags.tolist())) for values, flags in pairs]
 
 

@@ -15,7 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_model_config
 from megatron.training import get_timers
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
-from megatron.training.initialize import initialize_megatron, set_jit_fusion_options
+from megatron.training.initialize import initialize_megatron
 from megatron.training.training import (
     get_megatron_optimizer_config,
     get_optimizer_param_scheduler,
@@ -66,8 +66,6 @@ def build(args: argparse.Namespace, *, began: float) -> Parts:
     settings = configuration(args)
     open_many_files()
     initialize_megatron(allow_no_cuda=cpu.needed(), store=run_store(args))
-    if not cpu.needed():
-        set_jit_fusion_options(tp_size=args.tensor_model_parallel_size)
     began = min(gathered(began))
     set_startup_timestamps(program_start=began)  # Megatron's `evaluate` counts from here too
     groups = ProcessGroupCollection.use_mpu_process_groups()

@@ -57,7 +57,7 @@ def _all() -> dict[str, Case]:
         Case("kernel_times", kernel_times),
         Case("recompute", recompute),
         Case("dropout", dropout),
-        Case("kernels", kernels, limit=300),
+        Case("kernels", kernels, limit=600),
         *(
             Case(f"size_{name}", partial(real_size.real_size, system=name), limit=180)
             for name in real_size.SYSTEMS
