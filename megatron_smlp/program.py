@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -19,6 +20,9 @@ from typing import NoReturn
 from megatron_smlp.errors import FileError, UserError
 from megatron_smlp.signals import is_interruption, noting_interruptions
 from megatron_smlp.unwritable_log import to_stderr
+
+SPEAKER_FIRST = 30.0
+"""Seconds that a silent rank leaves to the one that prints an error, before printing it itself."""
 
 
 def _is_zero(variable: str) -> bool:
@@ -48,10 +52,17 @@ def readable_errors(program: str) -> Iterator[None]:
                     raise KeyboardInterrupt from error
                 raise
     except UserError as error:
-        if _is_zero(error.speaker):
+        _end_workers()
+        speaks = _is_zero(error.speaker)
+        if not speaks and not _is_zero("LOCAL_RANK") and "TORCHELASTIC_RUN_ID" in os.environ:
+            # At the first rank's end torchrun ends the others, the speaker too if it is slower.
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_DFL)
+            time.sleep(SPEAKER_FIRST)
+            speaks = True  # it has not ended this rank: it may not have raised the error
+        if speaks:
             machine = "" if _is_zero("RANK") else f" on {socket.gethostname()}"
             to_stderr(f"{program}{machine}: error: {error}")
-        _end_workers()
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt as error:
         if _is_zero("RANK"):

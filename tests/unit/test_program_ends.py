@@ -135,6 +135,19 @@ with graceful_signals(announces=True):
 assert ended == [True]
 """
 
+REFUSED = """
+import os, signal, time
+from megatron_smlp.errors import UsageError
+from megatron_smlp.program import readable_errors
+
+is_fast = os.environ["RANK"] == "1"
+if is_fast:  # a handler like Megatron's, which only takes note
+    signal.signal(signal.SIGTERM, lambda *_: None)
+with readable_errors("program"):
+    time.sleep(0 if is_fast else 2)
+    raise UsageError("--lr 0: give more")
+"""
+
 
 def said(program: str, *, code: int = 0) -> str:
     """Run a program, check its exit code, and return its stderr."""
@@ -159,6 +172,20 @@ def test_nothing_that_the_interpreter_lets_go_of_changes_how_it_ended(code: obje
     done = run_command([sys.executable, "-c", program], code=expected, seconds=60)
     assert done.stdout == "done deleted tidied\n"
     assert done.stderr == ("a word\n" if code == "a word" else "")
+
+
+def test_under_torchrun_a_faster_rank_does_not_end_the_one_that_says_why(tmp_path: Path):
+    (tmp_path / "program.py").write_text(REFUSED)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = run_command([*torchrun, "--local-addr=127.0.0.1", tmp_path / "program.py"], code=1)
+    assert done.stderr.count("program: error: --lr 0: give more\n") == 1
+
+
+def test_under_torchrun_the_only_rank_that_refuses_says_why():
+    at_once = f"from megatron_smlp import program\nprogram.SPEAKER_FIRST = 0\n{REFUSED}"
+    place = {"RANK": "1", "LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "none"}
+    done = run_command([sys.executable, "-c", at_once], code=2, **place)
+    assert done.stderr.endswith(": error: --lr 0: give more\n")
 
 
 def test_an_unexpected_error_does_not_wait_for_workers():
