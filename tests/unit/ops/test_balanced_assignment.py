@@ -31,8 +31,7 @@ both = pytest.mark.parametrize("solve", SOLVERS.values(), ids=SOLVERS)
 @both
 @pytest.mark.parametrize("make", [random, clustered, low_rank, one_favourite, tiny_differences])
 @pytest.mark.parametrize(
-    ("num_tokens", "num_experts"),
-    [(1024, 16), (1024, 64), (1000, 7), (600, 4), (128, 128), (513, 128), (65, 64), (10, 64)],
+    ("num_tokens", "num_experts"), [(1024, 64), (1000, 7), (513, 128), (10, 64)]
 )
 def test_reaches_nearly_the_optimum(solve: Solver, make, num_tokens: int, num_experts: int):
     """Measured as a share of the way from a random balanced assignment to the optimum.
