@@ -23,7 +23,8 @@ BATCH, LENGTH, WIDTH = 2, 12, 8
 
 def checks(name: str, kind: type[Mixer]) -> Iterator[Check]:
     """Yield the checks of one class, those whose failures are easiest to fix first."""
-    always = (_runs_alone, _repeats, _causal_in_training, _causal, _shorter, _gradients)
+    causal = (_causal_in_training, _causal)
+    always = (_runs_alone, _repeats, _each_sample, *causal, _shorter, _gradients)
     split = () if kind.whole else (_split,)
     stateful = (_continues,) if keeps_state(kind) else ()
     whole = [option for option, it in options_of(kind).items() if it.kind is int]
@@ -74,6 +75,17 @@ def _repeats(name: str, kind: type[Mixer]) -> Row:
     return close(
         name, "the same input twice, another between", _apart(first, mixer(*given)), 0.0,
         "an output depends on an earlier call: keep no state on the object",
+    )  # fmt: skip
+
+
+def _each_sample(name: str, kind: type[Mixer]) -> Row:
+    mixer = built(kind).eval()
+    given = inputs(kind)
+    alone = [mixer(*(part[b : b + 1] for part in given)) for b in range(BATCH)]
+    return close(
+        name, f"{BATCH} samples together and each alone",
+        _apart(torch.cat(alone), mixer(*given)), 1e-12,
+        "an output depends on other samples of its batch: axis 0 of the inputs is the batch",
     )  # fmt: skip
 
 

@@ -100,6 +100,8 @@ def test_what_ships_passes(registry: plugins.Registry, tmp_path: Path, text: str
         pytest.param("before, 0))", "before - 1, 1))", "reads a later", id="leak"),
         pytest.param("range(self.taps))\n", "range(self.taps)) - value.mean(1, keepdim=True)\n",
                      "reads a later token", id="mean over T"),
+        pytest.param("range(self.taps))\n", "range(self.taps)) - value.mean(0)\n",
+                     "other samples", id="mean over B"),
         pytest.param("cut=0", "cut=None", "cut is wrong", id="not split"),
         pytest.param("return gate.sigmoid()", "gate = gate.softmax(-1)\n        return gate",
                      "needs whole", id="over features"),
