@@ -132,6 +132,15 @@ def test_a_mixer_that_is_wrong(
     assert said in advice(registry, tmp_path, GOOD.replace(right, wrong, 1))
 
 
+def test_an_axis_of_a_state_that_is_as_long_as_the_batch(
+    registry: plugins.Registry, tmp_path: Path
+):
+    text = GOOD.replace("option(4,", "option(3,")
+    text = text.replace("late[:, length:]", "late[:, length:].transpose(0, 1)")
+    text = text.replace('[state["late"], ', '[state["late"].transpose(0, 1), ')
+    assert "axis 0 must be the batch" in advice(registry, tmp_path, text)
+
+
 def test_heads_are_checked_at_a_width_that_fits(
     registry: plugins.Registry, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
