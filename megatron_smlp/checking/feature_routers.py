@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from megatron_smlp.checking.rows import Check, Row, checked, close, gradients, wrong
+from megatron_smlp.checking.rows import Check, Row, checked, close, gradients, registered, wrong
 from megatron_smlp.plugins import FeatureRouter, weights_of
 
 BATCH, PREFIX, CHUNKS, EXPERTS = 3, 6, 8, 4
@@ -25,7 +25,7 @@ def checks(name: str, kind: type[FeatureRouter]) -> Iterator[Check]:
 
 def _built(kind: type[FeatureRouter]) -> FeatureRouter:
     torch.manual_seed(1)
-    rule = kind(num_experts=EXPERTS, prefix_length=PREFIX, values={})
+    rule = registered(kind(num_experts=EXPERTS, prefix_length=PREFIX, values={}))
     for weight in weights_of(rule.draw()):
         torch.nn.init.normal_(weight.weight)  # initial values near 0 would hide their effect
     return rule.double()

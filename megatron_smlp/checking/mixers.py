@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_smlp.accounting.plugin_costs import counted
-from megatron_smlp.checking.rows import Check, Row, checked, close, gradients, wrong
+from megatron_smlp.checking.rows import Check, Row, checked, close, gradients, registered, wrong
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.plugins import ChannelMixer, Mixer, keeps_state, options_of, weights_of
 
@@ -38,7 +38,7 @@ def checks(name: str, kind: type[Mixer]) -> Iterator[Check]:
 def built(kind: type[Mixer], *, width: int = WIDTH, dtype: torch.dtype = torch.float64) -> Mixer:
     """Return a mixer with default options and randomly drawn parameters."""
     torch.manual_seed(1)
-    mixer = kind(width=width, length=LENGTH, values={}).draw()
+    mixer = registered(kind(width=width, length=LENGTH, values={})).draw()
     # Zeros would hide what multiplies them.
     with torch.no_grad():
         for parameter in mixer.parameters():

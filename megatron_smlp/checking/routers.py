@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from megatron_smlp.checking.rows import Check, Row, checked, close, gradients
+from megatron_smlp.checking.rows import Check, Row, checked, close, gradients, registered
 from megatron_smlp.plugins import TokenRouter
 
 TOKENS, EXPERTS, WIDTH = 24, 4, 8
@@ -25,7 +25,7 @@ def checks(name: str, kind: type[TokenRouter]) -> Iterator[Check]:
 
 def _built(kind: type[TokenRouter]) -> TokenRouter:
     torch.manual_seed(1)
-    return kind(num_experts=EXPERTS, values={}).draw()
+    return registered(kind(num_experts=EXPERTS, values={})).draw()
 
 
 def _scores(dtype: torch.dtype = torch.float32) -> Tensor:

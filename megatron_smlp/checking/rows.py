@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 
@@ -43,6 +43,21 @@ def checked(check: Callable[[str, Any], Row], name: str, kind: type, *, hint: st
         hint = "" if isinstance(error, TypeError) else hint
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         return wrong(name, check.__name__.strip("_").replace("_", " "), f"it raises {reason}{hint}")
+
+
+def registered[Part: nn.Module](part: Part) -> Part:
+    """Return a plugin's part.
+
+    Raises:
+        TypeError: a tensor of it is neither parameter nor buffer. On a CPU it would train.
+    """
+    for name, value in vars(part).items():
+        if isinstance(value, Tensor):
+            raise TypeError(
+                f"{type(part).__name__}.{name} is a plain tensor, which stays on the CPU and is in "
+                f"no checkpoint: use self.register_buffer({name!r}, ...)."
+            )
+    return part
 
 
 def wrong(subject: str, compared: str, advice: str) -> Row:

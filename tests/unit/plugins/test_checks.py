@@ -164,6 +164,22 @@ def test_parameters_of_torchs_own(registry: plugins.Registry, tmp_path: Path, ma
     assert advice(registry, tmp_path, text).endswith("which initializes and shards it.")
 
 
+@pytest.mark.parametrize(
+    ("text", "right", "wrong"),
+    [
+        (GOOD, "self.kernel =", "self.stray = Tensor(3)\n        self.kernel ="),
+        (RULE, 'self.register_buffer("bound", torch.zeros(self.num_experts))',
+         "self.stray = self.bound = torch.zeros(self.num_experts)"),
+    ],
+)  # fmt: skip
+def test_a_tensor_that_is_no_buffer(
+    registry: plugins.Registry, tmp_path: Path, text: str, right: str, wrong: str
+):
+    assert right in text
+    said = advice(registry, tmp_path, text.replace(right, wrong))
+    assert "use self.register_buffer('stray'" in said
+
+
 def test_fp32_inside_is_no_fault(registry: plugins.Registry, tmp_path: Path):
     text = GOOD.replace("pad(value,", "pad(value.float().to(torch.float32),")
     text = text.replace("from torch import Tensor", "import torch\nfrom torch import Tensor")
