@@ -79,12 +79,11 @@ def require(there: Mapping[str, str], where: str) -> None:
     Raises:
         UsageError: one was not, or its text differs and --allow-other-plugin was not given.
     """
+    if missing := [name for name in there if name not in LOADED]:
+        made = ", ".join(f"{name}.py (SHA-256 {there[name][:12]})" for name in missing)
+        flags = " ".join(f"{FLAG} {name}.py" for name in missing)
+        raise UsageError(f"{where} was made with {made}: add {flags}; no plugin runs unless named.")
     for name, digest in there.items():
-        if name not in LOADED:
-            raise UsageError(
-                f"{where} was made with the plugin {name}.py (SHA-256 {digest[:12]}): name it by "
-                f"{FLAG} {name}.py; plugins are never run unless named."
-            )
         here = LOADED[name]
         if here.sha256 != digest and not ALLOWED:
             raise UsageError(
