@@ -207,7 +207,7 @@ def test_a_key_that_is_undone_names_none(key: str, words: list[str], tmp_path: P
 
 def test_a_checkpoint_asks_for_its_plugin_and_for_its_text(tmp_path: Path, monkeypatch):
     text, allowed = hashlib.sha256(GOOD.encode()).hexdigest(), set[str]()
-    with pytest.raises(UsageError, match="--plugin mine.py --plugin other.py"):
+    with pytest.raises(UsageError, match=r"--plugin mine\.py --plugin other\.py"):
         plugin_texts.require({"mine": text, "other": text}, "runs/a")
     plugin_files.load(written(tmp_path, GOOD))
     plugin_texts.require({"mine": text}, "runs/a")
