@@ -59,8 +59,17 @@ class Agent(LocalElasticAgent):
     _remaining_restarts: int
 
     def __init__(
-        self, *, spec: Any, failures: Failures, watch: Watch, closes: bool, **options: Any
+        self,
+        *,
+        spec: Any,
+        failures: Failures,
+        watch: Watch,
+        closes: bool,
+        hosts: bool,
+        **options: Any,
     ) -> None:
+        self.hosts = hosts
+        """Whether the store is on this machine, so that no other goes on without it."""
         self.failures, self.watch = failures, watch
         self.code = 1
         """Exit code of this process, as far as it depends on the ranks."""
@@ -141,7 +150,7 @@ class Agent(LocalElasticAgent):
         rendezvous = self.rendezvous
         is_least = len(rendezvous.state.participants) <= rendezvous.settings.min_nodes
         has_spare = bool(rendezvous.state.redundancy_list)
-        return not rendezvous.closes and (has_spare or not is_least)
+        return not self.hosts and (has_spare or not is_least)
 
     def _final_code(self, codes: Sequence[int]) -> int:
         """Return the run's exit code, given those of its ranks; 1 if it may restart.
@@ -214,11 +223,12 @@ def main(argv: Sequence[str]) -> int:
     """
     closes = argv[0] == CLOSING
     argv = argv[1:] if closes else argv
+    hosts = any("is_host=true" in word for word in argv)  # as supervisor.py writes it
     os.environ[AGENT_PID] = str(os.getpid())
     watch, failures = Watch(), Failures(argv)
 
     def make_agent(**options: Any) -> Agent:
-        return Agent(failures=failures, watch=watch, closes=closes, **options)
+        return Agent(failures=failures, watch=watch, closes=closes, hosts=hosts, **options)
 
     with elastic_agent.installed(make_agent, watch.synced):
         try:

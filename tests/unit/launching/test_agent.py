@@ -93,19 +93,19 @@ def test_wrong_use_is_the_runs_where_the_first_machine_says_so(
 
 
 @pytest.mark.parametrize(
-    ("here", "spares", "closes", "goes_on"),
+    ("here", "spares", "hosts", "goes_on"),
     [
         (2, [], False, False),  # as few as may be
         (3, [], False, True),
         (2, ["a spare"], False, True),
-        (3, ["a spare"], True, False),  # the store ends with this machine
+        (3, ["a spare"], True, False),  # the store is on this machine
     ],
 )
 def test_a_machine_that_may_be_broken_leaves_a_run_that_can_do_without_it(
-    here: int, spares: list[str], closes: bool, goes_on: bool
+    here: int, spares: list[str], hosts: bool, goes_on: bool
 ):
     agent = waiting_agent(HashStore(), least=2, waiting=0, here=here)
-    agent.rendezvous.closes, agent.rendezvous.state.redundancy_list = closes, set(spares)
+    agent.hosts, agent.rendezvous.state.redundancy_list = hosts, set(spares)
     agent.failures, agent._remaining_restarts = Failures([]), 3
     agent.failures.count = Failures.LIMIT - 1
     agent._decide(
