@@ -71,7 +71,7 @@ class Sizes:
 
     def text(self) -> str:
         """Return the text of report.md, which lies next to the folders of the sizes."""
-        names = [size.study.name for size in self.sizes]
+        names = [size.study.name for size in self.sizes if len(size.tables.runs)]
         reports = ", ".join(f"[{name}]({name}/report.md)" for name in names)
         return "\n".join([
             f"# Study `{self.name}`: over its sizes",

@@ -165,6 +165,8 @@ def test_a_prediction_is_there_before_its_size_is(path: Path):
     text = (path.parent / "results" / "report.md").read_text(encoding="utf-8")
     predicted, observed, _, within = cells(text, "D256", "transformer", "0.4M")
     assert (len(numbers(predicted)), observed, within) == (2, "n/a", "not yet")
+    assert "(small-D128/report.md)" in text
+    assert "(small-D256/report.md)" not in text  # which is not there
 
 
 def test_two_sizes_of_one_width_predict_no_third(tmp_path: Path):
