@@ -94,9 +94,8 @@ class TaskEvaluation:
             _own_random_numbers(),
             _no_capacity(self.model),
         ):
-            self.statistics.begin(None)  # routing here is part of no validation
             results = list(run_tasks(self._scored(), self.selection, limit=limit))
-            self.statistics.take(training=False)
+            self.statistics.take(training=False)  # routing here is part of no validation
         # The harness has results only on the first rank of each node; the last rank writes the
         # curves.
         return from_first_rank((as_record(results), task_texts(results)))

@@ -53,7 +53,7 @@ class HashRouter(MegatronTokenRouter):
             raise ValueError("--token-router hash routes by token ids: call the model with them")
         wanted = self.table[ids.T.flatten()][:, None]
         every = torch.ones_like(wanted, dtype=torch.bool)
-        self.count(Choices(wanted, every, every), every.float(), padding_mask)
+        self.count(Choices(wanted, every, every), every.float())
         rows = self.own_rows(input.shape[0] * input.shape[1])
         weights = self.weigh(every[rows].float(), wanted[rows])
         return as_megatron(weights, wanted[rows], every[rows], self.num_experts)

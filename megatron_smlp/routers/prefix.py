@@ -90,9 +90,8 @@ class PrefixRouter(CountedRouter, nn.Module):
         attaches = self.training and torch.is_grad_enabled() and bool(self.loss_coeff)
         if not (attaches or self.counts):
             return Choice(experts, scale)
-        real = self._real_samples()
-        part = self._balance_loss(probabilities[real].flatten(0, 1), experts[real].flatten())
-        self._count(experts[real].flatten(), scale[real].detach(), part.detach())
+        part = self._balance_loss(probabilities.flatten(0, 1), experts.flatten())
+        self._count(experts.flatten(), scale.detach(), part.detach())
         if attaches:
             loss = self.loss_coeff * part
             if self.config.calculate_per_token_loss:
@@ -101,15 +100,9 @@ class PrefixRouter(CountedRouter, nn.Module):
             scale = MoEAuxLossAutoScaler.apply(scale, loss)
         return Choice(experts, scale)
 
-    def _real_samples(self) -> Tensor | slice:
-        """Return which samples have tokens after the prefix, <bool>[B]; or a slice of all."""
-        if self.counter is None or self.counter.real is None:
-            return slice(None)
-        return self.counter.real[:, self.prefix_length :].any(dim=1)
-
     def _count(self, experts: Tensor, scale: Tensor, loss_part: Tensor) -> None:
         """Count this rank's pairs of sample and chunk; experts: <int64>[M]."""
-        if self.counts and len(experts):
+        if self.counts:
             assert self.counter is not None
             self.counter.add(
                 training=self.training,

@@ -8,11 +8,11 @@
     aux loss   the rule's balance loss, without its coefficient: 1 where uniform
     z loss     mean over tokens of (log sum_e exp score_e)^2, without its coefficient
 
-A choice is a token's (one of its k), or that of a (sample, chunk) pair. Padding is not counted,
-and a forward pass that is repeated to recompute activations is counted once. Every rank sums what
-only it knows; `take` sums over ranks, so the numbers do not depend on the layout.
+A choice is a token's (one of its k), or that of a (sample, chunk) pair. A forward pass that is
+repeated to recompute activations is counted once. Every rank sums what only it knows; `take` sums
+over ranks, so the numbers do not depend on the layout.
 
-Letters: E experts, B micro-batch, T sequence length.
+Letters: E experts.
 """
 
 from __future__ import annotations
@@ -93,8 +93,6 @@ class RouterCounter:
         self.sums = torch.zeros(size, dtype=torch.float64, device=device)
         self.on_host = torch.zeros(2, len(FIELDS), dtype=torch.float64)
         """Sums of numbers that the host knows: on a device, each would be a kernel."""
-        self.real: Tensor | None = None
-        """<bool>[B, T] of the current micro-batch, False at padding; None: no padding."""
 
     def add(
         self, *, training: bool, experts: Tensor, asked: Tensor, **values: Tensor | float
@@ -166,11 +164,6 @@ class RouterStatistics:
         everywhere: list[list[RouterSpec]] = [[]] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(everywhere, [router.spec() for router in routers])
         self.specs = sorted({spec for specs in everywhere for spec in specs})
-
-    def begin(self, real: Tensor | None) -> None:
-        """Set the padding of the next micro-batch; real: <bool>[B, T], or None: no padding."""
-        for counter in self.counters.values():
-            counter.real = real
 
     def take(self, *, training: bool) -> dict[RouterKey, RouterLoad]:
         """Return what was counted since the last call, by router. Collective."""

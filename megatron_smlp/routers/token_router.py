@@ -50,11 +50,11 @@ class MegatronTokenRouter(CountedRouter, TopKRouter):
     """Whether random draws (see `attach_samples`) decide which choices are sent."""
 
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Route the tokens of this rank, including padding, which only the statistics leave out.
+        """Route the tokens of this rank.
 
         Args:
             input: <float>[T or T / TP, B, D].
-            padding_mask: <bool>[T or T / TP, B], as Megatron passes it, True at padding.
+            padding_mask: Megatron's; here no batch has padding.
 
         Returns:
             Weights <fp32>[n, E], 0 where a token is not sent; and where it is sent, <bool>[n, E].
@@ -63,7 +63,7 @@ class MegatronTokenRouter(CountedRouter, TopKRouter):
         whole = self.of_group(scores.detach())
         with torch.no_grad():
             choices = self.choose(whole)
-        self.count(choices, whole, padding_mask)
+        self.count(choices, whole)
         wanted, kept = choices.wanted, choices.kept
         rows = self.own_rows(len(scores))
         weights = self.weigh(scores, wanted[rows])
@@ -101,45 +101,31 @@ class MegatronTokenRouter(CountedRouter, TopKRouter):
         return bool(self.config.moe_z_loss_coeff)
 
     @torch.no_grad()
-    def count(self, choices: Choices, scores: Tensor, padding_mask: Tensor | None) -> None:
+    def count(self, choices: Choices, scores: Tensor) -> None:
         """Add a group to the statistics; scores: <fp32>[N, E].
 
         All ranks of a TP group make the same choices, so only the first one counts them.
         """
-        if not self.counts:
+        if not self.counts or self.tp_group.rank() != 0:
             return
-        real = self._real(padding_mask)
-        if self.tp_group.rank() != 0:
-            return
-        if real is not None:
-            choices, scores = Choices(*(rows[real] for rows in choices)), scores[real]
-        first = choices.wanted[:, 0]
-        if len(first):
-            assert self.counter is not None
-            weights = self.weigh(scores, choices.wanted)
-            gates = weights[:, 0]
-            if self.skips:  # the first visited choice's; 0 without one
-                first_asked = choices.asked.int().argmax(dim=1, keepdim=True)
-                gates = (weights * choices.asked).gather(1, first_asked)[:, 0]
-            self.counter.add(
-                training=self.training,
-                experts=choices.wanted.flatten(),
-                asked=choices.asked.flatten(),
-                kept=choices.kept.sum(),
-                gate=gates.sum(),
-                gates=len(first),
-                closed=(gates < CLOSED_GATE).sum() if self.can_close else 0.0,
-                aux_loss=self.aux_loss(scores, first),
-                z_loss=scores.logsumexp(dim=-1).square().sum() if self.has_z_loss else 0.0,
-                groups=1,
-            )
-
-    def _real(self, padding_mask: Tensor | None) -> Tensor | None:
-        """Return <bool>[N] of the group, False at padding; None if there is none."""
-        if padding_mask is not None:
-            return self.of_group(padding_mask.flatten().float()) == 0
         assert self.counter is not None
-        return None if self.counter.real is None else self.counter.real.T.flatten()
+        weights = self.weigh(scores, choices.wanted)
+        gates = weights[:, 0]
+        if self.skips:  # the first visited choice's; 0 without one
+            first_asked = choices.asked.int().argmax(dim=1, keepdim=True)
+            gates = (weights * choices.asked).gather(1, first_asked)[:, 0]
+        self.counter.add(
+            training=self.training,
+            experts=choices.wanted.flatten(),
+            asked=choices.asked.flatten(),
+            kept=choices.kept.sum(),
+            gate=gates.sum(),
+            gates=len(gates),
+            closed=(gates < CLOSED_GATE).sum() if self.can_close else 0.0,
+            aux_loss=self.aux_loss(scores, choices.wanted[:, 0]),
+            z_loss=scores.logsumexp(dim=-1).square().sum() if self.has_z_loss else 0.0,
+            groups=1,
+        )
 
     def of_group(self, rows: Tensor) -> Tensor:
         """Gather the rows of this rank, [n, ...], to those of the whole group, [N, ...]."""

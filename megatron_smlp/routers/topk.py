@@ -53,7 +53,7 @@ class TopKTokenRouter(MegatronTokenRouter):
         if self.counts:
             with torch.no_grad():
                 whole = self.of_group(logits.detach().flatten(0, 1))
-                self.count(self.choose(whole), whole, padding_mask)
+                self.count(self.choose(whole), whole)
         return TopKRouter.routing(self, logits, padding_mask)
 
     def choose(self, scores: Tensor) -> Choices:

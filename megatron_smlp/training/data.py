@@ -28,7 +28,7 @@ from megatron_smlp.data.pairs.content import content_of
 from megatron_smlp.data.pairs.quick_check import verify_for_training
 from megatron_smlp.data.tokenizers.factory import identity_from_arguments
 from megatron_smlp.errors import DataError, UsageError
-from megatron_smlp.systems import BY_PREFIX, READING_IDS
+from megatron_smlp.systems import READING_IDS
 
 EVALUATION_SEED = 1234
 """Fixed seed of validation and test order: runs of all seeds and systems read the same samples."""
@@ -179,15 +179,9 @@ def _build(
 def needs_every_batch(args: argparse.Namespace) -> bool:
     """Return whether every pipeline stage reads the batches.
 
-    HASH routes by token ids, attention within documents needs their ends, and routers must not
-    count the empty samples (batches._whole) that some ranks read in a full validation.
+    HASH routes by token ids, attention within documents needs their ends.
     """
-    has_routers = args.token_router != "none" or args.feature_router in BY_PREFIX
-    return bool(
-        args.token_router in READING_IDS
-        or args.reset_attention_mask
-        or (has_routers and args.full_validation)
-    )
+    return bool(args.token_router in READING_IDS or args.reset_attention_mask)
 
 
 def needs_batch(args: argparse.Namespace, vp_stage: int | None) -> bool:

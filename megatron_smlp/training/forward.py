@@ -43,7 +43,7 @@ class ForwardStep:
     """Megatron's `forward_step_func`.
 
     Records, until popped, whether a loss was not finite and the seconds spent on getting batches.
-    Holds the routers' statistics, and tells them what is padding.
+    Holds the routers' statistics.
     """
 
     def __init__(self) -> None:
@@ -72,11 +72,6 @@ class ForwardStep:
                 self.data_seconds += time.perf_counter() - start
                 self._attach_keys(model, vp_stage)
             timers("batch-generator").stop()
-            # In a full validation, ranks with fewer samples read empty ones (batches._whole),
-            # which routers must not count. Telling them apart makes the host wait.
-            may_be_empty = args.full_validation and not torch.is_grad_enabled()
-            real = real_tokens(batch["loss_mask"]) if may_be_empty else None
-            self.statistics.begin(real)
             if args.feature_router in BY_PREFIX:
                 scale_balance_losses(model)
             mask = None
@@ -152,14 +147,6 @@ def other_documents(tokens: Tensor, eod: int) -> Tensor:
     ends = (tokens == eod).long()
     document = ends.cumsum(1) - ends
     return ~(document[:, :, None] == document[:, None, :]).tril()[:, None]
-
-
-def real_tokens(loss_mask: Tensor | None) -> Tensor | None:
-    """<float>[B, T] -> <bool>[B, T], True up to the sample's last position whose target counts.
-
-    What follows is padding. Masked positions before it are real tokens.
-    """
-    return None if loss_mask is None else loss_mask.flip(1).cumsum(1).flip(1) > 0
 
 
 def _masked_sum(losses: Tensor, mask: Tensor, *, start: int = 0) -> tuple[Tensor, Tensor]:

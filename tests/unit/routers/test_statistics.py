@@ -187,16 +187,6 @@ class TestFeatureRouter:
         assert load.drop_rate == 0
         assert load.choices == 4
 
-    def test_a_sample_that_is_padded_behind_the_prefix_is_not_counted(self):
-        router = prefix_router().eval()
-        statistics = counted(router)
-        statistics.begin(torch.tensor([[True, False, False], [True, True, False]]))
-        router(chunk_means())
-        load = load_of(statistics, training=False, kind="feature")
-        assert load.load_share == pytest.approx((1 / 2, 1 / 2))
-        assert load.mean_gate == pytest.approx(2 * (0.8 + 0.9) / 2)
-        assert load.choices == 2
-
 
 class TestFeatureRouterInTraining:
     @pytest.mark.parametrize("per_token", [False, True])
@@ -211,54 +201,6 @@ class TestFeatureRouterInTraining:
         (loss * means.shape[0] * means.shape[1] if per_token else loss).backward()
         torch.testing.assert_close(router.weight.grad, weight.grad)
         assert weight.grad.abs().max() > 1e-4
-
-
-# Two samples of four tokens; the second has two tokens of padding, which want expert 1.
-PADDED = torch.tensor(
-    [
-        [[0.7, 0.3], [0.9, 0.1], [0.6, 0.4], [0.2, 0.8]],
-        [[0.8, 0.2], [0.4, 0.6], [0.1, 0.9], [0.1, 0.9]],
-    ]
-).log()
-REAL = torch.tensor([[True, True, True, True], [True, True, False, False]])
-
-
-class TestPadding:
-    @pytest.mark.parametrize("way", ["statistics", "megatron"])
-    def test_is_not_counted(self, way: str):
-        """By what the step says of the batch, or by the mask that Megatron passes to the router."""
-        router = make_router("switch", num_experts=2)
-        statistics = counted(router)
-        tokens = PADDED.transpose(0, 1).contiguous()  # [T, B, D]
-        if way == "statistics":
-            statistics.begin(REAL)
-            router(tokens)
-        else:
-            router(tokens, ~REAL.T)
-        load = load_of(statistics, training=True)
-        assert load.choices == 6
-        assert load.load_share == pytest.approx((4 / 6, 2 / 6))
-        assert load.mean_gate == pytest.approx(GATE_OF_SIX)
-        assert load.aux_loss == pytest.approx(LOSS_OF_SIX)
-
-    def test_a_batch_of_nothing_else_counts_nothing(self):
-        for router, tokens in (
-            (make_router("switch", num_experts=2), PADDED.transpose(0, 1).contiguous()),
-            (prefix_router(), chunk_means(4)),
-        ):
-            statistics = counted(router.eval())
-            statistics.begin(torch.zeros_like(REAL))
-            router(tokens)
-            assert statistics.take(training=False) == {}
-
-    def test_is_what_no_target_follows(self):
-        """A masked target before the end, as from --eod-mask-loss, belongs to a real token."""
-        from megatron_smlp.training.forward import real_tokens
-
-        mask = torch.tensor([[1.0, 0, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]])
-        expected = [[True, True, True, False], [False] * 4, [True] * 4]
-        assert real_tokens(mask).tolist() == expected
-        assert real_tokens(None) is None
 
 
 @pytest.mark.parametrize("kind", ["token", "feature"])

@@ -171,15 +171,13 @@ def test_console_line_and_warning(tmp_path: Path, capfd: pytest.CaptureFixture[s
     ("flags", "everywhere"),
     [
         (PARTIAL, False),
-        (f"{PARTIAL} --split 9,1,0 --full-validation --multiple-validation-sets", True),
-        ("--architecture gmlp --split 9,1,0 --full-validation --multiple-validation-sets", False),
         ("--num-attention-heads 4 --token-router hash --num-experts 4", True),
     ],
 )
 def test_every_stage_reads_what_its_routers_look_at(
     parse: Callable[..., Any], flags: str, everywhere: bool
 ):
-    """HASH needs token ids; where there may be padding, routers need to know which tokens are."""
+    """HASH needs token ids."""
     assert needs_every_batch(parse(flags)) == everywhere
 
 
