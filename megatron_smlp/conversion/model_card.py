@@ -86,6 +86,7 @@ def training_facts(
     skipped = record.get("flags", {}).get("skipped_train_samples", 0)
     if samples := record.get("consumed_train_samples", 0) - skipped:
         facts["training tokens"] = f"{samples * length:,}" if length else f"{samples:,} samples"
+    facts |= _recipe(record)
     if average:
         return {**facts, "weights": f"the mean of {average} checkpoints, this the last"}
     # A study has its log beside its checkpoints; a relative path may be another folder's.
@@ -100,6 +101,25 @@ def training_facts(
             at = "" if line["iteration"] == iteration else f" (iteration {line['iteration']:,})"
             return {**facts, "validation loss": f"{float(line['validation_loss']):.4f}{at}"}
     return facts
+
+
+def _recipe(record: Mapping[str, Any]) -> dict[str, str]:
+    """Return how a run was trained, by its run.json: what is needed to repeat it from a preset."""
+    flags, software = record.get("flags", {}), record.get("software", {})
+    datasets = flags.get("train_data_path") or flags.get("data_path") or ()
+    facts = {
+        "training data": ", ".join(Path(name).name for name in datasets),  # may hold weights
+        "optimizer": flags.get("optimizer"),
+        "learning rate": " ".join(
+            f"{flags[name]:g}" if name == "lr" else flags[name]
+            for name in ("lr", "lr_decay_style")
+            if flags.get(name)
+        ),
+        "global batch size": flags.get("global_batch_size"),
+        "seed": flags.get("seed"),
+        "megatron_smlp": software.get("commit"),
+    }
+    return {name: str(value) for name, value in facts.items() if value}
 
 
 def _model_facts(of: SMLPConfig, specs: Mapping[str, Spec], parameters: int) -> dict[str, str]:

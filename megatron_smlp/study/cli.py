@@ -201,8 +201,11 @@ def _run(args: argparse.Namespace, known: State, results: Results, *, waits: boo
         print(line, file=sys.stderr)
     worker = Worker(state=known, data=data, processes=args.processes)
     worker.work(waits=waits)
-    if failure := known.failure(known.plan()):
+    plan = known.plan()
+    if failure := known.failure(plan):
         print(f"{failure}. See tools/study.py status {args.study}", file=sys.stderr)
+    elif not known.to_do(plan):
+        print(f"all {len(plan.runs)} runs are done; next: tools/study.py report {args.study}")
     return 1 if failure else 0
 
 

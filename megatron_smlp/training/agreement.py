@@ -20,6 +20,8 @@ import torch
 from megatron.training import get_signal_handler
 from torch import Tensor
 
+REASONS = ("", "a signal", "--exit-duration-in-mins")
+
 
 @dataclass(frozen=True)
 class Agreed:
@@ -27,8 +29,8 @@ class Agreed:
 
     nonfinite_rank: int | None
     """The highest rank with a non-finite loss."""
-    ends: bool
-    """Whether a rank was signalled or is out of time."""
+    ends: str
+    """Why the run ends after this step: a rank was signalled or is out of time; empty: neither."""
 
 
 class StepAgreement:
@@ -57,8 +59,8 @@ class StepAgreement:
         nonfinite = self.pop_nonfinite()
         if nonfinite is not None:
             numbers[0] = (torch.distributed.get_rank() + 1) * nonfinite
-        if get_signal_handler()._signal_received or self._is_late():
-            numbers[1].fill_(1)
+        is_signalled = get_signal_handler()._signal_received
+        numbers[1].fill_(1 if is_signalled else 2 * self._is_late())
         torch.distributed.all_reduce(numbers, op=torch.distributed.ReduceOp.MAX)
         self._numbers = numbers.to("cpu", non_blocking=True)
         if numbers.is_cuda:
@@ -70,8 +72,8 @@ class StepAgreement:
         assert self._numbers is not None, "nothing was sent"
         if self._copied is not None:
             self._copied.synchronize()
-        rank, ends = self._numbers.tolist()
-        return Agreed(rank - 1 if rank else None, bool(ends))
+        rank, reason = self._numbers.tolist()
+        return Agreed(rank - 1 if rank else None, REASONS[reason])
 
     def _is_late(self) -> bool:
         limit = self.args.exit_duration_in_mins

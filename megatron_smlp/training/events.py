@@ -73,7 +73,7 @@ class Listener:
     def held_up(self, *, seconds: float) -> None:
         """Observe time spent outside steps: evaluation, tasks, the blocking part of a save."""
 
-    def stopping(self, iteration: int) -> None:
+    def stopping(self, iteration: int, reason: str) -> None:
         """Observe that the run ends before its last step, saved if there is a folder for it."""
 
 

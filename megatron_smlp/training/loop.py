@@ -91,7 +91,7 @@ def train(
             loop.train()
             iteration = loop.iteration
         if loop and loop.stopped:
-            run.listeners.stopping(iteration)
+            run.listeners.stopping(iteration, loop.stopped)
         elif not evaluate([*batches.valid, *batches.test], iteration):
             run.reporter.say("no time left to evaluate: rerun the same command to do so")
         release(parts)
@@ -124,7 +124,7 @@ class Loop:
     ) -> None:
         self.args, self.run, self.parts, self.batches = run.args, run, parts, batches
         self.saving, self.listeners = run.saving, run.listeners
-        self.tasks, self.evaluate, self.stopped = tasks, evaluate, False
+        self.tasks, self.evaluate, self.stopped = tasks, evaluate, ""
         self.iteration = iteration
         """Number of steps done."""
         self.saved_at = iteration if is_same_folder(self.args.load, self.args.save) else None
@@ -236,7 +236,7 @@ class Loop:
         """Save and stop after a signal, at the run's time limit, or at --exit-interval."""
         goes_on = self.iteration < self.args.train_iters
         is_at_interval = goes_on and is_due(self.args.exit_interval, self.iteration)
-        self.stopped = self.agreement.read().ends or is_at_interval
+        self.stopped = self.agreement.read().ends or ("--exit-interval" if is_at_interval else "")
         if self.stopped:
             self.save()
 

@@ -40,7 +40,7 @@ class Profiler(Listener):
         else:
             self._begin(outcome.iteration)
 
-    def stopping(self, iteration: int) -> None:
+    def stopping(self, iteration: int, reason: str) -> None:
         if self.is_on:
             self._end()
 

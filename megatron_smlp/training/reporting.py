@@ -81,10 +81,11 @@ class Reporter(Listener):
         with self.slow_paths.listening(), self.screen.progress():
             yield
 
-    def stopping(self, iteration: int) -> None:
+    def stopping(self, iteration: int, reason: str) -> None:
         is_saved = self.last_saved == iteration
         saved = f"saved to {self.args.save}; the same command resumes from there"
-        self.say(f"stopped at iteration {iteration}: {saved if is_saved else 'not saved'}")
+        saved = saved if is_saved else "not saved"
+        self.say(f"stopped at iteration {iteration} ({reason}): {saved}")
 
     def built(self, parts: Parts) -> None:
         iteration = self.args.iteration

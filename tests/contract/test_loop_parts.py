@@ -113,7 +113,10 @@ def test_what_one_rank_agrees_on(
     began = training.time.time() - 600
     agreement = StepAgreement(args, pop_nonfinite=lambda: found, began=began)
     agreement.send()
-    assert agreement.read() == Agreed(0 if nonfinite else None, is_signalled or limit == 1)
+    assert agreement.read() == Agreed(
+        0 if nonfinite else None,
+        "a signal" if is_signalled else "--exit-duration-in-mins" if limit == 1 else "",
+    )
 
 
 def test_where_megatron_keeps_a_signal():

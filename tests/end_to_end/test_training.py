@@ -99,7 +99,7 @@ def test_interrupted_run_saves_and_the_same_command_goes_on(corpus: Path, tmp_pa
         saved = int(tracker.read_text(encoding="utf-8"))
         assert saved >= reached + 5
         last = output.splitlines()[-1]
-        assert last.startswith(f"stopped at iteration {saved}: saved to {tmp_path}")
+        assert last.startswith(f"stopped at iteration {saved} (a signal): saved to {tmp_path}")
         reached = saved
 
 

@@ -119,7 +119,7 @@ def test_a_folder_that_vanishes_is_not_made_again(
     assert not run.exists()
     output = capfd.readouterr().out
     assert f"iteration 4 could not be saved to {run}: {run}: No such" in output
-    assert ("stopped at iteration 5: not saved" in output) == bool(words)
+    assert ("stopped at iteration 5 (--exit-interval): not saved" in output) == bool(words)
     if not how:
         with pytest.raises(SaveError, match=r"iteration 4 could not be saved to .*: No such file"):
             pretrain(flags)

@@ -47,6 +47,7 @@ def test_the_card_says_what_the_checkpoint_knows(trained: Path, tmp_path: Path):
     validated = [line for line in records(trained) if "validation_loss" in line]
     parameters = sum(parameter.numel() for parameter in model.parameters())
     rows = ["| training tokens | 128 |", "| iteration | 4 |", f"| parameters | {parameters:,} |"]
+    rows += ["| optimizer | adam |", "| global batch size | 2 |", "| seed | 1234 |"]
     if validated:
         rows.append(f"| validation loss | {validated[-1]['validation_loss']:.4f}")
     for row in rows:

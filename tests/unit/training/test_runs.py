@@ -98,7 +98,10 @@ def test_a_run_ends_when_its_time_is_over(
     flags = f"{GMLP} --exit-duration-in-mins 60 --save {tmp_path}"
     with pretrained(flags):
         pass
-    assert f"stopped at iteration 2: saved to {tmp_path}" in capfd.readouterr().out
+    assert (
+        f"stopped at iteration 2 (--exit-duration-in-mins): saved to {tmp_path}"
+        in capfd.readouterr().out
+    )
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "2"
 
 
@@ -164,7 +167,7 @@ def test_a_signal_ends_a_run_when_its_step_is_done(
     flags = f"{GMLP} --train-iters 9 --eval-interval 2 --save {tmp_path}"
     with pretrained(flags):
         pass
-    assert f"stopped at iteration {last}: saved to {tmp_path}" in capfd.readouterr().out
+    assert f"stopped at iteration {last} (a signal): saved to {tmp_path}" in capfd.readouterr().out
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == str(last)
 
 
