@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -110,7 +111,8 @@ def refusal(system: str, row: Row) -> str | None:
             else:
                 parse_arguments(argv)
         except UsageError as error:
-            return str(error)
+            own = read_yaml(preset)["architecture"]
+            return re.sub(f"(this )?--architecture {own}\\b", "this --architecture", str(error))
         finally:
             forget_arguments()
     return None
@@ -155,16 +157,15 @@ def page() -> str:
             if said is not None:
                 mark = f"no ({reasons.setdefault(said, len(reasons) + 1)})"
             cells.append(mark)
-        name = Path(row.test).stem.removeprefix("test_").replace("_", " ")
         is_taken = any(column[number] is None for _, column in groups)
-        link = f"[{name}](../tests/{row.test})" if is_taken else ""
-        lines.append(f"| {row.title} | {' | '.join(cells)} | {link} |")
+        title = f"[{row.title}](../tests/{row.test})" if is_taken else row.title
+        lines.append(f"| {title} | {' | '.join(cells)} |")
     names = ["<br>".join(systems) for systems, _ in groups]
     return "\n".join(
         (
             HEAD,
-            f"| | {' | '.join(names)} | tests |",
-            "|---" * (len(names) + 2) + "|",
+            f"| | {' | '.join(names)} |",
+            "|---" * (len(names) + 1) + "|",
             *lines,
             "",
             "Refused:",
@@ -179,8 +180,8 @@ HEAD = f"""# What works where
 
 What `pretrain_smlp.py` takes of these presets of [{PRESETS}](../{PRESETS}/) on a CPU: *yes*, or
 *no*, with the refusal below. *untried*: on a GPU, where nothing has been tried
-([gpus.md](gpus.md)); the tests run it with the CPU in place of one. The last column has the tests
-that train small models so. Export, generation, evaluation and checkpoints take all systems.
+([gpus.md](gpus.md)); the tests run it with the CPU in place of one. Each row links the tests that
+train small models so. Export, generation, evaluation and checkpoints take all systems.
 `docs/what_works.py` wrote this.
 """
 
