@@ -2,7 +2,7 @@
 
     make bench-gpu
 
-    assignment    8,192 tokens to 32 and to 128 experts by kernels, against its twin of operators
+    assignment    8,192 tokens to 32 and to 128 experts by kernels, against operators
     experts       32 of them, 1,024 -> 4,096 -> 1,024, by grouped GEMMs, against one after another
     gate          from u to y, T = 1,024, by kernels, against its parts, against the dense
                   product M v of cuBLAS alone, and against causal attention of the same width by
@@ -60,7 +60,7 @@ def _assignments(sizes: Sizes, device: str) -> Iterator[tuple[str, Call, Call]]:
     for count in sizes.num_experts:
         scores = torch.randn(sizes.tokens * sizes.samples, count, device=device)
         yield (
-            f"balanced assignment, {len(scores)} tokens, {count} experts, against its twin",
+            f"balanced assignment, {len(scores)} tokens, {count} experts, against operators",
             lambda scores=scores: balanced_assignment(scores),  # type: ignore[misc]
             lambda scores=scores: device_assignment(scores),  # type: ignore[misc]
         )

@@ -51,9 +51,10 @@ def by_pairs(page: Page, claim: Claim) -> list[tuple[Comparison, Difference, str
     ]
     differences = {}
     for place, comparison in enumerate(compared):
-        field = page.measured.field(comparison.one, comparison.other)
+        field = page.measured.field(comparison.system, comparison.rival)
         sides = (
-            tables.losses(name, study.longest, field) for name in (comparison.one, comparison.other)
+            tables.losses(name, study.longest, field)
+            for name in (comparison.system, comparison.rival)
         )
         differences[place] = paired(*sides)
     adjusted = with_holm(differences, is_conjunction=False).values() if differences else ()
@@ -74,9 +75,9 @@ def lines() -> Iterator[str]:
                 if said != comparison.verdict:
                     comparisons.append(row(
                         f"`{page.study.name}`",
-                        f"{claim.name}: {comparison.one} - {comparison.other}",
-                        number(comparison.found.mean, ".3f"), _cells(then), said,
-                        _cells(comparison.found), f"**{comparison.verdict}**",
+                        f"{claim.name}: {comparison.system} - {comparison.rival}",
+                        number(comparison.difference.mean, ".3f"), _cells(then), said,
+                        _cells(comparison.difference), f"**{comparison.verdict}**",
                     ))  # fmt: skip
             before = verdict_of_all([said for *_, said in both]) if both else UNDECIDED
             if claim.name != PAIRS and both and before != claim.verdict:

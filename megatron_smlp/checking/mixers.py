@@ -141,12 +141,12 @@ def _continues(name: str, kind: type[Mixer]) -> Row:
     compared = f"3, 1, 1 and {LENGTH - 5} tokens with a state, and {LENGTH} at once"
     state: dict[str, Tensor] = {}
     mixed = []
-    one: dict[str, Tensor] = {}  # of one sample, as another axis may be as long as the batch
-    mixer(*(part[:1] for part in given), state=one)
+    alone: dict[str, Tensor] = {}  # of one sample, as another axis may be as long as the batch
+    mixer(*(part[:1] for part in given), state=alone)
     for call in zip(*(part.split([3, 1, 1, LENGTH - 5], dim=1) for part in given), strict=True):
         mixed.append(mixer(*call, state=state))
         for key, values in state.items():
-            if values.shape[:1] != (BATCH,) or one.get(key, values[:1]).shape[:1] != (1,):
+            if values.shape[:1] != (BATCH,) or alone.get(key, values[:1]).shape[:1] != (1,):
                 advice = f"state[{key!r}] has {list(values.shape)}: its axis 0 must be the batch"
                 return wrong(name, compared, advice)
             if values.shape != sizes.setdefault(key, values.shape):

@@ -116,11 +116,11 @@ def check_listing(run: str | Path) -> None:
 def iterations(run: str | Path) -> list[int]:
     """Return the iterations of all checkpoints of a run, whole or not, in ascending order."""
     try:
-        found = [(iteration_of(path), path) for path in Path(run).iterdir()]
+        numbered = [(iteration_of(path), path) for path in Path(run).iterdir()]
     except OSError:
         return []
     # Only checkpoints are looked at: each rank may also have a log here.
-    return sorted(n for n, path in found if n is not None and path.is_dir())
+    return sorted(n for n, path in numbered if n is not None and path.is_dir())
 
 
 def loading_order(run: str | Path, step: int | None = None) -> list[int]:
@@ -144,8 +144,8 @@ def loading_order(run: str | Path, step: int | None = None) -> list[int]:
 def folders_to_try(run: str | Path, step: int | None = None) -> list[Path]:
     """Return the folders of a run's checkpoints in loading order; without any, its release."""
     release = release_folder(run)
-    found = [iteration_folder(run, iteration) for iteration in loading_order(run, step)]
-    return found or ([release] if release else [])
+    folders = [iteration_folder(run, iteration) for iteration in loading_order(run, step)]
+    return folders or ([release] if release else [])
 
 
 def latest_iteration(run: str | Path) -> int | None:

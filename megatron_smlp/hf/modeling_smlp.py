@@ -655,11 +655,11 @@ class SMLPPartialPrediction(SMLPSpatialGating):
             counts = layout.positions < self.prefix
             if layout.valid is not None:
                 counts = counts & layout.valid
-            found = self._of_prefix(means, layout.positions.clamp(max=self.prefix - 1), counts)
+            scores = self._of_prefix(means, layout.positions.clamp(max=self.prefix - 1), counts)
             if cache is not None:
-                found = found if before is None else before + found
-                cache.layers[self.cache_index].state["scores"] = found
-            return self._scored(found)
+                scores = scores if before is None else before + scores
+                cache.layers[self.cache_index].state["scores"] = scores
+            return self._scored(scores)
 
     def _of_prefix(self, means: Tensor, places: Tensor, counts: Tensor) -> Tensor:
         """Return what is summed over the calls of a prefix, and cached: the scores.

@@ -1,6 +1,6 @@
 """Balanced assignment without host synchronization, for devices that run ahead of the host.
 
-The problem, its three steps and the shared code are in host_assignment.py, the slow twin: there a
+The problem, its three steps and the shared code are in host_assignment.py, the reference: there a
 step takes as many rounds as its tokens need, for which the host must wait for the device. Here
 every size and every number of rounds is fixed, so that the host never waits:
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from megatron_smlp.ops import host_assignment as twin
+from megatron_smlp.ops import host_assignment as host
 
 _NUM_ROUNDS = 4
 
@@ -34,11 +34,11 @@ def device_assignment(scores: Tensor) -> tuple[Tensor, Tensor]:
         nobody = torch.empty(0, dtype=torch.int64, device=scores.device)
         return nobody, scores.new_zeros(num_experts, dtype=torch.float32)
     with torch.no_grad(), torch.autocast(scores.device.type, enabled=False):
-        gains, unit = twin.normalise(scores.detach())
+        gains, unit = host.normalise(scores.detach())
         prices, temperature = _balancing_prices(gains)
         experts = _round(gains, prices, temperature)
-        for _ in range(twin.NUM_POLISHING_ROUNDS):
-            experts = twin.exchange(gains, experts)
+        for _ in range(host.NUM_POLISHING_ROUNDS):
+            experts = host.exchange(gains, experts)
         return experts, ((prices - prices.mean()) * unit).float()
 
 
@@ -46,13 +46,13 @@ def _balancing_prices(gains: Tensor) -> tuple[Tensor, float]:
     """gains: <float>[N, E]. Returns prices <float>[E] and the last temperature."""
     prices, temperature = gains.mean(dim=0), 1.0
     nobody = torch.zeros_like(prices)
-    for level in range(twin.NUM_LEVELS):
-        temperature = twin.TEMPERATURE_FACTOR**-level
-        for _ in range(twin.NUM_NEWTON_STEPS):
-            step = twin.newton_step(
+    for level in range(host.NUM_LEVELS):
+        temperature = host.TEMPERATURE_FACTOR**-level
+        for _ in range(host.NUM_NEWTON_STEPS):
+            step = host.newton_step(
                 gains, prices, nobody, temperature=temperature, weight=1.0, total=len(gains)
             )
-            prices = prices + temperature * step.clamp(-twin.MAX_STEP, twin.MAX_STEP)
+            prices = prices + temperature * step.clamp(-host.MAX_STEP, host.MAX_STEP)
     return prices, temperature
 
 
@@ -60,8 +60,8 @@ def _round(gains: Tensor, prices: Tensor, temperature: float) -> Tensor:
     """Turn preferences at these prices into a balanced assignment <int64>[N]."""
     num_tokens, num_experts = gains.shape
     wishes = gains - prices
-    wishes += temperature * twin.tie_breaker(num_tokens, num_experts, gains.device)
-    room = twin.slots(prices, num_tokens)
+    wishes += temperature * host.tie_breaker(num_tokens, num_experts, gains.device)
+    room = host.slots(prices, num_tokens)
     experts = torch.full((num_tokens,), num_experts, device=gains.device)  # E: waits
     for _ in range(_NUM_ROUNDS):
         experts, room = _apply_once(wishes, experts, room)
@@ -78,7 +78,7 @@ def _apply_once(wishes: Tensor, experts: Tensor, room: Tensor) -> tuple[Tensor, 
     Returns both after the round.
     """
     num_tokens, num_experts = wishes.shape
-    choice, lead = twin.first_choice(wishes.masked_fill(room == 0, -torch.inf))
+    choice, lead = host.first_choice(wishes.masked_fill(room == 0, -torch.inf))
     waiting = experts == num_experts
     choice = torch.where(waiting, choice, num_experts)  # the others queue nowhere
     # Sorting by lead and then, stably, by expert puts each expert's applicants best first.

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_smlp.ops import host_assignment as twin
+from megatron_smlp.ops import host_assignment as host
 from megatron_smlp.ops.triton_ready import FUSED
 
 MAX_EXPERTS = 128
@@ -65,15 +65,15 @@ def triton_assignment(scores: Tensor) -> tuple[Tensor, Tensor]:
     tile = {"W": width, "num_warps": max(4, width // 8)} | FUSED
     given = (scores, *scores.stride())
     queue = min(_MAX_QUEUE, max(16, 1 << (num_tokens - 1).bit_length()))
-    solver = {"P": programs, "DAMPING": twin.DAMPING, "MAX_STEP": twin.MAX_STEP}
+    solver = {"P": programs, "DAMPING": host.DAMPING, "MAX_STEP": host.MAX_STEP}
     solver |= {"SOLVER_STEPS": _SOLVER_STEPS, "BLOCK": block}
 
     kernels.extent[(programs,)](*given, room.maxima, **size, **tile, BLOCK=block)
     statistics = (room.maxima, room.squares, room.columns)
     kernels.spread[(programs,)](*given, *statistics, **size, **tile, BLOCK=block, P=programs)
     temperature = 1.0
-    for level in range(twin.NUM_LEVELS):
-        before, temperature = temperature, twin.TEMPERATURE_FACTOR**-level
+    for level in range(host.NUM_LEVELS):
+        before, temperature = temperature, host.TEMPERATURE_FACTOR**-level
         kernels.balance[(programs,)](
             *(*given, *statistics, room.gains),
             *(*room.newton[(level + 1) % 2], *room.newton[level % 2]),
@@ -85,7 +85,7 @@ def triton_assignment(scores: Tensor) -> tuple[Tensor, Tensor]:
     for turn in range(_NUM_ROUNDS):
         kernels.choose[(programs,)](
             *(room.gains, room.maxima, room.squares),
-            *(*room.newton[(twin.NUM_LEVELS - 1) % 2], room.prices, priced, *queues, temperature),
+            *(*room.newton[(host.NUM_LEVELS - 1) % 2], room.prices, priced, *queues, temperature),
             **(size | tile | solver),
             FIRST=turn == 0,
         )
@@ -111,7 +111,7 @@ def _polish(room: _Workspace, assigned: Tensor, capacity: int, **size: Any) -> N
             C=capacity,
             FIRST=turn == 0,
             LAST=turn == _NUM_EXCHANGES,
-            SMALLEST_GAIN=twin.SMALLEST_GAIN,
+            SMALLEST_GAIN=host.SMALLEST_GAIN,
             **size,
         )
 

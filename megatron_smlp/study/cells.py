@@ -12,7 +12,7 @@ from megatron_smlp.study.verdicts import Comparison
 
 
 def visible(comparison: Comparison) -> str:
-    value = comparison.found.visible
+    value = comparison.difference.visible
     if value is None:
         return "n/a"
     return number(math.exp(value) if comparison.is_ratio and math.isfinite(value) else value)
@@ -67,12 +67,12 @@ def row(*cells: object) -> str:
 
 def not_reached(comparison: Comparison) -> str:
     """Say how many seeds have no speed-up: a mean would be of the fast ones only."""
-    return f"not reached by {comparison.unreached} of {comparison.found.n} seeds"
+    return f"not reached by {comparison.unreached} of {comparison.difference.n} seeds"
 
 
 def speedup(comparison: Comparison) -> tuple[float, float, float]:
     """Return a speed-up (the inverse of a cost ratio) and its interval; 0 means never reached."""
-    difference = comparison.found
+    difference = comparison.difference
     return _inverse(difference.mean), _inverse(difference.high), _inverse(difference.low)
 
 

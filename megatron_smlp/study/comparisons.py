@@ -31,7 +31,7 @@ def claim_lines(measured: Measured, claims: Sequence[Claim]) -> Iterator[str]:
 
 
 def _because(measured: Measured, claim: Claim) -> Iterator[str]:
-    is_one_against_all = len({comparison.one for comparison in claim.comparisons}) == 1
+    is_one_against_all = len({comparison.system for comparison in claim.comparisons}) == 1
     for said in (CONFIRMED, REFUTED, LEVEL, UNDECIDED):
         pairs = [
             _titles(measured, comparison)
@@ -54,7 +54,7 @@ def comparison_lines(measured: Measured, claims: Sequence[Claim]) -> Iterator[st
     for claim in claims:
         undecided: dict[str, list[str]] = {}
         for comparison in claim.comparisons:
-            difference, (system, rival) = comparison.found, _titles(measured, comparison)
+            difference, (system, rival) = comparison.difference, _titles(measured, comparison)
             of = f"{comparison.what}: {system} {'/' if comparison.is_ratio else '-'} {rival}"
             yield row(
                 claim.name, of, number(difference.mean),
@@ -143,7 +143,7 @@ def primary_lines(measured: Measured, looks: Sequence[Look]) -> Iterator[str]:
     heads = ("runs" if study.design else "seeds", "alpha of this look", "alpha spent")
     yield from table(*heads, "difference", "interval", "df", "p", "verdict")
     for look in looks:
-        difference = look.found
+        difference = look.difference
         yield row(
             difference.n, f"{look.alpha:.4f}", f"{look.spent:.4f}", number(difference.mean),
             f"{number(difference.low)} to {number(difference.high)}", number(difference.df),
@@ -154,4 +154,4 @@ def primary_lines(measured: Measured, looks: Sequence[Look]) -> Iterator[str]:
 
 
 def _titles(measured: Measured, comparison: Comparison) -> tuple[str, str]:
-    return measured.systems[comparison.one].title, measured.systems[comparison.other].title
+    return measured.systems[comparison.system].title, measured.systems[comparison.rival].title

@@ -55,7 +55,7 @@ class Drawing:
                 yield f"loss{what.replace(' ', '-')}", self.losses(field, what)
         if len(self._trials()):
             yield "learning-rates", self.learning_rates()
-        is_known = any(math.isfinite(comparison.found.mean) for comparison in speedups)
+        is_known = any(math.isfinite(comparison.difference.mean) for comparison in speedups)
         if is_known and len(self.study.horizons) > 1:
             yield "speed-up", self.speedups(speedups)
         if loads := {name: own for name in self.styles if len(own := self._evaluated_loads(name))}:
@@ -228,11 +228,11 @@ class Drawing:
 
     def speedups(self, comparisons: Sequence[Comparison]) -> Figure:
         """Plot the subject's speed-up to the final loss of each other system."""
-        shown = [comparison for comparison in comparisons if comparison.found.n]
+        shown = [comparison for comparison in comparisons if comparison.difference.n]
         figure, panel = _single(6.8, 0.5 * len(shown) + 1.8)
         for place, comparison in enumerate(reversed(shown)):
             mean, low, high = speedup(comparison)
-            color = self.styles[comparison.other]["color"]
+            color = self.styles[comparison.rival]["color"]
             if comparison.unreached:
                 panel.text(
                     0.01, place, not_reached(comparison), fontsize=8, va="center",
@@ -247,7 +247,7 @@ class Drawing:
                 f"{'at least ' * comparison.is_bound}{mean:.2f}", (mean, place), xytext=(0, 6),
                 textcoords="offset points", fontsize=8, ha="center",
             )  # fmt: skip
-        titles = [self.systems[comparison.other].title for comparison in reversed(shown)]
+        titles = [self.systems[comparison.rival].title for comparison in reversed(shown)]
         panel.set_yticks(range(len(shown)), labels=titles)
         panel.set_ylim(-0.6, len(shown) - 0.3)
         panel.axvline(1, color="0.35", linewidth=0.9, linestyle=":")

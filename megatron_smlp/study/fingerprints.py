@@ -51,8 +51,8 @@ def make_fingerprints(known: State, data: StudyData, results: Results, *, proces
             )  # fmt: skip
             if not code:  # on failure, the runs themselves will say why
                 logged = [[record.get(name) for name in LOGGED] for record in records]
-                found = {**about, "commit": now["commit"], "fingerprint": _digest(logged)}
-                write_durably(folder / FOUND, json.dumps(found) + "\n")
+                content = {**about, "commit": now["commit"], "fingerprint": _digest(logged)}
+                write_durably(folder / FOUND, json.dumps(content) + "\n")
 
 
 def _is_in(results: Results, about: Mapping[str, Any]) -> bool:

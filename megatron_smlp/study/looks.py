@@ -40,7 +40,7 @@ LOOKS = (3, 5, 8)
 class Look:
     """A comparison at one look, with an interval that holds over all looks."""
 
-    found: Difference
+    difference: Difference
     spent: float
     """Alpha spent up to and including this look."""
     alpha: float
@@ -75,7 +75,7 @@ def look(difference: Difference, *, alpha: float, spent: float) -> Look:
     widened = of_error(
         difference.mean, difference.error, df=difference.df, n=difference.n, alpha=alpha
     )
-    return Look(found=widened, spent=spent, alpha=alpha, verdict=said)
+    return Look(difference=widened, spent=spent, alpha=alpha, verdict=said)
 
 
 def _student(left: Sequence[float], right: Sequence[float]) -> Difference:

@@ -138,11 +138,11 @@ class Results:
             row | {name: getattr(runs[row["key"]], name) for name in OF_RUN}
             for row in rows.to_dict("records")
         ]
-        curves, found = other.curves, other.fingerprints
+        curves, prints = other.curves, other.fingerprints
         self._add(known, lines, curves[curves["key"].isin(rows["key"])])
-        found = found[found["system"].isin(own_names)]
-        found = found.assign(system=found["system"].map(own_names))
-        self._write("fingerprints.csv", _merged(self.fingerprints, found))
+        prints = prints[prints["system"].isin(own_names)]
+        prints = prints.assign(system=prints["system"].map(own_names))
+        self._write("fingerprints.csv", _merged(self.fingerprints, prints))
         return len(lines)
 
     def _add(

@@ -193,7 +193,9 @@ def time_lines(measured: Measured, times: Sequence[Comparison]) -> Iterator[str]
         bound = "≥ " if comparison.is_bound else ""
         shown = not_reached(comparison) if comparison.unreached else f"{bound}{number(mean)}"
         interval_of = "n/a" if comparison.is_bound else f"{number(low)} to {number(high)}"
-        yield row(measured.systems[comparison.other].title, shown, interval_of, comparison.found.n)
+        yield row(
+            measured.systems[comparison.rival].title, shown, interval_of, comparison.difference.n
+        )
 
 
 def crossing_lines(measured: Measured) -> Iterator[str]:

@@ -48,8 +48,8 @@ def _text(value: Any) -> str:
 
 
 def _pair(value: Any) -> tuple[str, str]:
-    one, other = value
-    return _text(one), _text(other)
+    first, second = value
+    return _text(first), _text(second)
 
 
 def _lines(value: Any) -> dict[str, Any]:

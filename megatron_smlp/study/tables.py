@@ -28,7 +28,7 @@ class Tables:
     """Timings taken while the machine was quiet."""
     disturbed: pandas.DataFrame
     """Timings taken after a slow matrix product, which do not count."""
-    found: pandas.DataFrame
+    evaluations: pandas.DataFrame
     """Results of evaluating the final checkpoints; see study/final.py."""
 
     @classmethod
@@ -37,31 +37,31 @@ class Tables:
         # Relative to the best: if many were disturbed, the median would be slow too.
         quiet = speed["gemm_tflops"] >= QUIET * speed["gemm_tflops"].max()
         return cls(
-            runs=results.runs, curves=results.curves, found=results.evaluations,
+            runs=results.runs, curves=results.curves, evaluations=results.evaluations,
             speed=speed[quiet], disturbed=speed[~quiet],
         )  # fmt: skip
 
     def of_runs(self, keys: Collection[str]) -> Tables:
         """Return these tables without other runs, such as those at a rate no longer the best."""
-        tables = {name: getattr(self, name) for name in ("runs", "curves", "found")}
+        tables = {name: getattr(self, name) for name in ("runs", "curves", "evaluations")}
         return replace(self, **{
             name: table[table["key"].isin(keys)] for name, table in tables.items()
         })  # fmt: skip
 
     def labels(self, kind: str) -> list[str]:
         """Return the labels of a kind that were evaluated, in their order."""
-        return list(dict.fromkeys(_where(self.found, kind=kind)["label"]))
+        return list(dict.fromkeys(_where(self.evaluations, kind=kind)["label"]))
 
     def values(self, kind: str, label: str, system: str) -> dict[int, float]:
         """Return one evaluated number of each seed's final checkpoint."""
-        lines = _where(self.found, kind=kind, label=label, system=system)
+        lines = _where(self.evaluations, kind=kind, label=label, system=system)
         return {int(line.seed): float(line.value) for line in lines.itertuples()}
 
     def sampling_error(self, task: str, system: str) -> float:
         """Return the standard error that the finite number of questions gives a mean over seeds:
         all seeds saw the same ones, so it is that of one seed.
         """
-        lines = _where(self.found, kind=TASK, label=task, system=system)
+        lines = _where(self.evaluations, kind=TASK, label=task, system=system)
         return float(lines["stderr"].astype(float).mean())
 
     def common_tasks(self, *systems: str) -> list[str]:

@@ -36,11 +36,11 @@ Pair = tuple[str, str]
 class Comparison:
     """A system, usually the study's subject, against another one."""
 
-    one: str
-    other: str
+    system: str
+    rival: str
     what: str
     """loss, loss behind the prefix, wrong answers in %, seconds, tokens, step time."""
-    found: Difference
+    difference: Difference
     """A difference in nats for losses and in percent for answers; else a ratio, where 1 means no
     difference."""
     verdict: str
@@ -143,7 +143,7 @@ def _claim(
     )
     said = verdicts(adjusted, null=null, is_conjunction=is_conjunction, margin=margin)
     comparisons = tuple(
-        Comparison(one=system, other=rival, what=what, found=adjusted[system, rival],
+        Comparison(system=system, rival=rival, what=what, difference=adjusted[system, rival],
                    verdict=said[system, rival])
         for (system, rival), (what, _) in differences.items()
     )  # fmt: skip
@@ -189,11 +189,11 @@ def _less_time(measured: Measured) -> Claim:
     ratio = cost_ratio(measured, pair, unit=unit)
     if ratio.is_bound:
         notes.append("a seed is there at its first finite horizon, so the ratio is at most this")
-    claim = _claim({pair: (unit, ratio.found)}, null=1.0, name="C2", text=text, notes=notes)
+    claim = _claim({pair: (unit, ratio.difference)}, null=1.0, name="C2", text=text, notes=notes)
     [decided] = claim.comparisons
     return replace(
         claim,
-        comparisons=(replace(ratio, found=decided.found, verdict=decided.verdict),),
+        comparisons=(replace(ratio, difference=decided.difference, verdict=decided.verdict),),
         verdict=claim.verdict if unit == SECONDS and not late else UNDECIDED,
     )
 
@@ -227,7 +227,7 @@ def cost_ratio(measured: Measured, pair: Pair, *, unit: str) -> Comparison:
     if is_bound:
         ratio = replace(ratio, low=0.0, p=1.0 if ratio.high >= 1 else ratio.p)
     return Comparison(
-        one=system, other=rival, what=unit, verdict="", found=ratio, is_bound=is_bound,
+        system=system, rival=rival, what=unit, verdict="", difference=ratio, is_bound=is_bound,
         unreached=sum(map(math.isinf, reached.values())),
     )  # fmt: skip
 

@@ -66,8 +66,8 @@ def check_causality(parts: Parts) -> None:
 
 def _length(layer: SlottedLayer, args: argparse.Namespace) -> int:
     ranks = args.tensor_model_parallel_size
-    each = HOSTED_LENGTH // ranks if hasattr(layer.self_attention, "mixer") else LENGTH
-    return min(int(args.seq_length), each * ranks)
+    per_rank = HOSTED_LENGTH // ranks if hasattr(layer.self_attention, "mixer") else LENGTH
+    return min(int(args.seq_length), per_rank * ranks)
 
 
 def _leaks(layer: SlottedLayer, length: int, rotary: Any) -> Iterator[str]:

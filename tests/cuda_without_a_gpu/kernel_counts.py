@@ -44,7 +44,7 @@ def assignment() -> dict[str, Any]:
 
 
 def training(flags: str) -> dict[str, Any]:
-    """Train a step with the kernels and one with their twins: loss, norm, and one gate's costs."""
+    """Train a step with the kernels and one without: loss, norm, one gate's costs."""
     from megatron_smlp.ops import triton_ready
 
     answers = {"kernels": _trained(flags)}

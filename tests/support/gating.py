@@ -63,15 +63,15 @@ class Gate:
         shape = (self.tokens, self.batch, self.heads * self.width)
         return torch.randn(shape).to(device, self.dtype)
 
-    def call(self, operands: list[Tensor], *, twin: bool = False) -> Tensor:
+    def call(self, operands: list[Tensor], *, reference: bool = False) -> Tensor:
         """Call the gate, or its reference."""
         from megatron_smlp.ops import gated_mix as ops
 
         if self.normed:
             inputs, weight, bias, *others = operands
-            gate = ops.gelu_gate_reference if twin else ops.gelu_gate
+            gate = ops.gelu_gate_reference if reference else ops.gelu_gate
             return gate(inputs, (weight, bias, EPS), *others)
-        mix: Any = ops.gated_mix_reference if twin else ops.gated_mix
+        mix: Any = ops.gated_mix_reference if reference else ops.gated_mix
         if not self.experts:
             return mix(*operands)
         *others, scales = operands
@@ -123,7 +123,7 @@ def exactly(gate: Gate, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     operands = gate.operands()
     operands[gate.matrix] = operands[gate.matrix].to(gate.dtype)
     operands = [operand.detach().to(dtype).requires_grad_() for operand in operands]
-    output = gate.call(operands, twin=True)
+    output = gate.call(operands, reference=True)
     return [output.detach(), *torch.autograd.grad(output, operands, gate.upstream().to(dtype))]
 
 

@@ -11,10 +11,10 @@ MATRICES = {
     "architecture": (
         *("invariants/test_layouts.py", "invariants/test_resume.py"),
         *("invariants/test_resharding.py", "support/smlp_systems.py"),
-        *("unit/routers/test_twins.py", "unit/test_footprint.py"),
+        *("unit/routers/test_same_as_hf.py", "unit/test_footprint.py"),
     ),
     "token_router": (
-        *("invariants/test_layouts.py", "unit/routers/test_twins.py"),
+        *("invariants/test_layouts.py", "unit/routers/test_same_as_hf.py"),
         "support/smlp_systems.py",
     ),
 }

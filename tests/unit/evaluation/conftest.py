@@ -1,4 +1,4 @@
-"""Trained checkpoints of a few systems with a real tokenizer, each with its exported twin."""
+"""Trained checkpoints of a few systems with a real tokenizer, each with its export."""
 
 import json
 import random

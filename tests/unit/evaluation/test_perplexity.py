@@ -90,8 +90,8 @@ def test_perplexity_is_that_of_the_exported_model(
     model = AutoModelForCausalLM.from_pretrained(run.exported, trust_remote_code=True).eval()
     again = ExportedScorer(model, longest=LENGTH, batch_size=8)
     again.batch_size = 3  # as on a GPU: the last window, which is shorter, is a batch of its own
-    twin = measured(again, tokenizer, data, stride=5, suffix_from=4)
-    assert twin["perplexity"] == pytest.approx(strided["perplexity"], rel=1e-5)
+    again_strided = measured(again, tokenizer, data, stride=5, suffix_from=4)
+    assert again_strided["perplexity"] == pytest.approx(strided["perplexity"], rel=1e-5)
     tokens = torch.from_numpy(open_index(str(data)).tokens.astype("int64"))
     losses = _losses(model, tokens, LENGTH)
     behind = [loss for place, loss in enumerate(losses) if place % LENGTH >= 4]

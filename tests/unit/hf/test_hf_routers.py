@@ -1,4 +1,4 @@
-"""What unit/routers/test_twins.py does not compare: balance, new tables, padding."""
+"""What unit/routers/test_same_as_hf.py does not compare: balance, new tables, padding."""
 
 import pytest
 import torch

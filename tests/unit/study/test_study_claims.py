@@ -29,7 +29,7 @@ def test_one_lucky_seed_is_not_the_best_system(tmp_path: Path):
     pretend(known, lambda run: loss_of(run) - 0.1 * (run.system == "switch"))
     claims, _ = claims_and_text(known, tmp_path)
     [comparison] = claims["C2"]["comparisons"]
-    assert (comparison["other"], comparison["found"]["n"]) == ("hash", 3)
+    assert (comparison["rival"], comparison["difference"]["n"]) == ("hash", 3)
 
 
 def test_a_better_rival_that_is_still_in_training_is_named(tmp_path: Path):
@@ -39,7 +39,7 @@ def test_a_better_rival_that_is_still_in_training_is_named(tmp_path: Path):
     last = [run for run in known.plan().runs if run.system == "hash"][-1]
     (known.folder_of(last) / "ended.json").unlink()
     [claim] = [claim for claim in page_of(known, tmp_path).claims if claim.name == "C2"]
-    assert [comparison.other for comparison in claim.comparisons] == ["switch"]
+    assert [comparison.rival for comparison in claim.comparisons] == ["switch"]
     assert "hash: seed 13 is missing" in claim.notes
 
 
@@ -62,14 +62,14 @@ def test_token_experts_without_attention_are_no_sparse_transformer(tmp_path: Pat
     ])  # fmt: skip
     claims = {claim.name: claim for claim in page_of(known, tmp_path).claims}
     for name in ("C2", "C4"):
-        assert [each.other for each in claims[name].comparisons] == ["switch"]
+        assert [each.rival for each in claims[name].comparisons] == ["switch"]
 
 
 def test_a_claim_that_ends_level_names_its_rivals(tmp_path: Path):
     made = page_of_study(tmp_path, lambda run: 5.0 + NOISE[run.seed] * (1 + len(run.system) / 40))
     [claim] = [claim for claim in made.claims if claim.name == "C1"]
     assert claim.verdict == "level"
-    rivals = ", ".join(f"*{comparison.other}*" for comparison in claim.comparisons)
+    rivals = ", ".join(f"*{comparison.rival}*" for comparison in claim.comparisons)
     assert f"| **level** | level against {rivals} |" in made.text()
 
 
@@ -91,12 +91,12 @@ def test_that_each_part_helps_is_of_parts_alone(tmp_path: Path):
     made = page_of(known, tmp_path)
     [claim] = [claim for claim in made.claims if claim.name == "C5"]
     assert claim.verdict == "confirmed"
-    assert [(each.one, each.other) for each in claim.comparisons] == [
+    assert [(each.system, each.rival) for each in claim.comparisons] == [
         ("smlp_deterministic", "gmlp_token_moe"), ("gmlp_token_moe", "gmlp"),
     ]  # fmt: skip
     [other] = made.others.comparisons
-    assert (other.other, other.verdict, made.others.verdict) == ("smlp_partial", "refuted", "")
-    assert other.found.p == other.found.holm  # Holm's steps are over these only
+    assert (other.rival, other.verdict, made.others.verdict) == ("smlp_partial", "refuted", "")
+    assert other.difference.p == other.difference.holm  # Holm's steps are over these only
     assert "| other | loss behind the prefix: smlp_deterministic - smlp_partial |" in made.text()
     assert len(json.loads(made.json())["others"]) == 1
 
@@ -121,7 +121,7 @@ def test_claims_are_those_that_the_systems_can_decide(
     pretend(known, loss_of)
     claims, text = claims_and_text(known, tmp_path)
     assert {
-        name: [each["other"] for each in claim["comparisons"]] for name, claim in claims.items()
+        name: [each["rival"] for each in claim["comparisons"]] for name, claim in claims.items()
     } == ({"C1": against} if against else {})
     for pair in ablations:
         assert f"| other | loss: {' - '.join(pair)} |" in text
@@ -138,7 +138,7 @@ def test_a_study_of_ones_own_is_not_about_the_paper(tmp_path: Path):
         assert [claim.name for claim in made.claims] == claims
         assert ("paper" in made.text()) == is_papers
     # A claim already has the pair.
-    assert [each.other for each in made.claims[0].comparisons] == [
+    assert [each.rival for each in made.claims[0].comparisons] == [
         "transformer", "switch", "smlp_partial"
     ]  # fmt: skip
 
@@ -152,7 +152,7 @@ def test_the_primary_comparison_is_looked_at_as_seeds_come_in(tmp_path: Path):
         return 5.0 + wobble[run.seed] + 0.04 * (run.system == "switch")
 
     made = page_of_study(tmp_path, loss_of, seeds=[*wobble], primary=pair)
-    assert [(each.found.n, each.verdict) for each in made.looks] == [
+    assert [(each.difference.n, each.verdict) for each in made.looks] == [
         (3, "undecided"), (5, "confirmed"),
     ]  # fmt: skip
     rows = made.text().split("## Primary comparison")[1].split("## Claims")[0]

@@ -25,8 +25,8 @@ def test_a_look_is_students_test_at_its_share_of_alpha():
     for each, n in zip(made, LOOKS, strict=False):
         test = stats.ttest_ind(one[:n], other[:n])
         interval = test.confidence_interval(1 - each.alpha)
-        assert each.found.p == pytest.approx(test.pvalue)
-        assert (each.found.low, each.found.high) == pytest.approx(tuple(interval))
+        assert each.difference.p == pytest.approx(test.pvalue)
+        assert (each.difference.low, each.difference.high) == pytest.approx(tuple(interval))
     assert sum(each.alpha for each in made) == pytest.approx(made[-1].spent)
 
 

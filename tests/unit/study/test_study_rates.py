@@ -138,7 +138,7 @@ def test_a_design_is_compared_by_its_minima(known: State, tmp_path: Path):
     pretend(known, loss_of)
     made = page_of(known, tmp_path)
     claims = {claim["name"]: claim for claim in json.loads(made.json())["claims"]}
-    found = claims["C1"]["comparisons"][0]["found"]
+    found = claims["C1"]["comparisons"][0]["difference"]
     # 15 runs minus 7 coefficients; at a common rate the two would differ by another 0.007.
     assert (found["df"] >= 8, found["n"]) == (True, 5)
     assert found["mean"] == pytest.approx(-0.05, abs=0.006)
@@ -148,7 +148,7 @@ def test_a_design_is_compared_by_its_minima(known: State, tmp_path: Path):
     assert claims["C2"]["verdict"] == "undecided"
     assert "* C2 is undecided, costs of fitted curves have no interval." in text
     [look] = made.looks
-    assert (look.verdict, look.spent, look.found.n) == ("confirmed", 0.05, 5)
+    assert (look.verdict, look.spent, look.difference.n) == ("confirmed", 0.05, 5)
     [panel] = Drawing(made.measured, made.plan.factors).learning_rates().axes
     rings = [line for line in panel.lines if line.get_fillstyle() == "none"]
     lr = known.systems["smlp_deterministic"].flags["lr"]

@@ -44,7 +44,7 @@ def test_a_true_difference_is_confirmed_and_time_undecided_without_a_timing(
     claims = claims_and_text(known, tmp_path)[0]
     verdicts = {name: claims[name]["verdict"] for name in ("C1", "C2", "C3")}
     assert verdicts == {"C1": "confirmed", "C2": "undecided", "C3": "undecided"}
-    means = [claims[name]["comparisons"][0]["found"]["mean"] for name in ("C1", "C2")]
+    means = [claims[name]["comparisons"][0]["difference"]["mean"] for name in ("C1", "C2")]
     # 0.3 nats a doubling, 0.05 ahead: a sixth of the tokens between 200K and 400K is saved.
     assert means == [pytest.approx(-0.05, abs=0.005), pytest.approx(1 - 0.5 / 6, abs=0.01)]
 
@@ -202,7 +202,7 @@ def test_seeds_that_are_on_their_way_do_not_count_as_the_fast_ones(known: State,
     pretend(known, loss)
     without(known, "smlp_deterministic", seeds=(11, 12), horizon=400_000)
     claims, _ = claims_and_text(known, tmp_path)
-    assert claims["C2"]["comparisons"][0]["found"]["n"] == 1
+    assert claims["C2"]["comparisons"][0]["difference"]["n"] == 1
     assert "smlp_deterministic: seed 11, 12 is missing" in claims["C2"]["notes"]
 
 
@@ -222,12 +222,12 @@ def test_each_is_compared_with_each_by_its_cost(known: State, tmp_path: Path):
     costs = {pair: cost_ratio(made.measured, pair, unit=TOKENS) for pair in pairs}
     # Switch reaches sMLP's last loss three quarters of the way from horizon two to horizon three.
     share = (tokens[1] + 3 * tokens[2]) / 4 / tokens[2]
-    assert costs["switch", "smlp_deterministic"].found.mean == pytest.approx(share)
+    assert costs["switch", "smlp_deterministic"].difference.mean == pytest.approx(share)
     assert costs["smlp_deterministic", "switch"].unreached == 3
     # Seed 12 of the Transformer ends at Switch's first loss, the others at its second horizon's.
     bound = costs["switch", "transformer"]
     mean = (tokens[1] ** 2 * tokens[0]) ** (1 / 3) / tokens[2]
-    assert (bound.found.mean, bound.is_bound) == (pytest.approx(mean), True)
+    assert (bound.difference.mean, bound.is_bound) == (pytest.approx(mean), True)
 
 
 def test_a_horizon_that_diverged_leaves_a_bound(known: State, tmp_path: Path):
@@ -242,8 +242,8 @@ def test_a_horizon_that_diverged_leaves_a_bound(known: State, tmp_path: Path):
     pretend(known, loss)
     claims, text = claims_and_text(known, tmp_path)
     [comparison] = claims["C2"]["comparisons"]
-    assert comparison["found"]["n"] == 3
-    assert 0.25 < comparison["found"]["mean"] < 0.55
+    assert comparison["difference"]["n"] == 3
+    assert 0.25 < comparison["difference"]["mean"] < 0.55
     assert comparison["is_bound"]
     assert "nan" not in text
 

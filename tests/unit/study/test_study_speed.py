@@ -49,13 +49,13 @@ def test_time_is_tokens_times_step_time(known: State, tmp_path: Path):
     numbers += ["0.001 (edge)", "4,016", "25%", "BASE: greedy, nothing is dropped"]
     assert f"| smlp_deterministic | {' | '.join(numbers)} |" in text
     assert f"Quiet timing, and all times from it, are of {hardware()}, " in text
-    assert claims["C2"]["comparisons"][0]["found"]["mean"] == pytest.approx(0.458, abs=0.01)
+    assert claims["C2"]["comparisons"][0]["difference"]["mean"] == pytest.approx(0.458, abs=0.01)
 
 
 def test_a_time_is_as_uncertain_as_its_timing(known: State, tmp_path: Path):
     """The seeds agree on a sixth fewer tokens, but the rounds are far apart."""
     claims, _ = timed(known, tmp_path, [0.7, 1.1, 0.75, 1.2], [1.0] * 4, [0.4] * 4)
-    found = claims["C2"]["comparisons"][0]["found"]
+    found = claims["C2"]["comparisons"][0]["difference"]
     assert found["low"] < 0.75
     assert found["high"] > 1
     assert claims["C2"]["verdict"] == "undecided"
@@ -64,7 +64,7 @@ def test_a_time_is_as_uncertain_as_its_timing(known: State, tmp_path: Path):
 def test_rounds_with_a_slow_product_do_not_count(known: State, tmp_path: Path):
     gemm = [0.4, 0.2, 0.4, 0.41]
     claims, text = timed(known, tmp_path, [0.5] * 4, [1.0, 9.0, 1.0, 1.0], gemm)
-    found = claims["C3"]["comparisons"][0]["found"]
+    found = claims["C3"]["comparisons"][0]["difference"]
     assert (found["mean"], found["n"]) == (pytest.approx(0.5), 3)
     assert "Of 12 timings 3 are left out: that product, just before, had less than 75%" in text
     assert f"are of {hardware()}, 1 thread a process." in text
@@ -76,7 +76,7 @@ def test_a_rival_that_was_not_timed_leaves_it_open(known: State, tmp_path: Path)
     Results(tmp_path / "results").add_speed(timing(steps, [0.4] * 3))
     claims, _ = claims_and_text(known, tmp_path)
     [comparison] = claims["C3"]["comparisons"]
-    assert (comparison["other"], comparison["verdict"]) == ("switch", "undecided")
+    assert (comparison["rival"], comparison["verdict"]) == ("switch", "undecided")
 
 
 @pytest.mark.parametrize("count", [1, 8])
@@ -101,8 +101,8 @@ def test_a_bound_confirms_and_never_refutes(tmp_path: Path, step: float, ended: 
     [comparison] = claims["C2"]["comparisons"]
     assert claims["C2"]["verdict"] == comparison["verdict"] == ended
     assert comparison["is_bound"]
-    assert comparison["found"]["low"] == 0
-    assert comparison["found"]["high"] == pytest.approx(step, rel=0.05)
+    assert comparison["difference"]["low"] == 0
+    assert comparison["difference"]["high"] == pytest.approx(step, rel=0.05)
 
 
 @pytest.mark.parametrize(

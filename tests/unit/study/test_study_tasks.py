@@ -87,8 +87,8 @@ def test_what_final_checkpoints_were_found_to_do(known: State, tmp_path: Path):
     claims, text = claims_and_text(known, tmp_path)
     assert claims["C4"]["verdict"] == "confirmed"
     [comparison] = claims["C4"]["comparisons"]
-    assert comparison["other"] == "switch"
-    assert comparison["found"]["mean"] == pytest.approx(-3.0)
+    assert comparison["rival"] == "switch"
+    assert comparison["difference"]["mean"] == pytest.approx(-3.0)
     assert "| smlp_deterministic | 53.0 ± 1.0 | 63.0 ± 1.0 |" in text
     assert "| smlp_deterministic | 6 | 1.47 |" in text
     assert (tmp_path / "results" / "where-the-loss-lies.png").stat().st_size > 10_000
@@ -111,7 +111,7 @@ def by_book(
         for seed in known.study.seeds_of(name)
         for book, value in enumerate(hard + rng.normal(0, seeds) + behind * (name == "switch"))
     ]
-    tables = replace(Tables.of(Results(Path("none"))), found=pandas.DataFrame(lines))
+    tables = replace(Tables.of(Results(Path("none"))), evaluations=pandas.DataFrame(lines))
     made = Measured(known.study, known.systems, tables)
     [row] = [line for line in document_lines(made) if line.startswith("| switch")]
     return tuple(cell.strip() for cell in row.strip("|").split("|"))
@@ -149,7 +149,7 @@ def test_few_questions_decide_nothing_however_the_seeds_agree(known: State, tmp_
     ])  # fmt: skip
     claims, _ = claims_and_text(known, tmp_path)
     [comparison] = claims["C4"]["comparisons"]
-    assert comparison["found"]["mean"] == pytest.approx(-5)
+    assert comparison["difference"]["mean"] == pytest.approx(-5)
     half = 1.96 * 5 * 2**0.5
-    assert comparison["found"]["high"] == pytest.approx(-5 + half, rel=0.01)
+    assert comparison["difference"]["high"] == pytest.approx(-5 + half, rel=0.01)
     assert claims["C4"]["verdict"] == "undecided"

@@ -136,7 +136,7 @@ CASES += [("modern", router) for router in ROUTERS if router.startswith("topk")]
 
 
 @pytest.fixture(params=CASES, ids="-".join)
-def twins(
+def both(
     request: pytest.FixtureRequest, parse: Callable[..., Any]
 ) -> tuple[Any, SMLPForCausalLM, Any]:
     layers, router = request.param
@@ -162,16 +162,16 @@ def gradient_of(parameter: Tensor) -> Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
-def test_logits_in_evaluation(twins: tuple[Any, SMLPForCausalLM, Any]):
-    model, reference, args = twins
+def test_logits_in_evaluation(both: tuple[Any, SMLPForCausalLM, Any]):
+    model, reference, args = both
     tokens, positions = batch(args.padded_vocab_size)
     with torch.no_grad():
         expected = reference.eval()(tokens).logits
         torch.testing.assert_close(model(tokens, positions, None), expected, rtol=0, atol=1e-5)
 
 
-def test_losses_and_gradients_in_training(twins: tuple[Any, SMLPForCausalLM, Any]):
-    model, reference, args = twins
+def test_losses_and_gradients_in_training(both: tuple[Any, SMLPForCausalLM, Any]):
+    model, reference, args = both
     tokens, positions = batch(args.padded_vocab_size)
     labels = tokens.roll(-1, dims=1)
     loss = model.train()(tokens, positions, None, labels=labels).mean()
