@@ -84,11 +84,11 @@ def parse(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     prepare_megatron()
 
-    def parse_words(words: str, *, base: str = MINIMAL) -> Any:
+    def parse_flags(argv: str, *, base: str = MINIMAL) -> Any:
         forget_arguments()
-        return parse_arguments([*base_for(words, base).split(), *words.split()])
+        return parse_arguments([*base_for(argv, base).split(), *argv.split()])
 
-    yield parse_words
+    yield parse_flags
     forget_arguments()
 
 

@@ -19,8 +19,8 @@ def test_all_systems_have_the_transformers_parameters(system: str):
 
 
 def test_a_short_run_writes_figures_and_a_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    words = f"copying.py --steps 60 --longest 2 --systems transformer --output {tmp_path}"
-    monkeypatch.setattr(sys, "argv", words.split())
+    flags = f"copying.py --steps 60 --longest 2 --systems transformer --output {tmp_path}"
+    monkeypatch.setattr(sys, "argv", flags.split())
     threads = torch.get_num_threads()
     copying.main()
     torch.set_num_threads(threads)

@@ -106,9 +106,9 @@ def as_it_runs(body: str) -> str:
     return body
 
 
-def shell(words: str, folder: Path, *, stdin: str = "") -> str:
+def shell(command: str, folder: Path, *, stdin: str = "") -> str:
     """Run lines of bash; the first that fails fails the test."""
-    bash = ["bash", "-eo", "pipefail", "-c", words]
+    bash = ["bash", "-eo", "pipefail", "-c", command]
     return run_command(bash, cwd=folder, stdin=stdin, seconds=1800, **VARIABLES).stdout
 
 

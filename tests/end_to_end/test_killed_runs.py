@@ -15,7 +15,7 @@ from megatron_smlp.checkpoints.folders import iteration_folder, iterations
 from megatron_smlp.checkpoints.integrity import verify
 
 STEPS = 20
-WORDS = f"{' '.join(MINIMAL.split())} {RUN} --train-iters {STEPS} --keep-last 2 --keep-every 10"
+FLAGS = f"{' '.join(MINIMAL.split())} {RUN} --train-iters {STEPS} --keep-last 2 --keep-every 10"
 TENSOR_PARALLEL = "--tensor-model-parallel-size 2"
 DATA_PARALLEL = "--micro-batch-size 1 --use-distributed-optimizer"
 
@@ -24,7 +24,7 @@ def check_stopped(
     folder: Path, how: str, *, stops: int, seed: int, by: str = "kill", ranks: int = 1
 ) -> set[int]:
     """Check runs that are stopped and restarted; return the exit codes of the stopped ones."""
-    plan = {"words": f"{WORDS} {how}", "folder": str(folder), "stops": stops, "seed": seed}
+    plan = {"flags": f"{FLAGS} {how}", "folder": str(folder), "stops": stops, "seed": seed}
     plan |= {"by": by, "ranks": ranks}
     (folder / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
     log = folder / "stops.log"

@@ -42,14 +42,14 @@ def started(
     """Start processes that run side by side; none outlives the test."""
     processes = [
         subprocess.Popen(
-            words,
+            flags,
             cwd=REPOSITORY,
             env=clean_environment(**variables),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for words, variables in commands
+        for flags, variables in commands
     ]
     try:
         yield processes
@@ -83,8 +83,8 @@ def test_two_nodes_train_as_one(one_node: list[Step], tmp_path: Path):
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
     }
-    words = command("several_nodes.sh", tmp_path)
-    with started([(words, common | {"NODE_RANK": str(rank)}) for rank in range(2)]) as nodes:
+    flags = command("several_nodes.sh", tmp_path)
+    with started([(flags, common | {"NODE_RANK": str(rank)}) for rank in range(2)]) as nodes:
         outputs = [node.communicate(timeout=TIME_LIMIT)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], "\n".join(outputs)[-6000:]
     # Only one reports, as one run of both: two separate runs would each have logged all steps.
@@ -238,7 +238,7 @@ def test_slurm_queues_a_job_again_whose_time_is_over(tmp_path: Path):
     run_command(alone, CONFIG=CONFIG, NPROC_PER_NODE="2")
     log, queue = tmp_path / "log", tmp_path / "queue"
     queue.mkdir()
-    words = ["sbatch", "examples/slurm.sh", *many_steps(log, "--save", str(tmp_path / "save"))]
+    argv = ["sbatch", "examples/slurm.sh", *many_steps(log, "--save", str(tmp_path / "save"))]
     output = queue / "output"
     variables = {
         "PATH": f"{slurm_tools(tmp_path)}:{os.environ['PATH']}",
@@ -249,7 +249,7 @@ def test_slurm_queues_a_job_again_whose_time_is_over(tmp_path: Path):
     }
     with output.open("w") as file:
         job = subprocess.Popen(
-            words,
+            argv,
             cwd=REPOSITORY,
             env=clean_environment(**variables),
             stdout=file,
@@ -324,9 +324,9 @@ def test_a_process_for_each_gpu_that_is_visible(tmp_path: Path, visible: str | N
     environment = clean_environment(PATH=f"{tmp_path}:{os.environ['PATH']}", **given)
     if visible is None:
         environment.pop("CUDA_VISIBLE_DEVICES", None)
-    words = f"source {EXAMPLES / 'common.sh'}; default_processes"
+    script = f"source {EXAMPLES / 'common.sh'}; default_processes"
     found = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", words], env=environment, capture_output=True, text=True
+        ["bash", "-euo", "pipefail", "-c", script], env=environment, capture_output=True, text=True
     )
     assert found.stdout.strip() == expected, found.stderr
 

@@ -54,9 +54,9 @@ def three(tmp_path: Path) -> Iterator[Network]:
 
 def undisturbed(folder: Path, iterations: int) -> list[Step]:
     """Return the steps of two processes on one machine."""
-    words = [str(REPOSITORY / "examples" / "one_node.sh"), *FLAGS.split()]
-    words += ["--train-iters", str(iterations), "--log-dir", str(folder / "alone")]
-    run_command(words, CONFIG=str(folder / "config.yaml"), NPROC_PER_NODE="2")
+    argv = [str(REPOSITORY / "examples" / "one_node.sh"), *FLAGS.split()]
+    argv += ["--train-iters", str(iterations), "--log-dir", str(folder / "alone")]
+    run_command(argv, CONFIG=str(folder / "config.yaml"), NPROC_PER_NODE="2")
     return steps(folder / "alone")
 
 

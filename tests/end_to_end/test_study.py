@@ -74,7 +74,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "made"
 
 
-def words(study: Path, data: Path) -> list[str]:
+def study_flags(study: Path, data: Path) -> list[str]:
     folder = study.parent
     return [str(study), "--data", str(data), "--runs", str(folder / "runs"),
             "--results", str(folder / "results")]  # fmt: skip
@@ -82,7 +82,7 @@ def words(study: Path, data: Path) -> list[str]:
 
 def worker(study: Path, data: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [*TOOL, "run", *words(study, data), "--expiry", "12"],
+        [*TOOL, "run", *study_flags(study, data), "--expiry", "12"],
         cwd=REPOSITORY,
         env=clean_environment(),
     )
@@ -107,12 +107,12 @@ def test_a_study_from_data_to_report(tmp_path: Path, data: Path):
     first.send_signal(signal.SIGKILL)
     first.wait()
     assert [each.wait() for each in (worker(study, data), worker(study, data))] == [0, 0]
-    evaluate = [*TOOL, "evaluate", *words(study, data)]
+    evaluate = [*TOOL, "evaluate", *study_flags(study, data)]
     tasks = [*evaluate, "--tasks", "copa", "--data-dir", str(tmp_path)]
     (tmp_path / "copa_val.jsonl").write_text(COPA, encoding="utf-8")
     for command, count in ((evaluate, 2), (tasks, 2), (tasks, 0), (evaluate, 0)):
         assert run_command(command).stdout.startswith(f"{count} checkpoints: ")
-    run_command([*TOOL, "report", *words(study, data)])
+    run_command([*TOOL, "report", *study_flags(study, data)])
     text = (tmp_path / "results" / "report.md").read_text(encoding="utf-8")
     assert "on windows of all 5 validation documents" in text
     found = pandas.read_csv(tmp_path / "results" / "evaluations.csv")
@@ -130,7 +130,7 @@ def test_a_study_from_data_to_report(tmp_path: Path, data: Path):
     assert set(fingerprints["system"]) == {"transformer", "smlp_deterministic"}
 
     export = ["--systems", "transformer,smlp_deterministic", "--save", str(tmp_path / "models")]
-    run_command([*TOOL, "export", *words(study, data), *export, "--license", "cc0-1.0"])
+    run_command([*TOOL, "export", *study_flags(study, data), *export, "--license", "cc0-1.0"])
     for name in ("transformer", "smlp_deterministic"):
         folder = tmp_path / "models" / f"small-{name}"
         loss = runs[(runs["system"] == name) & runs["horizon"].eq(runs["horizon"].max())]["loss"]
@@ -141,7 +141,9 @@ def test_a_study_from_data_to_report(tmp_path: Path, data: Path):
         assert len(AutoTokenizer.from_pretrained(folder)) == 280
 
     # With a new folder for runs, the kept results are enough: nothing is left to do.
-    again = run_command([*TOOL, "plan", *words(study, data), "--runs", str(tmp_path / "other")])
+    again = run_command(
+        [*TOOL, "plan", *study_flags(study, data), "--runs", str(tmp_path / "other")]
+    )
     counts = next(line for line in again.stdout.splitlines() if line.split()[:1] == ["all"])
     assert counts.split()[-1] == "0"
     check_that_pieces_are_one_run(tmp_path, runs, data)
@@ -177,7 +179,7 @@ def test_a_study_of_several_sizes(tmp_path: Path, data: Path):
     study = write_study(tmp_path, **TINY | {"seeds": [11, 12], "sizes": SIZES})
     workers = [worker(study, data) for _ in range(2)]
     assert [one.wait() for one in workers] == [0, 0]
-    run_command([*TOOL, "report", *words(study, data)])
+    run_command([*TOOL, "report", *study_flags(study, data)])
     results = tmp_path / "results"
     for size, widths in (("D32", 32), ("D48", 48), ("D64", 64)):
         runs = pandas.read_csv(results / f"small-{size}" / "runs.csv")
@@ -195,7 +197,7 @@ def test_a_study_of_several_sizes(tmp_path: Path, data: Path):
 @pytest.mark.slow
 def test_data_of_another_vocabulary_are_refused(tmp_path: Path, data: Path):
     study = write_study(tmp_path, **TINY | {"vocab-size": 281})
-    said = run_command([*TOOL, "run", *words(study, data)], code=2).stderr
+    said = run_command([*TOOL, "run", *study_flags(study, data)], code=2).stderr
     assert "vocab-size 281 of the study, but the tokenizer" in said
     assert "VOCABULARY=281" in said
 
@@ -222,12 +224,21 @@ def test_a_plugin_is_a_system_of_a_study(data: Path, tmp_path: Path):
     }
     tiny = TINY | {"systems": ["transformer", "aft"], "subject": "aft", "variants": variants}
     study = write_study(tmp_path, **tiny)
-    run_command([*TOOL, "run", *words(study, data)])
-    assert run_command([*TOOL, "evaluate", *words(study, data)]).stdout.startswith("2 checkpoints")
-    export = ["export", *words(study, data), "--systems", "aft", "--save", str(tmp_path / "models")]
+    run_command([*TOOL, "run", *study_flags(study, data)])
+    assert run_command([*TOOL, "evaluate", *study_flags(study, data)]).stdout.startswith(
+        "2 checkpoints"
+    )
+    export = [
+        "export",
+        *study_flags(study, data),
+        "--systems",
+        "aft",
+        "--save",
+        str(tmp_path / "models"),
+    ]
     run_command([*TOOL, *export])
     assert (tmp_path / "models" / "small-aft" / "aft.py").is_file()
-    run_command([*TOOL, "report", *words(study, data)])
+    run_command([*TOOL, "report", *study_flags(study, data)])
     runs = pandas.read_csv(tmp_path / "results" / "runs.csv")
     assert set(runs.status) == {"done"}
     assert set(runs.sources) != {sources()}

@@ -23,15 +23,15 @@ pytestmark = pytest.mark.slow
 WORKER = (
     "import json, sys, threading; from pathlib import Path; sys.path.insert(0, '.');"
     "from megatron_smlp.study.process import run_command;"
-    "print([run_command(words, folder=Path(folder), stop=threading.Event(), watch=lambda: None)"
-    " for folder, words in json.loads(sys.argv[1])])"
+    "print([run_command(argv, folder=Path(folder), stop=threading.Event(), watch=lambda: None)"
+    " for folder, argv in json.loads(sys.argv[1])])"
 )
 """Runs in a separate process: the tests' own may have forked others, which are sped up."""
 
 
-def words_of(folder: Path, more: str) -> list[str]:
-    words = f"{MINIMAL} {RUN} --save {folder / 'checkpoints'} --log-dir {folder} {more}"
-    return [sys.executable, str(REPOSITORY / "pretrain_smlp.py"), *words.split()]
+def argv_of(folder: Path, more: str) -> list[str]:
+    flags = f"{MINIMAL} {RUN} --save {folder / 'checkpoints'} --log-dir {folder} {more}"
+    return [sys.executable, str(REPOSITORY / "pretrain_smlp.py"), *flags.split()]
 
 
 def worker(commands: list[tuple[str, list[str]]]) -> subprocess.Popen[bytes]:
@@ -49,10 +49,10 @@ def test_it_computes_and_fails_as_the_program(tmp_path: Path):
     for folder in folders.values():
         folder.mkdir()
     with (folders["program"] / OUTPUT).open("ab") as log:
-        command = words_of(folders["program"], "")
+        command = argv_of(folders["program"], "")
         assert not subprocess.call(command, env=clean_environment(), stdout=log, stderr=log)
     cases = {"trains": "", "diverges": "--lr 1e38"}
-    forks = [(str(folders[name]), words_of(folders[name], more)) for name, more in cases.items()]
+    forks = [(str(folders[name]), argv_of(folders[name], more)) for name, more in cases.items()]
     codes = [0, NonFiniteLossError.exit_code]
     assert worker(forks).communicate(timeout=300)[0].decode() == f"{codes}\n"
     assert len(steps(folders["program"])) == 6
@@ -63,8 +63,8 @@ def test_it_computes_and_fails_as_the_program(tmp_path: Path):
 @pytest.mark.parametrize("is_killed", [True, False])
 def test_it_ends_with_its_worker(tmp_path: Path, is_killed: bool):
     """It saves before it ends, whether the worker is killed or interrupted by Ctrl-C."""
-    words = words_of(tmp_path, "--train-iters 100000 --save-interval 100000")
-    study = worker([(str(tmp_path), words)])
+    flags = argv_of(tmp_path, "--train-iters 100000 --save-interval 100000")
+    study = worker([(str(tmp_path), flags)])
     wait_for(lambda: (tmp_path / "metrics.jsonl").exists())
     if is_killed:
         study.kill()

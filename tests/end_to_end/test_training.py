@@ -35,10 +35,10 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "text.jsonl").write_text(lines, encoding="utf-8")
     text = folder / "text.jsonl"
     for name, size in (("tokenizer", 300), ("other", 310)):
-        words = f"--input {text} --vocab-size {size} --output {folder / name}"
-        train_tokenizer_cli.main(words.split())
-    words = f"--input {text} --output-prefix {folder / 'text'} --append-eod --workers 1"
-    preprocess_cli.main([*words.split(), *tokenizer_flags(folder / "tokenizer").split()])
+        flags = f"--input {text} --vocab-size {size} --output {folder / name}"
+        train_tokenizer_cli.main(flags.split())
+    flags = f"--input {text} --output-prefix {folder / 'text'} --append-eod --workers 1"
+    preprocess_cli.main([*flags.split(), *tokenizer_flags(folder / "tokenizer").split()])
     return folder
 
 
@@ -51,8 +51,8 @@ def flags(corpus: Path, *, tokenizer: str = "tokenizer") -> str:
     return f"{SIZES} --data-path {data} {tokenizer_flags(corpus / tokenizer)}"
 
 
-def command(words: str) -> list[str]:
-    return [sys.executable, "pretrain_smlp.py", *words.split()]
+def command(flags: str) -> list[str]:
+    return [sys.executable, "pretrain_smlp.py", *flags.split()]
 
 
 def test_training_on_text_learns_and_reports(corpus: Path, tmp_path: Path) -> None:
@@ -80,11 +80,11 @@ def test_training_on_text_learns_and_reports(corpus: Path, tmp_path: Path) -> No
 
 def test_interrupted_run_saves_and_the_same_command_goes_on(corpus: Path, tmp_path: Path) -> None:
     """On each of these signals: exit 0, a checkpoint of the step reached, then a resume."""
-    words = f"{flags(corpus)} --train-iters 100000 --eval-interval 100000 --save {tmp_path}"
+    argv = f"{flags(corpus)} --train-iters 100000 --eval-interval 100000 --save {tmp_path}"
     reached = 0
     for sent in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         log = tmp_path / f"{sent.name}.log"
-        process = start_program(words.split(), log=log)
+        process = start_program(argv.split(), log=log)
         try:
             wait_for(f"iteration {reached + 5}/", log, process)
             os.kill(process.pid, sent)
@@ -111,8 +111,8 @@ def wait_for(start: str, log: Path, process: Any) -> None:
 
 
 def test_bad_input_is_one_line_and_exit_code_2(corpus: Path, tmp_path: Path) -> None:
-    words = f"{flags(corpus)} --data-path {corpus / 'absent'}"
-    process = start_program(words.split(), log=tmp_path / "output")
+    argv = f"{flags(corpus)} --data-path {corpus / 'absent'}"
+    process = start_program(argv.split(), log=tmp_path / "output")
     process.join(TIME_LIMIT)
     said = (tmp_path / "output").read_text(encoding="utf-8")
     assert process.exitcode == 2, said
@@ -125,11 +125,11 @@ def test_data_of_another_vocabulary_or_none_is_refused(
 ) -> None:
     from megatron_smlp.training.data import check_data
 
-    words = f"{flags(corpus, tokenizer='other')} --train-iters 2"
+    argv = f"{flags(corpus, tokenizer='other')} --train-iters 2"
     with pytest.raises(UsageError, match="written with another tokenizer"):
-        check_data(parse(words, base=""))
-    check_data(parse(f"{words} --allow-tokenizer-mismatch", base=""))
+        check_data(parse(argv, base=""))
+    check_data(parse(f"{argv} --allow-tokenizer-mismatch", base=""))
     check_data(parse(f"{flags(corpus)} --train-iters 2", base=""))
-    words = f"{SIZES} --train-iters 2 {tokenizer_flags(corpus / 'tokenizer')}"
+    argv = f"{SIZES} --train-iters 2 {tokenizer_flags(corpus / 'tokenizer')}"
     with pytest.raises(UsageError, match="--data-path is missing"):
-        check_data(parse(words, base=""))
+        check_data(parse(argv, base=""))

@@ -23,15 +23,15 @@ RUN = (
 )
 
 
-def pretrain(words: str) -> None:
+def pretrain(flags: str) -> None:
     """Train RUN with more flags, in this process."""
-    with pretrained(f"{RUN} {words}"):
+    with pretrained(f"{RUN} {flags}"):
         pass
 
 
-def carry_on(words: str) -> None:
+def carry_on(flags: str) -> None:
     """Train with these flags alone: the rest must come from a checkpoint."""
-    with pretrained(words, base=""):
+    with pretrained(flags, base=""):
         pass
 
 

@@ -70,21 +70,21 @@ def stop(disk: str, how: str, finished: str) -> None:
 def go_on(disk: str, how: str, finished: str) -> None:
     """Train on after failed saves, with some room and with none, where the logs are lost too."""
     run = run_with_one_checkpoint(Path(disk), finished)
-    words = f"--save {run} --on-save-failure continue {how}"
+    flags = f"--save {run} --on-save-failure continue {how}"
     with pytest.raises(SaveError, match="the last checkpoint, of iteration 6"):
-        pretrain(f"{words} --log-dir {disk}.log")
+        pretrain(f"{flags} --log-dir {disk}.log")
     assert_intact(run)
     print("no room at all", flush=True)
     fill(run.parent, leave=0)
     with pytest.raises(SaveError, match="the last checkpoint, of iteration 6"):
-        pretrain(words)
+        pretrain(flags)
     assert_intact(run)
 
 
 def train_with_tensorboard(disk: str) -> None:
     fill(Path(disk), leave=4)
-    words = f"--tensorboard-dir {disk}/tensorboard --tensorboard-log-interval 1 --train-iters 80"
-    pretrain(f"{words} --log-dir {disk}.log")
+    flags = f"--tensorboard-dir {disk}/tensorboard --tensorboard-log-interval 1 --train-iters 80"
+    pretrain(f"{flags} --log-dir {disk}.log")
 
 
 def write_metrics(disk: str) -> None:

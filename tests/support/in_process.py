@@ -20,9 +20,9 @@ MINIMAL = """
 """
 
 
-def base_for(words: str, base: str = MINIMAL) -> str:
+def base_for(flags: str, base: str = MINIMAL) -> str:
     """Drop the size of MINIMAL's tokenizer if these flags name another one."""
-    return base.replace("--vocab-size 100", "") if "--tokenizer-type" in words else base
+    return base.replace("--vocab-size 100", "") if "--tokenizer-type" in flags else base
 
 
 def prepare_megatron() -> None:
@@ -55,7 +55,7 @@ def forget_arguments() -> None:
 
 
 @contextlib.contextmanager
-def pretrained(words: str, *, base: str = MINIMAL) -> Iterator[None]:
+def pretrained(flags: str, *, base: str = MINIMAL) -> Iterator[None]:
     """Run all of pretrain_smlp.py in this process and forget it afterwards; errors propagate."""
     from support.runs import forget_run
 
@@ -63,7 +63,7 @@ def pretrained(words: str, *, base: str = MINIMAL) -> Iterator[None]:
 
     prepare_megatron()
     try:
-        main([*base_for(words, base).split(), *words.split()])
+        main([*base_for(flags, base).split(), *flags.split()])
         yield
     finally:
         forget_run()

@@ -1,7 +1,7 @@
 """Stop runs at random moments and start them again, until they end by themselves.
 
 A test calls `run_all(plan.json)` in a fork of a process that has imported everything, which is ten
-times as fast as starting Python; each run is a fork of that one. The plan has `words` (flags of
+times as fast as starting Python; each run is a fork of that one. The plan has `flags` (those of
 pretrain_smlp.py without --save), `folder`, `stops`, `seed`, `ranks` and `by`: "kill" sends SIGKILL
 to one rank or all, then does to the others what torchrun does; "keyboard" is Ctrl-C once or twice
 while a checkpoint is written. The folder receives `undisturbed`, then `0`, `1`, ... until they had
@@ -66,13 +66,13 @@ class Run:
         return not self.waiting and set(self.codes) == {0}
 
 
-def start(words: str, folder: Path, *, ranks: int) -> Run:
+def start(flags: str, folder: Path, *, ranks: int) -> Run:
     """Start a training that saves into `folder`."""
     port = free_port()
-    return Run(folder, [_start_rank(words, folder, rank, ranks, port) for rank in range(ranks)])
+    return Run(folder, [_start_rank(flags, folder, rank, ranks, port) for rank in range(ranks)])
 
 
-def _start_rank(words: str, folder: Path, rank: int, ranks: int, port: int) -> int:
+def _start_rank(flags: str, folder: Path, rank: int, ranks: int, port: int) -> int:
     from pretrain_smlp import main
 
     process = os.fork()
@@ -88,7 +88,7 @@ def _start_rank(words: str, folder: Path, rank: int, ranks: int, port: int) -> i
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
             os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
         with readable_errors("pretrain_smlp.py"):
-            main([*words.split(), "--save", str(folder)])
+            main([*flags.split(), "--save", str(folder)])
         code = 0
     except SystemExit as end:
         code = int(end.code or 0)
@@ -100,10 +100,10 @@ def _start_rank(words: str, folder: Path, rank: int, ranks: int, port: int) -> i
         os._exit(code)
 
 
-def start_and_see_a_save(words: str, folder: Path, *, ranks: int) -> Run:
+def start_and_see_a_save(flags: str, folder: Path, *, ranks: int) -> Run:
     """Start a training, and return once it has begun to save, or has ended."""
     names = saves(folder)
-    run = start(words, folder, ranks=ranks)
+    run = start(flags, folder, ranks=ranks)
     while saves(folder) <= names and not run.collect():
         time.sleep(0.001)
     return run
@@ -153,8 +153,8 @@ def interrupt(run: Run, draw: random.Random) -> None:
 def run_all(plan: Path) -> None:
     """Carry out the plan, and print as JSON the numbers of stops and chains and the exit codes."""
     what = json.loads(plan.read_text(encoding="utf-8"))
-    folder, words, ranks = Path(what["folder"]), what["words"], what["ranks"]
-    run = start_and_see_a_save(words, folder / "undisturbed", ranks=ranks)
+    folder, flags, ranks = Path(what["folder"]), what["flags"], what["ranks"]
+    run = start_and_see_a_save(flags, folder / "undisturbed", ranks=ranks)
     began = time.monotonic()
     finish(run)
     longest = (time.monotonic() - began) * SHARE
@@ -164,7 +164,7 @@ def run_all(plan: Path) -> None:
     while stops < what["stops"]:
         shortest = longest / 3  # so that the first stop loses something
         while stops < what["stops"]:
-            run = start_and_see_a_save(words, folder / str(chain), ranks=ranks)
+            run = start_and_see_a_save(flags, folder / str(chain), ranks=ranks)
             if run.wait(draw.uniform(shortest, longest)):
                 finish(run)
                 break
@@ -174,7 +174,7 @@ def run_all(plan: Path) -> None:
             codes += run.codes
             stops, shortest = stops + 1, 0.0
         else:
-            finish(start(words, folder / str(chain), ranks=ranks))
+            finish(start(flags, folder / str(chain), ranks=ranks))
         chain += 1
     print(json.dumps({"stops": stops, "chains": chain, "codes": sorted(set(codes))}))
 

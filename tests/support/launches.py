@@ -71,14 +71,14 @@ def launch_calls(
     run_ranks(forkserver(), processes, work, arguments, log=log, environment=environment)
 
 
-def start_program(words: Sequence[str], *, log: Path) -> Any:
-    """Start pretrain_smlp.py with these words and return its process.
+def start_program(argv: Sequence[str], *, log: Path) -> Any:
+    """Start pretrain_smlp.py with this argv and return its process.
 
     It is forked from one that has imported Megatron: it trains after one second, not ten.
     """
     environment = clean_environment()
     process = rank_process(
-        forkserver(), run_program, (list(words),), log=log, environment=environment
+        forkserver(), run_program, (list(argv),), log=log, environment=environment
     )
     process.start()
     return process

@@ -13,7 +13,7 @@ def lives(process: int) -> bool:
 
 
 def command_of(process: int) -> list[str]:
-    """Return the words of its command line; none if it has ended."""
+    """Return its argv; empty if it has ended."""
     with contextlib.suppress(psutil.Error):
         return psutil.Process(process).cmdline()
     return []

@@ -38,9 +38,9 @@ def missing() -> str:
     return ""
 
 
-def ip(*words: str) -> str:
-    done = subprocess.run(["ip", *words], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"ip {' '.join(words)}: {done.stderr}"
+def ip(*argv: str) -> str:
+    done = subprocess.run(["ip", *argv], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"ip {' '.join(argv)}: {done.stderr}"
     return done.stdout
 
 
@@ -86,11 +86,11 @@ class Network:
 
     def slow(self, node: int, rate: str) -> None:
         """Limit this machine's sending rate, e.g. to `4mbit`."""
-        words = f"tc qdisc replace dev eth0 root tbf rate {rate} burst 32kbit latency 400ms"
-        self.inside(node, *words.split())
+        command = f"tc qdisc replace dev eth0 root tbf rate {rate} burst 32kbit latency 400ms"
+        self.inside(node, *command.split())
 
-    def inside(self, node: int, *words: str) -> None:
-        ip("netns", "exec", self.name(node), *words)
+    def inside(self, node: int, *argv: str) -> None:
+        ip("netns", "exec", self.name(node), *argv)
 
     def processes(self, node: int) -> list[int]:
         return [int(word) for word in ip("netns", "pids", self.name(node)).split()]
@@ -109,19 +109,19 @@ class Network:
             time.sleep(0.05)
         # What the kernel would still send for dead processes goes nowhere.
 
-    def mount(self, node: int, *words: str) -> None:
+    def mount(self, node: int, *argv: str) -> None:
         """Run `mount` or `umount` with flags, in the mount namespace of what was started there."""
         # The launcher's, since ranks come and go.
         process = self.processes(node)[0]
         enter = ["nsenter", "--mount", f"--target={process}"]
-        subprocess.run([*enter, *words], check=True)
+        subprocess.run([*enter, *argv], check=True)
 
-    def start(self, node: int, words: Sequence[str], **variables: str) -> subprocess.Popen[bytes]:
+    def start(self, node: int, argv: Sequence[str], **variables: str) -> subprocess.Popen[bytes]:
         """Run a command on a machine; its output goes to `folder`/node0.log."""
         enter = ["ip", "netns", "exec", self.name(node), "unshare", "--uts", "sh", "-c", ENTER]
         with (self.folder / f"node{node}.log").open("ab") as log:
             return subprocess.Popen(
-                [*enter, f"node{node}", *words],
+                [*enter, f"node{node}", *argv],
                 cwd=REPOSITORY,
                 env=clean_environment(**variables),
                 stdout=log,
@@ -166,10 +166,10 @@ class Job:
 
     def start(self, *nodes: int, **variables: str) -> None:
         for node in nodes:
-            words = [str(REPOSITORY / "examples" / "several_nodes.sh"), *self.flags.split()]
+            argv = [str(REPOSITORY / "examples" / "several_nodes.sh"), *self.flags.split()]
             given = {"MASTER_ADDR": self.net.address(0), "MASTER_PORT": "29500"}
             given |= {"NODE_RANK": str(node), "NPROC_PER_NODE": "1"} | self.variables | variables
-            self.launchers[node] = self.net.start(node, [*words, "--save", str(self.save)], **given)
+            self.launchers[node] = self.net.start(node, [*argv, "--save", str(self.save)], **given)
 
     def records(self) -> list[dict[str, Any]]:
         """Return what has been logged; a line that is being written is left out."""
@@ -219,8 +219,8 @@ class Job:
         """Return the agents of a machine."""
         found = []
         for process in self.net.processes(node):
-            words = command_of(process)
-            if len(words) > 2 and words[1].endswith("launch.py") and words[2] == "agent":
+            argv = command_of(process)
+            if len(argv) > 2 and argv[1].endswith("launch.py") and argv[2] == "agent":
                 found.append(process)
         return found
 

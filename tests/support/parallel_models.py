@@ -108,14 +108,14 @@ def measure(cases: Mapping[str, str], folder: str) -> None:
 
     prepare_megatron()
     torch.distributed.init_process_group("gloo")
-    found = {name: _measured(words) for name, words in cases.items()}
+    found = {name: _measured(flags) for name, flags in cases.items()}
     parallel_state.destroy_model_parallel()
     path = Path(folder) / f"rank-{torch.distributed.get_rank()}.json"
     path.write_text(json.dumps(found), encoding="utf-8")
     torch.distributed.destroy_process_group()
 
 
-def _measured(words: str) -> dict[str, float]:
+def _measured(argv: str) -> dict[str, float]:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from support.in_process import MINIMAL, base_for, build_model, forget_arguments
@@ -123,7 +123,7 @@ def _measured(words: str) -> dict[str, float]:
     from megatron_smlp.flags.parse import parse_arguments
 
     forget_arguments()
-    args = parse_arguments([*base_for(words, MINIMAL).split(), *words.split()])
+    args = parse_arguments([*base_for(argv, MINIMAL).split(), *argv.split()])
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         args.tensor_model_parallel_size,

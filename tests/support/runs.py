@@ -73,11 +73,11 @@ def run_all(path: str) -> None:
         forget_run()
 
 
-def run_program(words: Sequence[str]) -> None:
+def run_program(flags: Sequence[str]) -> None:
     """Run pretrain_smlp.py as a program, including its handling of errors and signals."""
     import pretrain_smlp
 
-    sys.argv = ["pretrain_smlp.py", *words]
+    sys.argv = ["pretrain_smlp.py", *flags]
     with ending_well():
         pretrain_smlp.run()
 

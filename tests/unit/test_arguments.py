@@ -37,10 +37,10 @@ def processes(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return lambda count: monkeypatch.setenv("WORLD_SIZE", str(count))
 
 
-def refusal(parse: Parse, words: str, message: str) -> None:
-    """Check that `words` are refused in one line that matches `message`."""
+def refusal(parse: Parse, flags: str, message: str) -> None:
+    """Check that `flags` are refused in one line that matches `message`."""
     with pytest.raises(UsageError) as caught:
-        parse(words)
+        parse(flags)
     text = str(caught.value)
     assert "\n" not in text
     assert re.search(message, text), text
@@ -131,25 +131,25 @@ LAYOUTS = f"""
 
 
 def rows(text: str) -> list[list[str]]:
-    """Split `refusal | words` lines."""
+    """Split `refusal | flags` lines."""
     return [line.strip().split(" | ") for line in text.splitlines() if line.strip()]
 
 
 class TestRefusals:
     """Errors have flag, value, what is allowed, what to do, as in tests/golden/refusals.txt."""
 
-    @pytest.mark.parametrize(("message", "words"), rows(REFUSED))
-    def test_what_cannot_be(self, parse: Parse, message: str, words: str):
-        refusal(parse, words, f"^{message}")
+    @pytest.mark.parametrize(("message", "flags"), rows(REFUSED))
+    def test_what_cannot_be(self, parse: Parse, message: str, flags: str):
+        refusal(parse, flags, f"^{message}")
 
-    @pytest.mark.parametrize(("message", "words"), rows(LAYOUTS))
-    def test_layouts(self, parse: Parse, processes, message: str, words: str):
+    @pytest.mark.parametrize(("message", "flags"), rows(LAYOUTS))
+    def test_layouts(self, parse: Parse, processes, message: str, flags: str):
         processes(8)
-        refusal(parse, words, f"^{message}")
+        refusal(parse, flags, f"^{message}")
 
     def test_a_hash_table_of_another_router(self, parse: Parse):
-        words = f"{TRANSFORMER} --token-router base --num-experts 4 --hash-table balanced"
-        refusal(parse, words, r"--hash-table .* is for --token-router hash, not base: leave it out")
+        flags = f"{TRANSFORMER} --token-router base --num-experts 4 --hash-table balanced"
+        refusal(parse, flags, r"--hash-table .* is for --token-router hash, not base: leave it out")
 
     @pytest.mark.skipif(not cpu.needed(), reason="there is a CUDA device, which has these")
     @pytest.mark.parametrize(
@@ -167,8 +167,8 @@ class TestRefusals:
     )
     def test_another_model_than_the_checkpoints(self, parse: Parse, tmp_path: Path, flag: str):
         checkpoint(parse(GMLP), tmp_path)
-        words = f"{GMLP} --load {tmp_path} {flag}"
-        refusal(parse, words, f"^{flag.split(' --')[0]} contradicts the checkpoint {tmp_path}")
+        flags = f"{GMLP} --load {tmp_path} {flag}"
+        refusal(parse, flags, f"^{flag.split(' --')[0]} contradicts the checkpoint {tmp_path}")
 
     @pytest.mark.parametrize(
         ("flag", "remedy"),
@@ -186,11 +186,11 @@ class TestRefusals:
     def test_the_same_model_is_loaded(self, parse: Parse, tmp_path: Path):
         """A run that finds its own checkpoint under --save resumes from it unasked."""
         checkpoint(parse(TRANSFORMER), tmp_path)
-        words = f"{TRANSFORMER} --load {tmp_path} --lr 1e-4 --micro-batch-size 1"
-        assert parse(words).load == str(tmp_path)
+        flags = f"{TRANSFORMER} --load {tmp_path} --lr 1e-4 --micro-batch-size 1"
+        assert parse(flags).load == str(tmp_path)
         assert parse(f"{TRANSFORMER} --save {tmp_path} --save-interval 5").load == str(tmp_path)
-        words = f"{TRANSFORMER} --save {tmp_path} --save-interval 5 --no-resume"
-        assert parse(words).load is None
+        flags = f"{TRANSFORMER} --save {tmp_path} --save-interval 5 --no-resume"
+        assert parse(flags).load is None
 
     def test_a_load_without_a_checkpoint_is_no_start_from_scratch(self, parse: Parse, tmp_path):
         """After a typo, Megatron would train from random weights."""
@@ -198,8 +198,8 @@ class TestRefusals:
         none = tmp_path / "none"
         refusal(parse, f"{GMLP} --load {none}", rf"--load {none} is not a folder: give the --save")
         none.mkdir()
-        words = f"{GMLP} --load {none} --save {tmp_path}/new"
-        refusal(parse, words, "none holds no checkpoint: give")
+        flags = f"{GMLP} --load {none} --save {tmp_path}/new"
+        refusal(parse, flags, "none holds no checkpoint: give")
         one = iteration_folder(tmp_path, 3)
         message = rf"--load {one} is a single checkpoint.*give --load {tmp_path} --ckpt-step 3\."
         refusal(parse, f"{GMLP} --load {one}", message)
@@ -208,84 +208,84 @@ class TestRefusals:
         assert parse(f"{GMLP} --load {tmp_path}/run --save {tmp_path}/run").load is None
         (tmp_path / "run").mkdir()
         checkpoint(parse(GMLP), tmp_path / "run")
-        words = f"{GMLP} --load {tmp_path}/run --save {tmp_path}/run/"
-        assert parse(words).load == f"{tmp_path}/run"
-        assert parse(f"{words} --no-resume").load is None
-        assert parse(f"{words} --no-resume --finetune").load == f"{tmp_path}/run"
+        flags = f"{GMLP} --load {tmp_path}/run --save {tmp_path}/run/"
+        assert parse(flags).load == f"{tmp_path}/run"
+        assert parse(f"{flags} --no-resume").load is None
+        assert parse(f"{flags} --no-resume --finetune").load == f"{tmp_path}/run"
         message = "--ckpt-step 3 needs a checkpoint, but --no-resume ignores"
-        refusal(parse, f"{words} --no-resume --ckpt-step 3", message)
+        refusal(parse, f"{flags} --no-resume --ckpt-step 3", message)
 
     def test_started_again_it_goes_on_from_its_own_checkpoint(self, parse: Parse, tmp_path: Path):
         """A queue reruns a command that first started from another run's weights."""
         theirs, ours = tmp_path / "theirs", tmp_path / "ours"
         for folder in (theirs, ours):
             folder.mkdir()
-        words = f"{GMLP} --load {theirs} --ckpt-step 3 --finetune --no-load-optim --save {ours}"
+        flags = f"{GMLP} --load {theirs} --ckpt-step 3 --finetune --no-load-optim --save {ours}"
         checkpoint(parse(GMLP), theirs)
-        first = parse(words)
+        first = parse(flags)
         assert (first.load, first.ckpt_step, first.finetune) == (str(theirs), 3, True)
         checkpoint(parse(GMLP), ours)
-        again = parse(words)
+        again = parse(flags)
         assert (again.load, again.ckpt_step, again.finetune) == (str(ours), None, False)
         assert not again.no_load_optim
-        assert parse(f"{words} --no-resume").load == str(theirs)
+        assert parse(f"{flags} --no-resume").load == str(theirs)
 
     @pytest.mark.parametrize("how", ["--no-resume", "--ckpt-step 2", "--load {} --ckpt-step 2"])
     def test_a_restart_does_not_go_back(
         self, parse: Parse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
     ):
         """Once this command has saved something, a restart ignores what it says of its start."""
-        words = f"{GMLP} --save {tmp_path} {how.format(tmp_path)}"
+        flags = f"{GMLP} --save {tmp_path} {how.format(tmp_path)}"
         checkpoint(parse(GMLP), tmp_path)
-        by_hand = parse(words)
+        by_hand = parse(flags)
         wanted = None if how == "--no-resume" else str(tmp_path)
         assert (by_hand.load, by_hand.ckpt_step) == (wanted, 2 if "step" in how else None)
         monkeypatch.setenv(RESTART, '{"cause": "x", "noticed": 0}')
-        assert parse(words).load == wanted  # another command wrote that checkpoint
+        assert parse(flags).load == wanted  # another command wrote that checkpoint
         folder = iteration_folder(tmp_path, 3)
         write_records(folder, model_flags(by_hand), {"command_line": by_hand.command_line})
         integrity.seal(folder)
-        again = parse(words)
+        again = parse(flags)
         assert (again.load, again.ckpt_step, again.no_resume) == (str(tmp_path), None, False)
         paths = [word.replace("/", "/of/another/machine/") for word in by_hand.command_line]
         write_records(folder, model_flags(by_hand), {"command_line": paths})
         integrity.seal(folder)
-        assert parse(words).ckpt_step is None
+        assert parse(flags).ckpt_step is None
         monkeypatch.delenv(RESTART)
-        assert parse(words).load == wanted
+        assert parse(flags).load == wanted
         monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-        assert parse(words).ckpt_step is None
+        assert parse(flags).ckpt_step is None
 
     def test_a_restart_whose_first_checkpoint_is_gone(
         self, parse: Parse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ):
         """--keep-last has deleted it; the flags are those of the newest one."""
-        words = f"--use-checkpoint-args --load {tmp_path} --ckpt-step 2"
+        argv = f"--use-checkpoint-args --load {tmp_path} --ckpt-step 2"
         checkpoint(parse(GMLP), tmp_path)
         folder = iteration_folder(tmp_path, 3)
         flags = model_flags(parse(GMLP))
         write_records(folder, flags, {"command_line": [*GMLP.split(), "--weight-decay", "0.03"]})
         integrity.seal(folder)
-        line = parse(words).command_line
+        line = parse(argv).command_line
         monkeypatch.setenv(RESTART, '{"cause": "x", "noticed": 0}')
         write_records(folder, flags, {"command_line": line})
         integrity.seal(folder)
-        again = parse(words)
+        again = parse(argv)
         assert (again.weight_decay, again.ckpt_step) == (0.03, None)
 
     def test_a_schedule_that_is_kept_has_its_own_rates(self, parse: Parse, tmp_path: Path):
-        words = f"{GMLP} --load {tmp_path} --use-checkpoint-opt_param-scheduler --lr"
+        flags = f"{GMLP} --load {tmp_path} --use-checkpoint-opt_param-scheduler --lr"
         checkpoint(parse(GMLP), tmp_path)
         folder = iteration_folder(tmp_path, 3)
         recorded = {"lr": 1e-3, "min_lr": 1e-5}
         write_records(folder, model_flags(parse(GMLP)), {"flags": recorded})
         integrity.seal(folder)
-        refusal(parse, f"{words} 2e-3", r"--lr 0\.002 with .* give --lr 0\.001, or")
-        refusal(parse, f"{words} 1e-3", r"--min-lr 0\.0 with .* give --min-lr 1e-05, or")
-        assert parse(f"{words} 1e-3 --min-lr 1e-5")
+        refusal(parse, f"{flags} 2e-3", r"--lr 0\.002 with .* give --lr 0\.001, or")
+        refusal(parse, f"{flags} 1e-3", r"--min-lr 0\.0 with .* give --min-lr 1e-05, or")
+        assert parse(f"{flags} 1e-3 --min-lr 1e-5")
 
     @pytest.mark.parametrize(
-        ("words", "goes_on"),
+        ("flags", "goes_on"),
         [
             ("--load {0}", True),
             ("--load {0} --save {0}", True),
@@ -294,17 +294,17 @@ class TestRefusals:
         ],
     )
     def test_a_run_goes_on_with_its_own_logs(
-        self, parse: Parse, tmp_path: Path, words: str, goes_on: bool
+        self, parse: Parse, tmp_path: Path, flags: str, goes_on: bool
     ):
         checkpoint(parse(GMLP), tmp_path)
         folder, logs, curves = iteration_folder(tmp_path, 3), tmp_path / "log", tmp_path / "curves"
         line = [*GMLP.split(), "--log-dir", str(logs), "--tensorboard-dir", str(curves)]
         write_records(folder, model_flags(parse(GMLP)), {"command_line": line})
         integrity.seal(folder)
-        args = parse(f"--use-checkpoint-args {words.format(tmp_path)}")
+        args = parse(f"--use-checkpoint-args {flags.format(tmp_path)}")
         assert (args.log_dir == str(logs)) is goes_on
         assert (args.tensorboard_dir == str(curves)) is goes_on
-        args = parse(f"--use-checkpoint-args {words.format(tmp_path)} --no-tensorboard-dir")
+        args = parse(f"--use-checkpoint-args {flags.format(tmp_path)} --no-tensorboard-dir")
         assert args.tensorboard_dir is None
 
     def test_a_record_does_not_say_whom_to_trust(self, parse: Parse, tmp_path: Path):
@@ -313,9 +313,9 @@ class TestRefusals:
         line = [*GMLP.split(), "--trust-remote-code"]
         write_records(folder, model_flags(parse(GMLP)), {"command_line": line})
         integrity.seal(folder)
-        words = f"--use-checkpoint-args --load {tmp_path}"
-        assert not parse(words).trust_remote_code
-        assert parse(f"{words} --trust-remote-code").trust_remote_code
+        flags = f"--use-checkpoint-args --load {tmp_path}"
+        assert not parse(flags).trust_remote_code
+        assert parse(f"{flags} --trust-remote-code").trust_remote_code
 
     def test_an_iteration_of_nothing(self, parse: Parse, tmp_path: Path):
         message = "--ckpt-step 5 needs a checkpoint, but --load is missing"
@@ -335,17 +335,17 @@ class TestSettled:
     """Defaults that depend on other flags."""
 
     @pytest.mark.parametrize(
-        ("words", "settled"),
+        ("flags", "settled"),
         [
             (f"{SWITCH} --moe-aux-loss-coeff 0.02", (1, "aux_loss", 0.02)),
             (f"{BASE} --moe-aux-loss-coeff 0", (1, "none", 0.0)),
         ],
     )
     def test_the_rule_of_the_router_settles_megatrons_flags(
-        self, parse: Parse, words: str, settled: tuple[int, str, float]
+        self, parse: Parse, flags: str, settled: tuple[int, str, float]
     ):
         names = ("moe_router_topk", "moe_router_load_balancing_type", "moe_aux_loss_coeff")
-        assert tuple(getattr(parse(words), name) for name in names) == settled
+        assert tuple(getattr(parse(flags), name) for name in names) == settled
 
     def test_a_loss_beside_a_bias_is_asked_for(self, parse: Parse):
         biased = f"{TOPK} --moe-router-score-function sigmoid --moe-router-enable-expert-bias"
@@ -357,14 +357,14 @@ class TestSettled:
 
     @pytest.mark.skipif(not cpu.needed(), reason="there is a CUDA device")
     @pytest.mark.parametrize(
-        "words",
+        "flags",
         [
             f"{GMLP} --distributed-backend nccl",
             f"{TRANSFORMER} --position-embedding-type rope --transformer-impl transformer_engine",
         ],
     )
-    def test_what_the_platform_sets(self, parse: Parse, words: str):
-        args = parse(words)
+    def test_what_the_platform_sets(self, parse: Parse, flags: str):
+        args = parse(flags)
         assert {name: getattr(args, name) for name in cpu.FLAGS} == cpu.FLAGS
         assert args.distributed_backend == "gloo"
 

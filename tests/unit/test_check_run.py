@@ -24,10 +24,10 @@ EXPERTS = "--token-router switch --num-experts 2"
 BY_SAMPLES = MINIMAL.replace("--train-iters 4", "--train-samples 10")
 
 
-def refused(parse: Parse, words: str, *, base: str = MINIMAL, message: str = "") -> None:
-    """Check that `words` are refused in one line, which by default names the first of them."""
-    with pytest.raises(UsageError, match=message or f"^{words.split()[0]}") as caught:
-        parse(f"{GMLP} {words}", base=base)
+def refused(parse: Parse, flags: str, *, base: str = MINIMAL, message: str = "") -> None:
+    """Check that `flags` are refused in one line, which by default names the first of them."""
+    with pytest.raises(UsageError, match=message or f"^{flags.split()[0]}") as caught:
+        parse(f"{GMLP} {flags}", base=base)
     assert "\n" not in str(caught.value)
 
 
@@ -46,7 +46,7 @@ WHOLE = "--full-validation --multiple-validation-sets --train-data-path t --vali
 
 
 @pytest.mark.parametrize(
-    "words",
+    "flags",
     [
         *("--lr nan", "--peak-tflops -3", "--cross-entropy-loss-fusion"),
         *("--split a,b,c", "--split 110,-10,0", "--split 0,100,0", "--split 0,0,0"),
@@ -78,30 +78,30 @@ WHOLE = "--full-validation --multiple-validation-sets --train-data-path t --vali
         "--wandb-project p --wandb-exp-name e",
     ],
 )
-def test_what_cannot_start(parse: Parse, words: str):
-    base = MINIMAL.replace("--mock-data", "") if "data-path" in words else MINIMAL
-    refused(parse, words, base=base)
+def test_what_cannot_start(parse: Parse, flags: str):
+    base = MINIMAL.replace("--mock-data", "") if "data-path" in flags else MINIMAL
+    refused(parse, flags, base=base)
 
 
 @pytest.mark.parametrize(
-    ("words", "is_fused"),
+    ("flags", "is_fused"),
     [("", True), ("--activation-func-clamp-value 7", False), ("--glu-linear-offset 1", False)],
 )
 def test_a_swiglu_that_the_fused_one_is_not(
-    parse: Parse, monkeypatch: pytest.MonkeyPatch, words: str, is_fused: bool
+    parse: Parse, monkeypatch: pytest.MonkeyPatch, flags: str, is_fused: bool
 ):
     """On a GPU SwiGLU is fused, and Megatron's fused function silently ignores both flags."""
     monkeypatch.setattr(cpu, "set_flags", lambda args: None)
     architecture = "--architecture transformer --num-attention-heads 4"
-    args = parse(f"{architecture} --swiglu --distributed-backend gloo {words}")
+    args = parse(f"{architecture} --swiglu --distributed-backend gloo {flags}")
     assert args.bias_swiglu_fusion == is_fused
 
 
 @pytest.mark.parametrize(
-    "words", ["--lr-warmup-samples 20", "--lr-decay-style WSD", "--train-samples 1"]
+    "flags", ["--lr-warmup-samples 20", "--lr-decay-style WSD", "--train-samples 1"]
 )
-def test_a_run_by_samples(parse: Parse, words: str):
-    refused(parse, words, base=BY_SAMPLES)
+def test_a_run_by_samples(parse: Parse, flags: str):
+    refused(parse, flags, base=BY_SAMPLES)
 
 
 def test_less_than_a_batch_that_follows_from_others(parse: Parse):
@@ -117,16 +117,16 @@ def test_a_run_by_samples_saves_and_evaluates_at_its_end(parse: Parse, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("processes", "words"),
+    ("processes", "flags"),
     [
         (1, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"),
         (1, f"--expert-model-parallel-size 2 {EXPERTS}"),
         (2, "--global-batch-size 6"),
     ],
 )
-def test_processes(parse: Parse, monkeypatch: pytest.MonkeyPatch, processes: int, words: str):
+def test_processes(parse: Parse, monkeypatch: pytest.MonkeyPatch, processes: int, flags: str):
     monkeypatch.setenv("WORLD_SIZE", str(processes))
-    refused(parse, words)
+    refused(parse, flags)
 
 
 def test_tokenizers(parse: Parse):
@@ -176,5 +176,5 @@ def test_layers_of_what_is_not_installed(parse: Parse, monkeypatch: pytest.Monke
 
 
 def test_a_profile_has_a_folder_beside_the_log(parse: Parse, tmp_path: Path):
-    words = f"{GMLP} --profile --profile-step-end 4 --use-pytorch-profiler --log-dir {tmp_path}"
-    assert parse(words).tensorboard_dir == f"{tmp_path}/tensorboard"
+    flags = f"{GMLP} --profile --profile-step-end 4 --use-pytorch-profiler --log-dir {tmp_path}"
+    assert parse(flags).tensorboard_dir == f"{tmp_path}/tensorboard"

@@ -99,16 +99,16 @@ spatial-heads: 4
     assert args.untie_embeddings_and_output_weights
     assert args.add_bias_linear
     assert (args.allow_tokenizer_mismatch, args.spatial_heads) == (True, 4)
-    words = "--no-untie-embeddings-and-output-weights --no-allow-tokenizer-mismatch"
-    args = parse(f"--config {yaml(text)} {GMLP} {words}")
+    flags = "--no-untie-embeddings-and-output-weights --no-allow-tokenizer-mismatch"
+    args = parse(f"--config {yaml(text)} {GMLP} {flags}")
     assert not args.untie_embeddings_and_output_weights
     assert not args.allow_tokenizer_mismatch
 
 
 def test_any_key_of_the_file_is_left_out_by_its_no(parse: Parse, yaml):
     path = yaml("seed: 7\nlr_warmup_fraction: 0.5\nfeature-aux-loss-coeff: 0.3\n")
-    words = "--no-seed --no-lr-warmup-fraction --no-feature-aux-loss-coeff"
-    args = parse(f"--config {path} {GMLP} {words}")
+    flags = "--no-seed --no-lr-warmup-fraction --no-feature-aux-loss-coeff"
+    args = parse(f"--config {path} {GMLP} {flags}")
     assert (args.seed, args.lr_warmup_fraction) == (1234, None)
     assert args.feature_aux_loss_coeff == 0.01
     with pytest.raises(UsageError, match="--no-lr-decay-style is not"):
@@ -118,15 +118,15 @@ def test_any_key_of_the_file_is_left_out_by_its_no(parse: Parse, yaml):
 def test_a_flag_stands_in_for_keys_of_the_file(parse: Parse, yaml):
     path = yaml("split: 9,1,0\ntrain_iters: 8\nlr_warmup_fraction: 0.5\nmock_data: true\n")
     base = MINIMAL.replace("--mock-data", "").replace("--train-iters 4", "")
-    words = f"--config {path} {GMLP}"
+    flags = f"--config {path} {GMLP}"
     data = "--train-data-path a --valid-data-path b"
-    args = parse(f"{words} {data}", base=base)
+    args = parse(f"{flags} {data}", base=base)
     assert (args.split, args.mock_data) == (None, False)
     assert (args.train_data_path, args.valid_data_path) == (["a"], ["b"])
-    assert parse(f"{words} --data-path a", base=base).split == "9,1,0"
+    assert parse(f"{flags} --data-path a", base=base).split == "9,1,0"
     path.write_text(path.read_text() + "train-data-path: null\n")  # sets nothing
-    assert parse(f"{words} --data-path a", base=base).split == "9,1,0"
-    args = parse(f"{words} --train-samples 16 --lr-warmup-samples 2", base=base)
+    assert parse(f"{flags} --data-path a", base=base).split == "9,1,0"
+    args = parse(f"{flags} --train-samples 16 --lr-warmup-samples 2", base=base)
     assert (args.train_samples, args.lr_warmup_samples) == (16, 2)
     assert args.lr_warmup_fraction is None
     path = yaml("split: 9,1,0\ntrain-data-path: [a]\nvalid-data-path: [b]\nrecompute_method: block")
@@ -145,17 +145,17 @@ def test_a_no_key_holds_against_the_checkpoint_too(parse: Parse, yaml, tmp_path:
     (tmp_path / TRACKER).write_text("3")
     write_records(folder, model_flags(first), {"command_line": first.command_line})
     integrity.seal(folder)
-    words = f"--use-checkpoint-args --load {tmp_path} --config"
+    flags = f"--use-checkpoint-args --load {tmp_path} --config"
     path = yaml("bf16: true\nclip-grad: 0.5\n")
-    args = parse(f"{words} {path} --no-bf16 --no-seed --no-clip-grad", base="")
+    args = parse(f"{flags} {path} --no-bf16 --no-seed --no-clip-grad", base="")
     assert (args.bf16, args.seed, args.clip_grad) == (False, 1234, 1.0)
     assert args.platform == "auto", "a start's own"
-    assert parse(f"{words} {path}", base="").bf16
-    assert parse(f"{words} {path} --no-save", base="").save is None
+    assert parse(f"{flags} {path}", base="").bf16
+    assert parse(f"{flags} {path} --no-save", base="").save is None
     path = yaml(f"use-checkpoint-args: true\nload: {tmp_path}\nsave: {tmp_path / 'b'}\n")
     assert parse(f"--config {path} --no-save", base="").save is None
     with pytest.raises(UsageError, match="--no-bf17 is not a flag"):
-        parse(f"{words} {path} --no-bf17")
+        parse(f"{flags} {path} --no-bf17")
 
 
 def test_lists(parse: Parse, yaml):

@@ -136,14 +136,14 @@ def test_shards_of_the_large_models(
         "global_batch_size": 768,
     }
     flags = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in layout.items())
-    words = f"--config {config('paper/large', system)} {DATA} 50257 {flags}"
+    argv = f"--config {config('paper/large', system)} {DATA} 50257 {flags}"
     expert_tensor = ("", " --expert-tensor-parallel-size 1") if has_experts else ("",)
     of_stage = RANKS // stages
     ends = {rank for first in range(0, RANKS, of_stage) for rank in (first, first + of_stage - 1)}
     ranks = range(RANKS) if of == "all" else sorted(ends)
     monkeypatch.setenv("WORLD_SIZE", str(RANKS))
     for more in expert_tensor:
-        args = parse(words + more, base="")
+        args = parse(argv + more, base="")
         for args.rank in ranks:
             expected = expected_parameters(args, stage=args.rank // of_stage)
             assert built_parameters(args, monkeypatch) == expected, (args.rank, more)

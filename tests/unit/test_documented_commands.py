@@ -21,7 +21,7 @@ SHELL = re.compile(r"\$\w+")
 
 
 def commands(page: Path) -> list[list[str]]:
-    """Return the words of each command that runs a file of ours; shell variables become `name`."""
+    """Return the argv of each command that runs a file of ours; shell variables become `name`."""
     found = []
     for block in BLOCK.findall(page.read_text(encoding="utf-8")):
         lines = re.sub(r"\\\n", " ", block).splitlines()
@@ -33,35 +33,33 @@ def commands(page: Path) -> list[list[str]]:
 
 
 CASES = [
-    pytest.param(words, id=f"{page.stem}-{number}")
+    pytest.param(argv, id=f"{page.stem}-{number}")
     for page in PAGES
-    for number, words in enumerate(commands(page))
+    for number, argv in enumerate(commands(page))
 ]
 
 
-@pytest.mark.parametrize("words", CASES)
-def test_a_command_is_as_printed(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("argv", CASES)
+def test_a_command_is_as_printed(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """It names the environment's Python, one of our tools, and flags that this tool accepts."""
-    at = next(
-        i for i, word in enumerate(words) if re.search(r"(tools/\w+|pretrain_smlp)\.py", word)
-    )
-    assert words[0] in (".venv/bin/python", ".venv/bin/torchrun")
-    assert (REPOSITORY / words[at]).is_file()
-    rest = [word for word in words[at + 1 :] if word != "..."]
+    at = next(i for i, word in enumerate(argv) if re.search(r"(tools/\w+|pretrain_smlp)\.py", word))
+    assert argv[0] in (".venv/bin/python", ".venv/bin/torchrun")
+    assert (REPOSITORY / argv[at]).is_file()
+    rest = [word for word in argv[at + 1 :] if word != "..."]
     if "--plugin" in rest:  # which all tools accept
         place = rest.index("--plugin")
         assert (REPOSITORY / rest.pop(place + 1)).is_file()
         rest.pop(place)
-    if words[at] in ("pretrain_smlp.py", "tools/evaluate.py"):
-        if words[at] != "pretrain_smlp.py":
+    if argv[at] in ("pretrain_smlp.py", "tools/evaluate.py"):
+        if argv[at] != "pretrain_smlp.py":
             _, rest = evaluation.build_parser().parse_known_args(rest)  # the rest is Megatron's
         known = build_parser()._option_string_actions
         assert {word for word in rest if word.startswith("--")} <= set(known)
-    elif words[at] == "tools/estimate.py":  # its parser does not know model flags
+    elif argv[at] == "tools/estimate.py":  # its parser does not know model flags
         monkeypatch.chdir(REPOSITORY)
         assert estimate.main(rest) == 0
     else:
-        _parser_of(REPOSITORY / words[at]).parse_args(rest)
+        _parser_of(REPOSITORY / argv[at]).parse_args(rest)
 
 
 @pytest.mark.parametrize("place", ["examples", "megatron_smlp", "docs"])

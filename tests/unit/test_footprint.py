@@ -91,8 +91,8 @@ def test_memory_of_a_save_by_hand():
     assert gpu["save_gpu_bytes"] == state + 4 * (2 * count + count // 2)
     for less in ("distrib_optim_fully_reshardable_mem_efficient", "optimizer_checkpoint"):
         value = "data_parallel" if less == "optimizer_checkpoint" else True
-        words = SIZES | changes | {"architecture": "gmlp", "world_size": 2, less: value}
-        assert estimate(words)["per_gpu"]["save_gpu_bytes"] == state
+        flags = SIZES | changes | {"architecture": "gmlp", "world_size": 2, less: value}
+        assert estimate(flags)["per_gpu"]["save_gpu_bytes"] == state
     args = _resolved("hash", 1, 1, 2, 2, **changes)
     shape, layout = ModelShape.from_args(args), ParallelLayout.from_args(args)
     dense, experts = parameters_on_rank(stage_cost(shape, layout, 0), layout)
@@ -101,13 +101,13 @@ def test_memory_of_a_save_by_hand():
     assert footprint(shape, layout).save_gpu_bytes == state + 4 * 3 * experts
     # In buckets, which only the first stage has: 40 million, and a table of 32,000 x 4,096.
     large = {"num_layers": 4, "hidden_size": 4096, "ffn_hidden_size": 16384, "vocab_size": 32000}
-    words = SIZES | changes | large | {"architecture": "gmlp", "overlap_grad_reduce": True}
-    gpu = estimate(words | {"world_size": 4})["per_gpu"]
+    flags = SIZES | changes | large | {"architecture": "gmlp", "overlap_grad_reduce": True}
+    gpu = estimate(flags | {"world_size": 4})["per_gpu"]
     bucket = 40_000_000 + 32000 * 4096
     assert gpu["parameters"] > bucket
     state = gpu["memory_bytes"] - gpu["activation_bytes"]
     assert gpu["save_gpu_bytes"] == state + 4 * (2 * bucket + bucket // 4)
-    args = resolve(words | {"world_size": 8, "pipeline_model_parallel_size": 2})
+    args = resolve(flags | {"world_size": 8, "pipeline_model_parallel_size": 2})
     shape, layout = ModelShape.from_args(args), ParallelLayout.from_args(args)
     count, _ = parameters_on_rank(stage_cost(shape, layout, 1), layout)
     state = 6 * count + count // 4 * 12
@@ -283,8 +283,8 @@ def test_what_a_tensor_parallel_rank_keeps_and_sends(
 
 
 def _on_two_ranks(case: str) -> tuple[ModelShape, ParallelLayout]:
-    words = f"{TWO_RANKS} {ON_TWO_RANKS[case]}".replace(DISPATCHER, "").split()
-    values = merged({}, words)
+    flags = f"{TWO_RANKS} {ON_TWO_RANKS[case]}".replace(DISPATCHER, "").split()
+    values = merged({}, flags)
     # Only a GPU fuses SwiGLU.
     values |= {"padded_vocab_size": 104, "world_size": 2, "no_bias_swiglu_fusion": True}
     args = resolve(values)
@@ -293,8 +293,8 @@ def _on_two_ranks(case: str) -> tuple[ModelShape, ParallelLayout]:
 
 @pytest.mark.parametrize("architecture", ["mixer", "transformer"])
 def test_a_width_that_is_left_out_is_the_trainings(parse: Any, architecture: str):
-    words = f"--architecture {architecture} --hidden-size 96 --swiglu --num-attention-heads 4"
-    trained = parse(words, base=MINIMAL.replace("--ffn-hidden-size 64", ""))
+    flags = f"--architecture {architecture} --hidden-size 96 --swiglu --num-attention-heads 4"
+    trained = parse(flags, base=MINIMAL.replace("--ffn-hidden-size 64", ""))
     sizes = {name: value for name, value in SIZES.items() if name != "ffn_hidden_size"}
     counted = resolve({**sizes, "architecture": architecture, "hidden_size": 96, "swiglu": True})
     assert counted.ffn_hidden_size == trained.ffn_hidden_size
@@ -337,8 +337,8 @@ def test_estimate_prints_json_and_a_table(tmp_path: Path, capsys: pytest.Capture
     assert result["per_gpu"]["expert_parallel_bytes"] > 0
     assert main(["--config", str(config)]) == 0
     assert f"{cost.parameters:,}" in capsys.readouterr().out
-    for words, share in (([], 12), (["--optimizer-checkpoint", "data_parallel"], 0)):
-        assert main(["--config", str(config), "--use-distributed-optimizer", *words, "--json"]) == 0
+    for argv, share in (([], 12), (["--optimizer-checkpoint", "data_parallel"], 0)):
+        assert main(["--config", str(config), "--use-distributed-optimizer", *argv, "--json"]) == 0
         gpu = json.loads(capsys.readouterr().out)["per_gpu"]
         assert gpu["save_host_bytes"] == share * gpu["parameters"]
     assert main(["--config", str(config), "--async-save", "--json"]) == 0
@@ -348,8 +348,8 @@ def test_estimate_prints_json_and_a_table(tmp_path: Path, capsys: pytest.Capture
     assert "missing.yaml: no such file" in capsys.readouterr().err
 
 
-def printed(words: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    assert main([*words.split(), "--json"]) == 0, capsys.readouterr().err
+def printed(flags: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    assert main([*flags.split(), "--json"]) == 0, capsys.readouterr().err
     result: dict[str, Any] = json.loads(capsys.readouterr().out)
     return result
 
@@ -361,26 +361,26 @@ def test_flags_of_the_model_stand_on_the_command_line(
     config = tmp_path / "model.yaml"
     config.write_text("num-layers: 4\nhidden-size: 64\nseq-length: 128\nnum-experts: 8\nlr: 1\n")
     file = f"--config {config}"
-    words = "--num-layers 4 --hidden-size=64 --seq-length 128"
-    assert printed(f"{file} --no-num-experts", capsys) == printed(words, capsys)
+    flags = "--num-layers 4 --hidden-size=64 --seq-length 128"
+    assert printed(f"{file} --no-num-experts", capsys) == printed(flags, capsys)
     given = "--num-experts 8 --no-num-experts"
-    assert printed(f"{file} {given}", capsys) == printed(words, capsys)
+    assert printed(f"{file} {given}", capsys) == printed(flags, capsys)
     assert printed(f"{file} --moe-layer-freq [0,1,0,1] --swiglu", capsys) == printed(
-        f"{words} --num-experts 8 --moe-layer-freq 0 1 0 1 --swiglu", capsys
+        f"{flags} --num-experts 8 --moe-layer-freq 0 1 0 1 --swiglu", capsys
     )
     assert printed(f"{file} --bf16", capsys) != printed(file, capsys)
     others = "--data-path 0.5 a 0.5 b --lr 1e-3 --save runs/first --no-load-optim"
-    assert printed(f"{words} {others}", capsys) == printed(words, capsys)
+    assert printed(f"{flags} {others}", capsys) == printed(flags, capsys)
 
 
 def test_a_tokenizer_says_how_large_the_vocabulary_is(capsys: pytest.CaptureFixture[str]):
-    words = "--num-layers 4 --hidden-size 64 --seq-length 128"
+    flags = "--num-layers 4 --hidden-size 64 --seq-length 128"
     null = "--tokenizer-type NullTokenizer --vocab-size 999"
-    assert printed(f"{words} {null}", capsys) == printed(f"{words} --vocab-size 1000", capsys)
+    assert printed(f"{flags} {null}", capsys) == printed(f"{flags} --vocab-size 1000", capsys)
 
 
 @pytest.mark.parametrize(
-    ("words", "named"),
+    ("flags", "named"),
     [
         ("--num-layer 4", "did you mean"),
         ("--no-swiglu", "--no-swiglu"),
@@ -397,9 +397,9 @@ def test_a_tokenizer_says_how_large_the_vocabulary_is(capsys: pytest.CaptureFixt
         ("--tokenizer-type HuggingFaceTokenizer --tokenizer-model nowhere/at/all", "nowhere"),
     ],
 )  # fmt: skip
-def test_a_wrong_flag_is_one_line(words: str, named: str, capsys: pytest.CaptureFixture[str]):
+def test_a_wrong_flag_is_one_line(flags: str, named: str, capsys: pytest.CaptureFixture[str]):
     sizes = ["--num-layers", "4", "--hidden-size", "64", "--seq-length", "128"]
-    assert main([*sizes, *words.split()]) == 2
+    assert main([*sizes, *flags.split()]) == 2
     error = capsys.readouterr().err
     assert named in error
     assert error.count("\n") == 1

@@ -100,12 +100,12 @@ class TestTheList:
         names = ("--img-h", "--use-flash-attn", "--patch-dim", "--attention-backend")
         assert all(name in str(refused.value) for name in names)
 
-    @pytest.mark.parametrize("words", UNTRAINED)
-    def test_what_no_test_trains_with_is_refused(self, parse: Parse, words: str):
+    @pytest.mark.parametrize("flags", UNTRAINED)
+    def test_what_no_test_trains_with_is_refused(self, parse: Parse, flags: str):
         """And docs/gpus.md says so."""
-        name = words.split()[0]
+        name = flags.split()[0]
         with pytest.raises(UsageError, match=f"^--{name} is not among .* that are tested"):
-            parse(f"--architecture gmlp --{words}")
+            parse(f"--architecture gmlp --{flags}")
         page = (REPOSITORY / "docs" / "gpus.md").read_text(encoding="utf-8")
         (row,) = [
             line for line in page.splitlines() if line.startswith("|") and f"--{name}" in line
@@ -191,30 +191,30 @@ def test_what_is_listed_trains(name: str, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_what_is_listed_saves_and_loads(tmp_path: Path):
-    words = f"""--architecture gmlp --save {tmp_path} --save-interval 2 --ckpt-format torch_dist
+    flags = f"""--architecture gmlp --save {tmp_path} --save-interval 2 --ckpt-format torch_dist
         --async-save --async-strategy mcore --no-ckpt-fully-parallel-save
         --ckpt-assume-constant-structure --dist-ckpt-workers 1 --use-distributed-optimizer
         --dist-ckpt-optim-fully-reshardable --ckpt-fully-parallel-save-process-group dp"""
-    with pretrained(f"{words} --exit-interval 2"):
+    with pretrained(f"{flags} --exit-interval 2"):
         assert iterations(tmp_path) == [2]
     load = """--exit-on-missing-checkpoint --use-checkpoint-opt_param-scheduler
         --ckpt-fully-parallel-load --ckpt-fully-parallel-load-exchange-algo broadcast
         --ckpt-fully-parallel-load-process-group dp --no-ckpt-load-validate-sharding-integrity"""
-    with pretrained(f"{words} {load}"):
+    with pretrained(f"{flags} {load}"):
         assert iterations(tmp_path) == [2, 4]
 
 
 def test_a_run_by_samples_decays_by_samples(tmp_path: Path):
     """The steps to profile may end after its last one."""
     base = MINIMAL.replace("--train-iters 4", "--train-samples 8")
-    words = "--architecture gmlp --lr-decay-samples 6 --lr-warmup-samples 2 --lr-decay-style WSD"
+    flags = "--architecture gmlp --lr-decay-samples 6 --lr-warmup-samples 2 --lr-decay-style WSD"
     profile = f"--profile --use-pytorch-profiler --profile-step-start 2 --log-dir {tmp_path}"
-    with pretrained(f"{words} --lr-wsd-decay-samples 2 {profile} --profile-step-end 9", base=base):
+    with pretrained(f"{flags} --lr-wsd-decay-samples 2 {profile} --profile-step-end 9", base=base):
         assert list((tmp_path / "torch_profile").iterdir())
 
 
 @pytest.mark.parametrize(
-    "words",
+    "flags",
     [
         # Flags without something that they need.
         "--qk-layernorm --architecture gmlp",
@@ -274,22 +274,22 @@ def test_a_run_by_samples_decays_by_samples(tmp_path: Path):
     ],
 )
 @pytest.mark.skipif(find_spec("transformer_engine") is not None, reason="it is installed")
-def test_what_does_nothing_or_does_not_work(parse: Parse, words: str):
-    with pytest.raises(UsageError, match=f"^{words.split()[0]}"):
-        parse(words)
+def test_what_does_nothing_or_does_not_work(parse: Parse, flags: str):
+    with pytest.raises(UsageError, match=f"^{flags.split()[0]}"):
+        parse(flags)
 
 
 @pytest.mark.parametrize(
-    "words",
+    "flags",
     [
         "mixer --recompute-granularity selective",
         "gmlp --recompute-activations --recompute-modules mlp",
         "gmlp --recompute-granularity selective --recompute-modules core_attn layernorm",
     ],
 )
-def test_recomputation_of_what_no_layer_has(parse: Parse, words: str):
+def test_recomputation_of_what_no_layer_has(parse: Parse, flags: str):
     with pytest.raises(UsageError, match="--recompute-modules"):
-        parse(f"--architecture {words}")
+        parse(f"--architecture {flags}")
 
 
 @pytest.mark.parametrize("name", TESTED["Experts"].split())
@@ -302,7 +302,7 @@ def test_flags_of_experts_that_are_not_there(parse: Parse, parser: ArgumentParse
 
 
 @pytest.mark.parametrize(
-    "words",
+    "flags",
     [
         f"{TRANSFORMER} --softmax-type vanilla --rotary-base 10000 --num-query-groups 1",
         f"{TRANSFORMER} --group-query-attention --num-query-groups 2",
@@ -315,23 +315,23 @@ def test_flags_of_experts_that_are_not_there(parse: Parse, parser: ArgumentParse
     ],
 )
 def test_what_works_is_allowed(
-    parse: Parse, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    parse: Parse, flags: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)  # Megatron opens TensorBoard's folder after parsing
-    assert parse(words)
+    assert parse(flags)
 
 
 @pytest.mark.parametrize(
-    "words",
+    "flags",
     [
         "--data-args-path {}/data --memory-snapshot-path x",
         "--train-data-path a --valid-data-path b --test-data-path c --tokenizer-special-tokens d e",
     ],
 )
-def test_names_of_files_are_allowed(parse: Parse, words: str, tmp_path: Path):
+def test_names_of_files_are_allowed(parse: Parse, flags: str, tmp_path: Path):
     (tmp_path / "data").write_text("1 a")
-    words = f"--architecture gmlp {words.format(tmp_path)}"
-    assert parse(words, base=MINIMAL.replace("--mock-data", ""))
+    flags = f"--architecture gmlp {flags.format(tmp_path)}"
+    assert parse(flags, base=MINIMAL.replace("--mock-data", ""))
 
 
 @pytest.mark.parametrize(
@@ -384,7 +384,7 @@ SPATIAL = "--feature-router deterministic --num-feature-experts 4"
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("flags", "said"),
     [
         ("smlp", "no layer has experts: this model equals --architecture gmlp"),
         (f"smlp {EXPERTS}", "no spatial experts (--feature-router none)"),
@@ -393,8 +393,8 @@ SPATIAL = "--feature-router deterministic --num-feature-experts 4"
         ("gmlp", ""),
     ],
 )
-def test_an_smlp_that_is_less_is_said(parse: Parse, words: str, said: str):
-    args = parse(f"--architecture {words}")
+def test_an_smlp_that_is_less_is_said(parse: Parse, flags: str, said: str):
+    args = parse(f"--architecture {flags}")
     notes = [line for line in summary(args, ModelShape.from_args(args)) if line[:4] == "note"]
     assert len(notes) == bool(said)
     assert said in "".join(notes)
@@ -409,20 +409,20 @@ def test_a_spec_says_which_architecture_it_is(parse: Parse):
 
 
 def test_a_first_start_may_be_forbidden(parse: Parse, tmp_path: Path):
-    words = f"--architecture gmlp --load {tmp_path} --save {tmp_path}"
-    assert parse(words).load is None
+    flags = f"--architecture gmlp --load {tmp_path} --save {tmp_path}"
+    assert parse(flags).load is None
     with pytest.raises(UsageError, match="holds no checkpoint"):
-        parse(f"{words} --exit-on-missing-checkpoint")
+        parse(f"{flags} --exit-on-missing-checkpoint")
 
 
 @pytest.mark.parametrize("dry_run", ["", "--dry-run"])
 def test_what_megatrons_configuration_refuses_is_one_line(dry_run: str):
-    words = f"--architecture gmlp --recompute-granularity full {dry_run}"
+    flags = f"--architecture gmlp --recompute-granularity full {dry_run}"
     message = "Megatron refuses these arguments: .*recompute_method"
-    with pytest.raises(UsageError, match=message), pretrained(words):
+    with pytest.raises(UsageError, match=message), pretrained(flags):
         pass
 
 
 def test_rotary_scaling_has_the_factor_that_is_given(parse: Parse):
-    words = "--position-embedding-type rope --use-rope-scaling --rope-scaling-factor 32"
-    assert model_config(parse(f"{TRANSFORMER} {words}")).rope_scaling_factor == 32
+    flags = "--position-embedding-type rope --use-rope-scaling --rope-scaling-factor 32"
+    assert model_config(parse(f"{TRANSFORMER} {flags}")).rope_scaling_factor == 32

@@ -19,8 +19,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     html = tmp_path_factory.mktemp("site")
     said = run_command(["make", "-n", "docs", f"HTML={html}"]).stdout
     (line,) = (line for line in said.splitlines() if "-m sphinx" in line)
-    _, *words = shlex.split(line)
-    run_command([sys.executable, *words])
+    _, *argv = shlex.split(line)
+    run_command([sys.executable, *argv])
     return html
 
 

@@ -48,10 +48,10 @@ class Report:
     def markdown(self) -> str:
         counts = Counter(result.verdict for result in self.results.values())
         seconds = sum(result.seconds for result in self.results.values())
-        words = ", ".join(f"{counts[verdict]} {verdict}" for verdict in MARKS)
+        summary = ", ".join(f"{counts[verdict]} {verdict}" for verdict in MARKS)
         parts = [
             f"# First run on {self._machine()}",
-            f"{words}, in {seconds:.0f} seconds.",
+            f"{summary}, in {seconds:.0f} seconds.",
         ]
         parts += [SEND, self._environment(), self._table()]
         parts += [*map(_details, self.results.values()), *map(self._log, self.failed)]

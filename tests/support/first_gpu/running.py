@@ -111,8 +111,8 @@ def _in_a_process(case: Case, place: Place) -> Notes:
     if is_late:
         return Notes([("failed", f"no end after {limit} seconds, then ended")])
     if not written.is_file():
-        words = f"its process ended with exit code {process.exitcode}: {_last_lines(case, place)}"
-        return Notes([("failed", words)])
+        reason = f"its process ended with exit code {process.exitcode}: {_last_lines(case, place)}"
+        return Notes([("failed", reason)])
     return Notes.read(written)
 
 

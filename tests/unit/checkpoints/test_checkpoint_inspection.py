@@ -14,9 +14,9 @@ from megatron_smlp.checkpoints.inspection import differences
 from megatron_smlp.checkpoints.writer import TorchDistWriter
 
 
-def answer(capsys: pytest.CaptureFixture[str], *words: Any, code: int = 0) -> dict[str, Any]:
+def answer(capsys: pytest.CaptureFixture[str], *argv: Any, code: int = 0) -> dict[str, Any]:
     capsys.readouterr()
-    assert main([*map(str, words), "--json"]) == code
+    assert main([*map(str, argv), "--json"]) == code
     parsed: dict[str, Any] = json.loads(capsys.readouterr().out)
     return parsed
 

@@ -34,29 +34,29 @@ def _write(prefix: Path, seed: int) -> str:
     return f"{prefix}_text_document"
 
 
-def _words(prefix: str, run: Path) -> str:
+def _flags(prefix: str, run: Path) -> str:
     base = " ".join(MINIMAL.split()).replace("--mock-data", f"--data-path {prefix}")
     return f"{base} {RUN} --split 900,100,0 --save {run}"
 
 
 def test_a_resume_on_other_data_wants_a_flag(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     prefix, run = _write(tmp_path / "data", seed=1), tmp_path / "run"
-    words = _words(prefix, run)
-    carry_on(f"{words} --exit-interval 2")
+    flags = _flags(prefix, run)
+    carry_on(f"{flags} --exit-interval 2")
     record = read_run_record(iteration_folder(run, 2)) or {}
     assert record["data"] == {prefix: content_of(prefix)}
     _write(tmp_path / "data", seed=2)
     with pytest.raises(UsageError, match=rf"{prefix} holds other data than at iteration 2 of"):
-        carry_on(words)
-    carry_on(f"{words} --allow-data-mismatch --exit-interval 4")
+        carry_on(flags)
+    carry_on(f"{flags} --allow-data-mismatch --exit-interval 4")
     assert "WARNING: " + prefix + " holds other data than at iteration 2" in capfd.readouterr().out
-    carry_on(words)
+    carry_on(flags)
     assert "holds other data" not in capfd.readouterr().out
     assert iterations(run) == [2, 4, 6]
     _write(tmp_path / "data", seed=3)
     with pytest.raises(UsageError, match="holds other data than at iteration 4"):
         carry_on(f"--load {run} --use-checkpoint-args --ckpt-step 4")  # it was allowed once only
-    carry_on(f"{_words(prefix, tmp_path / 'tuned')} --load {run} --finetune --train-iters 2")
+    carry_on(f"{_flags(prefix, tmp_path / 'tuned')} --load {run} --finetune --train-iters 2")
     assert iterations(tmp_path / "tuned") == [2]
 
 
@@ -67,8 +67,8 @@ def test_files_named_relatively_are_found_from_another_folder(
     prefix = _write(tmp_path / "data", seed=1)
     (tmp_path / "tokenizer").mkdir()
     monkeypatch.chdir(tmp_path)
-    words = _words(Path(prefix).name, tmp_path / "run")
-    carry_on(f"{words} --tokenizer-model tokenizer --exit-interval 2")
+    flags = _flags(Path(prefix).name, tmp_path / "run")
+    carry_on(f"{flags} --tokenizer-model tokenizer --exit-interval 2")
     record = read_run_record(iteration_folder(tmp_path / "run", 2)) or {}
     assert record["flags"]["data_path"] == [prefix]
     assert record["tokenizer"]["tokenizer_model"] == str(tmp_path / "tokenizer")
@@ -80,9 +80,9 @@ def test_files_named_relatively_are_found_from_another_folder(
 
 def test_a_dataset_cut_short_under_a_run_ends_it_in_one_line(tmp_path: Path):
     prefix = _write(tmp_path / "data", seed=1)
-    words = f"{_words(prefix, tmp_path / 'run')} --train-iters 100000 --num-workers 1"
+    flags = f"{_flags(prefix, tmp_path / 'run')} --train-iters 100000 --num-workers 1"
     process = subprocess.Popen(
-        [sys.executable, "pretrain_smlp.py", *words.split()],
+        [sys.executable, "pretrain_smlp.py", *flags.split()],
         cwd=REPOSITORY,
         env=clean_environment(),
         stdout=subprocess.PIPE,

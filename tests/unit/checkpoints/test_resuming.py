@@ -89,9 +89,9 @@ def test_another_batch_trains_the_rest_of_the_samples(
     tmp_path: Path, before: int, after: int, last: int
 ):
     base = MINIMAL.replace("--train-iters 4", "--train-samples 24")
-    words = f"{checkpoints.RUN.replace('--train-iters 6', '')} --save {tmp_path}"
+    argv = f"{checkpoints.RUN.replace('--train-iters 6', '')} --save {tmp_path}"
     for batch, more in ((before, "--exit-interval 2"), (after, "")):
-        flags = f"{words} --global-batch-size {batch} {more}"
+        flags = f"{argv} --global-batch-size {batch} {more}"
         with pretrained(flags, base=base):
             pass
     line = [line for line in records(tmp_path) if "loss" in line][-1]
@@ -116,15 +116,15 @@ def test_what_is_saved_no_more_is_still_read(run: Path, finished_run: Path, flag
 
 def test_what_was_not_saved_is_told(tmp_path: Path, capfd: Capture):
     """A schedule that warms up again would otherwise show in the curve of the rate only."""
-    words = f"--save {tmp_path} --no-save-optim"
-    pretrain(f"{words} --exit-interval 4")
+    flags = f"--save {tmp_path} --no-save-optim"
+    pretrain(f"{flags} --exit-interval 4")
     capfd.readouterr()
-    pretrain(f"{words} --exit-interval 5")
+    pretrain(f"{flags} --exit-interval 5")
     told = "WARNING: iteration 4 was saved with --no-save-optim: optimizer and learning rate"
     assert told in capfd.readouterr().out
     rates = {line["iteration"]: line["learning_rate"] for line in records(tmp_path)}
     assert rates[5] == rates[1]
-    pretrain(f"{words} --ckpt-step 4 --no-load-optim --exit-interval 5")
+    pretrain(f"{flags} --ckpt-step 4 --no-load-optim --exit-interval 5")
     assert told not in capfd.readouterr().out
 
 
@@ -138,12 +138,12 @@ def test_what_was_not_saved_is_told(tmp_path: Path, capfd: Capture):
     ],
 )  # fmt: skip
 def test_optimizer_state_of_another_form(tmp_path: Path, saved: str, changed: str, named: str):
-    words = f"--save {tmp_path} {saved}"
-    pretrain(f"{words} --exit-interval 2")
+    flags = f"--save {tmp_path} {saved}"
+    pretrain(f"{flags} --exit-interval 2")
     message = rf"optimizer state in .*iter_0000002 does not fit .* {named}: .*--no-load-optim"
     with pytest.raises(UsageError, match=message):
-        pretrain(f"{words} {changed}")
-    pretrain(f"{words} {changed} --no-load-optim --exit-interval 4")
+        pretrain(f"{flags} {changed}")
+    pretrain(f"{flags} {changed} --no-load-optim --exit-interval 4")
     assert tracked_iteration(tmp_path) == 4
 
 
@@ -151,9 +151,9 @@ def test_optimizer_state_by_rank_takes_the_runs_own_rates(tmp_path: Path):
     """Like state for any layout: rates and betas come from flags, moments from the checkpoint."""
     runs = [tmp_path / kind for kind in ("any_layout", "data_parallel")]
     for run in runs:
-        words = f"--save {run} --use-distributed-optimizer --optimizer-checkpoint {run.name}"
-        pretrain(f"{words} --exit-interval 2")
-        pretrain(f"{words} --lr 5e-4 --adam-beta2 0.9")
+        flags = f"--save {run} --use-distributed-optimizer --optimizer-checkpoint {run.name}"
+        pretrain(f"{flags} --exit-interval 2")
+        pretrain(f"{flags} --lr 5e-4 --adam-beta2 0.9")
     assert len(steps(runs[1])) == 6
     assert steps(runs[1]) == steps(runs[0])
 
@@ -189,10 +189,10 @@ def test_random_states_of_another_device():
 
 def test_a_run_from_anothers_weights_goes_on(run: Path, tmp_path: Path, capfd: Capture):
     tuned = tmp_path / "tuned"
-    words = f"--load {run} --finetune --save {tuned}"
-    pretrain(f"{words} --exit-interval 4")
+    flags = f"--load {run} --finetune --save {tuned}"
+    pretrain(f"{flags} --exit-interval 4")
     capfd.readouterr()
-    pretrain(words)
+    pretrain(flags)
     said = f"resumed from iteration 4 of {tuned} (started from --load {run})"
     assert said in " ".join(capfd.readouterr().out.split())
     assert iterations(tuned) == [2, 4, 6]
@@ -226,13 +226,13 @@ def test_evaluations_that_a_killed_run_lacks_are_made_up(run: Path, lost: int):
 
 def test_a_validation_before_the_last_save_is_made_up(tmp_path: Path):
     """Such as one that --exit-duration-in-mins cut off: its line is missing."""
-    words, metrics = f"--save {tmp_path} --eval-interval 2", tmp_path / "metrics.jsonl"
-    pretrain(f"{words} --exit-interval 2")
+    flags, metrics = f"--save {tmp_path} --eval-interval 2", tmp_path / "metrics.jsonl"
+    pretrain(f"{flags} --exit-interval 2")
     lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
     kept = [line for line in lines if "validation_loss" not in line]
     assert len(kept) == len(lines) - 1
     metrics.write_text("".join(kept), encoding="utf-8")
-    pretrain(f"{words} --exit-interval 4")
+    pretrain(f"{flags} --exit-interval 4")
     found = [line["iteration"] for line in records(tmp_path) if "validation_loss" in line]
     assert found == [2, 4]
 
@@ -240,12 +240,12 @@ def test_a_validation_before_the_last_save_is_made_up(tmp_path: Path):
 def test_tensorboard_has_each_step_once_after_a_resume(tmp_path: Path):
     """Also after a start from scratch in the same folders."""
     run, events = tmp_path / "run", tmp_path / "events"
-    words = f"--save {run} --tensorboard-dir {events} --tensorboard-log-interval 1"
-    pretrain(f"{words} --exit-interval 4")
-    pretrain(f"{words} --exit-interval 5")
+    flags = f"--save {run} --tensorboard-dir {events} --tensorboard-log-interval 1"
+    pretrain(f"{flags} --exit-interval 4")
+    pretrain(f"{flags} --exit-interval 5")
     shutil.rmtree(iteration_folder(run, 5))
     for more, last in (("", 6), ("--no-resume --exit-interval 3", 3)):
-        pretrain(f"{words} {more}")
+        pretrain(f"{flags} {more}")
         scalars = EventAccumulator(str(events)).Reload().Scalars("run/consumed_tokens")
         found = [(event.step, event.value) for event in scalars]
         assert found == [(n, 32 * n) for n in range(1, last + 1)]

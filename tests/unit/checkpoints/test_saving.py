@@ -51,9 +51,9 @@ def test_a_loss_that_is_not_finite_costs_no_save_in_the_background(
         add(*given)
 
     monkeypatch.setattr(saving, "add_share", add_slowly)
-    words = "--async-save --save-interval 1 --lr 1e30 --lr-decay-style constant"
+    flags = "--async-save --save-interval 1 --lr 1e30 --lr-decay-style constant"
     with pytest.raises(NonFiniteLossError, match="at iteration 3"):
-        pretrain(f"--save {tmp_path} {words}")
+        pretrain(f"--save {tmp_path} {flags}")
     assert iterations(tmp_path) == [1, 2]
     assert [verify(iteration_folder(tmp_path, n)) for n in (1, 2)] == [[], []]
 
@@ -76,28 +76,28 @@ def test_a_gpu_without_room_is_a_save_that_failed(
     else:
         others = {list: [problem]}  # they agree in everything else
         monkeypatch.setattr(saving, "gathered", lambda own: [own, others.get(type(own), own)])
-    words = f"--save {tmp_path / 'run'} {GATHERING}"
+    flags = f"--save {tmp_path / 'run'} {GATHERING}"
     with pytest.raises(SaveError) as caught:
-        pretrain(words)
+        pretrain(flags)
     said = f"iteration 2 could not be saved to {tmp_path / 'run'}: {problem}; no"
     assert said in str(caught.value)
     assert "--distrib-optim-fully-reshardable-mem-efficient" in str(caught.value)
     with pytest.raises(SaveError, match="the last checkpoint, of iteration 2, could not be saved"):
-        pretrain(f"{words} --on-save-failure continue")
+        pretrain(f"{flags} --on-save-failure continue")
     assert f"{problem}; no checkpoint exists yet. The run continues" in capfd.readouterr().out
     assert iterations(tmp_path / "run") == []
     assert not hidden_in(tmp_path / "run")
     if whose == "ours":
-        pretrain(f"{words} --optimizer-checkpoint data_parallel")
+        pretrain(f"{flags} --optimizer-checkpoint data_parallel")
         assert iterations(tmp_path / "run") == [2]
 
 
 @pytest.mark.parametrize("how", ["", "--async-save"])
-@pytest.mark.parametrize("words", ["", "--exit-interval 5"])
+@pytest.mark.parametrize("argv", ["", "--exit-interval 5"])
 def test_a_folder_that_vanishes_is_not_made_again(
     tmp_path: Path,
     how: str,
-    words: str,
+    argv: str,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ):
@@ -112,14 +112,14 @@ def test_a_folder_that_vanishes_is_not_made_again(
             run.rename(tempfile.mkdtemp(dir=tmp_path))
 
     monkeypatch.setattr(Reporter, "stepped", vanish)
-    flags = f"--save {run} --log-dir {tmp_path / 'log'} {how} {words}"
-    last = 5 if words else 6
+    flags = f"--save {run} --log-dir {tmp_path / 'log'} {how} {argv}"
+    last = 5 if argv else 6
     with pytest.raises(SaveError, match=rf"the last checkpoint, of iteration {last}, could not"):
         pretrain(f"{flags} --on-save-failure continue")
     assert not run.exists()
     output = capfd.readouterr().out
     assert f"iteration 4 could not be saved to {run}: {run}: No such" in output
-    assert ("stopped at iteration 5 (--exit-interval): not saved" in output) == bool(words)
+    assert ("stopped at iteration 5 (--exit-interval): not saved" in output) == bool(argv)
     if not how:
         with pytest.raises(SaveError, match=r"iteration 4 could not be saved to .*: No such file"):
             pretrain(flags)

@@ -59,9 +59,9 @@ def rewrite(source: Path, target: Path, change: Change) -> Path:
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_wrong_tensor_of_a_folder_is_named(exported: Path, tmp_path: Path, change: str):
-    alter, words = CHANGES[change]
+    alter, message = CHANGES[change]
     folder = rewrite(exported, tmp_path / "changed", alter)
-    with pytest.raises(UsageError, match=words):
+    with pytest.raises(UsageError, match=message):
         run(from_hf, folder, tmp_path / "run")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["changed"]
 
@@ -138,24 +138,24 @@ def test_what_is_read_is_not_replaced(exported: Path, tmp_path: Path, save: str)
 def test_a_folder_is_replaced_only_on_demand(exported: Path, tmp_path: Path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "precious").touch()
-    words = f"--from hf --to torch_dist --no-check --load {exported} --save {tmp_path}/run".split()
+    flags = f"--from hf --to torch_dist --no-check --load {exported} --save {tmp_path}/run".split()
     with pytest.raises(UsageError, match=r"is not empty: .* --overwrite"):
-        main(words)
+        main(flags)
     assert (tmp_path / "run" / "precious").exists()
-    main([*words, "--overwrite"])
+    main([*flags, "--overwrite"])
     assert names_in(tmp_path) == ["run"]
     assert not (tmp_path / "run" / "precious").exists()
 
 
 def test_where_one_stands_is_not_replaced(exported: Path, tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    words = f"--from hf --to torch_dist --no-check --load {exported} --save ."
+    flags = f"--from hf --to torch_dist --no-check --load {exported} --save ."
     with pytest.raises(UsageError, match=r"^--save \. must not be the current folder"):
-        main(words.split())
+        main(flags.split())
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("flags", "message"),
     [
         ("--from hf --to hf", "--to hf takes --from torch_dist"),
         ("--to hf --max-shard-size big", "--max-shard-size big"),
@@ -165,13 +165,13 @@ def test_where_one_stands_is_not_replaced(exported: Path, tmp_path: Path, monkey
         ("--to torch_dist --average 0", "--average 0: give 1 or more"),
     ],
 )
-def test_wrong_flags_are_one_line(words: str, message: str):
+def test_wrong_flags_are_one_line(flags: str, message: str):
     with pytest.raises(UsageError, match=message):
-        main(["--load", "nowhere", "--save", "there", *words.split()])
+        main(["--load", "nowhere", "--save", "there", *flags.split()])
 
 
 @pytest.mark.parametrize(
-    ("words", "holds", "message"),
+    ("flags", "holds", "message"),
     [
         ("--to hf", [], "holds no checkpoint"),
         ("--to hf", ["config.json"], "is a Hugging Face folder: give --from hf"),
@@ -179,8 +179,8 @@ def test_wrong_flags_are_one_line(words: str, message: str):
         ("--from gpt2 --to torch_dist", [TRACKER], "a Megatron checkpoint: give --from torch_dist"),
     ],
 )
-def test_a_folder_of_another_format(tmp_path: Path, words: str, holds: list[str], message: str):
+def test_a_folder_of_another_format(tmp_path: Path, flags: str, holds: list[str], message: str):
     for name in holds:
         (tmp_path / name).touch()
     with pytest.raises(UsageError, match=message):
-        main(["--load", str(tmp_path), "--save", str(tmp_path / "there"), *words.split()])
+        main(["--load", str(tmp_path), "--save", str(tmp_path / "there"), *flags.split()])

@@ -83,18 +83,18 @@ def test_rows_that_are_no_token_are_padding(tmp_path: Path):
     run(from_hf, folder, tmp_path / "run")
     flags = TorchDistCheckpoint(tmp_path / "run").flags
     assert (flags["vocab_size"], flags["padded_vocab_size"]) == (257, 272)
-    words = f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {folder} --save {tmp_path}/on"
+    argv = f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {folder} --save {tmp_path}/on"
     load = f"--load {tmp_path / 'run'} --use-checkpoint-args --mock-data --train-iters 1 --lr 0"
-    with pretrained(f"{load} {words} --micro-batch-size 2 --eval-iters 0", base=""):
+    with pretrained(f"{load} {argv} --micro-batch-size 2 --eval-iters 0", base=""):
         pass
     run(convert.torch_dist_to_hf, tmp_path / "on", tmp_path / "again")
     assert_same(folder_weights(folder), folder_weights(tmp_path / "again"))
 
 
 def test_a_lower_precision_is_not_that_of_the_positions(tmp_path: Path):
-    words = ["--hf", str(save_llama(tmp_path)), "--dtype", "bfloat16"]
+    argv = ["--hf", str(save_llama(tmp_path)), "--dtype", "bfloat16"]
     numbers = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "103"]
-    model = load(cli.build_parser().parse_args([*words, *numbers])).model
+    model = load(cli.build_parser().parse_args([*argv, *numbers])).model
     assert model.dtype == torch.bfloat16
     assert model.model.rotary_emb.inv_freq.dtype == torch.float32
 

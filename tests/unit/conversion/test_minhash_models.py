@@ -29,8 +29,8 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> Path:
     folder: Path = tmp_path_factory.mktemp("trained")
-    words = f"{MINHASH} {NO_NUMBERS} {tokenizer} --lr 1e-2 --save {folder} --save-interval 2"
-    with pretrained(words):
+    flags = f"{MINHASH} {NO_NUMBERS} {tokenizer} --lr 1e-2 --save {folder} --save-interval 2"
+    with pretrained(flags):
         losses = [r["loss"] for r in records(folder) if "loss" in r]
     assert losses[-1] < losses[0]
     return folder
@@ -61,8 +61,8 @@ def test_a_resume_ends_in_the_same_bits_whatever_the_tokenizer_says_by_then(
     path = other / "tokenizer.json"
     path.write_text(path.read_text("utf-8").replace('"a":', '"aa":'), "utf-8")
     assert strings(other) != strings(tokenizer)
-    words = f"{MINHASH} {NO_NUMBERS} {other} --lr 1e-2 --save {tmp_path / 'run'} --save-interval 2"
-    with pretrained(f"{words} --load {trained} --ckpt-step 2"):
+    flags = f"{MINHASH} {NO_NUMBERS} {other} --lr 1e-2 --save {tmp_path / 'run'} --save-interval 2"
+    with pretrained(f"{flags} --load {trained} --ckpt-step 2"):
         pass
     whole, parts = (checkpoint_tensors(folder, 4) for folder in (trained, tmp_path / "run"))
     assert whole.keys() == parts.keys()

@@ -74,8 +74,8 @@ def test_a_loss_that_is_no_number_is_one_of_a_card(tmp_path: Path):
 @pytest.mark.parametrize("tokenizer", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_its_code_loads_the_model(trained: Path, tmp_path: Path, tokenizer: bool):
     save_tokenizer(tmp_path / "tokenizer")
-    words = {"tokenizer_model": str(tmp_path / "tokenizer")} if tokenizer else {}
-    run(convert.torch_dist_to_hf, trained, tmp_path / "hf", checks=False, **words)
+    more = {"tokenizer_model": str(tmp_path / "tokenizer")} if tokenizer else {}
+    run(convert.torch_dist_to_hf, trained, tmp_path / "hf", checks=False, **more)
     card = (tmp_path / "hf" / "README.md").read_text("utf-8")
     [code] = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     assert len(code.splitlines()) == 5

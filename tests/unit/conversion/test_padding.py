@@ -51,8 +51,8 @@ def test_there_and_back(tmp_path: Path, system: str):
 
 def test_a_run_goes_on_with_its_optimizer(tmp_path: Path):
     """Moments get the same rows, and new padding repeats rows that training has made unlikely."""
-    words = f"{TRAINED} --make-vocab-size-divisible-by 8 --lr-decay-style constant"
-    with pretrained(f"{words} --save {tmp_path / 'run'} --save-interval 2 --lr 1e-1"):
+    flags = f"{TRAINED} --make-vocab-size-divisible-by 8 --lr-decay-style constant"
+    with pretrained(f"{flags} --save {tmp_path / 'run'} --save-interval 2 --lr 1e-1"):
         old = [r["loss"] for r in records(tmp_path / "run") if "loss" in r]
     run(
         convert.torch_dist_to_torch_dist,
@@ -64,8 +64,8 @@ def test_a_run_goes_on_with_its_optimizer(tmp_path: Path):
     checkpoint = TorchDistCheckpoint(tmp_path / "wide")
     for kind in ("", "optimizer.state.exp_avg.", "optimizer.state.exp_avg_sq."):
         assert checkpoint.all_specs[kind + EMBEDDING].shape[0] == 128
-    words = words.replace("divisible-by 8", "divisible-by 64")
-    with pretrained(f"{words} --load {tmp_path / 'wide'} --log-dir {tmp_path / 'log'} --lr 1e-1"):
+    flags = flags.replace("divisible-by 8", "divisible-by 64")
+    with pretrained(f"{flags} --load {tmp_path / 'wide'} --log-dir {tmp_path / 'log'} --lr 1e-1"):
         new = [r["loss"] for r in records(tmp_path / "log") if "loss" in r]
     # The softmax has 24 more rows, each with the small share that a row of padding has.
     assert len(new) == 2

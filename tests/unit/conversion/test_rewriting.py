@@ -59,15 +59,15 @@ def test_optimizer_state_of_one_layout_resumes_and_is_not_rewritten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Expert parallel sizes are part of the layout too."""
-    words = f"{MODEL} --use-distributed-optimizer --optimizer-checkpoint data_parallel"
-    words += f" --lr-decay-style constant --save {tmp_path / 'run'} --save-interval 2"
-    with pretrained(f"{words} --log-dir {tmp_path / 'old'}"):
+    flags = f"{MODEL} --use-distributed-optimizer --optimizer-checkpoint data_parallel"
+    flags += f" --lr-decay-style constant --save {tmp_path / 'run'} --save-interval 2"
+    with pretrained(f"{flags} --log-dir {tmp_path / 'old'}"):
         old = [r["loss"] for r in records(tmp_path / "old") if "loss" in r]
     checkpoint = TorchDistCheckpoint(tmp_path / "run", iteration=2)
     moments = [n for n in checkpoint.all_specs if n.startswith("optimizer.")]
     assert moments
     assert not any(name.startswith(ANY_LAYOUT) for name in moments)
-    with pretrained(f"{words} --ckpt-step 2 --log-dir {tmp_path / 'log'}"):
+    with pretrained(f"{flags} --ckpt-step 2 --log-dir {tmp_path / 'log'}"):
         new = [r["loss"] for r in records(tmp_path / "log") if "loss" in r]
     assert new == pytest.approx(old[2:], rel=1e-6)
     plain = f"{MODEL} --lr-decay-style constant --load {tmp_path / 'run'}"
@@ -82,7 +82,7 @@ def test_optimizer_state_of_one_layout_resumes_and_is_not_rewritten(
         return found
 
     monkeypatch.setattr(state.dist_checkpointing, "load_common_state_dict", of_two_ranks)
-    with said, pretrained(f"{words} --ckpt-step 2"):
+    with said, pretrained(f"{flags} --ckpt-step 2"):
         pass
     monkeypatch.undo()
     for layout in (None, dict(zip(LAYOUT, (2, 1, 1), strict=True))):
@@ -96,18 +96,18 @@ def test_optimizer_state_of_one_layout_resumes_and_is_not_rewritten(
 
 
 @pytest.mark.parametrize(
-    ("layout", "words"),
+    ("layout", "message"),
     [
         ((3, 1, 1), "num-attention-heads"),
         ((1, 3, 1), "num-layers 4"),
         ((4, 1, 1), "--make-vocab-size-divisible-by"),
     ],
 )
-def test_a_layout_that_does_not_fit_is_refused(layout: tuple[int, ...], words: str):
+def test_a_layout_that_does_not_fit_is_refused(layout: tuple[int, ...], message: str):
     flags = flags_of(
         make_config("transformer", num_layers=4, vocab_size=126, tiny_attention_width=64)
     )
-    with pytest.raises(UsageError, match=words):
+    with pytest.raises(UsageError, match=message):
         check_layout(flags, dict(zip(LAYOUT, layout, strict=True)))
 
 
@@ -142,10 +142,10 @@ def test_the_mean_of_the_last_checkpoints(tmp_path: Path):
 
 def test_no_mean_of_checkpoints_of_other_sizes(tmp_path: Path):
     """Sizes differ if the vocabulary's padding does, which may change within a run."""
-    words = f"{MODEL} --save {tmp_path / 'run'} --save-interval 1"
-    with pretrained(f"{words} --train-iters 1"):
+    flags = f"{MODEL} --save {tmp_path / 'run'} --save-interval 1"
+    with pretrained(f"{flags} --train-iters 1"):
         pass
-    with pretrained(f"{words} --train-iters 2 --padded-vocab-size 104"):
+    with pretrained(f"{flags} --train-iters 2 --padded-vocab-size 104"):
         pass
     message = r"--average 2: .*iter_0000001 has tensors of different sizes"
     with pytest.raises(UsageError, match=message):

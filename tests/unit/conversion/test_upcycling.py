@@ -103,8 +103,8 @@ def test_an_upcycled_model_trains_on(tmp_path: Path):
     run(convert.upcycle, tmp_path / "dense", tmp_path / "moe", model=model)
     sparse = "--token-router hash --num-experts 4 --moe-ffn-hidden-size 72"
     losses = []
-    for number, words in enumerate((f"dense {base}", f"moe {base} {sparse}")):
-        name, _, flags = words.partition(" ")
+    for number, argv in enumerate((f"dense {base}", f"moe {base} {sparse}")):
+        name, _, flags = argv.partition(" ")
         log = tmp_path / str(number)
         load = f"--load {tmp_path / name} --finetune --log-dir {log} --train-iters 2"
         with pretrained(f"{flags} {load}"):

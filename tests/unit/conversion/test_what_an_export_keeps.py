@@ -75,8 +75,8 @@ def imported(args: argparse.Namespace, parse: Callable[..., Any]) -> argparse.Na
     """Return the arguments of a run that resumes from the export of a run with `args`."""
     config = huggingface.config_of(model_flags(args))
     values = type(config).from_dict(config.to_dict())
-    words = model_arguments(build_parser(), huggingface.flags_of(values), trains=True)
-    return parse(" ".join(words), base=TRAINING)
+    flags = model_arguments(build_parser(), huggingface.flags_of(values), trains=True)
+    return parse(" ".join(flags), base=TRAINING)
 
 
 @pytest.mark.slow  # a hundred flags build a model twice
@@ -89,10 +89,10 @@ def test_a_flag_that_changes_a_training_step_comes_back(system: str, parse: Call
     for action in build_parser()._actions:
         if action.dest not in reach or action.dest in OF_A_RUN:
             continue
-        for words in values_to_try(action):
+        for flags in values_to_try(action):
             with contextlib.redirect_stdout(io.StringIO()):
                 try:
-                    args = parse(f"{SYSTEMS[system]} {' '.join(words)}")
+                    args = parse(f"{SYSTEMS[system]} {' '.join(flags)}")
                     again = imported(args, parse)
                     if all(
                         getattr(args, n) == getattr(again, n) for n in reach & vars(args).keys()
@@ -104,7 +104,7 @@ def test_a_flag_that_changes_a_training_step_comes_back(system: str, parse: Call
                     continue
                 steps = [trained, _step_of(again)]
             if steps[0] != pytest.approx(steps[1], rel=1e-5):
-                lost[" ".join(words)] = steps
+                lost[" ".join(flags)] = steps
     assert not lost
     expected = {"hidden_dropout", "moe_z_loss_coeff", "layernorm_epsilon"}
     assert expected <= kept, "what is tried reaches the model"
@@ -133,13 +133,13 @@ COEFFICIENTS = {
 def test_what_was_exported_goes_on_training_as_its_checkpoint(system: str, tmp_path: Path):
     """--use-checkpoint-args restores the coefficients of its losses, and dropout."""
     base = MINIMAL.replace("--attention-dropout 0 --hidden-dropout 0", "") + "--lr 0.02"
-    words = f"{(SYSTEMS | {'llama': MODERN})[system]} {COEFFICIENTS[system]}"
-    with pretrained(f"{words} --save {tmp_path / 'run'}", base=base):
+    flags = f"{(SYSTEMS | {'llama': MODERN})[system]} {COEFFICIENTS[system]}"
+    with pretrained(f"{flags} --save {tmp_path / 'run'}", base=base):
         pass
     run(convert.torch_dist_to_hf, tmp_path / "run", tmp_path / "hf", checks=False)
     run(from_hf, tmp_path / "hf", tmp_path / "again", checks=False)
     found = {}
-    for name, more in {"run": f"{words} --finetune", "again": "--use-checkpoint-args"}.items():
+    for name, more in {"run": f"{flags} --finetune", "again": "--use-checkpoint-args"}.items():
         log = tmp_path / f"{name}-log"
         data = TRAINING if name == "again" else base
         with pretrained(

@@ -19,7 +19,7 @@ def test_good_lists():
 
 
 @pytest.mark.parametrize(
-    ("words", "entry"),
+    ("values", "entry"),
     [
         ([], ""),
         (["0.7", "a", "b"], "entry 3"),
@@ -29,9 +29,9 @@ def test_good_lists():
         *(([weight, "a", "1", "b"], f"{weight} of 'a'") for weight in ("0", "-1", "nan", "inf")),
     ],
 )
-def test_bad_lists_name_the_entry(words: list[str], entry: str):
+def test_bad_lists_name_the_entry(values: list[str], entry: str):
     with pytest.raises(UsageError, match=f"--data-path.*{entry}"):
-        parse_blend(words, source="--data-path")
+        parse_blend(values, source="--data-path")
 
 
 @settings(deadline=None)
@@ -39,16 +39,16 @@ def test_bad_lists_name_the_entry(words: list[str], entry: str):
 def test_megatron_reads_good_lists_in_the_same_way(pairs: list[tuple[float, str]]):
     from megatron.core.datasets.utils import get_blend_from_list
 
-    for words in ([str(part) for pair in pairs for part in pair], [name for _, name in pairs]):
-        prefixes, weights = get_blend_from_list(words)
-        assert parse_blend(words, source="x") == (list(prefixes), weights)
+    for values in ([str(part) for pair in pairs for part in pair], [name for _, name in pairs]):
+        prefixes, weights = get_blend_from_list(values)
+        assert parse_blend(values, source="x") == (list(prefixes), weights)
 
 
 def test_flags_and_files(tmp_path: Path):
-    words = tmp_path / "blend.txt"
-    words.write_text("0.3 a\n0.7 b\n")
+    path = tmp_path / "blend.txt"
+    path.write_text("0.3 a\n0.7 b\n")
     assert blends_from_arguments(Namespace(data_path=["a"])) == Blends(Blend(["a"], None))
-    assert blends_from_arguments(Namespace(data_args_path=str(words))).whole == Blend(
+    assert blends_from_arguments(Namespace(data_args_path=str(path))).whole == Blend(
         ["a", "b"], [0.3, 0.7]
     )
     separate = blends_from_arguments(Namespace(train_data_path=["1", "a"], valid_data_path=["b"]))

@@ -56,12 +56,12 @@ assert not {{"torch", "megatron", "transformers"}} & set(sys.modules)
 
 
 def test_flags_of_megatron_are_accepted_with_a_note(corpus: Path, tmp_path: Path, capsys: Capture):
-    words = (
+    flags = (
         f"--input {corpus} --output-prefix {tmp_path}/data --partitions 4 --log-interval 100 "
         "--keep-sequential-samples --dataset-impl mmap --chunk-size 25 --find-optimal-num-workers "
         "--workers-to-check 1 2 --performance-dir folder"
     )
-    assert preprocess_cli.main([*words.split(), *BYTE_FLAGS]) == 0
+    assert preprocess_cli.main([*flags.split(), *BYTE_FLAGS]) == 0
     assert capsys.readouterr().err.count("is accepted and ignored") == 8
 
 
@@ -152,14 +152,14 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("tool", "output", "words", "named"), REFUSED)
+@pytest.mark.parametrize(("tool", "output", "flags", "named"), REFUSED)
 def test_what_is_refused_leaves_nothing(
-    corpus: Path, tmp_path: Path, monkeypatch: Patch, tool: Any, output: str, words: str, named: str
+    corpus: Path, tmp_path: Path, monkeypatch: Patch, tool: Any, output: str, flags: str, named: str
 ):
     monkeypatch.chdir(tmp_path)
     tokenizer = BYTE_FLAGS if tool is preprocess_cli else []
     with pytest.raises((DataError, UsageError), match=named):
-        tool.main(["--input", str(corpus), *output.split(), *tokenizer, *words.split()])
+        tool.main(["--input", str(corpus), *output.split(), *tokenizer, *flags.split()])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -222,20 +222,20 @@ def test_run_tool(capsys: Capture, monkeypatch: Patch):
 
 
 def test_what_is_there_is_replaced_on_demand_only(corpus: Path, tmp_path: Path):
-    words = ["--input", str(corpus), "--output-prefix", str(tmp_path / "data"), *BYTE_FLAGS]
-    assert preprocess_cli.main(words) == 0
+    argv = ["--input", str(corpus), "--output-prefix", str(tmp_path / "data"), *BYTE_FLAGS]
+    assert preprocess_cli.main(argv) == 0
     before = (tmp_path / "data_text_document.bin").stat().st_mtime_ns
     with pytest.raises(DataError, match=r"data_text_document\.bin already exists; .*--overwrite"):
-        preprocess_cli.main(words)
-    assert preprocess_cli.main([*words, "--resume"]) == 0
+        preprocess_cli.main(argv)
+    assert preprocess_cli.main([*argv, "--resume"]) == 0
     assert (tmp_path / "data_text_document.bin").stat().st_mtime_ns == before
-    assert preprocess_cli.main([*words, "--overwrite"]) == 0
+    assert preprocess_cli.main([*argv, "--overwrite"]) == 0
     assert (tmp_path / "data_text_document.bin").stat().st_mtime_ns > before
-    words = ["--input", str(corpus), "--output", str(tmp_path / "bpe"), "--vocab-size", "300"]
-    tokenizer_training.main(words)
+    argv = ["--input", str(corpus), "--output", str(tmp_path / "bpe"), "--vocab-size", "300"]
+    tokenizer_training.main(argv)
     with pytest.raises(DataError, match=r"bpe already has a tokenizer"):
-        tokenizer_training.main(words)
-    tokenizer_training.main([*words, "--overwrite"])
+        tokenizer_training.main(argv)
+    tokenizer_training.main([*argv, "--overwrite"])
 
 
 @pytest.mark.parametrize("tool", sorted(path.stem for path in (ROOT / "tools").glob("*.py")))

@@ -47,8 +47,8 @@ def prefixes(run: Run, tmp_path: Path) -> list[str]:
     ]
 
 
-def _build(words: list[str], sizes: list[int], cache: Path, split: str = "900,50,50") -> Any:
-    return _build_blends(Blends(parse_blend(words, source="--data-path")), sizes, cache, split)
+def _build(blend: list[str], sizes: list[int], cache: Path, split: str = "900,50,50") -> Any:
+    return _build_blends(Blends(parse_blend(blend, source="--data-path")), sizes, cache, split)
 
 
 def _build_blends(blends: Blends, sizes: list[Any], cache: Path, *more: str) -> Any:
@@ -58,8 +58,8 @@ def _build_blends(blends: Blends, sizes: list[Any], cache: Path, *more: str) -> 
 
 def test_weights_are_honoured_within_one_sample_in_a_thousand(prefixes: list[str], tmp_path: Path):
     shares = [0.7, 0.2, 0.1]
-    words = [str(part) for pair in zip(shares, prefixes, strict=True) for part in pair]
-    built = _build(words, [5000, 10, 10], tmp_path / "cache")
+    blend = [str(part) for pair in zip(shares, prefixes, strict=True) for part in pair]
+    built = _build(blend, [5000, 10, 10], tmp_path / "cache")
     uses = [use for use in dataset_uses(built, sequence_length=LENGTH) if use.split == "train"]
     drawn = np.array([use.samples for use in uses])
     assert np.abs(drawn - np.array(shares) * drawn.sum()).max() <= drawn.sum() / 1000
@@ -124,11 +124,11 @@ def test_a_dataset_without_weights_that_is_shorter_than_a_sample(
     """With weights it is read repeatedly."""
     short = write_pair(run, tmp_path, "short", ["a" * LENGTH] * (10 if flags == "--split" else 1))
 
-    def build(words: list[str]) -> None:
+    def build(blend: list[str]) -> None:
         if flags == "--split":
-            _build(words, [100, 2, 0], tmp_path / "cache", split="900,100,0")
+            _build(blend, [100, 2, 0], tmp_path / "cache", split="900,100,0")
         else:
-            train, valid = (parse_blend(part, source="x") for part in (prefixes[:1], words))
+            train, valid = (parse_blend(part, source="x") for part in (prefixes[:1], blend))
             _build_blends(Blends(per_split=[train, valid, None]), [100, 2, 0], tmp_path / "cache")
 
     with pytest.raises(DataError, match=r"short_text_document' has 32 tokens for valid, but a sam"):
@@ -151,20 +151,20 @@ def test_datasets_without_weights_that_do_not_suffice(prefixes: list[str], tmp_p
         _build(prefixes, [100_000, 5, 5], tmp_path / "cache")
 
 
-def _all_samples(words: list[str], cache: Path) -> list[bytes]:
-    train = _build(words, [400, 5, 5], cache)[0]
+def _all_samples(blend: list[str], cache: Path) -> list[bytes]:
+    train = _build(blend, [400, 5, 5], cache)[0]
     return [train[number]["tokens"].numpy().tobytes() for number in range(len(train))]
 
 
 def test_caches_cut_short_by_a_crash_are_built_again(prefixes: list[str], tmp_path: Path):
-    cache, words = tmp_path / "cache", ["0.5", prefixes[0], "0.5", prefixes[1]]
-    expected = _all_samples(words, cache)
+    cache, blend = tmp_path / "cache", ["0.5", prefixes[0], "0.5", prefixes[1]]
+    expected = _all_samples(blend, cache)
     files = sorted(cache.glob("*.npy"))
     assert len(files) > 6
     for number, path in enumerate(files):
         body = path.read_bytes()
         path.write_bytes(body[: (0, 20, len(body) - 1)[number % 3]])
-    assert _all_samples(words, cache) == expected
+    assert _all_samples(blend, cache) == expected
     assert remove_unfinished(cache) == []
 
 
@@ -228,23 +228,23 @@ def test_a_pair_that_changes_while_it_is_read(
     assert "Traceback" not in text
 
 
-def _build_in_a_process(words: list[str], cache: Path, results: Any) -> None:
-    results.put(_all_samples(words, cache))
+def _build_in_a_process(blend: list[str], cache: Path, results: Any) -> None:
+    results.put(_all_samples(blend, cache))
 
 
 def test_two_jobs_that_start_at_once(prefixes: list[str], tmp_path: Path):
-    words = ["0.5", prefixes[0], "0.5", prefixes[1]]
+    blend = ["0.5", prefixes[0], "0.5", prefixes[1]]
     # Forked: Megatron is already imported, so that both reach the cache at the same time.
     context = multiprocessing.get_context("fork")
     results = context.Queue()
-    arguments = (words, tmp_path / "cache", results)
+    arguments = (blend, tmp_path / "cache", results)
     jobs = [context.Process(target=_build_in_a_process, args=arguments) for _ in range(2)]
     for job in jobs:
         job.start()
     both = [results.get(timeout=60) for _ in jobs]
     for job in jobs:
         job.join()
-    assert both[0] == both[1] == _all_samples(words, tmp_path / "alone")
+    assert both[0] == both[1] == _all_samples(blend, tmp_path / "alone")
 
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path):

@@ -26,9 +26,9 @@ def prefixes(run: Run, tmp_path: Path) -> list[str]:
 )
 def test_ranks_wait_for_an_index(tmp_path: Path, prefixes: list[str], kind: str):
     log = tmp_path / "log"
-    words = ["1", prefixes[0], "2", prefixes[1]] if kind == "a blend" else prefixes[:1]
+    blend = ["1", prefixes[0], "2", prefixes[1]] if kind == "a blend" else prefixes[:1]
     rank = int(kind == "slow on the second")
-    launch_calls(_wait, words, str(tmp_path / "cache"), rank, processes=2, log=log)
+    launch_calls(_wait, blend, str(tmp_path / "cache"), rank, processes=2, log=log)
     told = f"index in {tmp_path / 'cache'}, or waiting for another run or rank to do so: 1 s so far"
     assert told in log.read_text(encoding="utf-8")
 
@@ -37,7 +37,7 @@ def test_a_first_rank_that_fails_says_why_to_the_others(tmp_path: Path, prefixes
     launch_calls(_fail, prefixes, str(tmp_path / "c"), processes=2, log=tmp_path / "log")
 
 
-def _wait(words: list[str], cache: str, slow: int) -> None:
+def _wait(blend: list[str], cache: str, slow: int) -> None:
     """Build on a rank, then meet the other in a collective."""
     import torch
 
@@ -52,12 +52,12 @@ def _wait(words: list[str], cache: str, slow: int) -> None:
         return build(dataset)
 
     WatchedGPTDataset._build_document_sample_shuffle_indices = slowly  # type: ignore
-    samples = torch.tensor(len(_built(words, cache, rank)))
+    samples = torch.tensor(len(_built(blend, cache, rank)))
     torch.distributed.all_reduce(samples)
     assert int(samples) >= 40
 
 
-def _fail(words: list[str], cache: str) -> None:
+def _fail(blend: list[str], cache: str) -> None:
     from megatron_smlp.data.datasets import WatchedGPTDataset
 
     def refuses(dataset: Any) -> Any:
@@ -68,10 +68,10 @@ def _fail(words: list[str], cache: str) -> None:
     if rank == 0:
         WatchedGPTDataset._build_document_sample_shuffle_indices = refuses  # type: ignore
     with pytest.raises(DataError, match="no index today"):
-        _built(words, cache, rank)
+        _built(blend, cache, rank)
     WatchedGPTDataset._build_document_sample_shuffle_indices = build
     with pytest.raises(DataError, match="read once without weights"):  # also where none is read
-        _built(words, cache, rank, samples=10**6, reads=rank == 0)
+        _built(blend, cache, rank, samples=10**6, reads=rank == 0)
     time.sleep(2)  # rank 0 hosts the store
 
 
@@ -86,12 +86,12 @@ def _join() -> int:
 
 
 def _built(
-    words: list[str], cache: str, rank: int, *, samples: int = 20, reads: bool = True
+    blend: list[str], cache: str, rank: int, *, samples: int = 20, reads: bool = True
 ) -> Any:
     from megatron_smlp.data.blending import Blends, parse_blend
     from megatron_smlp.data.datasets import build_datasets
 
-    blends = Blends(parse_blend(words, source="x"))
+    blends = Blends(parse_blend(blend, source="x"))
     return build_datasets(
         [samples, 0, 0],
         config=dataset_config(blends, Path(cache), "1,0,0"),

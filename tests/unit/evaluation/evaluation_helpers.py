@@ -45,11 +45,11 @@ class Run:
 
 def trained(flags: str, tokenizer: Path, folder: Path) -> Run:
     """Train for a few steps in this process; return the run and its export."""
-    words = (
+    flags = (
         f"{flags} --tokenizer-type HuggingFaceTokenizer --tokenizer-model {tokenizer} "
         f"--save {folder / 'run'} --lr 3e-2 --init-method-std 0.2 --train-iters 3 --eval-iters 0"
     )
-    with pretrained(words):
+    with pretrained(flags):
         pass
     chosen = {"tokenizer_model": str(tokenizer), "checks": False}
     convert(torch_dist_to_hf, folder / "run", folder / "hf", **chosen)
@@ -72,11 +72,11 @@ def preprocessed(tokenizer: Path, folder: Path, texts: Sequence[str] = TEXTS) ->
 
     lines = [json.dumps({"text": text}) + "\n" for text in texts]
     (folder / "text.jsonl").write_text("".join(lines), encoding="utf-8")
-    words = (
+    argv = (
         f"--input {folder / 'text.jsonl'} --output-prefix {folder / 'text'} --append-eod "
         f"--workers 1 --tokenizer-type HuggingFaceTokenizer --tokenizer-model {tokenizer}"
     )
-    main(words.split())
+    main(argv.split())
     return folder / "text_text_document"
 
 

@@ -91,8 +91,8 @@ def test_two_processes_score_what_one_does(
     scores = f"--eval-tasks copa,piqa --eval-tasks-interval 2 --eval-tasks-data-dir {tasks}"
     runs = {}
     for kind, more in {"plain": "", "scored": scores}.items():
-        words = training("partial", tokenizer, tmp_path / f"{kind}-run")
-        runs[kind] = f"{base} {words} {LAYOUTS[layout]} {more}"
+        flags = training("partial", tokenizer, tmp_path / f"{kind}-run")
+        runs[kind] = f"{base} {flags} {LAYOUTS[layout]} {more}"
     probe = "1" if layout == "dp2" else ""  # are parameters gathered where they are read?
     launch(runs, processes=2, folder=tmp_path, GATHER_PROBE=probe)
     lines = records(tmp_path / "scored")
@@ -139,8 +139,8 @@ def _check_tensorboard(folder: Path, scored: list[dict[str, Any]]) -> None:
 )
 def test_wrong_flags_are_said_before_the_training(flags: str, said: str, tasks: Path):
     """The tokenizer of `pretrained` has no text."""
-    words = f"--architecture gmlp {flags.format(tasks=tasks)}"
-    with pytest.raises(UsageError, match=said), pretrained(words):
+    argv = f"--architecture gmlp {flags.format(tasks=tasks)}"
+    with pytest.raises(UsageError, match=said), pretrained(argv):
         pass
 
 
@@ -150,7 +150,7 @@ def test_a_task_that_cannot_be_scored_is_said_before_the_training(
     write_task(tmp_path, "writing", [("the model", [" mixes"])], GENERATING)
     select = partial(select_tasks, include_path=str(tmp_path))
     monkeypatch.setattr(during_training, "select_tasks", select)
-    words = f"{training('partial', tokenizer, tmp_path / 'run')} --eval-tasks writing"
-    with pytest.raises(UsageError, match="generate text"), pretrained(words):
+    flags = f"{training('partial', tokenizer, tmp_path / 'run')} --eval-tasks writing"
+    with pytest.raises(UsageError, match="generate text"), pretrained(flags):
         pass
     assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -24,7 +24,7 @@ def long_run(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 @pytest.mark.parametrize(
-    ("words", "named"),
+    ("flags", "named"),
     [
         ("--checkpoint {0}", "--tasks .* --data-path"),
         ("--hf {0} --tasks copa --seq-length 9", "--seq-length"),
@@ -36,9 +36,9 @@ def long_run(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
         ("--hf {0} --data-path x --output {0}/a/b", "--output {0}/a/b"),
     ],
 )
-def test_flags_that_do_not_go_together(tmp_path: Path, words: str, named: str):
+def test_flags_that_do_not_go_together(tmp_path: Path, flags: str, named: str):
     with pytest.raises(UsageError, match=named.format(tmp_path)):
-        cli.parse(words.format(tmp_path).split())
+        cli.parse(flags.format(tmp_path).split())
 
 
 def test_what_an_exported_folder_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -51,11 +51,11 @@ def folder(
     made: Path = tmp_path_factory.mktemp("layouts")
 
     def command(system: str, layout: str, flags: str) -> list[str]:
-        words = (
+        argv = (
             f"--checkpoint {made}/{system} --tasks copa,piqa --data-dir {tasks} "
             f"--samples {made}/{system}/{layout}.jsonl {flags}"
         )
-        return words.split()
+        return argv.split()
 
     for system, flags in SYSTEMS.items():
         text = f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {tokenizer}"

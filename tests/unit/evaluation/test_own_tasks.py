@@ -104,8 +104,8 @@ def test_only_exported_models_write(model: Any, own: Path, tasks: Path):
         scored(model, own, tasks, "copa", "endless")
 
 
-def evaluate(words: str) -> None:
-    cli.evaluate(*cli.parse(words.split()))
+def evaluate(flags: str) -> None:
+    cli.evaluate(*cli.parse(flags.split()))
 
 
 def test_files_have_what_was_scored_before_a_failure(
@@ -122,12 +122,12 @@ def test_files_have_what_was_scored_before_a_failure(
     write_task(tmp_path, "some", DOCUMENTS)
     files = {kind: tmp_path / f"results.{kind}" for kind in ("json", "jsonl")}
     files["json"].write_text("of an earlier evaluation", encoding="utf-8")
-    words = (
+    flags = (
         f"--hf {run.exported} --data-dir {tasks} --output {files['json']} "
         f"--samples {files['jsonl']} --device cpu"
     )
     with pytest.raises(ZeroDivisionError):
-        evaluate(f"{words} --include-path {tmp_path} --tasks copa,some,fails")
+        evaluate(f"{flags} --include-path {tmp_path} --tasks copa,some,fails")
     written = json.loads(files["json"].read_text(encoding="utf-8"))
     assert [*written["results"]] == ["copa", "some"]
     assert len(files["jsonl"].read_text(encoding="utf-8").splitlines()) == EXAMPLES + len(DOCUMENTS)

@@ -77,8 +77,8 @@ def test_a_tokenizer_that_begins_texts_begins_them_for_both(tokenizer: Path, tmp
 
 def test_one_checkpoint_of_a_run_without_its_tracker(tokenizer: Path, tmp_path: Path):
     """Without a tracker file, Megatron would start from random weights."""
-    words = f"{SIZES} {OTHERS[0]} --save-interval 2"
-    run = trained(words, tokenizer, tmp_path).checkpoint
+    argv = f"{SIZES} {OTHERS[0]} --save-interval 2"
+    run = trained(argv, tokenizer, tmp_path).checkpoint
     pairs = scoring_cases()[:3]
 
     def scores(*flags: str, folder: Path = run) -> list[float]:

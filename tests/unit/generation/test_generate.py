@@ -42,8 +42,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return made
 
 
-def lines(words: list[str], capsys: pytest.CaptureFixture[str]) -> list[str]:
-    cli.main(words)
+def lines(argv: list[str], capsys: pytest.CaptureFixture[str]) -> list[str]:
+    cli.main(argv)
     return capsys.readouterr().out.splitlines()
 
 
@@ -57,9 +57,9 @@ def test_a_checkpoint_says_what_its_export_says(
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert {name: ours[name].dtype for name in ours} == {n: t.dtype for n, t in theirs.items()}
-    words = ["--prompt", "5 17 3", "--max-new-tokens", "6", *GREEDY]
-    [said] = lines([*models[0], *words], capsys)
-    assert lines([*models[1], *words], capsys) == [said]
+    argv = ["--prompt", "5 17 3", "--max-new-tokens", "6", *GREEDY]
+    [said] = lines([*models[0], *argv], capsys)
+    assert lines([*models[1], *argv], capsys) == [said]
     tokens = [int(word) for word in said.split()]
     assert tokens[:3] == [5, 17, 3]
     assert len(tokens) == 9
@@ -138,10 +138,10 @@ def test_a_seed_repeats_and_samples_differ(folder: Path, capsys: pytest.CaptureF
 
 
 def test_beams_are_as_many_as_were_asked_for(folder: Path, capsys: pytest.CaptureFixture[str]):
-    words = ["--hf", str(folder), "--max-new-tokens", "6", "--prompt", "the file"]
-    found = lines([*words, "--num-beams", "3", "--num-samples", "2"], capsys)
+    argv = ["--hf", str(folder), "--max-new-tokens", "6", "--prompt", "the file"]
+    found = lines([*argv, "--num-beams", "3", "--num-samples", "2"], capsys)
     assert len(found) == 2
-    assert found[0] not in lines([*words, *GREEDY], capsys)
+    assert found[0] not in lines([*argv, *GREEDY], capsys)
 
 
 def test_lines_of_a_pipe_are_a_conversation(
@@ -156,7 +156,7 @@ def test_lines_of_a_pipe_are_a_conversation(
 
 
 @pytest.mark.parametrize(
-    ("words", "named"),
+    ("flags", "named"),
     [
         ("", "--checkpoint"),
         ("--hf {0} --checkpoint {0}", "--checkpoint"),
@@ -181,10 +181,10 @@ def test_lines_of_a_pipe_are_a_conversation(
         ("--hf {0} --prompt a --tokenizer-type NullTokenizer --vocab-size 9", "do not belong"),
     ],
 )
-def test_bad_input_is_one_line(folder: Path, tmp_path: Path, words: str, named: str):
+def test_bad_input_is_one_line(folder: Path, tmp_path: Path, flags: str, named: str):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
     (tmp_path / "half.jsonl").write_text('{"prompt": "\\ud83d"}\n')
     (tmp_path / "blank.txt").write_text(" \n\n")
     with pytest.raises(UserError, match=named) as caught:
-        cli.main(words.format(folder, tmp_path).split())
+        cli.main(flags.format(folder, tmp_path).split())
     assert "\n" not in str(caught.value)

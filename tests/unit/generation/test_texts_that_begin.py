@@ -29,8 +29,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def loaded(folder: Path, *words: str) -> LanguageModel:
-    return load(cli.build_parser().parse_args(["--hf", str(folder), *words]))
+def loaded(folder: Path, *argv: str) -> LanguageModel:
+    return load(cli.build_parser().parse_args(["--hf", str(folder), *argv]))
 
 
 @pytest.fixture(scope="module")

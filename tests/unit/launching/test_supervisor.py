@@ -28,7 +28,7 @@ from pathlib import Path
 folder = Path(__file__).parent
 plan = json.loads((folder / "plan.json").read_text())
 number = len(list(folder.glob("start*")))
-start = {"words": sys.argv[1:], "cause": os.environ.get("SMLP_RESTART")}
+start = {"argv": sys.argv[1:], "cause": os.environ.get("SMLP_RESTART")}
 (folder / f"start{number}").write_text(json.dumps(start))
 code, iteration = plan[min(number, len(plan) - 1)]
 if iteration:
@@ -53,8 +53,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
 
     def supervise(*plan: tuple[int, int], save: bool = True) -> int:
         (tmp_path / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
-        words = ["train.py", *(["--save", str(tmp_path / "save")] if save else [])]
-        return Supervisor(read({}, several=False), words).run()
+        argv = ["train.py", *(["--save", str(tmp_path / "save")] if save else [])]
+        return Supervisor(read({}, several=False), argv).run()
 
     return supervise
 
@@ -67,29 +67,29 @@ def starts(folder: Path) -> list[dict[str, object]]:
 def test_a_run_that_is_over_is_over(run: Callable[..., int], tmp_path: Path):
     assert run((0, 5)) == 0
     (start,) = starts(tmp_path)
-    words = start["words"]
-    assert isinstance(words, list)
-    assert words[0] == "agent"
-    assert "--shutdown-timeout=600" in words
-    assert words[-2:] == ["--distributed-timeout-minutes", "2"]
+    argv = start["argv"]
+    assert isinstance(argv, list)
+    assert argv[0] == "agent"
+    assert "--shutdown-timeout=600" in argv
+    assert argv[-2:] == ["--distributed-timeout-minutes", "2"]
 
 
 def test_a_run_is_handed_its_whole_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Plugins too: other commands load them, but here the ranks do."""
     plugin = tmp_path / "own.py"
     plugin.touch()
-    words = ["train.py", "--plugin", str(plugin), "--allow-other-plugin", "--lr", "1"]
+    flags = ["train.py", "--plugin", str(plugin), "--allow-other-plugin", "--lr", "1"]
     found: list[list[str]] = []
     monkeypatch.setattr(Supervisor, "run", lambda self: found.append(self.argv))
-    monkeypatch.setattr(sys, "argv", ["launch.py", "one-node", *words])
+    monkeypatch.setattr(sys, "argv", ["launch.py", "one-node", *flags])
     with pytest.raises(SystemExit, match=r"^0$"):
         commands.launch()
-    assert found == [[*words, "--distributed-timeout-minutes", "2"]]
+    assert found == [[*flags, "--distributed-timeout-minutes", "2"]]
 
 
 def test_a_limit_of_waiting_is_the_checkpoints_where_its_flags_are_taken():
-    words = ["train.py", "--use-checkpoint-args"]
-    assert Supervisor(read({}, several=False), words).argv == words
+    flags = ["train.py", "--use-checkpoint-args"]
+    assert Supervisor(read({}, several=False), flags).argv == flags
 
 
 def test_a_closed_terminal_is_nothing_to_a_run_under_nohup(monkeypatch: pytest.MonkeyPatch):
@@ -159,8 +159,8 @@ def test_a_warning_before_anything_new_is_saved_is_the_last_one(
 
     saved(5)
     monkeypatch.setattr(Supervisor, "_run_agent", warned)
-    words = ["train.py", "--save", str(tmp_path / "save")]
-    assert Supervisor(read({}, several=False), words).run() == expected
+    argv = ["train.py", "--save", str(tmp_path / "save")]
+    assert Supervisor(read({}, several=False), argv).run() == expected
 
 
 def test_a_checkpoint_that_is_older_is_no_progress(tmp_path: Path):
@@ -181,10 +181,10 @@ def test_where_a_run_saves(tmp_path: Path):
     assert given("--save", ["--save", "a", "--save", "b"]) == "b"
     assert given("--save", ["--config", str(config), "--no-save"]) is None
     config.write_text("load: old\nuse_checkpoint_args: true\n", encoding="utf-8")
-    for words in (["--load", "old", "--use-checkpoint-args"], ["--config", str(config)]):
-        assert Failures(words).folder == Path("old")
-        assert Failures([*words, "--finetune"]).folder is None
-        assert Failures([*words, "--no-save"]).folder is None
+    for argv in (["--load", "old", "--use-checkpoint-args"], ["--config", str(config)]):
+        assert Failures(argv).folder == Path("old")
+        assert Failures([*argv, "--finetune"]).folder is None
+        assert Failures([*argv, "--no-save"]).folder is None
     assert Failures(["--config", str(config), "--no-use-checkpoint-args"]).folder is None
 
 
@@ -268,11 +268,11 @@ def test_whoever_waits_is_told_that_a_run_is_over(tmp_path: Path, kind: str):
     rank.write_text(RANK, encoding="utf-8")
 
     def started(what: str, machines: int) -> list[subprocess.Popen[bytes]]:
-        words = [*launch, "several-nodes", str(rank), what, "--save", str(tmp_path / "save")]
+        argv = [*launch, "several-nodes", str(rank), what, "--save", str(tmp_path / "save")]
         with (tmp_path / "said").open("w", encoding="utf-8") as said:
             return [
                 subprocess.Popen(
-                    words, env=clean_environment(**variables, NODE_RANK=str(number)), stderr=said
+                    argv, env=clean_environment(**variables, NODE_RANK=str(number)), stderr=said
                 )
                 for number in range(machines)
             ]

@@ -28,7 +28,7 @@ def hopper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("words", "capability", "given", "expected"),
+    ("flags", "capability", "given", "expected"),
     [
         (TP_2, "9.0", None, "1"),
         ("--tensor-model-parallel-size=16", "", None, "1"),
@@ -45,7 +45,7 @@ def test_one_connection_where_megatron_needs_it(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     hopper: Path,
-    words: str,
+    flags: str,
     capability: str,
     given: str | None,
     expected: str | None,
@@ -57,7 +57,7 @@ def test_one_connection_where_megatron_needs_it(
     (hopper / "nvidia-smi").write_text(f"#!/bin/sh\necho '{capability}'\n")
     monkeypatch.chdir(tmp_path)
     environment = {} if given is None else {CONNECTIONS: given}
-    limit_connections(words.split(), environment)
+    limit_connections(flags.split(), environment)
     assert environment.get(CONNECTIONS) == expected
 
 
@@ -73,8 +73,8 @@ def test_a_size_that_only_a_checkpoint_names(
 
 def test_launchers_tell_their_ranks(monkeypatch: pytest.MonkeyPatch, hopper: Path):
     monkeypatch.delenv(CONNECTIONS, raising=False)
-    for words, expected in ((TP_2, "1"), ("", None)):
-        launcher = Supervisor(read({}, several=False), ["train.py", *words.split()])
+    for flags, expected in ((TP_2, "1"), ("", None)):
+        launcher = Supervisor(read({}, several=False), ["train.py", *flags.split()])
         assert launcher.environment.get(CONNECTIONS) == expected
 
 

@@ -203,6 +203,6 @@ def _train_apart(folder: str) -> None:
 
     tiny_attention.attend = apart  # type: ignore[assignment]
     TinyAttention.__init__ = made  # type: ignore[assignment,method-assign]
-    words = "--architecture amlp --tensor-model-parallel-size 2 --init-method-std 0.5"
-    main([*MINIMAL.split(), *words.split(), "--log-dir", folder])
+    flags = "--architecture amlp --tensor-model-parallel-size 2 --init-method-std 0.5"
+    main([*MINIMAL.split(), *flags.split(), "--log-dir", folder])
     torch.save([head.linear_qkv.weight.detach() for head in heads], Path(folder, f"{rank}.pt"))

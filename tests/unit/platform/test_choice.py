@@ -42,7 +42,7 @@ def test_without_a_device_there_is_nothing_to_say(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize(
-    ("words", "hides"),
+    ("flags", "hides"),
     [
         ("--platform cpu", True),
         ("--lr 1 --platform=cpu --bf16", True),
@@ -53,11 +53,11 @@ def test_without_a_device_there_is_nothing_to_say(tmp_path: Path, monkeypatch: p
     ],
 )
 def test_the_command_line_or_a_file_hides_the_gpus(
-    words: str, hides: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    flags: str, hides: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     (tmp_path / "cpu.yaml").write_text("platform: cpu", encoding="utf-8")
     monkeypatch.setenv(choice.VISIBLE, "0,1")
     monkeypatch.setattr(pretrain_smlp, "end_with_agent", lambda: sys.exit(9))
     with pytest.raises(SystemExit):
-        pretrain_smlp.main(words.format(file=tmp_path / "cpu.yaml").split())
+        pretrain_smlp.main(flags.format(file=tmp_path / "cpu.yaml").split())
     assert os.environ[choice.VISIBLE] == ("" if hides else "0,1")

@@ -107,19 +107,19 @@ def test_a_switch_that_is_on_can_be_put_off(parse: Callable[..., Any], tmp_path:
     plugin_files.load(written(tmp_path, text))
     config = tmp_path / "config.yaml"
     config.write_text("sharp: false\n", encoding="utf-8")
-    words = ("", "--no-sharp", f"--config {config}", f"--config {config} --sharp")
-    found = [parse(f"--architecture gated_conv {more}").sharp for more in words]
+    flags = ("", "--no-sharp", f"--config {config}", f"--config {config} --sharp")
+    found = [parse(f"--architecture gated_conv {more}").sharp for more in flags]
     assert found == [True, False, False, True]
 
 
 def test_layers_of_the_package_bring_their_flags(parse: Callable[..., Any]):
     """A custom layer order has spatial gating, but nothing else of a sparse all-MLP."""
     plugin_files.load(str(REPOSITORY / "plugins" / "alternating.py"))
-    words = "--architecture alternating --num-attention-heads 4"
-    args = parse(f"{words} --spatial-heads 4 --toeplitz")
+    flags = "--architecture alternating --num-attention-heads 4"
+    args = parse(f"{flags} --spatial-heads 4 --toeplitz")
     assert (args.spatial_heads, args.toeplitz) == (4, True)
     with pytest.raises(UsageError, match="--num-feature-experts 2 is for --architecture smlp, not"):
-        parse(f"{words} --num-feature-experts 2")
+        parse(f"{flags} --num-feature-experts 2")
 
 
 @pytest.mark.parametrize(
@@ -195,13 +195,13 @@ def test_flags_and_configurations_name_them():
     assert list(plugin_texts.LOADED) == ["gated_conv", "threshold"]
 
 
-@pytest.mark.parametrize(("key", "words"), [("plugin: null", []), ("", ["--no-plugin"])])
-def test_a_key_that_is_undone_names_none(key: str, words: list[str], tmp_path: Path):
+@pytest.mark.parametrize(("key", "flags"), [("plugin: null", []), ("", ["--no-plugin"])])
+def test_a_key_that_is_undone_names_none(key: str, flags: list[str], tmp_path: Path):
     config = tmp_path / "config.yaml"
     text = f"include: {REPOSITORY / 'plugins/gated_conv.yaml'}\narchitecture: gmlp\n{key}\n"
     config.write_text(text, encoding="utf-8")
     argv = ["--config", str(config)]
-    assert plugin_files.load_named([*argv, *words]) == argv
+    assert plugin_files.load_named([*argv, *flags]) == argv
     assert not plugin_texts.LOADED
 
 

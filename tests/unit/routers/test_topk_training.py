@@ -25,14 +25,14 @@ def biases(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_training_moves_the_bias_against_the_load(tmp_path: Path):
     """By its rate in each step, in fp32 even in a bf16 model; and a resume continues with it."""
-    words = f"{BIASED} --moe-router-bias-update-rate 0.01 --bf16 --log-interval 1"
-    with pretrained(f"{words} --save {tmp_path} --train-iters 1"):
+    flags = f"{BIASED} --moe-router-bias-update-rate 0.01 --bf16 --log-interval 1"
+    with pretrained(f"{flags} --save {tmp_path} --train-iters 1"):
         pass
     before = dict.fromkeys(biases(tmp_path), torch.zeros(4))
     assert len(before) == 4
     for iteration in (1, 2):
         if iteration == 2:
-            with pretrained(f"{words} --save {tmp_path} --train-iters 2"):
+            with pretrained(f"{flags} --save {tmp_path} --train-iters 2"):
                 pass
         line = [line["routers"] for line in records(tmp_path) if "routers" in line][-1]
         after = biases(tmp_path)

@@ -422,17 +422,17 @@ def test_a_client_that_goes_away_frees_its_place(lm: LanguageModel, streams: boo
 
 
 @pytest.mark.parametrize(
-    "words", ["--port 99999", "--host 203.0.113.1", "--api-key=", "--max-waiting 0"]
+    "flags", ["--port 99999", "--host 203.0.113.1", "--api-key=", "--max-waiting 0"]
 )
-def test_bad_flags_are_refused(folder: Path, words: str):
-    with pytest.raises(UserError, match=words.split()[0].strip("=")):
-        cli.main(["--hf", str(folder), *words.split()])
+def test_bad_flags_are_refused(folder: Path, flags: str):
+    with pytest.raises(UserError, match=flags.split()[0].strip("=")):
+        cli.main(["--hf", str(folder), *flags.split()])
 
 
 def test_its_flags_are_heeded_and_ctrl_c_ends_it_cleanly(folder: Path):
-    words = ["--port", "0", "--api-key", "k", "--model-name", "m", "--max-body-bytes", "500"]
+    argv = ["--port", "0", "--api-key", "k", "--model-name", "m", "--max-body-bytes", "500"]
     server = subprocess.Popen(
-        [sys.executable, "tools/serve.py", "--hf", str(folder), *words],
+        [sys.executable, "tools/serve.py", "--hf", str(folder), *argv],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -31,9 +31,9 @@ def test_gpu_hours_and_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     state = state_of(path, runs=tmp_path / "runs")
     system = state.systems["transformer"]
     costs = estimate(system.flags | {"vocab_size": 8_000_000, "world_size": 2})
-    row = next(words for words in lines if words[:1] == ["transformer"] and len(words) == 5)
+    row = next(cells for cells in lines if cells[:1] == ["transformer"] and len(cells) == 5)
     tokens = int(row[3].replace(",", ""))
-    [priced] = [words for words in lines if words[:1] == ["transformer"] and "GiB" in words]
+    [priced] = [cells for cells in lines if cells[:1] == ["transformer"] and "GiB" in cells]
     # Training: 3 forward passes of this many tokens; an evaluation: one of 20 batches of 8 samples;
     # all at half of 1e-4 TFLOP/s.
     evaluated = tokens * 20 / Calendar.of(state.study, system).evaluation
@@ -72,7 +72,7 @@ def test_the_papers_commands_can_start(
     for run in {run.end: run for run in runs}.values():
         flags = tmp_path / "flags.yaml"
         flags.write_text(yaml.safe_dump(dict(run.flags)), encoding="utf-8")
-        words = "--mock-data --tokenizer-type NullTokenizer --vocab-size 50257"
-        args = parse(f"--config {flags} {words}", base="")
+        argv = "--mock-data --tokenizer-type NullTokenizer --vocab-size 50257"
+        args = parse(f"--config {flags} {argv}", base="")
     args.rank = 0
     assert built_parameters(args, monkeypatch) == expected_parameters(args, stage=0)

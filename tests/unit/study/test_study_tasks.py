@@ -48,14 +48,14 @@ def test_the_lowest_of_the_longest_runs_is_exported(
     known: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     pretend(known, loss_of)  # the lowest of switch is seed 11's
-    words = ["--systems", "switch", "--save", str(tmp_path / "models"), "--license", "cc0-1.0"]
+    argv = ["--systems", "switch", "--save", str(tmp_path / "models"), "--license", "cc0-1.0"]
     with pytest.raises(UsageError, match="switch has no checkpoint at the longest horizon"):
-        cli.main(study_argv("export", tmp_path, *words))
+        cli.main(study_argv("export", tmp_path, *argv))
     for run in known.plan().runs:
         iteration_folder(known.folder_of(run) / CHECKPOINTS, run.end).mkdir(parents=True)
     asked: list[list[str]] = []
     monkeypatch.setattr(convert, "main", asked.append)
-    assert cli.main(study_argv("export", tmp_path, *words)) == 0
+    assert cli.main(study_argv("export", tmp_path, *argv)) == 0
     [[_, load, _, save, *rest]] = asked
     [best] = [r for r in known.plan().runs if known.folder_of(r) / CHECKPOINTS == Path(load)]
     assert (best.system, best.seed, best.horizon) == ("switch", 11, known.study.longest)

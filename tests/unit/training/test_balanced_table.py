@@ -24,14 +24,14 @@ def test_a_run_balances_by_its_own_data(tmp_path: Path, capfd: pytest.CaptureFix
         lengths=np.full(300, 20, dtype=np.int32),
         sequences_per_document=np.ones(300, dtype=np.int32),
     )
-    words = (
+    flags = (
         "--architecture gmlp --token-router hash --num-experts 4 --hash-table balanced "
         f"--save {tmp_path}/run"
     )
     base = MINIMAL.replace("--mock-data", f"--data-path {prefix} --split 80,15,5")
     expected = balanced_table(np.bincount(ids, minlength=100), num_experts=4)
     for steps, said in ((2, "balanced table"), (4, "the checkpoint's table")):
-        with pretrained(f"{words} --train-iters {steps}", base=base):
+        with pretrained(f"{flags} --train-iters {steps}", base=base):
             assert f"token MoE (hash, {said}), experts: 4" in capfd.readouterr().out
         tensors = checkpoint_tensors(tmp_path / "run", steps)
         tables = [value for name, value in tensors.items() if name.endswith("router.table")]

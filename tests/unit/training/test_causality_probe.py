@@ -105,11 +105,11 @@ def test_a_parameter_of_which_a_plugin_takes_the_logarithm(tmp_path: Path, init:
 
 def test_a_run_that_goes_on_is_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Its first start was; what it loads does not tell one mixer from another."""
-    words = f"{GMLP} --save {tmp_path} --train-iters 4"
-    with pretrained(f"{words} --exit-interval 2"):
+    flags = f"{GMLP} --save {tmp_path} --train-iters 4"
+    with pretrained(f"{flags} --exit-interval 2"):
         pass
     monkeypatch.setattr(SpatialGating, "forward", peeking(SpatialGating.forward, layer=1))
-    with pretrained(words):
+    with pretrained(flags):
         assert [line["iteration"] for line in records(tmp_path) if "loss" in line] == [1, 2, 3, 4]
 
 
@@ -130,7 +130,7 @@ def _refused(folder: str) -> None:
 
     forward = SpatialGating.forward
     SpatialGating.forward = peeking(forward, layer=2)
-    words = f"{MINIMAL} {GMLP} --tensor-model-parallel-size 2 --sequence-parallel"
+    flags = f"{MINIMAL} {GMLP} --tensor-model-parallel-size 2 --sequence-parallel"
     with pytest.raises(UsageError) as error:
-        main(words.split())
+        main(flags.split())
     Path(folder, os.environ["RANK"]).write_text(str(error.value))

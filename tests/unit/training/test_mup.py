@@ -33,13 +33,13 @@ class Start(Listener):
         }
 
 
-def start(words: str) -> Start:
+def start(flags: str) -> Start:
     from pretrain_smlp import patched_arguments, train
 
     seen = Start()
     prepare_megatron()
     try:
-        train(patched_arguments([*MINIMAL.split(), *words.split()]), listeners=[seen])
+        train(patched_arguments([*MINIMAL.split(), *flags.split()]), listeners=[seen])
         return seen
     finally:
         forget_run()
@@ -69,7 +69,7 @@ def test_hidden_matrices_have_a_lower_rate(scaled: Start, plain: Start):
 
 
 @pytest.mark.parametrize(
-    "words",
+    "flags",
     [
         "--architecture amlp --use-mup --mup-base-hidden-size 8",
         f"{SCALED} --token-router switch --num-experts 2",
@@ -79,9 +79,9 @@ def test_hidden_matrices_have_a_lower_rate(scaled: Start, plain: Start):
         f"{TRANSFORMER} --use-mup",
     ],
 )
-def test_it_is_for_dense_transformers_and_adam(parse: Callable[..., Any], words: str):
+def test_it_is_for_dense_transformers_and_adam(parse: Callable[..., Any], flags: str):
     with pytest.raises(UsageError, match="--use-mup"):
-        parse(words)
+        parse(flags)
 
 
 def test_an_export_is_refused(tmp_path: Path):

@@ -20,7 +20,7 @@ from megatron_smlp.training.slow_hosts import LINES, OwnPart, SlowHosts, _Streak
 from megatron_smlp.training.speed import StepClock
 
 
-def fail_at(iteration: int, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def fail_at(iteration: int, flags: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run support/checkpoints.py's training until it crashes at this iteration."""
 
     def reached(self: SaveLease, done: int) -> None:
@@ -29,7 +29,7 @@ def fail_at(iteration: int, words: str, monkeypatch: pytest.MonkeyPatch) -> None
 
     with monkeypatch.context() as patched:
         patched.setattr(SaveLease, "reached", reached)
-        with pytest.raises(RuntimeError, match="a device is gone"), pretrained(f"{RUN} {words}"):
+        with pytest.raises(RuntimeError, match="a device is gone"), pretrained(f"{RUN} {flags}"):
             pass
 
 
@@ -179,9 +179,9 @@ def _train_slowly(folder: str) -> None:
         return get_batch(*args)
 
     forward.next_batch = slow
-    words = MINIMAL.replace("--micro-batch-size 2", "--micro-batch-size 1")
-    words += " --distributed-timeout-minutes 7"
-    main([*words.split(), *["--architecture", "gmlp", "--log-interval", "1", "--log-dir"], folder])
+    flags = MINIMAL.replace("--micro-batch-size 2", "--micro-batch-size 1")
+    flags += " --distributed-timeout-minutes 7"
+    main([*flags.split(), *["--architecture", "gmlp", "--log-interval", "1", "--log-dir"], folder])
 
 
 def test_building_the_datasets_is_in_no_steps_time(monkeypatch: pytest.MonkeyPatch):

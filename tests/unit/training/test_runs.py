@@ -225,8 +225,8 @@ def test_weights_and_biases_get_the_loss_without_a_folder_for_tensorboard(
     wandb.teardown()  # a session started by another test has already read the environment
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    words = f"{GMLP} --eval-interval 2 --wandb-project p --wandb-exp-name n --save {tmp_path}"
-    with pretrained(words):
+    flags = f"{GMLP} --eval-interval 2 --wandb-project p --wandb-exp-name n --save {tmp_path}"
+    with pretrained(flags):
         wandb.finish()
     (file,) = tmp_path.glob("wandb/wandb/offline-run-*/run-*.wandb")
     sent = file.read_bytes()

@@ -40,8 +40,8 @@ def test_training_has_the_tokenizer_of_the_data(files: str, parse: Callable[...,
     """The preprocessing tool's identity, the same ids, and the same end of document."""
     from megatron.training import get_tokenizer
 
-    words = f"--architecture gmlp --tokenizer-type GPT2BPETokenizer {files}"
-    args = parse(words)
+    argv = f"--architecture gmlp --tokenizer-type GPT2BPETokenizer {files}"
+    args = parse(argv)
     flags = dict(zip(files.split()[::2], files.split()[1::2], strict=True))
     spec = TokenizerSpec(
         tokenizer_type="GPT2BPETokenizer",
@@ -76,9 +76,9 @@ def test_the_tokenizer_is_read_for_the_first_save_alone(
 
 def test_checkpoints_name_the_files_of_the_user(files: str, tmp_path: Path) -> None:
     """The folder is gone after the run: generation, evaluation and export look for the files."""
-    words = f"--architecture gmlp --tokenizer-type GPT2BPETokenizer {files}"
+    flags = f"--architecture gmlp --tokenizer-type GPT2BPETokenizer {files}"
     base = " ".join(MINIMAL.split()).replace("--tokenizer-type NullTokenizer --vocab-size 100", "")
-    with pretrained(f"{words} --save {tmp_path / 'run'}", base=base):
+    with pretrained(f"{flags} --save {tmp_path / 'run'}", base=base):
         pass
     checkpoint = TorchDistCheckpoint(tmp_path / "run")
     recorded = TokenizerSpec.from_arguments(checkpoint.args)

@@ -52,11 +52,11 @@ def test_more_pairs_than_the_limit_of_open_files(tmp_path: Path):
 @pytest.mark.parametrize("order", ["single", "cyclic"])
 def test_validations_of_one_run_and_of_its_continuation(tmp_path: Path, order: str):
     """The weights stay fixed, so that the loss depends on the samples only."""
-    words = f"{RUN} --save {tmp_path} --dataloader-type {order}"
-    with pretrained(f"{words} --train-iters 6"):
+    flags = f"{RUN} --save {tmp_path} --dataloader-type {order}"
+    with pretrained(f"{flags} --train-iters 6"):
         first = validations(tmp_path)
     assert len(first) == 3
-    with pretrained(f"{words} --train-iters 10"):
+    with pretrained(f"{flags} --train-iters 10"):
         every = validations(tmp_path)
     assert len(every) == 5
     losses = [line["loss"] for line in records(tmp_path) if "loss" in line]
@@ -72,11 +72,11 @@ def test_validations_of_one_run_and_of_its_continuation(tmp_path: Path, order: s
 
 def test_a_checkpoint_is_evaluated_without_training(tmp_path: Path):
     """Also by a complete run, which would otherwise have nothing left to do."""
-    words = f"--architecture gmlp --eval-iters 2 --log-interval 1 --train-iters 3 --save {tmp_path}"
-    with pretrained(f"{words} --lr 1e-1 --save-interval 2"):
+    flags = f"--architecture gmlp --eval-iters 2 --log-interval 1 --train-iters 3 --save {tmp_path}"
+    with pretrained(f"{flags} --lr 1e-1 --save-interval 2"):
         pass
     before = records(tmp_path)
-    with pretrained(f"{words} --skip-train"):
+    with pretrained(f"{flags} --skip-train"):
         pass
     added = records(tmp_path)[len(before) :]
     assert not any("loss" in line for line in added)
@@ -87,7 +87,7 @@ def test_a_checkpoint_is_evaluated_without_training(tmp_path: Path):
     losses = [line["validation_loss"] for line in (*trained, *again)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
     whole = records(tmp_path)
-    with pretrained(f"{words} --skip-train --ckpt-step 2"):
+    with pretrained(f"{flags} --skip-train --ckpt-step 2"):
         pass
     assert records(tmp_path) == whole, "steps behind an earlier checkpoint stay"
 
@@ -136,14 +136,14 @@ def test_each_of_several_validation_sets_has_its_own_numbers(tmp_path: Path, nam
         for name, documents, vocab_size in (("train", 300, 2), ("a", 10, 2), ("b", 10, 99))
     )
     names = ("books", "web") if named else ("0", "1")
-    words = (
+    flags = (
         f"--architecture gmlp --token-router base --num-experts 4 --lr 3e-2 "
         f"--train-iters 6 --train-data-path {train} --valid-data-path {narrow} {wide} "
         f"{how} --multiple-validation-sets --eval-micro-batch-size 1 "
         f"--log-dir {tmp_path} "
     )
-    words += "--validation-set-names books web" if named else ""
-    with pretrained(words, base=MINIMAL.replace("--mock-data", "")):
+    flags += "--validation-set-names books web" if named else ""
+    with pretrained(flags, base=MINIMAL.replace("--mock-data", "")):
         pass
     lines = [line for line in records(tmp_path) if "loss" not in line]
     if how == "--eval-iters 0":

@@ -87,16 +87,16 @@ def test_split_and_merge_give_the_pair_back(prefix: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "words",
+    "flags",
     [
         *("sample {} --count -1", "sample {} --max-tokens 0"),
         *(f"split {{}} --weights {shares}" for shares in ("nan", "0 0", "1 -1", "1 1 1 1")),
     ],
 )
-def test_numbers_that_mean_nothing(prefix: str, tmp_path: Path, words: str):
+def test_numbers_that_mean_nothing(prefix: str, tmp_path: Path, flags: str):
     before = sorted(tmp_path.iterdir())
-    with pytest.raises((DataError, UsageError), match=words.split()[2]):
-        inspect_cli.main(words.format(prefix).split())
+    with pytest.raises((DataError, UsageError), match=flags.split()[2]):
+        inspect_cli.main(flags.format(prefix).split())
     assert sorted(tmp_path.iterdir()) == before
 
 

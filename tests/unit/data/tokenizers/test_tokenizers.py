@@ -298,8 +298,8 @@ def test_a_tokenizer_learns_from_so_many_bytes(tmp_path: Path):
         for limit in ("limited", "all"):
             size = len(start.encode()) if limit == "limited" else 10**9
             folder = tmp_path / f"{name}-{limit}"
-            words = f"--input {source} --output {folder} --vocab-size 260 --max-bytes {size}"
-            train_tokenizer_cli.main(words.split())
+            flags = f"--input {source} --output {folder} --vocab-size 260 --max-bytes {size}"
+            train_tokenizer_cli.main(flags.split())
             learned.append((folder / "tokenizer.json").read_bytes())
     assert learned[0] == learned[1] == learned[2] != learned[3]
 
