@@ -59,8 +59,8 @@ class StepAgreement:
         nonfinite = self.pop_nonfinite()
         if nonfinite is not None:
             numbers[0] = (torch.distributed.get_rank() + 1) * nonfinite
-        is_signalled = get_signal_handler()._signal_received
-        numbers[1].fill_(1 if is_signalled else 2 * self._is_late())
+        if get_signal_handler()._signal_received or self._is_late():
+            numbers[1].fill_(1 if get_signal_handler()._signal_received else 2)
         torch.distributed.all_reduce(numbers, op=torch.distributed.ReduceOp.MAX)
         self._numbers = numbers.to("cpu", non_blocking=True)
         if numbers.is_cuda:
