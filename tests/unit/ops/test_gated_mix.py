@@ -82,7 +82,7 @@ def _assert_close(gate: Gate, ours: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("case", GATES)
-def test_outputs_and_gradients_are_the_twins(case: str, answers: dict[str, list[Tensor]]):
+def test_outputs_and_gradients_are_the_references(case: str, answers: dict[str, list[Tensor]]):
     gate, ours = GATES[case], answers[case]
     assert len(ours) == len(gate.operands()) + 1
     _assert_close(gate, ours)

@@ -97,7 +97,7 @@ def test_any_strides_give_the_same_bits(solved: dict[str, tuple[Tensor, Tensor]]
         assert torch.equal(one, other)
 
 
-def test_prices_are_the_twins(solved: dict[str, tuple[Tensor, Tensor]]):
+def test_prices_are_the_references(solved: dict[str, tuple[Tensor, Tensor]]):
     scores = _scores(*GOOD["random"])
     torch.testing.assert_close(
         solved["random"][1], host_assignment(scores)[1], atol=0.01, rtol=0.01
