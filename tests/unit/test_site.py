@@ -1,7 +1,9 @@
 """The site of `make docs`: built without a warning, with every page, module and link in it."""
 
+import datetime
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -50,3 +52,20 @@ def test_workflows_call_targets_of_the_makefile():
             called |= {word for line in lines for word in re.findall(r"\bmake ([\w-]+)", line)}
     assert called == {"test", "docs", "dist"}
     assert called <= set(targets)
+
+
+def test_a_release_cites_its_version_date_and_address(tmp_path: Path):
+    flow = yaml.safe_load((REPOSITORY / ".github/workflows/release.yml").read_text("utf-8"))
+    [step] = (s for s in flow["jobs"]["release"]["steps"] if s.get("name") == "cite")
+    shutil.copy(REPOSITORY / "CITATION.cff", tmp_path)
+    variables = {
+        "GITHUB_REF_NAME": "v1.2.3",
+        "GITHUB_SERVER_URL": "https://example.org",
+        "GITHUB_REPOSITORY": "us/ours",
+        "GIT_DIR": str(REPOSITORY / ".git"),
+    }
+    run_command(["bash", "-e", "-c", step["run"]], cwd=tmp_path, **variables)
+    cited = yaml.safe_load((tmp_path / "CITATION.cff").read_text("utf-8"))
+    assert cited["version"] == "1.2.3"
+    assert cited["repository-code"] == "https://example.org/us/ours"
+    assert datetime.date.fromisoformat(cited["date-released"])
