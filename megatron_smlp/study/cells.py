@@ -24,7 +24,7 @@ def mean_of(estimate: Difference, losses: Sequence[float]) -> str:
         return "missing"
     if not math.isfinite(estimate.mean):
         wrong = sum(not math.isfinite(loss) for loss in losses)
-        return f"diverged ({wrong} of {len(losses)})" if wrong else "no minimum"
+        return f"diverged ({wrong} of {len(losses)})" if wrong else "no fit"
     half = (estimate.high - estimate.low) / 2
     return f"{estimate.mean:.3f}" + (f" ± {half:.3f}" if math.isfinite(half) else "")
 

@@ -100,17 +100,18 @@ def deviation_lines(measured: Measured) -> Iterator[str]:
     for field in dict.fromkeys(map(measured.field, measured.systems)):
         spread = measured.at_end(field)
         behind = " behind the prefix" * (field == SUFFIX_LOSS)
-        apart = spread.outside if isinstance(spread, Rates) else spread.outliers
+        apart = spread.at_edge if isinstance(spread, Rates) else spread.outliers
         names = listed(measured.systems[name].title for name in apart)
         if not spread.df:
             continue
         if isinstance(spread, Rates):
             yield (
-                f"\nLosses{behind} are minima of parabolas in log2(rate), one seed a rate, of "
+                f"\nLosses{behind} are the lowest points of parabolas in log2(rate), within the "
+                "rates trained, one seed a rate, of "
                 f"{spread.curvature:.4f} nats per octave squared for all systems; runs deviate "
                 f"from them by {number(spread.sd)} nats (df {spread.df}); equal deviations of all "
                 f"{len(spread.points)}: Bartlett's p = {spread.p:.3g}."
-                + f" Outside of its rates lies the fitted best of: {names}."
+                + f" At an edge of its rates lies the fitted best of: {names}."
                 * bool(names)
             )
         else:

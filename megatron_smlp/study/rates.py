@@ -2,14 +2,16 @@
 
     loss = a_i + b_i x + c x^2 + e,    x = log2(rate / the rate of system i's file)
 
-with one curvature c for all systems. A system is compared by its minimum, at x = -b_i / 2c,
+with one curvature c for all systems. A system is compared by its lowest fitted loss within the
+rates that were trained: at x_i = -b_i / 2c, or where that lies outside of them, or c is not
+positive, at one of their ends,
 
-    m_i = a_i - b_i^2 / 4c,    dm_i/da_i = 1,  dm_i/db_i = -b_i / 2c,  dm_i/dc = b_i^2 / 4c^2
+    m_i = a_i + b_i x_i + c x_i^2,    dm_i/da_i = 1,  dm_i/db_i = x_i,  dm_i/dc = x_i^2
 
 whose error, and that of differences, follows from these derivatives and the least-squares
 covariance, with runs minus coefficients degrees of freedom. The interval thus covers the choice of
-the rate. It also covers that curvatures differ, independently by BENDS c: the minimum then moves by
-the sum over a system's runs of their influence times BENDS c (x - best)^2.
+the rate among these. It also covers that curvatures differ, independently by BENDS c: the minimum
+then moves by the sum over a system's runs of their influence times BENDS c (x - x_i)^2.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ class Rates:
     points: Mapping[str, Sequence[Point]]
     """Only systems with at least LEAST_RATES finite losses; the others are not fitted."""
     curvature: float
-    """In nats per octave squared; there are minima only if it is positive."""
+    """In nats per octave squared."""
     sd: float
     """Standard deviation of runs around their parabola; NaN if no degree of freedom is left."""
     df: int
@@ -83,21 +85,32 @@ class Rates:
         )  # fmt: skip
 
     @property
-    def outside(self) -> list[str]:
-        """Return the systems whose best rate lies outside the range of rates that were trained."""
-        return [
-            name
-            for name, points in self.points.items()
-            if (best := self.best(name)) < min(r for r, _ in points)
-            or best > max(r for r, _ in points)
-        ]
+    def at_edge(self) -> list[str]:
+        """Return the systems whose best rate is the lowest or highest one that was trained."""
+        return [name for name in self.points if self.best(name) in self._ends(name)]
 
     def best(self, name: str) -> float:
-        """Return the fitted best rate as a multiple of that in a system's file; NaN if none."""
-        if name not in self.points or self.curvature <= 0:
+        """Return the best of the trained range of rates, by the fit, as a multiple of the rate in a
+        system's file; NaN without a fit."""
+        if name not in self.points:
             return math.nan
-        exponent = -self.solution[self._place(name) + 1] / (2 * self.curvature)
-        return float(2 ** np.clip(exponent, -99, 99))
+        low, high = self._ends(name)
+        slope = self.solution[self._place(name) + 1]
+        if self.curvature > 0:
+            exponent = -slope / (2 * self.curvature)
+            if math.log2(low) < exponent < math.log2(high):
+                return float(2**exponent)
+        return low if self._fitted(name, low) < self._fitted(name, high) else high
+
+    def _ends(self, name: str) -> tuple[float, float]:
+        rates = [rate for rate, _ in self.points[name]]
+        return min(rates), max(rates)
+
+    def _fitted(self, name: str, rate: float) -> float:
+        """Return the fitted loss at a multiple of a system's rate."""
+        a, b = self.solution[self._place(name) :][:2]
+        x = math.log2(rate)
+        return float(a + b * x + self.curvature * x**2)
 
     def mean(self, name: str) -> Difference:
         return self._weighted({name: 1})
@@ -136,10 +149,10 @@ class Rates:
 
     def _weighted(self, weights: Mapping[str, int]) -> Difference:
         n = min(len(self.points.get(name, ())) for name in weights)
-        if n == 0 or self.curvature <= 0:
+        if n == 0:
             return unknown(math.nan, n)
         gradient = np.sum([by * self._gradient(name) for name, by in weights.items()], axis=0)
-        mean = sum(weight * self._minimum(name) for name, weight in weights.items())
+        mean = sum(by * self._fitted(name, self.best(name)) for name, by in weights.items())
         error = self.sd * math.sqrt(float(gradient @ self.inverse @ gradient))
         estimate = of_error(mean, error, df=self.df, n=n)
         return with_error(estimate, float(np.linalg.norm(self._bent(gradient))))
@@ -153,7 +166,7 @@ class Rates:
         ]
         influence = gradient @ self.inverse @ self.rows.T
         moved = influence * np.concatenate(octaves) ** 2
-        return BENDS * self.curvature * np.add.reduceat(moved, self._starts())
+        return BENDS * abs(self.curvature) * np.add.reduceat(moved, self._starts())
 
     def _starts(self) -> list[int]:
         """Return the position of each system's first run."""
@@ -162,14 +175,10 @@ class Rates:
     def _place(self, name: str) -> int:
         return 2 * list(self.points).index(name)
 
-    def _minimum(self, name: str) -> float:
-        a, b = self.solution[self._place(name) :][:2]
-        return float(a - b**2 / (4 * self.curvature))
-
     def _gradient(self, name: str) -> Floats:
         gradient, place = np.zeros_like(self.solution), self._place(name)
-        b, c = self.solution[place + 1], self.curvature
-        gradient[place], gradient[place + 1], gradient[-1] = 1, -b / (2 * c), b**2 / (4 * c**2)
+        x = math.log2(self.best(name))
+        gradient[place], gradient[place + 1], gradient[-1] = 1, x, x**2
         return gradient
 
 

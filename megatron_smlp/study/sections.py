@@ -173,8 +173,8 @@ def loss_lines(measured: Measured) -> Iterator[str]:
 
 
 def _best(measured: Measured, rates: Rates, name: str) -> str:
-    outside = " (outside)" if name in rates.outside else ""
-    return number(measured.systems[name].flags["lr"] * rates.best(name)) + outside
+    edge = " (edge)" if name in rates.at_edge else ""
+    return number(measured.systems[name].flags["lr"] * rates.best(name)) + edge
 
 
 def time_lines(measured: Measured, times: Sequence[Comparison]) -> Iterator[str]:

@@ -128,10 +128,28 @@ def test_a_plan_has_a_whole_training_for_each_pair_of_rate_and_seed(known: State
         assert {run.phase for run in ends} == {"main"}
 
 
-def test_what_has_no_minimum_lies_nowhere(known: State, tmp_path: Path):
-    """No system has a rate at which the losses rise on both sides."""
-    pretend(known, lambda run: 5.0 - 0.05 * math.log2(run.factor) ** 2)
-    assert "Outside of its rates" not in page_of(known, tmp_path).text()
+def test_losses_that_fall_to_an_end_of_the_rates_are_compared_there():
+    """Nothing is extrapolated, also where the losses are flat, or rise to a rate in the middle."""
+    for bend in (0.003, 0.0, -0.01):
+        made = Rates.of({
+            name: [(2.0**x, low - 0.05 * x + bend * x**2) for x in (-1.0, -0.5, 0.0, 0.5, 1.0)]
+            for name, low in (("a", 3.97), ("b", 4.0))
+        })  # fmt: skip
+        assert made.curvature == pytest.approx(bend, abs=1e-9)
+        assert (made.at_edge, made.best("a")) == (["a", "b"], 2.0)
+        assert made.mean("a").mean == pytest.approx(3.92 + bend)
+        assert made.difference("a", "b").mean == pytest.approx(-0.03)
+
+
+def test_intervals_cover_where_the_best_rate_is_not_among_those_trained():
+    """Of the losses at the end of the rates: systems a and b get better beyond it."""
+    truth = {"a": (-1.6, 3.97), "b": (-1.3, 4.0), "c": (0.0, 4.1), "d": (0.7, 4.0)}
+    at_end = [low + CURVATURE * (best + 1) ** 2 for best, low in (truth["a"], truth["b"])]
+    rng, covered = np.random.default_rng(9), []
+    for _ in range(400):
+        difference = Rates.of(sample(truth, rng=rng)).difference("a", "b")
+        covered.append(difference.low < at_end[0] - at_end[1] < difference.high)
+    assert np.mean(covered) > 0.93
 
 
 def test_a_design_is_compared_by_its_minima(known: State, tmp_path: Path):
@@ -144,7 +162,7 @@ def test_a_design_is_compared_by_its_minima(known: State, tmp_path: Path):
     assert found["mean"] == pytest.approx(-0.05, abs=0.006)
     assert claims["C1"]["verdict"] == "confirmed"
     text = made.text()
-    assert "Outside of its rates lies the fitted best of: *switch*." in text
+    assert "At an edge of its rates lies the fitted best of: *switch*." in text
     assert claims["C2"]["verdict"] == "undecided"
     assert "* C2 is undecided, costs of fitted curves have no interval." in text
     [look] = made.looks
