@@ -97,10 +97,11 @@ ROWS = (
 
 def refusal(system: str, row: Row) -> str | None:
     """Return why the checks refuse a row for a preset; None if they do not."""
-    preset = DOCS.parent / PRESETS / f"{system}.yaml"
-    layers = read_yaml(preset)["num-layers"]
+    path = DOCS.parent / PRESETS / f"{system}.yaml"
+    preset = read_yaml(path)
+    layers, own = preset["num-layers"], preset["architecture"]
     stages = next(size for size in range(2, layers + 1) if layers % size == 0)
-    argv = f"--config {preset} {DATA} {row.flags.format(stages=stages)}".split()
+    argv = f"--config {path} {DATA} {row.flags.format(stages=stages)}".split()
     layout = {"WORLD_SIZE": str(row.ranks or stages), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     said_by_megatron = contextlib.redirect_stdout(io.StringIO())
     with patch.dict(os.environ, layout), said_by_megatron:
@@ -111,7 +112,6 @@ def refusal(system: str, row: Row) -> str | None:
             else:
                 parse_arguments(argv)
         except UsageError as error:
-            own = read_yaml(preset)["architecture"]
             return re.sub(f"(this )?--architecture {own}\\b", "this --architecture", str(error))
         finally:
             forget_arguments()

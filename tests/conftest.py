@@ -84,9 +84,9 @@ def parse(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     prepare_megatron()
 
-    def parse_flags(argv: str, *, base: str = MINIMAL) -> Any:
+    def parse_flags(flags: str, *, base: str = MINIMAL) -> Any:
         forget_arguments()
-        return parse_arguments([*base_for(argv, base).split(), *argv.split()])
+        return parse_arguments([*base_for(flags, base).split(), *flags.split()])
 
     yield parse_flags
     forget_arguments()

@@ -106,15 +106,12 @@ def training_facts(
 def _recipe(record: Mapping[str, Any]) -> dict[str, str]:
     """Return how a run was trained, by its run.json: what is needed to repeat it from a preset."""
     flags, software = record.get("flags", {}), record.get("software", {})
-    datasets = flags.get("train_data_path") or flags.get("data_path") or ()
+    blend = flags.get("train_data_path") or flags.get("data_path") or ()
+    rate = flags.get("lr")
     facts = {
-        "training data": ", ".join(Path(name).name for name in datasets),  # may hold weights
+        "training data": " ".join(Path(part).name for part in blend),  # and weights
         "optimizer": flags.get("optimizer"),
-        "learning rate": " ".join(
-            f"{flags[name]:g}" if name == "lr" else flags[name]
-            for name in ("lr", "lr_decay_style")
-            if flags.get(name)
-        ),
+        "learning rate": f"{rate:g} {flags.get('lr_decay_style')}" if rate else "",
         "global batch size": flags.get("global_batch_size"),
         "seed": flags.get("seed"),
         "megatron_smlp": software.get("commit"),

@@ -21,6 +21,7 @@ from megatron.training import get_signal_handler
 from torch import Tensor
 
 REASONS = ("", "a signal", "--exit-duration-in-mins")
+"""Why a run ends, by the number in a step's message."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,8 @@ class StepAgreement:
         nonfinite = self.pop_nonfinite()
         if nonfinite is not None:
             numbers[0] = (torch.distributed.get_rank() + 1) * nonfinite
-        if get_signal_handler()._signal_received or self._is_late():
-            numbers[1].fill_(1 if get_signal_handler()._signal_received else 2)
+        if reason := 1 if get_signal_handler()._signal_received else 2 * self._is_late():
+            numbers[1].fill_(reason)
         torch.distributed.all_reduce(numbers, op=torch.distributed.ReduceOp.MAX)
         self._numbers = numbers.to("cpu", non_blocking=True)
         if numbers.is_cuda:

@@ -115,7 +115,7 @@ def _endless(loader: Any) -> Iterator[Any]:
 def _whole(loader: Any) -> Iterator[Any]:
     """Iterate once, then pad with fully masked batches: other ranks may have more samples.
 
-    Routers count those too: their loads in a validation may include a sample a rank twice.
+    Routers count those too: their loads in a validation may include repeated samples.
     """
     if loader is None:
         return

@@ -82,9 +82,9 @@ class Reporter(Listener):
             yield
 
     def stopping(self, iteration: int, reason: str) -> None:
-        is_saved = self.last_saved == iteration
-        saved = f"saved to {self.args.save}; the same command resumes from there"
-        saved = saved if is_saved else "not saved"
+        saved = "not saved"
+        if self.last_saved == iteration:
+            saved = f"saved to {self.args.save}; the same command resumes from there"
         self.say(f"stopped at iteration {iteration} ({reason}): {saved}")
 
     def built(self, parts: Parts) -> None:

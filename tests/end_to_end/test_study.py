@@ -225,17 +225,10 @@ def test_a_plugin_is_a_system_of_a_study(data: Path, tmp_path: Path):
     tiny = TINY | {"systems": ["transformer", "aft"], "subject": "aft", "variants": variants}
     study = write_study(tmp_path, **tiny)
     run_command([*TOOL, "run", *study_flags(study, data)])
-    assert run_command([*TOOL, "evaluate", *study_flags(study, data)]).stdout.startswith(
-        "2 checkpoints"
-    )
-    export = [
-        "export",
-        *study_flags(study, data),
-        "--systems",
-        "aft",
-        "--save",
-        str(tmp_path / "models"),
-    ]
+    evaluated = run_command([*TOOL, "evaluate", *study_flags(study, data)])
+    assert evaluated.stdout.startswith("2 checkpoints")
+    models = ["--systems", "aft", "--save", str(tmp_path / "models")]
+    export = ["export", *study_flags(study, data), *models]
     run_command([*TOOL, *export])
     assert (tmp_path / "models" / "small-aft" / "aft.py").is_file()
     run_command([*TOOL, "report", *study_flags(study, data)])

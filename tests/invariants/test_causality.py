@@ -85,12 +85,12 @@ def model(
     from megatron_smlp.flags.parse import parse_arguments
 
     prepare_megatron()
-    argv = MODELS[request.param]
-    if TOKENIZER in argv:  # without padding: every id has its own string
+    flags = MODELS[request.param]
+    if TOKENIZER in flags:  # without padding: every id has its own string
         folder = tmp_path_factory.mktemp("tokenizer")
         save_tokenizer(folder, entries=260)
-        argv = argv.replace(TOKENIZER, str(folder))
-    args = parse_arguments(f"{base_for(argv)} {argv} --seq-length {LENGTH}".split())
+        flags = flags.replace(TOKENIZER, str(folder))
+    args = parse_arguments(f"{base_for(flags)} {flags} --seq-length {LENGTH}".split())
     torch.manual_seed(3)
     model = build_model(args)
     with torch.no_grad():

@@ -115,7 +115,7 @@ def measure(cases: Mapping[str, str], folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-def _measured(argv: str) -> dict[str, float]:
+def _measured(flags: str) -> dict[str, float]:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from support.in_process import MINIMAL, base_for, build_model, forget_arguments
@@ -123,7 +123,7 @@ def _measured(argv: str) -> dict[str, float]:
     from megatron_smlp.flags.parse import parse_arguments
 
     forget_arguments()
-    args = parse_arguments([*base_for(argv, MINIMAL).split(), *argv.split()])
+    args = parse_arguments([*base_for(flags, MINIMAL).split(), *flags.split()])
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         args.tensor_model_parallel_size,
