@@ -51,6 +51,7 @@ class Sizes:
         self.name, self.file = name, pages[0].file
         self.subject = pages[0].study.subject
         self.sizes = sorted((page.measured for page in pages), key=self.width)
+        self.begun = [size for size in self.sizes if len(size.tables.runs)]
         systems = (system for size in self.sizes for system in size.systems.values())
         self.titles = {system.name: system.title for system in systems}
         self.rivals = [name for name in self.titles if name != self.subject]
@@ -71,7 +72,7 @@ class Sizes:
 
     def text(self) -> str:
         """Return the text of report.md, which lies next to the folders of the sizes."""
-        names = [size.study.name for size in self.sizes if len(size.tables.runs)]
+        names = [size.study.name for size in self.begun]
         reports = ", ".join(f"[{name}]({name}/report.md)" for name in names)
         return "\n".join([
             f"# Study `{self.name}`: over its sizes",
@@ -90,7 +91,7 @@ class Sizes:
         heads = [f"{horizon / 1e6:g}M tokens" for horizon in self.horizons]
         yield f"{self.titles[self.subject]} minus each other system; below 0: it is ahead.\n"
         yield from table("size", "D", "against", *heads, "slope per doubling of tokens")
-        for size in self.sizes:
+        for size in self.begun:
             for rival in self.rivals:
                 if rival in size.systems:
                     gaps = [self.difference(size, rival, horizon) for horizon in self.horizons]
@@ -106,7 +107,7 @@ class Sizes:
             "log tokens, between horizons.\n"
         )
         yield from table("size", "tokens", "at equal tokens and FLOPs", "at equal time")
-        for size in self.sizes:
+        for size in self.begun:
             for horizon in sorted(size.study.horizons):
                 yield row(self.title(size), f"{horizon / 1e6:g}M",
                           self._at_equal_flops(size, horizon), self._at_equal_time(size, horizon)
@@ -189,7 +190,7 @@ class Sizes:
         figure = Figure(figsize=area, layout="constrained", dpi=DPI)
         panels = figure.subplots(rows, columns, squeeze=False, sharey=True)
         unit, unit_name = unit_for(AXES["tokens"], max(self.horizons))
-        pairs = list(zip(self.sizes, styles(), strict=False))
+        pairs = list(zip(self.begun, styles(), strict=False))
         for rival, panel in zip(self.rivals, panels.flat, strict=False):
             for size, style in pairs:
                 horizons = sorted(size.study.horizons)
