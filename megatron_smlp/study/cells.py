@@ -67,7 +67,8 @@ def row(*cells: object) -> str:
 
 def not_reached(comparison: Comparison) -> str:
     """Say how many seeds have no speed-up: a mean would be of the fast ones only."""
-    return f"not reached by {comparison.unreached} of {comparison.difference.n} seeds"
+    n = comparison.difference.n
+    return "not reached" + (f" by {comparison.unreached} of {n} seeds" if n > 1 else "")
 
 
 def speedup(comparison: Comparison) -> tuple[float, float, float]:

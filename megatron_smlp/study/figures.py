@@ -47,6 +47,11 @@ class Drawing:
         self.factors = factors
         self.styles = _styles(self.systems)
         self.styles[self.study.subject]["zorder"] = 3  # on top of the others
+        self.run, self.mean, self.interval = (
+            ("rate", "fitted minimum", "its 95 % interval")
+            if self.study.design
+            else ("seed", "mean", f"95 % interval of the mean, of {ENOUGH_FOR_BANDS} seeds or more")
+        )
 
     def figures(self, speedups: Sequence[Comparison]) -> Iterator[tuple[str, Figure]]:
         asked = (VALIDATION_LOSS, self.measured.field(*self.systems))
@@ -85,10 +90,9 @@ class Drawing:
             plain_log(panel)
             tidy(panel)
         panels[0].set_ylabel(f"validation loss{what}\n(nats per token)")
-        band = f"band: 95 % interval of the mean, of {ENOUGH_FOR_BANDS} seeds or more, cut where"
-        band += " it leaves the panel"
         there = [name for name in names if self.tables.seeds(name)]
-        self._legend(figure, f"thin: each seed; thick: mean; {band}", there)
+        note = f"thin: each {self.run}; thick: {self.mean}; band: {self.interval}"
+        self._legend(figure, f"{note}, cut where it leaves the panel", there)
         return figure
 
     def _losses_at_the_end(self, field: str, what: str) -> Figure:
@@ -109,8 +113,7 @@ class Drawing:
         panel.invert_yaxis()  # the lowest loss on top
         panel.set_xlabel(f"validation loss{what} (nats per token)")
         panel.set_title(
-            f"dots: seeds; stroke: mean; line: 95 % interval of {ENOUGH_FOR_BANDS} seeds or more",
-            fontsize=9,
+            f"dots: each {self.run}; stroke: {self.mean}; line: {self.interval}", fontsize=9
         )
         tidy(panel)
         return figure

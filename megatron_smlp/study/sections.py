@@ -187,12 +187,14 @@ def time_lines(measured: Measured, times: Sequence[Comparison]) -> Iterator[str]
         "least so many (≥) where a seed is there at its first finite horizon already. The "
         "interval is of the seeds' tokens and, for time, of the rounds of the timing.\n"
     )
-    yield from table("to the loss of", "times less", "95 % interval", "seeds")
+    of = "curves" if measured.study.design else "seeds"
+    yield from table("to the loss of", "times less", "95 % interval", of)
     for comparison in times:
         mean, low, high = speedup(comparison)
         bound = "≥ " if comparison.is_bound else ""
         shown = not_reached(comparison) if comparison.unreached else f"{bound}{number(mean)}"
-        interval_of = "n/a" if comparison.is_bound else f"{number(low)} to {number(high)}"
+        is_unknown = comparison.is_bound or (not low and math.isinf(high))
+        interval_of = "n/a" if is_unknown else f"{number(low)} to {number(high)}"
         yield row(
             measured.systems[comparison.rival].title, shown, interval_of, comparison.difference.n
         )
@@ -200,10 +202,9 @@ def time_lines(measured: Measured, times: Sequence[Comparison]) -> Iterator[str]
 
 def crossing_lines(measured: Measured) -> Iterator[str]:
     """Yield where the subject's mean curve crosses that of each rival."""
-    yield (
-        "Crossings of the mean curves over the horizons, of the seeds that both have at all of "
-        "them; outside of them nothing is known.\n"
-    )
+    means = "mean curves over the horizons, of the seeds that both have at all of them"
+    which = "curves of fitted minima over the horizons" if measured.study.design else means
+    yield f"Crossings of the {which}; outside of them nothing is known.\n"
     yield from table("with", "at tokens")
     for name in measured.rivals():
         yield row(measured.systems[name].title, crossing(measured, name))
