@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from evaluation_helpers import SYSTEMS, Run, trained
 from support.evaluations import evaluate_all
 from support.language_models import save_language_model
-from support.launches import launch_calls
 from support.smlp_systems import LONGEST
 
 from megatron_smlp.errors import UsageError
@@ -56,7 +56,7 @@ def test_what_an_exported_folder_cannot(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_the_perplexity_of_an_exported_folder_is_that_of_its_checkpoint(
-    long_run: Run, data: Path, tmp_path: Path
+    long_run: Run, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):
     models = {"--checkpoint": long_run.checkpoint, "--hf": long_run.exported}
     outputs = [tmp_path / f"perplexity{flag}.json" for flag in models]
@@ -67,9 +67,9 @@ def test_the_perplexity_of_an_exported_folder_is_that_of_its_checkpoint(
     half = ["--suffix-from", "0.5", "--seq-length", "32", "--limit", "2"]
     outputs.append(tmp_path / "half.json")
     commands.append([*commands[1], *half, "--output", str(outputs[2])])
-    log = tmp_path / "log"
-    launch_calls(evaluate_all, commands, processes=1, log=log)
-    assert log.read_text(encoding="utf-8").count("suffix perplexity: ") == 3
+    evaluate_all(commands)
+    torch.distributed.destroy_process_group()
+    assert capfd.readouterr().out.count("suffix perplexity: ") == 3
     ours, theirs, some = (json.loads(output.read_text(encoding="utf-8")) for output in outputs)
     assert (some["suffix_from"], some["seq_length"], some["limit"]) == (16, 32, 2)
     assert (ours.pop("checkpoint"), ours.pop("iteration")) == (str(long_run.checkpoint), 3)

@@ -18,6 +18,9 @@ from megatron_smlp.evaluation.rows import Row
 from megatron_smlp.evaluation.selection import select_tasks
 from megatron_smlp.library_logging import quiet_libraries
 
+# What a token costs is compared over systems in test_scores.py.
+pytestmark = pytest.mark.parametrize("run", ["partial"], indirect=True)
+
 WRITING = """
 output_type: generate_until
 doc_to_target: " every"

@@ -157,9 +157,8 @@ def test_bytes_are_those_of_what_is_predicted(tokenizer: Path, tmp_path: Path, l
     predicted = [token for window in cut for token in tokens[window.scored : window.end]]
     ours = known.build()
     # A byte-level tokenizer writes each byte as one character.
-    own = [
-        len(AutoTokenizer.from_pretrained(tokenizer).convert_ids_to_tokens(t)) for t in range(300)
-    ]
+    entries = AutoTokenizer.from_pretrained(tokenizer).convert_ids_to_tokens(range(300))
+    own = [len(entry) for entry in entries]
     expected = sum(own[token] for token in predicted if token != known.eod)
     if limit is None:
         first = len(ours.decode(tokens[:1]).encode())

@@ -30,12 +30,13 @@ from megatron_smlp.evaluation.megatron_scorer import MegatronScorer
 from megatron_smlp.platform import choice, cpu
 
 SMALL = 1e-4
+TRANSFORMER = "--architecture transformer --num-attention-heads 4"
 OTHERS = (
-    "--architecture transformer --num-attention-heads 4",
     "--architecture gmlp --spatial-heads 2 --num-experts 4 --token-router hash",
     "--architecture amlp --tiny-attention-width 8 --position-embedding-type rope --rotary-base 500",
 )
 """Systems in addition to those of the fixture `run`."""
+of_one_system = pytest.mark.parametrize("run", ["partial"], indirect=True)
 
 
 @pytest.mark.parametrize("flags", OTHERS)
@@ -53,7 +54,7 @@ def test_another_system_scores_as_its_export(flags: str, tokenizer: Path, tmp_pa
 def test_a_tokenizer_that_begins_texts_begins_them_for_both(tokenizer: Path, tmp_path: Path):
     """As Llama's does: preprocessing and the harness both put its token there."""
     folder = beginning(tokenizer, tmp_path / "begins", 0)
-    run = trained(f"{SIZES} {OTHERS[0]}", folder, tmp_path)
+    run = trained(f"{SIZES} {TRANSFORMER}", folder, tmp_path)
     pairs, texts = scoring_cases(), [(TEXT,), ("a",)]
     stock = HFLM(pretrained=str(run.exported), trust_remote_code=True, device="cpu")
     with loaded(run.checkpoint) as (args, stages, its_tokenizer):
@@ -77,7 +78,7 @@ def test_a_tokenizer_that_begins_texts_begins_them_for_both(tokenizer: Path, tmp
 
 def test_one_checkpoint_of_a_run_without_its_tracker(tokenizer: Path, tmp_path: Path):
     """Without a tracker file, Megatron would start from random weights."""
-    argv = f"{SIZES} {OTHERS[0]} --save-interval 2"
+    argv = f"{SIZES} {TRANSFORMER} --save-interval 2"
     run = trained(argv, tokenizer, tmp_path).checkpoint
     pairs = scoring_cases()[:3]
 
@@ -100,6 +101,7 @@ def test_one_checkpoint_of_a_run_without_its_tracker(tokenizer: Path, tmp_path: 
         scores(folder=alone)
 
 
+@of_one_system
 def test_a_tokenizer_that_has_moved(run: Run, tokenizer: Path, tmp_path: Path):
     """Only its folder is given, and every loader reads that one."""
     moved = beginning(tokenizer, tmp_path / "moved", 7)
@@ -120,6 +122,7 @@ def test_weights_of_half_precision_on_a_cpu(monkeypatch: pytest.MonkeyPatch):
         assert _precision_flags(given, dtype, stored=torch.float16) == expected
 
 
+@of_one_system
 def test_what_is_refused(run: Run, tmp_path: Path):
     flags = ("--tokenizer-type", "NullTokenizer", "--vocab-size", "77")
     named = r"the tokenizer has 77 entries, but .* was trained with 300"
@@ -143,6 +146,7 @@ def test_gpus_are_hidden_on_request(
     assert hidden == hides
 
 
+@of_one_system
 def test_a_program_that_loaded_a_model_is_ended_by_sigterm(run: Run):
     """Megatron's handler only records the signal for a training loop, and there is none."""
     before = signal.getsignal(signal.SIGTERM)

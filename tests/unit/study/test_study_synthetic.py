@@ -15,7 +15,7 @@ from megatron_smlp.study.measured import Measured
 from megatron_smlp.study.metrics import VALIDATION_LOSS
 from megatron_smlp.study.results import Results
 from megatron_smlp.study.state import DONE, State
-from megatron_smlp.study.statistics import CONFIRMED, LEVEL, REFUTED, UNDECIDED
+from megatron_smlp.study.statistics import CONFIRMED, LEVEL, REFUTED
 from megatron_smlp.study.tables import Tables
 from megatron_smlp.study.verdicts import claims_of, primary_looks
 
@@ -36,6 +36,7 @@ def studies(
     """Yield studies in which systems end that far behind the subject, and `slope` more for each
     earlier doubling; under a design, each has a best rate and a curvature of its own."""
     study, rng = known.study, np.random.default_rng(seed)
+    tables = Tables.of(Results(Path("none")))
     for _ in range(STUDIES):
         lines = []
         for name in known.systems:
@@ -52,7 +53,6 @@ def studies(
                         "phase": "main", "status": DONE, "horizon": horizon, "tokens": horizon,
                         VALIDATION_LOSS: loss,
                     })  # fmt: skip
-        tables = Tables.of(Results(Path("none")))
         yield Measured(study, known.systems, replace(tables, runs=pandas.DataFrame(lines)))
 
 
@@ -79,7 +79,7 @@ def test_what_is_not_so_is_confirmed_as_seldom_as_alpha_says(planned: State):
 
 @pytest.mark.parametrize(
     ("switch", "hash_", "expected", "share"),
-    [(0.1, 0.06, CONFIRMED, 0.9), (0.1, -0.08, REFUTED, 0.9), (0.2, 0.02, UNDECIDED, 0.25)],
+    [(0.1, 0.06, CONFIRMED, 0.9), (0.1, -0.08, REFUTED, 0.9)],
 )
 def test_what_is_so_is_found_with_power(
     planned: State, switch: float, hash_: float, expected: str, share: float
@@ -88,14 +88,15 @@ def test_what_is_so_is_found_with_power(
     made = itertools.islice(studies(planned, gaps, seed=2), STUDIES // 3)
     said = verdicts(list(made))
     assert said.count(expected) > share * len(said)
-    assert {CONFIRMED: REFUTED, REFUTED: CONFIRMED, UNDECIDED: REFUTED}[expected] not in said
+    assert {CONFIRMED: REFUTED, REFUTED: CONFIRMED}[expected] not in said
 
 
 def test_intervals_cover_and_two_that_differ_by_the_margin_are_seldom_called_level(planned: State):
     """The gap to HASH is 0.03 at the end, after growing by 0.01 a doubling."""
     gaps = {"transformer": 0.2, "switch": 0.2, "hash": 0.03}
     made = list(studies(planned, gaps, slope=-0.01, seed=6))
-    assert verdicts(made).count(LEVEL) <= 0.08 * STUDIES
+    half = STUDIES // 2  # a verdict takes as long as all else together
+    assert verdicts(made[:half]).count(LEVEL) <= 0.08 * half
     ends = [each.at_end(VALIDATION_LOSS).difference(SUBJECT, "hash") for each in made]
     slopes = [each.slope(SUBJECT, "hash") for each in made]
     for found, truth in ((ends, -0.03), (slopes, -0.01)):

@@ -6,7 +6,15 @@ from pathlib import Path
 import numpy as np
 import pandas
 import pytest
-from support.studies import NOISE, claims_and_text, loss_of, pretend, study_argv
+from support.studies import (
+    NOISE,
+    claims_and_text,
+    loss_of,
+    pretend,
+    state_of,
+    study_argv,
+    write_study,
+)
 
 from megatron_smlp.checkpoints.folders import iteration_folder
 from megatron_smlp.conversion import cli as convert
@@ -121,9 +129,11 @@ def by_book(
     ("seeds", "books", "too_narrow"), [(0.002, 0.04, "seeds"), (0.03, 0.02, "books")]
 )
 def test_bits_per_byte_are_compared_over_seeds_and_over_books(
-    known: State, seeds: float, books: float, too_narrow: str
+    tmp_path: Path, seeds: float, books: float, too_narrow: str
 ):
     """An interval over only one of the two does not hold for other seeds and other books."""
+    path = write_study(tmp_path, systems=["switch", "smlp_deterministic"])
+    known = state_of(path, runs=tmp_path)
     rng, covered = np.random.default_rng(1), {"seeds": [], "books": [], "both": []}
     for _ in range(30):
         cells = by_book(known, rng, seeds=seeds, books=books)
