@@ -187,11 +187,12 @@ class TestFigures:
 
 class TestCommandLine:
     def test_files(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-        paths = [write(tmp_path / name, *routed_lines()).parent for name in ("one", "two (b)")]
+        runs = {"one": [step(1), step(2)], "two (b)": routed_lines()}
+        paths = [write(tmp_path / name, *lines).parent for name, lines in runs.items()]
         output = tmp_path / "new" / "plots"
-        main([*map(str, paths), "--output", str(output), "--smooth", "2"])
-        names = ["loss", "routers"]
-        names += [f"load-{run}{end}" for run in ("one", "two_b_") for end in ("", "-validation")]
+        flags = ["--output", str(output), "--smooth", "2", "--against", "steps", "tokens"]
+        main([*map(str, paths), *flags])
+        names = ["loss", "routers", "load-two_b_", "load-two_b_-validation"]
         starts = {"png": b"\x89PNG", "pdf": b"%PDF", "svg": b"<?xml"}
         written = [f"{output}/{name}.{kind}" for name in names for kind in starts]
         assert capsys.readouterr().out.splitlines() == written

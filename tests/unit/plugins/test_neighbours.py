@@ -10,7 +10,6 @@ from support.launches import REPOSITORY
 from torch import Tensor
 
 from megatron_smlp import plugin_files, plugins
-from megatron_smlp.checking import mixers
 
 BATCH, WIDTH, EPS = 2, 5, 1e-5
 
@@ -85,7 +84,7 @@ def causal_rn(left: Tensor, right: Tensor, *, quadratic: bool) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", ["linear", "quadratic"])
-@pytest.mark.parametrize("count", [1, 7, 33])
+@pytest.mark.parametrize("count", [1, 33])
 @pytest.mark.parametrize("block", [1, 300, 2**21])
 def test_causal_rn_is_its_equation(
     kind: str, count: int, block: int, loaded: dict[str, ModuleType], monkeypatch
@@ -100,12 +99,6 @@ def test_causal_rn_is_its_equation(
 def test_a_width_that_overflows_is_refused():
     with pytest.raises(ValueError, match=r"--relation-width 6401 .*from 6401 on"):
         made("causal_rn", length=4, width=6401, causal_rn_kind="quadratic")
-
-
-@pytest.mark.parametrize("name", ["aft", "causal_rn"])
-def test_they_pass_the_checks(name: str):
-    rows = [check() for check in mixers.checks(name, plugins.register.token_mixers[name])]
-    assert [row.advice for row in rows if not row.passed] == []
 
 
 def test_flops_of_a_causal_product_are_its_triangles():

@@ -38,6 +38,8 @@ def written(folder: Path, text: str, name: str = "mine") -> str:
         ("x = 1\nif x\n", r"mine.py:2: SyntaxError"),
         ("\nraise RuntimeError('broken')\n", r"mine.py:2: RuntimeError: broken"),
         (CLASS.format(name="attention") + "pass\n", "'attention' already exists"),
+        # An exported model would be built of the package's own layers.
+        (CLASS.format(name="gmlp") + "pass\n", "the token mixer 'gmlp' already exists"),
         (CLASS.format(name="a b") + "pass\n", r"mine.py:2: ValueError: .*invalid name 'a b'"),
         (CLASS.format(name="m") + "num_layers: int = option(1, 'x')\n"
          "register.architecture('m', mixer='m')\n", "flag --num-layers"),
@@ -132,13 +134,6 @@ def test_layers_of_the_package_bring_their_flags(parse: Callable[..., Any]):
 def test_an_option_that_cannot_be(tmp_path: Path, line: str, said: str):
     text = "from typing import Literal\n" + GOOD.replace("smallest=1)", f"smallest=1)\n    {line}")
     with pytest.raises(UsageError, match=said):
-        plugin_files.load(written(tmp_path, text))
-
-
-def test_a_name_of_the_packages_own_layers(tmp_path: Path):
-    """An exported model would be built of those."""
-    text = GOOD.replace('@register("gated_conv")', '@register("gmlp")').split("register.arch")[0]
-    with pytest.raises(UsageError, match="the token mixer 'gmlp' already exists"):
         plugin_files.load(written(tmp_path, text))
 
 

@@ -222,6 +222,7 @@ def test_a_failed_trial_does_not_stop_the_other_systems(
     assert known.failure(known.plan()) == ""
 
 
+@pytest.mark.slow
 def test_a_run_of_several_processes_that_diverges_is_no_failure(
     known: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

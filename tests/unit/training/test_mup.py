@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support.conversions import run
-from support.in_process import MINIMAL, prepare_megatron, pretrained
+from support.in_process import MINIMAL, prepare_megatron
 from support.runs import forget_run
 
 from megatron_smlp.conversion import convert
@@ -33,39 +33,28 @@ class Start(Listener):
         }
 
 
-def start(flags: str) -> Start:
-    from pretrain_smlp import patched_arguments, train
-
-    seen = Start()
-    prepare_megatron()
-    try:
-        train(patched_arguments([*MINIMAL.split(), *flags.split()]), listeners=[seen])
-        return seen
-    finally:
-        forget_run()
-        torch.distributed.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def scaled() -> Start:
-    return start(SCALED)
-
-
-@pytest.fixture(scope="module")
-def plain() -> Start:
-    return start(TRANSFORMER)
-
-
 def is_hidden(name: str) -> bool:
     return name.endswith("weight") and ".linear_" in name
 
 
-def test_hidden_matrices_have_a_lower_rate(scaled: Start, plain: Start):
-    assert set(plain.groups.values()) == {(RATE, EPSILON)}
-    assert scaled.groups.keys() == plain.groups.keys()
-    for name, group in scaled.groups.items():
+def test_hidden_matrices_have_a_lower_rate_and_an_export_is_refused(tmp_path: Path):
+    """The model in transformers has no such factors."""
+    from pretrain_smlp import patched_arguments, train
+
+    seen = Start()
+    flags = f"{MINIMAL} {SCALED} --train-iters 1 --save {tmp_path / 'run'}"
+    prepare_megatron()
+    try:
+        train(patched_arguments(flags.split()), listeners=[seen])
+    finally:
+        forget_run()
+        torch.distributed.destroy_process_group()
+    assert {is_hidden(name) for name in seen.groups} == {True, False}
+    for name, group in seen.groups.items():
         times = TIMES if is_hidden(name) else 1
         assert group == pytest.approx((RATE / times, EPSILON / times)), name
+    with pytest.raises(UsageError, match="--use-mup True is not supported"):
+        run(convert.torch_dist_to_hf, tmp_path / "run", tmp_path / "hf", checks=False)
 
 
 @pytest.mark.parametrize(
@@ -82,11 +71,3 @@ def test_hidden_matrices_have_a_lower_rate(scaled: Start, plain: Start):
 def test_it_is_for_dense_transformers_and_adam(parse: Callable[..., Any], flags: str):
     with pytest.raises(UsageError, match="--use-mup"):
         parse(flags)
-
-
-def test_an_export_is_refused(tmp_path: Path):
-    """The model in transformers has no such factors."""
-    with pretrained(f"{SCALED} --train-iters 1 --save {tmp_path / 'run'}"):
-        pass
-    with pytest.raises(UsageError, match="--use-mup True is not supported"):
-        run(convert.torch_dist_to_hf, tmp_path / "run", tmp_path / "hf", checks=False)

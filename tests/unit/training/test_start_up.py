@@ -39,7 +39,7 @@ def signalled(what: str = "pass", **variables: str) -> subprocess.CompletedProce
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGTERM)
         try:
-            output, errors = process.communicate(timeout=3 if what != "pass" else 60)
+            output, errors = process.communicate(timeout=1 if what != "pass" else 60)
         except subprocess.TimeoutExpired:
             return subprocess.CompletedProcess([], 1000, "", "")
     finally:

@@ -127,9 +127,11 @@ def test_a_split_that_nobody_reads_may_be_empty(
     assert (found.valid, found.test) == ([None], None)
 
 
-@pytest.mark.parametrize("named", [True, False])
-@pytest.mark.parametrize("how", ["--full-validation", "--eval-iters 2", "--eval-iters 0"])
-def test_each_of_several_validation_sets_has_its_own_numbers(tmp_path: Path, named: bool, how: str):
+@pytest.mark.parametrize(
+    ("how", "named"),
+    [("--full-validation", True), ("--eval-iters 2", False), ("--eval-iters 0", True)],
+)
+def test_each_of_several_validation_sets_has_its_own_numbers(tmp_path: Path, how: str, named: bool):
     """Read whole, or some batches of each. The first set has two ids, the second 99."""
     train, narrow, wide = (
         random_pair(tmp_path / name, documents=documents, vocab_size=vocab_size)
