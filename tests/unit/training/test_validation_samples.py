@@ -71,8 +71,10 @@ def test_validations_of_one_run_and_of_its_continuation(tmp_path: Path, order: s
 
 
 def test_a_checkpoint_is_evaluated_without_training(tmp_path: Path):
-    """Also by a complete run, which would otherwise have nothing left to do."""
+    """Also by a complete run, which would otherwise have nothing left to do, and where parameters
+    of a training would be gathered ahead."""
     flags = f"--architecture gmlp --eval-iters 2 --log-interval 1 --train-iters 3 --save {tmp_path}"
+    flags += " --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
     with pretrained(f"{flags} --lr 1e-1 --save-interval 2"):
         pass
     before = records(tmp_path)
