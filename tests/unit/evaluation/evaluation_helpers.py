@@ -94,6 +94,12 @@ doc_to_choice: "{{options}}"
 doc_to_target: 0
 metric_list: [{metric: acc}]
 """
+WRITING = """
+output_type: generate_until
+doc_to_target: " every"
+generation_kwargs: {max_gen_toks: 3, until: ["absent"]}
+metric_list: [{metric: exact_match}]
+"""
 
 
 def write_task(folder: Path, name: str, documents: Sequence[Any], form: str = CHOICE) -> None:

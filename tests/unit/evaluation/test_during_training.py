@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evaluation_helpers import EXAMPLES, SYSTEMS, loaded, write_task
+from evaluation_helpers import EXAMPLES, SYSTEMS, WRITING, loaded, write_task
 from support.checkpoints import checkpoint_tensors
 from support.in_process import base_for, pretrained
 from support.launches import launch, records
@@ -14,13 +14,6 @@ from megatron_smlp.errors import UsageError
 from megatron_smlp.evaluation import during_training
 from megatron_smlp.evaluation.selection import select_tasks
 from megatron_smlp.training.speed import StepClock
-
-GENERATING = """
-output_type: generate_until
-doc_to_target: " every"
-generation_kwargs: {max_gen_toks: 3, until: ["absent"]}
-metric_list: [{metric: exact_match}]
-"""
 
 
 def training(system: str, tokenizer: Path, folder: Path) -> str:
@@ -106,7 +99,6 @@ def _afterwards(checkpoint: Path, tasks: Path) -> dict[str, Any]:
     from megatron_smlp.evaluation.harness import ScorerModel, run_tasks
     from megatron_smlp.evaluation.megatron_scorer import MegatronScorer
     from megatron_smlp.evaluation.reports import as_record
-    from megatron_smlp.evaluation.selection import select_tasks
     from megatron_smlp.library_logging import quiet_libraries
 
     with quiet_libraries(), loaded(checkpoint) as (args, stages, tokenizer):
@@ -145,7 +137,7 @@ def test_wrong_flags_are_said_before_the_training(flags: str, said: str, tasks: 
 def test_a_task_that_cannot_be_scored_is_said_before_the_training(
     tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    write_task(tmp_path, "writing", [("the model", [" mixes"])], GENERATING)
+    write_task(tmp_path, "writing", [("the model", [" mixes"])], WRITING)
     select = partial(select_tasks, include_path=str(tmp_path))
     monkeypatch.setattr(during_training, "select_tasks", select)
     # With a folder for data, the harness does not read the thousands of its own tasks.

@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evaluation_helpers import EXAMPLES, LENGTH, TEXT, Run, instances, loaded, write_task
+from evaluation_helpers import (
+    EXAMPLES,
+    LENGTH,
+    TEXT,
+    WRITING,
+    Run,
+    instances,
+    loaded,
+    write_task,
+)
 
 from megatron_smlp.errors import UsageError
 from megatron_smlp.evaluation import cli
@@ -21,12 +30,6 @@ from megatron_smlp.library_logging import quiet_libraries
 # What a token costs is compared over systems in test_scores.py.
 pytestmark = pytest.mark.parametrize("run", ["partial"], indirect=True)
 
-WRITING = """
-output_type: generate_until
-doc_to_target: " every"
-generation_kwargs: {max_gen_toks: 3, until: ["absent"]}
-metric_list: [{metric: exact_match}]
-"""
 LONG = f" {TEXT} {TEXT}"
 DOCUMENTS = [
     ("the model", [" mixes", " nothing"]),

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,17 +61,6 @@ def new_worker(known: State, folder: Path, *, processes: int = 1) -> Worker:
 def ended(known: State, run: PlannedRun) -> tuple[str, int]:
     ending = known.ending(run) or {}
     return ending["status"], ending["attempts"]
-
-
-def failing(known: State, run: PlannedRun, broken: list[bool]) -> Callable[..., int]:
-    """Return a training that exits with 1 for one run while `broken` is not empty."""
-    train = worker.run_command
-
-    def start(command: Sequence[str], *, folder: Path, **how: Any) -> int:
-        is_broken = bool(broken) and folder == known.folder_of(run)
-        return 1 if is_broken else train(command, folder=folder, **how)
-
-    return start
 
 
 def make(known: State, run: PlannedRun, folder: Path, *, processes: int = 1) -> None:
@@ -188,7 +177,11 @@ def test_a_failed_trial_does_not_stop_the_other_systems(
     """A second worker finds nothing to do and says why, as does a report of the CSV files; a worker
     with --retry completes the study."""
     first, train = known.plan().runs[0], worker.run_command
-    monkeypatch.setattr(worker, "run_command", failing(known, first, [True]))
+
+    def fail_first(command: Sequence[str], *, folder: Path, **how: Any) -> int:
+        return 1 if folder == known.folder_of(first) else train(command, folder=folder, **how)
+
+    monkeypatch.setattr(worker, "run_command", fail_first)
     monkeypatch.setattr(process, "run_command", lambda *_, **__: 1)  # no fingerprints
     monkeypatch.setattr(StudyData, "contents", lambda _: {})
     monkeypatch.setattr(StudyData, "check_vocabulary", lambda *_: None)
