@@ -38,13 +38,16 @@ def run(tool: str, flags: str, *, folder: Path) -> None:
     run_command([sys.executable, str(REPOSITORY / tool), *flags.split()], cwd=folder)
 
 
+def training(*, iterations: int) -> str:
+    """Return flags that train or resume up to this many iterations, in a folder of formats."""
+    return f"{TRAINING} {TOKENIZER} --train-iters {iterations} --save run --log-dir log"
+
+
 def trained(folder: Path, *, iterations: int) -> list[float]:
-    """Train or resume up to this many iterations; return the losses of the iterations run."""
-    log = folder / "log"
-    shutil.rmtree(log, ignore_errors=True)
-    flags = f"--train-iters {iterations} --save run --log-dir log"
-    run("pretrain_smlp.py", f"{TRAINING} {TOKENIZER} {flags}", folder=folder)
-    return [step.loss for step in steps(log)]
+    """Return the losses of the iterations run."""
+    shutil.rmtree(folder / "log", ignore_errors=True)
+    run("pretrain_smlp.py", training(iterations=iterations), folder=folder)
+    return [step.loss for step in steps(folder / "log")]
 
 
 def logits(exported: Path) -> Any:

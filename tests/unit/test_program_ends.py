@@ -1,12 +1,15 @@
 """A program ends at once, whatever happens, and without a traceback if the user ended it."""
 
+import os
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from support.in_process import MINIMAL
-from support.launches import REPOSITORY, clean_environment, run_command
+from support.launches import REPOSITORY, clean_environment, run_command, start_program
 
 from megatron_smlp.signals import FINISHING
 
@@ -134,24 +137,21 @@ with graceful_signals(announces=True):
     os.kill(os.getpid(), signal.SIGUSR1)
 assert ended == [True]
 """
-
 REFUSED = """
-import os, signal, time
+import os, signal
+from megatron_smlp import program
 from megatron_smlp.errors import UsageError
-from megatron_smlp.program import readable_errors
 
-is_fast = os.environ["RANK"] == "1"
-if is_fast:  # a handler like Megatron's, which only takes note
-    signal.signal(signal.SIGTERM, lambda *_: None)
-with readable_errors("program"):
-    time.sleep(0 if is_fast else 2)
+signal.signal(signal.SIGTERM, lambda *_: None)  # a handler like Megatron's, which only takes note
+program.time.sleep = lambda seconds: MEANWHILE
+with program.readable_errors("program"):
     raise UsageError("--lr 0: give more")
 """
 
 
-def said(program: str, *, code: int = 0) -> str:
+def said(program: str, *, code: int = 0, **variables: str) -> str:
     """Run a program, check its exit code, and return its stderr."""
-    return run_command([sys.executable, "-c", program], code=code, seconds=60).stderr
+    return run_command([sys.executable, "-c", program], code=code, seconds=60, **variables).stderr
 
 
 def test_a_second_ctrl_c_ends_it_at_once():
@@ -174,18 +174,22 @@ def test_nothing_that_the_interpreter_lets_go_of_changes_how_it_ended(code: obje
     assert done.stderr == ("a word\n" if code == "a word" else "")
 
 
-def test_under_torchrun_a_faster_rank_does_not_end_the_one_that_says_why(tmp_path: Path):
-    (tmp_path / "program.py").write_text(REFUSED)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = run_command([*torchrun, "--local-addr=127.0.0.1", tmp_path / "program.py"], code=1)
-    assert done.stderr.count("program: error: --lr 0: give more\n") == 1
-
-
-def test_under_torchrun_the_only_rank_that_refuses_says_why():
-    at_once = f"from megatron_smlp import program\nprogram.SPEAKER_FIRST = 0\n{REFUSED}"
+@pytest.mark.parametrize(
+    ("meanwhile", "code", "printed"),
+    [
+        # The first rank has said it and has ended, so that torchrun ends the others.
+        ("os.kill(os.getpid(), signal.SIGTERM)", -signal.SIGTERM, ""),
+        # Only this rank refuses.
+        ("None", 2, f"program on {socket.gethostname()}: error: --lr 0: give more\n"),
+    ],
+    ids=["another speaks", "nobody else does"],
+)
+def test_under_torchrun_a_rank_leaves_the_first_one_time_to_say_why(
+    meanwhile: str, code: int, printed: str
+):
     place = {"RANK": "1", "LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "none"}
-    done = run_command([sys.executable, "-c", at_once], code=2, **place)
-    assert done.stderr.endswith(": error: --lr 0: give more\n")
+    program = REFUSED.replace("MEANWHILE", meanwhile)
+    assert said(program, code=code, **place) == printed
 
 
 def test_an_unexpected_error_does_not_wait_for_workers():
@@ -201,12 +205,15 @@ def test_a_run_under_nohup_outlives_its_terminal():
     assert said(UNDER_NOHUP) == f"SIGUSR1: {FINISHING}\n"
 
 
-def test_a_dry_run_is_read_as_far_as_its_reader_likes():
-    flags = f"--architecture gmlp {' '.join(MINIMAL.split())} --dry-run"
-    command = f"{sys.executable} pretrain_smlp.py {flags} | head -1"
-    done = run_command(["bash", "-o", "pipefail", "-c", command])
-    assert done.stdout.startswith("Configuration ")
-    assert done.stderr == ""
+def test_a_dry_run_is_read_as_far_as_its_reader_likes(tmp_path: Path):
+    """Here not at all: the reader is gone before anything is printed."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    flags = f"--architecture gmlp {MINIMAL} --dry-run"
+    process = start_program(flags.split(), log=pipe)
+    pipe.open().close()
+    process.join(200)
+    assert process.exitcode == 0
 
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])

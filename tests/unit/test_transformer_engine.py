@@ -44,7 +44,15 @@ CASES = [
 ]
 # One system per kind of layer; the others differ from these in their routers.
 FAST = ("transformer", "gshard", "amlp", "smlp_partial")
-MARKED = slow_unless_in([case for case in CASES if case[0] in FAST], CASES)
+COMPARED = (("alone", "plain"), ("tp2", "fp8"))
+"""Builds whose checkpoints are compared with the local layers'."""
+FAST_CASES = [
+    *((system, *build) for system in FAST for build in COMPARED),
+    ("transformer", "alone", "window"),
+    ("gshard", "tp2", "grouped"),
+    ("smlp_partial", "tp2", "grouped_fp8"),
+]
+MARKED = slow_unless_in(FAST_CASES, CASES)
 NUM_EXPERTS = 4
 HIDDEN, FFN = 64, 256
 # Name of the buffer, input and output sizes over all ranks, and whether there is a bias.
@@ -74,7 +82,8 @@ def recorded(
     folder: Path = tmp_path_factory.mktemp("transformer_engine")
     cases = {}
     systems = {system for (system,) in selected(request, "system")}
-    for system, layout, variant in (case for case in CASES if case[0] in systems):
+    asked = {(system, *build) for system in systems for build in COMPARED}
+    for system, layout, variant in asked | selected(request, "system", "layout", "variant"):
         world, parallel = LAYOUTS[layout]
         flags = f"{MODEL} {SIZES} {SYSTEMS[system]} {parallel} {VARIANTS[variant]}"
         cases[f"{system} {layout} {variant}"] = {"world": world, "flags": flags}
@@ -122,15 +131,11 @@ def test_projections(recorded: dict[str, Any], system: str, layout: str, variant
         assert not given["fuse_wgrad_accumulation"]  # Apex's, which is not installed
         assert given["params_dtype"] == "torch.bfloat16"
     sizes = Counter((g["in_features"], g["out_features"], g["bias"]) for g in dense)
-    assert sizes == Counter(sizes_of(dense_layers(system)))
+    assert sizes == Counter(layer[1:] for layer in dense_layers(system))
     if world > 1:
         named = Counter((g["ub_name"], g["in_features"], g["out_features"]) for g in dense)
         assert named == Counter(layer[:3] for layer in dense_layers(system))
         assert all(g["ub_overlap_ag"] and g["ub_overlap_rs"] for g in dense)
-
-
-def sizes_of(layers: list[tuple[str, int, int, bool]]) -> list[tuple[int, int, bool]]:
-    return [layer[1:] for layer in layers]
 
 
 @pytest.mark.parametrize(
@@ -168,8 +173,8 @@ def test_a_checkpoint_is_the_local_ones(recorded: dict[str, Any], system: str):
     """Either implementation reads what the other one saved."""
     local = tensors(recorded[f"{system} local"])
     assert local
-    assert tensors(recorded[f"{system} alone plain"]) == local
-    assert tensors(recorded[f"{system} tp2 fp8"]) == local
+    for build in COMPARED:
+        assert tensors(recorded[" ".join((system, *build))]) == local
 
 
 def tensors(record: dict[str, Any]) -> set[str]:
