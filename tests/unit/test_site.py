@@ -26,12 +26,14 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return html
 
 
+@pytest.mark.slow
 def test_every_page_is_in_the_site(site: Path):
     pages = {path.relative_to(DOCS).with_suffix(".html") for path in DOCS.rglob("*.md")}
     assert len(pages) > 70
     assert {page for page in pages if not (site / page).is_file()} == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["layers", "routers", "ops", "plugins", "hf"])
 def test_a_page_of_the_reference_has_every_module(site: Path, part: str):
     page = (site / "reference" / f"{part}.html").read_text(encoding="utf-8")
