@@ -55,10 +55,9 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(parse: Parse, yaml):
     assert parse(TRANSFORMER).seed == 1234, "Megatron's default"
 
 
-@pytest.mark.parametrize("word", ["--config {}", "--config={}"])
-def test_the_place_of_the_flag_does_not_matter(parse: Parse, yaml, word: str):
+def test_the_place_of_the_flag_does_not_matter(parse: Parse, yaml):
     path = yaml("architecture: gmlp\nseed: 7\n")
-    assert parse(f"--seed 8 {word.format(path)}").seed == 8
+    assert parse(f"--seed 8 --config {path}").seed == 8
 
 
 def test_a_schedule_of_batches_wins_over_the_files_batch(parse: Parse, yaml):
@@ -188,9 +187,7 @@ WRONG = {
     "lr: 1\nseed: 2\nlr: 3": "'lr' appears twice.*line 3",
     "num-layers: 1\nnum_layers: 3": "'num_layers' appears twice",
     "lr: 2001-01-01": "quote dates",
-    "lr: 2001-99-99": "cannot be read as YAML",
     "lr: !!python/object/apply:os.system [ls]": "cannot be read as YAML",
-    "? [1]\n: 2": "cannot be read as YAML",
 }
 
 

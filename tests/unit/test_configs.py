@@ -1,14 +1,16 @@
 """Files of configs/: FLOPs budgets, GPU memory, shards of large models on 96 ranks, includes."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from golden.behaviour import CONFIGS as FILES
+from golden.behaviour import configs
 from support.cover import slow_unless_in
 from support.in_process import pretrained
-from support.launches import REPOSITORY, steps
+from support.launches import steps
 from support.meta_models import built_parameters, expected_parameters
 
 from megatron_smlp.accounting.estimate import estimate
@@ -16,57 +18,22 @@ from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
 from megatron_smlp.errors import UsageError
 from megatron_smlp.flags.yaml_file import read_settings, read_yaml, spelling
 
-SYSTEMS = (
-    "transformer",
-    "gshard",
-    "switch",
-    "base",
-    "hash",
-    "gmlp",
-    "amlp",
-    "smlp_deterministic",
-    "smlp_partial",
-    "smlp_switch",
-    "llama",
-    "llama_moe",
-)
-# Not the paper's systems: they have no file among its large models.
-NEIGHBOURS = ("mixer", "minhash")
-OF_STUDIES = ("samlp",)  # only at the size at which it was measured
 TOKEN_MOES = ("gshard", "switch", "base", "hash")
 # The regular Transformer, 24 layers of the known width, has 0.827; the paper says "about 0.8".
 FOLDERS = {"cpu": 0.0134, "paper/regular": 0.827, "paper/large": 2.0}
 VOCABULARY = {"cpu": 4096, "paper/regular": 50257, "paper/large": 50257}
-CONFIGS = [
-    (folder, system)
-    for folder in FOLDERS
-    for system in (
-        *SYSTEMS,
-        *(NEIGHBOURS if folder != "paper/large" else ()),
-        *(OF_STUDIES if folder == "cpu" else ()),
-    )
-]
+# tests/golden/namespaces.json lists the files that there have to be.
+CONFIGS = [(str(path.parent.relative_to(FILES)), path.stem) for path in configs()]
 DATA = "--mock-data --tokenizer-type NullTokenizer --vocab-size"
 
 
 def config(folder: str, system: str) -> Path:
-    return REPOSITORY / "configs" / folder / f"{system}.yaml"
+    return FILES / folder / f"{system}.yaml"
 
 
 def estimated(folder: str, system: str) -> dict[str, Any]:
     values = {spelling(key): value for key, value in read_yaml(config(folder, system)).items()}
     return estimate(values | {"vocab_size": VOCABULARY[folder]})
-
-
-def test_every_system_is_there_and_nothing_else():
-    found = {(str(p.parent.relative_to(REPOSITORY / "configs")), p.stem) for p in all_configs()}
-    assert found == set(CONFIGS), "the names above say which files there are"
-
-
-def all_configs() -> Iterator[Path]:
-    for path in (REPOSITORY / "configs").rglob("*.yaml"):
-        if path.parent.name not in ("base", "recipes"):
-            yield path
 
 
 @pytest.mark.parametrize(("folder", "system"), CONFIGS)
@@ -120,7 +87,10 @@ ENDS = "the first and last of each stage"
     ("system", "of"),
     slow_unless_in(
         [("base", ENDS), ("amlp", ENDS), ("smlp_partial", ENDS)],
-        [*((system, ENDS) for system in SYSTEMS), ("smlp_deterministic", "all")],
+        [
+            *((system, ENDS) for folder, system in CONFIGS if folder == "paper/large"),
+            ("smlp_deterministic", "all"),
+        ],
     ),
 )
 def test_shards_of_the_large_models(

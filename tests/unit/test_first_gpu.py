@@ -124,10 +124,7 @@ def test_the_report_has_the_versions(reports: Callable[[str], dict[str, Any]]):
     assert f"* package: {made_by()['sources']}\n" in printed
 
 
-def test_every_system_and_layout_is_a_case():
-    assert {f"train_{system}" for system in SYSTEMS} < set(CASES)
-    assert set(LAYOUTS) < set(CASES)
-    assert {case for fault in SABOTAGES.values() for case in fault.cases} < set(CASES)
+def test_a_case_comes_after_what_it_needs():
     assert chosen("serve") == ["environment", "text", "convert", "serve"]
     with_references = ["reference_gmlp", "reference_layouts", "train_gmlp", "dp2"]
     assert chosen("train_gmlp,dp2") == ["environment", *with_references]
@@ -299,7 +296,6 @@ ONE_ROW[0, 3] = 1.05
 @pytest.mark.parametrize(
     ("ours", "verdict", "said"),
     [
-        (run_of(), "passed", "it: bitwise"),
         (run_of(M=torch.full((2, 8, 8), 1.02)), "passed", "M 2.0, M, worst row 2.0"),
         (run_of(M=torch.full((2, 8, 8), 1.04)), "failed", ": M 4.0, M, worst row 4.0; 3 are"),
         (run_of(M=torch.full((2, 8, 8), float("nan"))), "failed", "M nan"),

@@ -33,20 +33,16 @@ SIZES: dict[str, Any] = {
     "seq_length": 32,
     "vocab_size": 1000,
 }
-SPARSE = {"architecture": "smlp", "num_dense_layers": 2, "num_feature_experts": 4, "num_experts": 8}
 SYSTEMS: dict[str, dict[str, Any]] = {
     "transformer": {"architecture": "transformer"},
     "switch": {"architecture": "transformer", "num_experts": 8, "moe_layer_freq": 2},
     "hash": {"architecture": "transformer", "num_experts": 8, "token_router": "hash"},
     "gmlp": {"architecture": "gmlp"},
-    "gmlp_heads": {"architecture": "gmlp", "spatial_heads": 4},
-    "gmlp_toeplitz": {"architecture": "gmlp", "spatial_heads": 4, "toeplitz": True},
-    "amlp": {"architecture": "amlp"},
-    "mixer": {"architecture": "mixer", "spatial_heads": 4, "num_experts": 8},
-    "minhash": {"architecture": "mixer", "input_projection": "minhash", "filter_size": 40},
-    "smlp": {**SPARSE, "feature_router": "deterministic", "token_router": "base"},
-    "smlp_partial": {**SPARSE, "feature_router": "partial", "token_router": "base"},
-}
+    "smlp": {
+        "architecture": "smlp", "num_dense_layers": 2, "feature_router": "deterministic",
+        "num_feature_experts": 4, "token_router": "base", "num_experts": 8,
+    },
+}  # fmt: skip
 
 
 def _resolved(system: str, tp: int = 1, pp: int = 1, ep: int = 1, world: int = 1, **changes: Any):

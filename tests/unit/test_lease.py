@@ -5,9 +5,9 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -85,17 +85,6 @@ def elsewhere(folder: Path, **changes: Any) -> Path:
     content = json.loads(path.read_text()) | other | changes
     path.write_bytes(Holder(**content).content())
     return path
-
-
-@contextmanager
-def beside(other: Callable[[], None]) -> Iterator[None]:
-    """Run `other` in a thread that does not outlive the block."""
-    thread = threading.Thread(target=other)
-    thread.start()
-    try:
-        yield
-    finally:
-        thread.join()
 
 
 def test_holders_are_counted_and_leave_a_note(tmp_path: Path):
@@ -201,7 +190,8 @@ def test_a_holder_that_is_about_to_end_may_be_waited_for(tmp_path: Path):
             time.sleep(0.4)
             elsewhere(tmp_path, beat=beat, is_released=beat == 3)
 
-    with beside(beat_and_end):
+    with ThreadPoolExecutor(1) as node7:
+        node7.submit(beat_and_end)
         assert acquire(tmp_path, expiry=LONG, patience=60).number == 2
 
 
@@ -215,7 +205,9 @@ def test_a_lease_that_cannot_be_read_now_is_nobodys_death(tmp_path: Path):
             content = Holder("t", "node7", 4711, "another", "1", LONG, beat=beat).content()
             (tmp_path / ".lease-000001").write_bytes(content)
 
-    with beside(come_back), pytest.raises(HeldError, match="process 4711 on node7"):
+    held_by = pytest.raises(HeldError, match="process 4711 on node7")
+    with ThreadPoolExecutor(1) as node7, held_by:
+        node7.submit(come_back)
         acquire(tmp_path, expiry=30.0)
 
 

@@ -115,15 +115,3 @@ def test_the_model_half_imports_nothing_of_the_rest(name: str):
     assert others <= {*SELF_CONTAINED, "plugins"}
     if name in ("hf", "ops"):
         assert others <= {name, "plugins"}
-
-
-def test_folders_form_no_circle():
-    """A node is the folder that a file lies in: a part's own files, or one of its subfolders."""
-    folders: dict[str, set[str]] = {}
-    for name, others in imports().items():
-        own = name.rpartition(".")[0]
-        between = {other.rpartition(".")[0] for other in others} - {own}
-        folders.setdefault(own, set()).update(between)
-    # The package's own files are at the bottom, and commands.py at the top.
-    parts = {name: frozenset(others - {""}) for name, others in folders.items() if name}
-    assert circles(parts) == []

@@ -5,7 +5,6 @@ import fcntl
 import os
 import re
 import socket
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -96,16 +95,13 @@ def test_an_interface_that_is_not_there():
     assert network.interface_of("127.0.0.1", {network.GLOO: "lo"}) == "lo"
 
 
-@pytest.fixture
-def listening() -> Iterator[int]:
+def test_a_port_that_somebody_has():
     with closing(socket.create_server(("", 0))) as server:
-        yield server.getsockname()[1]
-
-
-def test_a_port_that_somebody_has(listening: int):
-    with pytest.raises(UsageError, match=f"MASTER_PORT={listening} cannot be used on this machine"):
-        network.check_port(listening)
-    assert network.answers("127.0.0.1", listening, seconds=5)
+        port = server.getsockname()[1]
+        message = f"MASTER_PORT={port} cannot be used on this machine"
+        with pytest.raises(UsageError, match=message):
+            network.check_port(port)
+        assert network.answers("127.0.0.1", port, seconds=5)
 
 
 def test_a_port_that_is_free():
