@@ -14,13 +14,7 @@ from support.parallel_models import measure
 
 from megatron_smlp import plugin_files
 from megatron_smlp.accounting.costs import ModelShape, model_cost
-from megatron_smlp.accounting.estimate import (
-    estimate,
-    main,
-    merged,
-    resolve,
-    uncounted,
-)
+from megatron_smlp.accounting.estimate import estimate, main, merged, resolve, uncounted
 from megatron_smlp.accounting.footprint import footprint
 from megatron_smlp.accounting.ranks import ParallelLayout, parameters_on_rank, stage_cost
 from megatron_smlp.accounting.traffic import pipeline_traffic

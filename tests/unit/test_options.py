@@ -10,10 +10,7 @@ from support.launches import run_command
 from megatron_smlp.flags import help
 from megatron_smlp.options import MODEL_FLAGS, OUR_FLAGS, ModelOptions
 from megatron_smlp.partial_prediction import prefix_length
-from megatron_smlp.systems import (
-    ARCHITECTURES,
-    layer_slots,
-)
+from megatron_smlp.systems import ARCHITECTURES, layer_slots
 
 ATTENTION, GATING, FEATURE = "attention", "spatial_gating", "feature_moe"
 

@@ -22,10 +22,6 @@ LONG_AGO = -1e9
 """On another machine's monotonic clock, which started at another time."""
 
 
-def store_of(kind: str, folder: Path) -> Store:
-    return HashStore() if kind == "memory" else FileStore(str(folder / "store"), -1)
-
-
 def causes_after(store: Store, *environments: dict[str, str]) -> list[str | None]:
     """Return the cause that each machine's ranks are told in a round of these machines."""
     store.set_timeout(timedelta(seconds=20))
@@ -38,9 +34,8 @@ def causes_after(store: Store, *environments: dict[str, str]) -> list[str | None
         return list(machines.map(join, environments))
 
 
-@pytest.mark.parametrize("kind", ["memory", "file"])
-def test_a_machine_that_has_seen_no_failure_learns_of_it(kind: str, tmp_path: Path):
-    whole = store_of(kind, tmp_path)
+def test_a_machine_that_has_seen_no_failure_learns_of_it(tmp_path: Path):
+    whole = FileStore(str(tmp_path / "store"), -1)
     first, second, spare = {}, {}, {}
     assert causes_after(PrefixStore("1", whole), first, second) == [None, None]
     note_cause("rank 3 ended with 1", first)
@@ -147,9 +142,8 @@ def test_ranks_that_ended_start_again_where_a_machine_waits_for_them(
     assert agent._others_end(0.0) == is_over
 
 
-@pytest.mark.parametrize("kind", ["memory", "file"])
-def test_a_run_is_over_when_the_ranks_of_all_machines_have_ended(kind: str, tmp_path: Path):
-    store = store_of(kind, tmp_path)
+def test_a_run_is_over_when_the_ranks_of_all_machines_have_ended(tmp_path: Path):
+    store = FileStore(str(tmp_path / "store"), -1)
     store.set(f"{DONE}/1", "")
     agent = waiting_agent(store, least=1, waiting=1, here=1)
     assert agent._others_end(60.0)

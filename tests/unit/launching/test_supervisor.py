@@ -163,14 +163,12 @@ def test_a_warning_before_anything_new_is_saved_is_the_last_one(
     assert Supervisor(read({}, several=False), argv).run() == expected
 
 
-def test_a_checkpoint_that_is_older_is_no_progress(tmp_path: Path):
+def test_a_checkpoint_that_is_older_is_no_progress(monkeypatch: pytest.MonkeyPatch):
     """A start that goes back to one (--ckpt-step, --no-resume) fails again and again."""
     newest = iter([6000, 4000, 4500, 4000])
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(Failures, "latest", lambda self: next(newest))
-        failures = Failures(["--save", str(tmp_path)])
-        counts = [(failures.add(), failures.count)[1] for _ in range(3)]
-    assert counts == [1, 0, 1]
+    monkeypatch.setattr(Failures, "latest", lambda self: next(newest))
+    failures = Failures(["--save", "run"])
+    assert [(failures.add(), failures.count)[1] for _ in range(3)] == [1, 0, 1]
 
 
 def test_where_a_run_saves(tmp_path: Path):
