@@ -285,19 +285,14 @@ def test_flags_of_experts_that_are_not_there(parse: Parse, parser: ArgumentParse
     "flags",
     [
         f"{TRANSFORMER} --softmax-type vanilla --rotary-base 10000 --num-query-groups 1",
-        f"{TRANSFORMER} --group-query-attention --num-query-groups 2",
         "--architecture amlp --attention-dropout 0.1",
         f"--architecture gmlp --swiglu {EXPERTS}",
         "--architecture gmlp --squared-relu --position-embedding-type learned_absolute",
         "--architecture gmlp --dist-ckpt-workers 1",
         "--architecture smlp --num-feature-experts 8 --feature-router none",
-        "--architecture gmlp --profile --profile-step-end 4 --use-pytorch-profiler --log-dir x",
     ],
 )
-def test_what_works_is_allowed(
-    parse: Parse, flags: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.chdir(tmp_path)  # Megatron opens TensorBoard's folder after parsing
+def test_what_works_is_allowed(parse: Parse, flags: str):
     assert parse(flags)
 
 
