@@ -15,7 +15,6 @@ pytest.importorskip("sphinx", reason="the extra [docs] is not installed")
 DOCS = REPOSITORY / "docs"
 
 
-@pytest.mark.slow
 def test_every_page_and_module_is_in_the_site(tmp_path: Path):
     """As `make docs` builds it."""
     said = run_command(["make", "-n", "docs", f"HTML={tmp_path}"]).stdout
