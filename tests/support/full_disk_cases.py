@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from support.checkpoints import pretrain
-from support.conversions import assert_same, folder_weights, from_gpt2, from_hf, run
+from support.conversions import assert_same, folder_weights, from_hf, run
 from support.deletion import hidden_in
 from support.small_disk import fill
 
@@ -33,9 +33,7 @@ from megatron_smlp.program import readable_errors
 
 CONVERSIONS: dict[str, Any] = {
     "hf": from_hf,
-    "gpt2": from_gpt2,
     "to hf": convert.torch_dist_to_hf,
-    "torch_dist": convert.torch_dist_to_torch_dist,
 }
 ROOM = 40  # kilobytes left free: half a checkpoint
 

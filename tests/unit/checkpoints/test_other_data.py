@@ -3,14 +3,13 @@
 import json
 import os
 import random
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import pytest
 from support.checkpoints import RUN, carry_on
 from support.in_process import MINIMAL
-from support.launches import REPOSITORY, clean_environment
+from support.launches import start_program
 
 from megatron_smlp.checkpoints.folders import iteration_folder, iterations
 from megatron_smlp.checkpoints.run_record import read_run_record
@@ -79,21 +78,19 @@ def test_files_named_relatively_are_found_from_another_folder(
 
 
 def test_a_dataset_cut_short_under_a_run_ends_it_in_one_line(tmp_path: Path):
-    prefix = _write(tmp_path / "data", seed=1)
-    flags = f"{_flags(prefix, tmp_path / 'run')} --train-iters 100000 --num-workers 1"
-    process = subprocess.Popen(
-        [sys.executable, "pretrain_smlp.py", *flags.split()],
-        cwd=REPOSITORY,
-        env=clean_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    assert process.stderr is not None
-    for line in process.stdout:
-        if line.startswith("iteration 5/"):
-            os.truncate(f"{prefix}.bin", 1000)
-    (message,) = process.stderr.read().splitlines()
-    assert process.wait(timeout=60) == 1
-    assert f"error: the dataset {prefix!r} changed while this run was reading it" in message
+    prefix, log = _write(tmp_path / "data", seed=1), tmp_path / "log"
+    flags = f"{_flags(prefix, tmp_path / 'run')} --train-iters 100000"
+    process = start_program(flags.split(), log=log)
+    try:
+        while not (log.exists() and "\niteration 5/" in log.read_text(encoding="utf-8")):
+            assert process.is_alive(), log.read_text(encoding="utf-8")
+            time.sleep(0.05)
+        os.truncate(f"{prefix}.bin", 1000)
+        process.join(60)
+    finally:
+        process.kill()
+    said = log.read_text(encoding="utf-8")
+    assert process.exitcode == 1, said
+    message = f"error: the dataset {prefix!r} changed while this run was reading it"
+    assert message in said.splitlines()[-1]
+    assert "Traceback" not in said

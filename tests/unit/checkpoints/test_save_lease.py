@@ -87,7 +87,7 @@ def test_one_that_is_taken_over_while_it_writes_says_so(
     prepare, write = FileSystemWriterAsync.prepare_write_data, saving.write_and_add_share
 
     def write_late(*args: Any) -> None:
-        time.sleep(1.0)  # the run is at its next saves by then
+        time.sleep(0.5)  # the run is at its next saves by then
         write(*args)
 
     monkeypatch.setattr(saving, "write_and_add_share", write_late)

@@ -47,7 +47,7 @@ def test_a_loss_that_is_not_finite_costs_no_save_in_the_background(
     add = saving.add_share
 
     def add_slowly(*given: Any) -> None:
-        time.sleep(2)
+        time.sleep(0.5)
         add(*given)
 
     monkeypatch.setattr(saving, "add_share", add_slowly)
@@ -92,8 +92,7 @@ def test_a_gpu_without_room_is_a_save_that_failed(
         assert iterations(tmp_path / "run") == [2]
 
 
-@pytest.mark.parametrize("how", ["", "--async-save"])
-@pytest.mark.parametrize("argv", ["", "--exit-interval 5"])
+@pytest.mark.parametrize(("how", "argv"), [("", "--exit-interval 5"), ("--async-save", "")])
 def test_a_folder_that_vanishes_is_not_made_again(
     tmp_path: Path,
     how: str,

@@ -71,7 +71,8 @@ def test_a_loss_that_is_no_number_is_one_of_a_card(tmp_path: Path):
     assert facts["validation loss"] == "nan (iteration 3)"
 
 
-@pytest.mark.parametrize("tokenizer", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow  # test_exported_alone.py runs the code of one card
+@pytest.mark.parametrize("tokenizer", [True, False])
 def test_its_code_loads_the_model(trained: Path, tmp_path: Path, tokenizer: bool):
     save_tokenizer(tmp_path / "tokenizer")
     more = {"tokenizer_model": str(tmp_path / "tokenizer")} if tokenizer else {}

@@ -1,7 +1,6 @@
 """The model with transformers' own tools: Trainer, autocast, offloading, new tokens, old names."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -250,32 +249,6 @@ def test_a_new_model_suppresses_padding(tmp_path: Path, unpadded: int | None):
     model.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "generation_config.json").read_text())
     assert written.get("suppress_tokens", []) == padding
-
-
-AGAIN = """
-import sys, torch
-from transformers import AutoModel, AutoModelForCausalLM
-ids = torch.arange(12)[None]
-for folder, again in (("saved", "again"), ("again", "no more")):
-    states = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()(ids).last_hidden_state
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
-    model.save_pretrained(again)
-    torch.save((states, model(ids).logits), folder + "/computed.pt")
-assert "megatron_smlp" not in sys.modules
-"""
-
-
-@torch.no_grad()
-def test_the_code_goes_along_with_weights(tmp_path: Path):
-    """Saved by our own class, as Trainer does, loaded, and saved again."""
-    model, ids = make_model("smlp_deterministic"), torch.arange(12)[None]
-    model.save_pretrained(tmp_path / "saved")
-    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", AGAIN], env=environment, cwd=tmp_path, check=True)
-    for folder in (tmp_path / "saved", tmp_path / "again"):
-        states, logits = torch.load(folder / "computed.pt")
-        torch.testing.assert_close(states, model.model(ids).last_hidden_state)
-        torch.testing.assert_close(logits, model(ids).logits)
 
 
 def test_a_folders_code_is_not_run(tmp_path: Path):
