@@ -39,13 +39,6 @@ def test_show_has_every_tensor_with_its_norm(
     assert "embedding.word_embeddings.weight  shape [100, 8]" in capsys.readouterr().out
 
 
-def test_a_checkpoint_is_known_from_inside(
-    finished_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.chdir(iteration_folder(finished_run, 4))
-    assert answer(capsys, "show", ".")["iteration"] == 4
-
-
 def test_diff_is_by_tensor(finished_run: Path, capsys: pytest.CaptureFixture[str]):
     first, second = (iteration_folder(finished_run, n) for n in (2, 6))
     assert answer(capsys, "diff", first, first)["differences"] == []

@@ -64,8 +64,8 @@ def test_learning_rate_and_batch_may_change_and_are_told(run: Path, capfd: Captu
     changed = "--global-batch-size 2 -> 4, --lr 0.001 -> 0.0005, --train-iters 6 -> 8"
     assert f"changed since iteration 2: {changed}" in output
     assert iterations(run)[-1] == 8
-    lines = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    rates = {line["iteration"]: line["learning_rate"] for line in lines if "learning_rate" in line}
+    lines = [line for line in records(run) if "learning_rate" in line]
+    rates = {line["iteration"]: line["learning_rate"] for line in lines}
     assert rates[8] < rates[3] <= 5e-4 < rates[2]
 
 
@@ -203,7 +203,7 @@ def test_evaluations_that_a_killed_run_lacks_are_made_up(run: Path, lost: int):
     lines = metrics.read_text(encoding="utf-8").splitlines()
     metrics.write_text("\n".join(lines[:-lost]) + "\n", encoding="utf-8")
     pretrain(f"--save {run}")
-    again = list(map(json.loads, metrics.read_text(encoding="utf-8").splitlines()))
+    again = records(run)
     assert len(again) == len(lines)
     for line, before in zip(again[-2:], map(json.loads, lines[-2:]), strict=True):
         for name in ("iteration", "validation_loss", "test_loss"):

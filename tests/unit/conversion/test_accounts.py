@@ -147,6 +147,17 @@ def test_a_folder_is_replaced_only_on_demand(exported: Path, tmp_path: Path):
     assert not (tmp_path / "run" / "precious").exists()
 
 
+def test_a_link_to_another_place_stays(exported: Path, tmp_path: Path):
+    big, link = tmp_path / "big", tmp_path / "run"
+    link.symlink_to(big)
+    for _ in range(2):
+        run(from_hf, exported, link, overwrite=big.exists(), checks=False)
+    assert link.is_symlink()
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names - {".big.replaced.deleted"} == {"run", "big"}  # which is deleted later
+    assert (big / TRACKER).is_file()
+
+
 def test_where_one_stands_is_not_replaced(exported: Path, tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = f"--from hf --to torch_dist --no-check --load {exported} --save ."

@@ -65,8 +65,7 @@ def save_begins(folder: Path, **changes: str | None) -> None:
     path.write_text(json.dumps({name: value for name, value in config.items() if value}))
 
 
-@pytest.mark.parametrize("is_bare", [False, True])
-@pytest.mark.parametrize("special", [(), ("<user>", "<bot>")])
+@pytest.mark.parametrize(("is_bare", "special"), [(True, ()), (False, ("<user>", "<bot>"))])
 def test_ids_are_those_of_the_run(tmp_path: Path, is_bare: bool, special: tuple[str, ...]):
     """Whatever the run's flags changed in the tokenizer, here and after another save."""
     save_begins(tmp_path / "tokenizer")

@@ -14,6 +14,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
 from megatron_smlp.errors import UsageError
 
+pytestmark = pytest.mark.usefixtures("in_one_process")
+
 SIZES = {"vocab_size": 101, "n_positions": 16, "n_embd": 32, "n_layer": 3, "n_head": 4}
 SIZES |= {"bos_token_id": 100, "eos_token_id": 100}
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -1,5 +1,6 @@
 """A dense checkpoint becomes a sparse one with the same loss at the start."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from support.conversions import (
     save_exported,
     weights,
 )
+from support.cover import slow_unless_in
 from support.in_process import pretrained
 from support.launches import REPOSITORY, records
 from support.smlp_systems import make_config, make_model
@@ -23,6 +25,7 @@ from megatron_smlp import plugin_files
 from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
 from megatron_smlp.conversion import convert
 from megatron_smlp.conversion.huggingface import flags_of
+from megatron_smlp.conversion.rewriting import check_layout
 from megatron_smlp.conversion.upcycling import target_flags
 from megatron_smlp.errors import UsageError
 from megatron_smlp.systems import TOKEN_ROUTERS
@@ -47,11 +50,13 @@ def upcycled(source: Path, target: Path, **model: Any) -> tuple[list[str], float
 
 
 ROUTERS = [name for name, rule in TOKEN_ROUTERS.items() if rule.upcycling_scale]
+FAST = [("gshard", True), ("hash", True), ("switch", False)]  # base: test_some_layers_stay_dense
 
 
 @pytest.mark.parametrize(
-    ("router", "bias"), [*((router, True) for router in ROUTERS), (ROUTERS[0], False)]
+    ("router", "bias"), slow_unless_in(FAST, itertools.product(ROUTERS, (True, False)))
 )
+@pytest.mark.usefixtures("in_one_process")
 def test_a_transformer_keeps_its_loss(tmp_path: Path, router: str, bias: bool):
     source = dense(tmp_path, "transformer", add_bias_linear=bias)
     said, difference = upcycled(source, tmp_path / "moe", token_router=router, num_experts=4)
@@ -65,6 +70,7 @@ def test_a_transformer_keeps_its_loss(tmp_path: Path, router: str, bias: bool):
         assert router_weight.std() > 0
 
 
+@pytest.mark.usefixtures("in_one_process")
 def test_some_layers_stay_dense(tmp_path: Path):
     source = dense(tmp_path, "transformer", hidden_act="gelu_new")
     model = {"token_router": "base", "num_experts": 2, "moe_layer_freq": 2}
@@ -83,6 +89,7 @@ def test_some_layers_stay_dense(tmp_path: Path):
         (1, "partial", 3, None, False),
     ],
 )
+@pytest.mark.usefixtures("in_one_process")
 def test_a_gmlp_becomes_an_smlp(
     tmp_path: Path, heads: int, router: str, experts: int, chunks: int | None, is_exact: bool
 ):
@@ -100,7 +107,7 @@ def test_an_upcycled_model_trains_on(tmp_path: Path):
     with pretrained(f"{base} --save {tmp_path / 'dense'} --train-iters 2"):
         pass
     model = {"token_router": "hash", "num_experts": 4}
-    run(convert.upcycle, tmp_path / "dense", tmp_path / "moe", model=model)
+    run(convert.upcycle, tmp_path / "dense", tmp_path / "moe", model=model, checks=False)
     sparse = "--token-router hash --num-experts 4 --moe-ffn-hidden-size 72"
     losses = []
     for number, argv in enumerate((f"dense {base}", f"moe {base} {sparse}")):
@@ -112,6 +119,7 @@ def test_an_upcycled_model_trains_on(tmp_path: Path):
     assert losses[0][0] == pytest.approx(losses[1][0], abs=1e-3)
 
 
+@pytest.mark.usefixtures("in_one_process")
 def test_from_folders_of_transformers(tmp_path: Path):
     exported = save_exported(make_model("transformer", **DENSE), tmp_path / "hf")
     GPT2LMHeadModel(GPT2Config(**GPT2)).save_pretrained(tmp_path / "gpt2")
@@ -154,6 +162,7 @@ def test_layers_without_an_ffn_beside_others_that_have_one():
         ),
     ],
 )
-def test_what_cannot_be_upcycled_is_named(tmp_path: Path, model: dict[str, Any], message: str):
+def test_what_cannot_be_upcycled_is_named(model: dict[str, Any], message: str):
+    flags = flags_of(make_config("transformer", **DENSE))
     with pytest.raises(UsageError, match=message):
-        run(convert.upcycle, dense(tmp_path, "transformer"), tmp_path / "moe", model=model)
+        check_layout(target_flags(flags, model), {}, is_new=True)
