@@ -131,7 +131,7 @@ def test_fuzzed_pairs_give_an_error_or_the_right_tokens(
     if not with_manifest:
         (tmp_path / "data.json").unlink()
     rng = random.Random(7)
-    for _ in range(300):
+    for _ in range(150):
         for suffix, body in files.items():
             Path(prefix + suffix).write_bytes(body)
         way = _damage(rng, prefix)

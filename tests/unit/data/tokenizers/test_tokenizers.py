@@ -195,7 +195,7 @@ def both_encoders(tokenizer_folder: Path) -> tuple[Encoder, Encoder]:
     return fast, tokenizer
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(texts=st.lists(st.text(max_size=60), min_size=1, max_size=8))
 def test_the_fast_path_gives_the_ids_of_the_slow_one(
     both_encoders: tuple[Encoder, Encoder], texts: list[str]
