@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
+from support.beginning import begin_texts
 from support.conversions import from_hf, run
 from support.language_models import END, save_tokenizer
 from support.smlp_systems import make_model
@@ -52,14 +53,11 @@ def test_texts_of_unlike_lengths_make_a_batch(tmp_path: Path, own: bool):
 
 def save_begins(folder: Path, **changes: str | None) -> None:
     """Save a tokenizer that puts <s> before each text; `changes` go to tokenizer_config.json."""
-    save_tokenizer(folder)
+    begin = save_tokenizer(folder)
     backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     backend.add_special_tokens(["<s>"])
-    begin = backend.token_to_id("<s>")
-    backend.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", begin)]
-    )
     backend.save(str(folder / "tokenizer.json"))
+    begin_texts(folder, begin)
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text()) | {"bos_token": "<s>"} | changes
     path.write_text(json.dumps({name: value for name, value in config.items() if value}))

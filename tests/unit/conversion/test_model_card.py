@@ -2,7 +2,6 @@
 
 import math
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from support.conversions import run
 from support.cover import slow_unless_in
 from support.in_process import pretrained
 from support.language_models import save_tokenizer
-from support.launches import clean_environment, records
+from support.launches import records, run_command
 from transformers import AutoModelForCausalLM
 
 from megatron_smlp.conversion import convert
@@ -80,13 +79,5 @@ def test_its_code_loads_the_model(trained: Path, tmp_path: Path, tokenizer: bool
     card = (tmp_path / "hf" / "README.md").read_text("utf-8")
     [code] = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     assert len(code.splitlines()) == 5
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path / "hf",
-        env=clean_environment(HF_HUB_OFFLINE="1"),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    done = run_command([sys.executable, "-c", code], cwd=tmp_path / "hf", HF_HUB_OFFLINE="1")
     assert ("The" in done.stdout) == tokenizer

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from data_helpers import BYTE_FLAGS, PYTHON, ROOT, Run, assert_same_pair, small_files
+from support.launches import run_command
 
 from megatron_smlp import __version__, commands
 from megatron_smlp.data.pairs import inspect_cli, merge_cli
@@ -27,12 +28,7 @@ from megatron_smlp.errors import DataError, UsageError
 from megatron_smlp.program import run_tool
 from megatron_smlp.signals import is_interruption
 
-TOOLS = (
-    "preprocess_data",
-    "merge_datasets",
-    "inspect_dataset",
-    "train_tokenizer",
-)
+TOOLS = ("preprocess_data", "merge_datasets", "inspect_dataset", "train_tokenizer")
 Capture, Patch = pytest.CaptureFixture[str], pytest.MonkeyPatch
 
 
@@ -50,9 +46,7 @@ from megatron_smlp.data.prepare.preprocess_cli import main
 main({flags!r})
 assert not {{"torch", "megatron", "transformers"}} & set(sys.modules)
 """
-    done = subprocess.run([PYTHON, "-c", program], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("usage:") == len(TOOLS)
+    assert run_command([PYTHON, "-c", program]).stdout.count("usage:") == len(TOOLS)
 
 
 def test_flags_of_megatron_are_accepted_with_a_note(corpus: Path, tmp_path: Path, capsys: Capture):
@@ -175,15 +169,14 @@ def test_standard_input(corpus: Path, tmp_path: Path, run: Run):
     assert_same_pair(tmp_path / "pipe_text_document", tmp_path / "file_text_document")
 
 
-class TestTrainingATokenizer:
-    def test_bad_records(self, tmp_path: Path, corpus: Path):
-        bad = tmp_path / "bad.jsonl"
-        bad.write_bytes(corpus.read_bytes() + b"bad\n")
-        flags = ["--input", str(bad), "--vocab-size", "300", "--output", str(tmp_path / "t")]
-        with pytest.raises(DataError, match=r"bad\.jsonl:301: .*\[bad_json\]"):
-            tokenizer_training.main(flags)
-        tokenizer_training.main([*flags, "--on-error", "skip"])
-        assert (tmp_path / "t" / "tokenizer.json").exists()
+def test_a_tokenizer_is_trained_without_bad_records(tmp_path: Path, corpus: Path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_bytes(corpus.read_bytes() + b"bad\n")
+    flags = ["--input", str(bad), "--vocab-size", "300", "--output", str(tmp_path / "t")]
+    with pytest.raises(DataError, match=r"bad\.jsonl:301: .*\[bad_json\]"):
+        tokenizer_training.main(flags)
+    tokenizer_training.main([*flags, "--on-error", "skip"])
+    assert (tmp_path / "t" / "tokenizer.json").exists()
 
 
 def test_run_tool(capsys: Capture, monkeypatch: Patch):

@@ -1,5 +1,7 @@
 """The model matches other implementations, and loops over its own equations."""
 
+import itertools
+
 import pytest
 import torch
 from g_mlp_pytorch import gMLP
@@ -77,7 +79,7 @@ def _looped_partial(mixer, hidden: Tensor, prefix: int) -> Tensor:
     passed, chunks, normed = _gate_chunks(mixer, hidden)
     gates = torch.empty_like(normed)
     num_experts = mixer.prefix_router.shape[1]
-    for b, t, chunk in ((b, t, c) for b, t, c, _ in _indices(normed)):
+    for b, t, chunk in itertools.product(*map(range, normed.shape[:3])):
         expert, scale = chunk % num_experts, 1.0
         if t >= prefix:
             scores = torch.zeros(num_experts)
@@ -89,11 +91,6 @@ def _looped_partial(mixer, hidden: Tensor, prefix: int) -> Tensor:
         mixed = scale * _row(mixer, expert, normed[b, :, chunk], t)
         gates[b, t, chunk] = mixed + mixer.spatial.bias[expert, t]
     return mixer.down_proj(passed * gates.flatten(-2))
-
-
-def _indices(normed: Tensor):
-    batch, tokens, chunks, _ = normed.shape
-    return ((b, t, c, None) for b in range(batch) for t in range(tokens) for c in range(chunks))
 
 
 @pytest.mark.parametrize("length", [5, 8, 9, 21])

@@ -167,11 +167,8 @@ def test_a_split_that_dies_leaves_no_part_beside_one_of_another_split(
     pairs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: int | None
 ):
     """A document of an old valid part may be in the new train part. None: it dies while writing."""
-    cut: dict[str, Any] = {
-        "output_prefix": f"{tmp_path}/split",
-        "weights": [1, 1],
-        "by": "documents",
-    }
+    output = f"{tmp_path}/split"
+    cut: dict[str, Any] = {"output_prefix": output, "weights": [1, 1], "by": "documents"}
     split(pairs[0], **cut, seed=1)
     old = {path: path.read_bytes() for path in tmp_path.glob("split_*")}
     originals = pair_writer.link_durably, pair_writer.PairWriter.finish

@@ -13,6 +13,7 @@ import numpy as np
 import psutil
 import pytest
 from data_helpers import BYTE_FLAGS, COMPRESSORS, PYTHON, ROOT, Run, write_jsonl
+from support.launches import run_command
 from support.living import lives
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -188,10 +189,8 @@ if __name__ == "__main__":
     script.write_text(program)
     command = [PYTHON, str(script), "--input", str(corpus), "--output-prefix"]
     command += [str(tmp_path / "data"), *BYTE_FLAGS, "--workers", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 1
-    assert re.search(f"error: a worker process {message}", done.stderr)
-    assert len(done.stderr.strip().splitlines()) == 1
+    [said] = run_command(command, code=1, seconds=60).stderr.strip().splitlines()
+    assert re.search(f"error: a worker process {message}", said)
 
 
 def test_workers_end_when_the_parent_is_killed(tmp_path: Path):

@@ -21,10 +21,7 @@ from megatron_smlp.data.prepare import preprocess_cli, train_tokenizer_cli
 from megatron_smlp.data.tokenizers.factory import read_tokenizer
 from megatron_smlp.data.tokenizers.folder import recorded_tokenizer
 from megatron_smlp.data.tokenizers.gigatoken_encoder import GigatokenEncoder
-from megatron_smlp.data.tokenizers.huggingface import (
-    HuggingFaceTokenizer,
-    _named_tokens,
-)
+from megatron_smlp.data.tokenizers.huggingface import HuggingFaceTokenizer, _named_tokens
 from megatron_smlp.data.tokenizers.spec import (
     FILES,
     Encoder,
