@@ -59,7 +59,8 @@ LAYOUTS = {
 }
 LAYOUTS_FAST = ("ep2",)
 IN_LAYOUTS = sorted({system for system, _ in LAYOUTS.values()})
-IN_LAYOUTS_FAST = sorted({LAYOUTS[layout][0] for layout in LAYOUTS_FAST})
+DRAWN = "smlp_deterministic"
+"""Also trained from weights that the CPU draws."""
 SAVED, RESUMED, END = 1, 2, 3
 # Relative tolerances of loss and gradient norm. Two processes add in a different order; bf16 and
 # fp16 round in other places, so that a token between two experts may switch.
@@ -85,12 +86,15 @@ def cpu(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     """Make a checkpoint of each system, and the steps after it, on the CPU platform."""
     folder: Path = tmp_path_factory.mktemp("cpu")
     runs = {}
-    asked = {system for system, _ in selected(request, "system", "variant")} | {"smlp_partial"}
-    for precision, systems in {"--bf16": asked, "": _systems_in_layouts(request)}.items():
+    bf16 = {system for system, _ in selected(request, "system", "variant")}
+    fp32 = {system for (system,) in selected(request, "fp32_system")}
+    seeds = {"--bf16": bf16 | {DRAWN}, "": _systems_in_layouts(request)}
+    for (precision, systems), compared in zip(seeds.items(), (bf16, fp32), strict=True):
         for system in sorted(systems):
             flags, seed = f"{SYSTEMS[system]} {precision}", folder / f"{system}{precision}"
             runs[f"seed_{seed.name}"] = _until(SAVED, f"{flags} --save {seed}")
-            runs[f"steps_{seed.name}"] = _until(END, f"{flags} --load {seed}")
+            if system in compared:
+                runs[f"steps_{seed.name}"] = _until(END, f"{flags} --load {seed}")
     # Plugins last: in this one process, a checkpoint records those that any earlier run named.
     in_order = dict(sorted(runs.items(), key=lambda run: "--plugin" in run[1]))
     launch(in_order, processes=1, folder=folder)
@@ -112,7 +116,7 @@ def device(
         _add_resumed(one, f"{system}_{variant}", flags, seed, folder)
     for system in sorted(_systems_in_layouts(request)):
         _add_resumed(one, f"{system}_fp32", SYSTEMS[system], cpu / system, folder)
-    drawn = f"{SYSTEMS['smlp_partial']} --bf16 --use-cpu-initialization"
+    drawn = f"{SYSTEMS[DRAWN]} --bf16 --use-cpu-initialization"
     one["drawn_on_the_cpu"] = _until(SAVED, drawn)
     two: dict[str, str] = {}
     for (name,) in sorted(selected(request, "layout")):
@@ -147,10 +151,7 @@ def test_it_trains_and_resumes_as_on_a_cpu(system: str, variant: str, cpu: Path,
 
 
 def test_weights_drawn_on_the_cpu_are_a_cpus(cpu: Path, device: Path):
-    (ours,), (expected,) = (
-        steps(device / "drawn_on_the_cpu"),
-        steps(cpu / "seed_smlp_partial--bf16"),
-    )
+    (ours,), (expected,) = steps(device / "drawn_on_the_cpu"), steps(cpu / f"seed_{DRAWN}--bf16")
     assert ours.loss == pytest.approx(expected.loss, rel=ROUNDED[0])
 
 
@@ -160,7 +161,8 @@ def test_layouts_train_and_resume_as_one_process(layout: str, device: Path):
     _assert_alike(_resumed(device, layout), _resumed(device, f"{system}_fp32"), EXACT)
 
 
-@pytest.mark.parametrize("fp32_system", slow_unless_in(IN_LAYOUTS_FAST, IN_LAYOUTS))
+@pytest.mark.slow
+@pytest.mark.parametrize("fp32_system", IN_LAYOUTS)
 def test_fp32_is_as_on_a_cpu(fp32_system: str, cpu: Path, device: Path):
     """BASE's assignment differs there, though it is as good: device_assignment.py."""
     tolerances = ROUNDED if "base" in SYSTEMS[fp32_system] else EXACT

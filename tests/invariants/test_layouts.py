@@ -71,11 +71,14 @@ ARCHITECTURES = {
     "feature_moe_toeplitz": f"{SMLP} --feature-router partial --toeplitz",
 }
 ROUTED = {name for name, flags in ARCHITECTURES.items() if EXPERTS in flags}
+PRICED = "smlp"
+"""Whose BASE experts' prices are compared, too."""
 
 TP = "--tensor-model-parallel-size 2"
 PP = "--pipeline-model-parallel-size 2"
 TWO_PROCESSES = {
-    "tp2": TP,
+    # Each tensor parallel rank must receive as many rows as the first one reads in validation.
+    "tp2": f"{TP} --eval-micro-batch-size 1",
     "tp2_sp": f"{TP} --sequence-parallel",
     "pp2": PP,
     "pp2_interleaved": f"{PP} --num-layers-per-virtual-pipeline-stage 1",
@@ -85,12 +88,12 @@ TWO_PROCESSES = {
     "dp2_distributed_optimizer": "--use-distributed-optimizer",
     "ep2": "--expert-model-parallel-size 2",
 }
-PRICED = ("tp2_sp", "pp2", "dp2", "ep2")
 FOUR_PROCESSES = {"tp2_pp2": f"{TP} {PP}"}
+ALL_LAYOUTS = {"plain": "", **TWO_PROCESSES, **FOUR_PROCESSES}
 # As a Megatron-LM user without our flags writes it; Megatron requires heads and positions.
-BARE_SPEC = f"""
+BARE_SPEC = """
     --spec megatron_smlp.architectures gmlp --num-attention-heads 1
-    --position-embedding-type none --train-iters {NUM_STEPS}
+    --position-embedding-type none --train-iters 1
 """
 
 # 512 entries are padded to 768, as another tensor parallel size may do.
@@ -133,7 +136,6 @@ FAST = {
     "pp2": ("smlp", "transformer_documents"),
     "pp2_interleaved": ("feature_moe_partial",),
     "pp2_recompute": ("transformer_hash",),
-    "dp2": ("amlp",),
     "dp2_distributed_optimizer": ("transformer_switch",),
     "ep2": ("smlp",),
     "tp2_pp2": ("smlp",),
@@ -169,13 +171,15 @@ class Runs:
         how = f"--train-iters {NUM_STEPS} --finetune --no-load-optim --no-load-rng"
         return f"{self.fresh(architecture)} {where} {how} {layout}"
 
-    def priced(self, layout: str, flags: str) -> dict[str, str]:
-        """Return such a run of BASE experts, which keeps its last checkpoint."""
-        where = f"--save {self.folder}/saved/{layout} --no-save-optim --save-interval 100"
-        return {f"priced/{layout}": f"{self.resumed('smlp', flags)} {where}"}
+    def plan(self, architecture: str, layout: str) -> dict[str, str]:
+        """Return that run by its name; with PRICED experts, it keeps its last checkpoint."""
+        name, flags = f"{architecture}/{layout}", ALL_LAYOUTS[layout]
+        if architecture == PRICED:
+            flags += f" --save {self.folder}/saved/{layout} --no-save-optim --save-interval 100"
+        return {name: self.resumed(architecture, flags)}
 
     def prices(self, layout: str) -> dict[str, torch.Tensor]:
-        """Return the price buffers of a `priced` run."""
+        """Return the price buffers at the end of a run with PRICED experts."""
         tensors = checkpoint_tensors(self.folder / "saved" / layout, NUM_STEPS)
         return {name: value for name, value in tensors.items() if name.endswith("router.prices")}
 
@@ -183,10 +187,15 @@ class Runs:
         """Return the runs that the selected tests look at."""
         asked = selected(request, "architecture", "layout")
         cases = [case for case in _cases(layouts) if case in asked]
-        return {f"{a}/{layout}": self.resumed(a, layouts[layout]) for a, layout in cases}
+        return {k: v for case in cases for k, v in self.plan(*case).items()}
 
     def steps(self, architecture: str, layout: str) -> list[Step]:
         return steps(self.folder / architecture / layout)
+
+    def validation_loss(self, architecture: str, layout: str) -> float:
+        lines = records(self.folder / architecture / layout)
+        (loss,) = [line["validation_loss"] for line in lines if "validation_loss" in line]
+        return loss
 
     def routers(self, architecture: str, layout: str) -> list[dict[str, Any]]:
         """Return every router of every step, then of validation and test."""
@@ -199,33 +208,23 @@ class Runs:
 def one(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """Make the seed checkpoints, and the runs of one process from them."""
     runs = Runs(tmp_path_factory.mktemp("layouts"))
-    asked = {name for (name,) in selected(request, "architecture")}
-    # Includes those that tests without this parameter look at.
-    architectures = [
-        n for n in ARCHITECTURES if n in asked | {"smlp", "gmlp_1_head", "transformer_hash"}
-    ]
-    seeds = {f"seeds/{name}": runs.seed(name) for name in architectures}
-    plain = {f"{name}/plain": runs.resumed(name, "") for name in architectures}
-    halves = {f"{name}/bf16": f"{runs.fresh(name)} --train-iters 1 --bf16" for name in asked}
-    bare = {
-        "bare/spec": f"{MODEL} {NUMBERS} {BARE_SPEC}",
-        "bare/flag": f"{runs.fresh('gmlp_1_head')} --train-iters {NUM_STEPS}",
-    }
+    compared = {name for (name,) in selected(request, "architecture")}
+    halved = {name for (name,) in selected(request, "in_bf16")}
+    # Seeds also of those that tests without these parameters look at.
+    seeded = compared | halved | {PRICED, "gmlp_1_head", "transformer_hash"}
+    seeds = {f"seeds/{name}": runs.seed(name) for name in sorted(seeded)}
+    plain = {k: v for name in sorted(compared) for k, v in runs.plan(name, "plain").items()}
+    halves = {f"{name}/bf16": f"{runs.fresh(name)} --train-iters 1 --bf16" for name in halved}
+    bare = {"bare/spec": f"{MODEL} {NUMBERS} {BARE_SPEC}"}
     padded = {"padded/hash": runs.resumed("transformer_hash", f"{PADDED} {runs.folder}/padded/run")}
-    priced = runs.priced("plain", "")
-    launch(seeds | plain | halves | bare | padded | priced, processes=1, folder=runs.folder)
+    launch(seeds | plain | halves | bare | padded, processes=1, folder=runs.folder)
     return runs
 
 
 @pytest.fixture(scope="module")
 def two(one: Runs, request: pytest.FixtureRequest) -> Runs:
-    asked = [name for name in PRICED if (name,) in selected(request, "of_base")]
-    priced = {k: v for name in asked for k, v in one.priced(name, TWO_PROCESSES[name]).items()}
-    fresh = {"start/ep2": f"{one.fresh('smlp')} --train-iters 1 {TWO_PROCESSES['ep2']}"}
-    for rows in (1, 2):  # --micro-batch-size 2
-        flags = f"{one.fresh('gmlp_1_head')} --train-iters 1 {TP} --eval-micro-batch-size {rows}"
-        fresh[f"rows/{rows}"] = flags
-    launch(one.asked_for(request, TWO_PROCESSES) | priced | fresh, processes=2, folder=one.folder)
+    fresh = {"start/ep2": f"{one.fresh(PRICED)} --train-iters 1 {TWO_PROCESSES['ep2']}"}
+    launch(one.asked_for(request, TWO_PROCESSES) | fresh, processes=2, folder=one.folder)
     return one
 
 
@@ -257,10 +256,15 @@ def test_the_steps_move_far_more_than_the_tolerance(one: Runs, architecture: str
 
 
 def _assert_as_one(runs: Runs, architecture: str, layout: str) -> None:
-    """Check for the same steps, and as many choices by the same routers."""
+    """Check for the same steps and validation, as many choices by the same routers, and prices."""
     last = ON_THE_EDGE.get((architecture, layout), TOLERANCE)
     _assert_same(runs.steps(architecture, layout), runs.steps(architecture, "plain"), last=last)
+    assert runs.validation_loss(architecture, layout) == pytest.approx(
+        runs.validation_loss(architecture, "plain"), rel=last
+    )
     _assert_same_routers(runs.routers(architecture, layout), runs.routers(architecture, "plain"))
+    if architecture == PRICED:
+        _assert_same_prices(runs.prices(layout), runs.prices("plain"))
 
 
 @pytest.mark.parametrize(("architecture", "layout"), _marked(_cases(TWO_PROCESSES)))
@@ -270,23 +274,9 @@ def test_two_processes_train_and_count_as_one(two: Runs, architecture: str, layo
 
 def test_experts_on_two_ranks_start_as_in_one_process(two: Runs):
     """Each rank draws experts of its own; both must not have the first one's."""
-    ((ours,), (plain,)) = two.steps("start", "ep2"), two.steps("seeds", "smlp")
+    ((ours,), (plain,)) = two.steps("start", "ep2"), two.steps("seeds", PRICED)
     assert ours.loss == pytest.approx(plain.loss, rel=TOLERANCE)
     assert ours.grad_norm == pytest.approx(plain.grad_norm, rel=TOLERANCE)
-
-
-def test_an_evaluation_of_other_micro_batches(two: Runs):
-    """Each tensor parallel rank must receive as many rows as the first one reads."""
-    losses = [
-        [
-            line["validation_loss"]
-            for line in records(two.folder / "rows" / rows)
-            if "validation_loss" in line
-        ]
-        for rows in ("1", "2")
-    ]
-    assert losses[0] == pytest.approx(losses[1], rel=TOLERANCE)
-    assert len(losses[0]) == 1
 
 
 @pytest.mark.parametrize(("architecture", "layout"), _marked(_cases(FOUR_PROCESSES)))
@@ -308,10 +298,8 @@ def _assert_same_routers(ours: list[dict[str, Any]], plain: list[dict[str, Any]]
             assert left[name] == pytest.approx(right[name], **allowed), name
 
 
-@pytest.mark.parametrize("of_base", slow_unless_in(["pp2", "ep2"], PRICED))
-def test_base_experts_have_the_same_prices(two: Runs, of_base: str):
-    """The prices are a running mean over the micro-batches of all data parallel ranks."""
-    ours, plain = two.prices(of_base), two.prices("plain")
+def _assert_same_prices(ours: dict[str, torch.Tensor], plain: dict[str, torch.Tensor]) -> None:
+    """Compare running means over the micro-batches of all data parallel ranks."""
     assert ours.keys() == plain.keys()
     assert len(plain) == 2
     for name, prices in plain.items():
@@ -320,18 +308,18 @@ def test_base_experts_have_the_same_prices(two: Runs, of_base: str):
         torch.testing.assert_close(ours[name], prices, rtol=0, atol=5e-3 * scale, msg=name)
 
 
-@pytest.mark.parametrize("architecture", EACH)
-def test_bf16_follows_fp32(one: Runs, architecture: str):
+@pytest.mark.parametrize("in_bf16", slow_unless_in([PRICED], ARCHITECTURES))
+def test_bf16_follows_fp32(one: Runs, in_bf16: str):
     """From the same start, the first loss differs only by rounding, but it must: it is bf16."""
-    half = one.steps(architecture, "bf16")[0].loss
-    single = one.steps("seeds", architecture)[0].loss
+    half = one.steps(in_bf16, "bf16")[0].loss
+    single = one.steps("seeds", in_bf16)[0].loss
     assert half != single
     assert half == pytest.approx(single, rel=2e-3)
 
 
 def test_a_bare_spec_trains_as_our_flag(one: Runs):
     """`--spec megatron_smlp.architectures gmlp` is `--architecture gmlp` with its defaults."""
-    _assert_same(one.steps("bare", "spec"), one.steps("bare", "flag"))
+    assert one.steps("bare", "spec") == one.steps("seeds", "gmlp_1_head")
 
 
 def test_a_hash_table_is_loaded_into_a_longer_one(one: Runs):
