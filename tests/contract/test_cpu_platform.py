@@ -2,84 +2,88 @@
 
 import ast
 import json
-import sys
+import pkgutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from support.launches import REPOSITORY, run_command
-
-from megatron_smlp.platform import cpu
-
-# In a separate process, since `apply` lasts for the life of a process.
-PROBE = """
-import importlib, json, sys
 import torch
+from support.launches import REPOSITORY, launch_calls
+
 from megatron_smlp.platform import cpu
 
-NAMES = ["torch", "torch.cuda", "torch.cuda.random",
-         "megatron.training.training", "megatron.training.initialize",
-         "megatron.core.datasets.utils", "megatron.core.tensor_parallel.mappings",
-         "megatron.core.tensor_parallel.random",
-         "megatron.core.transformer.moe.moe_utils",
-         "megatron.core.transformer.moe.token_dispatcher"]
-PLACES = {name: importlib.import_module(name) for name in NAMES}
-PLACES |= {"torch.Tensor": torch.Tensor, "torch.nn.Module": torch.nn.Module}
-layers = importlib.import_module("megatron.core.optimizer.layer_wise_optimizer")
-PLACES[f"{layers.__name__}.LayerWiseDistributedOptimizer"] = layers.LayerWiseDistributedOptimizer
-
-def look():
-    return {f"{place}.{name}": value for place, where in PLACES.items()
-            for name in dir(where) if name != "__dict__"
-            for value in [getattr(where, name, None)]}
-
-def difference(before, after):
-    # Methods of a class are looked up anew each time: equal, not identical.
-    same = lambda a, b: a is b or (type(a) is type(b) and callable(a) and a == b)
-    return {"new": sorted(set(after) - set(before)),
-            "replaced": sorted(n for n in before if n in after and not same(before[n], after[n]))}
-
-def apply():
-    before = look()
-    cpu.apply()
-    return difference(before, look())
-
-def devices():
-    with torch.device("meta"):
-        return [make(2).device.type for make in (torch.empty, torch.zeros, torch.arange)]
-
-cuda = torch.cuda.is_available
-torch.cuda.is_available = lambda: True
-with_cuda = apply()
-torch.cuda.is_available = cuda
-print(json.dumps({"with_cuda": with_cuda, "without": apply(), "again": apply(),
-                  "meta": devices()}))
+PLACES = """
+    torch torch.cuda torch.cuda.random torch.Tensor torch.nn.Module megatron.training.training
+    megatron.training.initialize megatron.core.datasets.utils
+    megatron.core.tensor_parallel.mappings megatron.core.tensor_parallel.random
+    megatron.core.transformer.moe.moe_utils megatron.core.transformer.moe.token_dispatcher
+    megatron.core.optimizer.layer_wise_optimizer.LayerWiseDistributedOptimizer
 """
+Difference = dict[str, list[str]]
+NOTHING: Difference = {"new": [], "replaced": []}
 
-NOTHING = {"new": [], "replaced": []}
+
+def attributes() -> dict[str, Any]:
+    found = {}
+    for place in PLACES.split():
+        where = pkgutil.resolve_name(place)
+        found |= {f"{place}.{n}": getattr(where, n, None) for n in dir(where) if n != "__dict__"}
+    return found
+
+
+def applied() -> Difference:
+    """Apply the platform, and return what that changed."""
+
+    def same(a: Any, b: Any) -> bool:
+        # Methods of a class are looked up anew each time: equal, not identical.
+        return a is b or (type(a) is type(b) and callable(a) and a == b)
+
+    before = attributes()
+    cpu.apply()
+    after = attributes()
+    kept = before.keys() & after.keys()
+    return {
+        "new": sorted(after.keys() - before.keys()),
+        "replaced": sorted(name for name in kept if not same(before[name], after[name])),
+    }
+
+
+def probe_platform(answer: str) -> None:
+    """Write to a file what the platform replaces, with and without CUDA."""
+    has_cuda = torch.cuda.is_available
+    torch.cuda.is_available = lambda: True
+    found: dict[str, Any] = {"with_cuda": applied()}
+    torch.cuda.is_available = has_cuda
+    found |= {"without": applied(), "again": applied()}
+    with torch.device("meta"):
+        found["meta"] = [make(2).device.type for make in (torch.empty, torch.zeros, torch.arange)]
+    Path(answer).write_text(json.dumps(found), encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
-def probe() -> dict:
-    done = run_command([sys.executable, "-c", PROBE], CUDA_VISIBLE_DEVICES="")
-    return json.loads(done.stdout.splitlines()[-1])
+def probe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Probe in another process, since `apply` lasts for the life of one."""
+    folder = tmp_path_factory.mktemp("probe")
+    launch_calls(probe_platform, str(folder / "answer"), processes=1, log=folder / "log")
+    return json.loads((folder / "answer").read_text(encoding="utf-8"))
 
 
-def test_nothing_is_replaced_where_cuda_is_available(probe: dict):
+def test_nothing_is_replaced_where_cuda_is_available(probe: dict[str, Any]):
     assert probe["with_cuda"] == NOTHING
 
 
-def test_whatever_is_replaced_was_there(probe: dict):
+def test_whatever_is_replaced_was_there(probe: dict[str, Any]):
     """A name that Megatron or torch no longer has would be set to no effect."""
     assert probe["without"]["new"] == ["torch.cuda._smlp_cpu_platform"]
     assert probe["without"]["replaced"]
 
 
-def test_applying_twice_is_applying_once(probe: dict):
+def test_applying_twice_is_applying_once(probe: dict[str, Any]):
     assert probe["again"] == NOTHING
 
 
-def test_a_device_context_still_places_what_is_made_in_it(probe: dict):
+def test_a_device_context_still_places_what_is_made_in_it(probe: dict[str, Any]):
     """transformers builds a model on `meta` before it loads the weights."""
     assert probe["meta"] == ["meta"] * 3
 
@@ -133,8 +137,6 @@ def test_only_two_folders_replace_anything_in_torch_or_megatron():
 
 def test_an_epoch_that_begins_draws_no_random_number():
     """Dropout uses the default generator, and only the first tensor parallel rank reads data."""
-    import torch
-
     from megatron_smlp.training.batches import _endless
 
     before = torch.get_rng_state()

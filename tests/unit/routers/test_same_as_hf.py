@@ -130,18 +130,15 @@ STARTS = {
     "toeplitz": f"{MIXERS['gmlp']} --toeplitz --token-router base",
     "modern": f"{MIXERS['modern']} {ROUTERS['topk_sigmoid_shared']}",
 }
-CASES = [(layers, router) for layers in LAYERS for router in ROUTERS]
-CASES += [(mixer, router) for mixer in MIXERS for router in ("none", "base")]
+CASES = [("transformer", router) for router in ROUTERS]
+CASES += [("smlp", router) for router in ("switch_limited", "gshard", "base", "hash", "topk")]
+CASES += [(mixer, "base") for mixer in MIXERS]
+CASES += [(mixer, "none") for mixer in ("gmlp", "modern")]  # an empty channel slot, a dense FFN
 CASES += [("modern", router) for router in ROUTERS if router.startswith("topk")]
 
 
-@pytest.fixture(params=CASES, ids="-".join)
-def both(
-    request: pytest.FixtureRequest, parse: Callable[..., Any]
-) -> tuple[Any, SMLPForCausalLM, Any]:
-    layers, router = request.param
-    experts = "" if router == "none" else f"--num-experts 4 {ROUTERS[router]}"
-    args = parse(f"{(LAYERS | MIXERS)[layers]} {experts}")
+def both(args: Any) -> tuple[Any, SMLPForCausalLM]:
+    """Return our model, stirred, and the reference with its weights."""
     model = build_model(args)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -149,7 +146,7 @@ def both(
         for name, buffer in model.named_buffers():
             if name.endswith("router.expert_bias"):
                 buffer.normal_(std=0.1)
-    return model, reference_of(model, args), args
+    return model, reference_of(model, args)
 
 
 def batch(vocab_size: int) -> tuple[Tensor, Tensor]:
@@ -162,17 +159,16 @@ def gradient_of(parameter: Tensor) -> Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
-def test_logits_in_evaluation(both: tuple[Any, SMLPForCausalLM, Any]):
-    model, reference, args = both
+@pytest.mark.parametrize(("layers", "router"), CASES)
+def test_logits_and_then_losses_and_gradients(layers: str, router: str, parse: Callable[..., Any]):
+    """Logits in evaluation; losses and gradients in training."""
+    experts = "" if router == "none" else f"--num-experts 4 {ROUTERS[router]}"
+    args = parse(f"{(LAYERS | MIXERS)[layers]} {experts}")
+    model, reference = both(args)
     tokens, positions = batch(args.padded_vocab_size)
     with torch.no_grad():
         expected = reference.eval()(tokens).logits
         torch.testing.assert_close(model(tokens, positions, None), expected, rtol=0, atol=1e-5)
-
-
-def test_losses_and_gradients_in_training(both: tuple[Any, SMLPForCausalLM, Any]):
-    model, reference, args = both
-    tokens, positions = batch(args.padded_vocab_size)
     labels = tokens.roll(-1, dims=1)
     loss = model.train()(tokens, positions, None, labels=labels).mean()
     loss.backward()
