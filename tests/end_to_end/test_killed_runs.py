@@ -49,7 +49,7 @@ def check_stopped(
 
 KILLS = {
     # Flags, stops, seed, ranks.
-    "a few": ("", 3, 11, 1),
+    "two": ("", 2, 11, 1),
     "thirty": ("", 30, 12, 1),
     "thirty, async": ("--async-save", 30, 12, 1),
     **{f"of ranks {layout} {how}": (f"{layout} {how}", 8, 13, 2)
@@ -57,7 +57,7 @@ KILLS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kills", slow_unless_in(["a few"], KILLS))
+@pytest.mark.parametrize("kills", slow_unless_in(["two"], KILLS))
 def test_kills(tmp_path: Path, kills: str):
     how, stops, seed, ranks = KILLS[kills]
     check_stopped(tmp_path, how, stops=stops, seed=seed, ranks=ranks)

@@ -366,7 +366,7 @@ def test_bad_input_in_one_line(
     own = tmp_path / "own"
     own.mkdir()
     changes = {name: text.replace("OWN", str(own)) for name, text in changes.items()}
-    job = Job(two, FLAGS, **(variables | {"START_TIMEOUT": "2"} | changes))
+    job = Job(two, FLAGS, **(variables | {"START_TIMEOUT": "1"} | changes))
     job.start(1)
     assert job.codes(1, seconds=60) == [2], job.log(1)
     assert len(job.log(1).splitlines()) == 1

@@ -89,30 +89,32 @@ LAYOUTS = {
 Case = tuple[str, str, str]
 NOTICED: Case = ("transformer", "pp_distributed", "interleaved")
 """Always made: a test without a case looks at its steps."""
-SHORT: list[Case] = [
-    ("transformer_mup", "tp_distributed", "pp_distributed"),  # matrices have their own rate
+# What a change of layout may lose: padding, an optimizer's parts, pipeline stages, experts, prices.
+FAST: list[Case] = [
     NOTICED,
     # A stage of one layer: its bucket has padding, and the tied embedding's follows it.
     ("transformer", "interleaved_distributed", "pp"),
-    ("transformer", "dp_distributed", "one"),
-    ("transformer_bf16", "dp", "dp_parallel_load"),
     ("transformer_bf16", "dp_distributed", "dp"),
+    ("smlp", "ep_distributed", "tp"),
+    ("smlp", "ep_distributed", "pp"),
+    ("smlp_partial", "pp", "ep"),
+    ("smlp_partial", "pp", "tp_distributed"),
+]
+SHORT: list[Case] = [
+    *FAST,
+    ("transformer_mup", "tp_distributed", "pp_distributed"),  # matrices have their own rate
+    ("transformer", "dp_distributed", "one"),
+    ("transformer", "dp_distributed", "tp"),
+    ("transformer_bf16", "dp", "dp_parallel_load"),
     ("minhash", "one", "dp_parallel_load"),  # one rank sends its table to the other
-    ("smlp", "pp", "ep"),
     ("smlp", "one", "ep"),
     ("smlp", "ep_distributed", "one"),
-    ("smlp", "ep_distributed", "tp"),
-    ("smlp_partial", "pp", "tp_distributed"),
 ]
 # Cases whose checkpoint tools/convert_checkpoint.py first rewrites for the new layout.
 REWRITTEN: dict[Case, dict[str, int]] = {
     ("transformer", "dp_distributed", "tp"): {"tensor_model_parallel_size": 2},
     ("smlp", "ep_distributed", "pp"): {"pipeline_model_parallel_size": 2},
 }
-SHORT += REWRITTEN
-# What a change of layout may lose: padding, an optimizer's parts, pipeline stages, experts, prices.
-FAST = [case for case in SHORT if case[0] not in ("minhash", "transformer_mup")]
-FAST = [case for case in FAST if case[2] not in ("one", "dp_parallel_load")]
 
 
 def ring(system: str) -> list[Case]:

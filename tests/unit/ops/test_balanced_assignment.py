@@ -30,9 +30,7 @@ both = pytest.mark.parametrize("solve", SOLVERS.values(), ids=SOLVERS)
 
 @both
 @pytest.mark.parametrize("make", [random, clustered, low_rank, one_favourite, tiny_differences])
-@pytest.mark.parametrize(
-    ("num_tokens", "num_experts"), [(1024, 64), (1000, 7), (513, 128), (10, 64)]
-)
+@pytest.mark.parametrize(("num_tokens", "num_experts"), [(512, 64), (500, 7), (10, 64)])
 def test_reaches_nearly_the_optimum(solve: Solver, make, num_tokens: int, num_experts: int):
     """Measured as a share of the way from a random balanced assignment to the optimum.
 
@@ -47,7 +45,7 @@ def test_reaches_nearly_the_optimum(solve: Solver, make, num_tokens: int, num_ex
 
 
 @both
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     hnp.arrays(
         np.float32,
@@ -63,7 +61,7 @@ def test_is_balanced_for_every_finite_input(solve: Solver, values: np.ndarray):
 
 
 @both
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     hnp.arrays(
         np.float64,
@@ -85,7 +83,7 @@ def test_no_exchange_of_two_tokens_improves_tied_integer_scores(solve: Solver, v
 
 
 @both
-@pytest.mark.parametrize(("num_tokens", "num_experts"), [(2048, 64), (1001, 64), (33, 64), (7, 1)])
+@pytest.mark.parametrize(("num_tokens", "num_experts"), [(1001, 64), (33, 64), (7, 1)])
 @pytest.mark.parametrize(
     "make",
     [

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.cover import slow_unless_in
+from support.cover import selected, slow_unless_in
 from support.gating import Gate, exactly, norm_exactly
 from support.interpreted import interpreted
 from torch import Tensor
@@ -54,13 +54,14 @@ LONGEST, LAST = "fp16, M in fp32", 129
 
 
 @pytest.fixture(scope="module")
-def interpretations() -> dict[str, list[Any]]:
+def interpretations(request: pytest.FixtureRequest) -> dict[str, list[Any]]:
     """Return each function's results for its gates, from one process: importing takes longest."""
     calls: dict[str, list[tuple[Any, ...]]] = {
         "by_kernels": [(gate,) for gate in GATES.values()],
         "norm_by_kernels": [(GATES[name],) for name in NORMED],
         "with_other_tokens_from": [(GATES[LONGEST], LAST)],
         "biases_of_no_shift": [()],
+        "twice": [(PARTED[name],) for (name,) in sorted(selected(request, "parted"))],
     }
     pairs = [(name, arguments) for name, several in calls.items() for arguments in several]
     answers = iter(interpreted([(f"support.gating:{name}", rest) for name, rest in pairs]))
@@ -92,14 +93,17 @@ def test_outputs_and_gradients_are_the_references(case: str, answers: dict[str, 
     assert not ours[gate.matrix + 1][:, upper].any()
 
 
-@pytest.mark.parametrize("case", slow_unless_in(["parts"], PARTED))
-def test_sums_in_parts(case: str):
+@pytest.mark.parametrize("parted", slow_unless_in(["parts"], PARTED))
+def test_sums_in_parts(
+    parted: str, interpretations: dict[str, list[Any]], request: pytest.FixtureRequest
+):
     """The same bits whichever program comes first, and no unwritten memory is read."""
-    gate = PARTED[case]
+    gate = PARTED[parted]
     matrices = gate.experts or gate.heads
     columns = gate.batch * gate.heads * gate.width // matrices
     assert launches.num_parts(gate.tokens, matrices, columns, tiles.for_architecture("")) > 1
-    [(ours, again)] = interpreted([("support.gating:twice", (gate,))])
+    number = sorted(selected(request, "parted")).index((parted,))
+    ours, again = interpretations["twice"][number]
     _assert_close(gate, ours)
     for first, second in zip(ours, again, strict=True):
         assert torch.equal(first, second)

@@ -24,10 +24,11 @@ from megatron_smlp.ops.triton_assignment import unsupported
 
 SOLVE = "megatron_smlp.ops.triton_assignment:triton_assignment"
 GOOD = {
-    "random": (random, 200, 8),
+    "random": (random, 96, 8),
     "favourite, a remainder": (one_favourite, 100, 7),
     "differences of 1e-12": (tiny_differences, 64, 3),
 }
+SMALLEST = "differences of 1e-12"
 GOOD_SLOW = {
     "clustered": (clustered, 1024, 16),
     "random, more programs than one": (random, 1000, 64),
@@ -66,7 +67,7 @@ def _solved(all_scores: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
 @pytest.fixture(scope="module")
 def solved() -> dict[str, tuple[Tensor, Tensor]]:
     """Solve all cases of the fast tests, in one process."""
-    turned = {"turned": _scores(*GOOD["random"]).T.contiguous().T}
+    turned = {"turned": _scores(*GOOD[SMALLEST]).T.contiguous().T}
     return _solved({name: _scores(*case) for name, case in GOOD.items()} | EVEN | turned)
 
 
@@ -93,7 +94,7 @@ def test_is_balanced(case: str, solved: dict[str, tuple[Tensor, Tensor]]):
 
 
 def test_any_strides_give_the_same_bits(solved: dict[str, tuple[Tensor, Tensor]]):
-    for one, other in zip(solved["random"], solved["turned"], strict=True):
+    for one, other in zip(solved[SMALLEST], solved["turned"], strict=True):
         assert torch.equal(one, other)
 
 
