@@ -86,13 +86,6 @@ def test_label_smoothing_stays_megatrons() -> None:
     assert torch.equal(ours, vocab_parallel_cross_entropy(logits.clone(), target, 0.1))
 
 
-def test_it_is_put_in_place_once() -> None:
-    before = tensor_parallel.vocab_parallel_cross_entropy
-    cross_entropy.apply()
-    assert tensor_parallel.vocab_parallel_cross_entropy is before
-    assert before.__wrapped__ is vocab_parallel_cross_entropy
-
-
 def test_megatrons_model_looks_for_it_there() -> None:
     source = inspect.getsource(language_module.LanguageModule.compute_language_model_loss)
     assert "tensor_parallel.vocab_parallel_cross_entropy(" in source

@@ -102,13 +102,8 @@ FAST: list[Case] = [
 ]
 SHORT: list[Case] = [
     *FAST,
-    ("transformer_mup", "tp_distributed", "pp_distributed"),  # matrices have their own rate
-    ("transformer", "dp_distributed", "one"),
     ("transformer", "dp_distributed", "tp"),
     ("transformer_bf16", "dp", "dp_parallel_load"),
-    ("minhash", "one", "dp_parallel_load"),  # one rank sends its table to the other
-    ("smlp", "one", "ep"),
-    ("smlp", "ep_distributed", "one"),
 ]
 # Cases whose checkpoint tools/convert_checkpoint.py first rewrites for the new layout.
 REWRITTEN: dict[Case, dict[str, int]] = {

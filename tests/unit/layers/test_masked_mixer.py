@@ -57,7 +57,7 @@ def naive(layer: MaskedMixer, x: Tensor) -> Tensor:
     return loop(layer.spatial_out, functional.gelu(mixed))
 
 
-@pytest.mark.parametrize("tokens", [1, 7, LENGTH])
+@pytest.mark.parametrize("tokens", [7, LENGTH])
 @pytest.mark.parametrize("toeplitz", [False, True])
 @pytest.mark.parametrize("expansion", [False, True])
 @pytest.mark.parametrize("heads", [1, 3])

@@ -56,7 +56,7 @@ def naive_gating(mixer: SpatialGating, x: Tensor, *, heads: int) -> Tensor:
     return functional.linear(gated, mixer.linear_fc2.weight, mixer.linear_fc2.bias)
 
 
-@pytest.mark.parametrize("heads", [1, 2, 3])
+@pytest.mark.parametrize("heads", [1, 3])
 @pytest.mark.parametrize(("length", "tokens"), [(63, 63), (16, 16), (16, 5), (16, 1)])
 def test_heads_equal_the_naive_loop(heads: int, length: int, tokens: int):
     # In double precision: reordered sums of up to 63 terms differ by rounding in single.

@@ -63,7 +63,7 @@ def gradients_of(
     [(torch.float32, {}), (torch.bfloat16, {"rtol": 2e-2, "atol": 2e-2})],
     ids=["fp32", "bf16"],
 )
-@pytest.mark.parametrize("counts", [[4, 0, 7, 2], [0, 0, 0, 5], [0, 0, 0, 0]], ids=str)
+@pytest.mark.parametrize("counts", [[4, 0, 7, 2], [0, 0, 0, 0]], ids=str)
 def test_weighting_outputs_is_weighting_hidden_layers(
     dtype: torch.dtype, close: dict[str, float], counts: list[int]
 ):
@@ -104,7 +104,7 @@ ACTIVATIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("counts", [[4, 0, 7, 2], [0, 0, 0, 5], [0, 0, 0, 0]], ids=str)
+@pytest.mark.parametrize("counts", [[4, 0, 7, 2], [0, 0, 0, 0]], ids=str)
 @pytest.mark.parametrize("changes", ACTIVATIONS.values(), ids=ACTIVATIONS)
 def test_grouped_gemms_are_the_loop(dtype: torch.dtype, counts: list[int], changes: dict[str, Any]):
     """Outputs and gradients, with grouped_mm on the CPU; and weights are waited for."""

@@ -1,4 +1,4 @@
-"""Draws match the hash in plain integers, and do not depend on the micro-batches."""
+"""Draws match the hash of seed, sample, layer and position, in plain integers."""
 
 import torch
 
@@ -25,13 +25,3 @@ def test_it_is_the_hash_of_all_coordinates():
             key = hashed(hashed(7) + 1000 + number)
             bits = hashed(hashed(key + 5) + position) >> 40
             assert drawn[position, number].item() == bits / 2**24
-
-
-def test_a_samples_numbers_do_not_depend_on_its_micro_batch():
-    whole = uniform(sample_keys(seed=3, first=8, count=4, device=CPU), layer=2, positions=5)
-    halves = [
-        uniform(sample_keys(seed=3, first=first, count=2, device=CPU), layer=2, positions=5)
-        for first in (8, 10)
-    ]
-    together = torch.cat([half.view(5, 2) for half in halves], dim=1)
-    assert torch.equal(whole.view(5, 4), together)
