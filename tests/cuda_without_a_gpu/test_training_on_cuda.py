@@ -83,18 +83,15 @@ def _systems_in_layouts(request: pytest.FixtureRequest) -> set[str]:
 
 @pytest.fixture(scope="module")
 def cpu(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make a checkpoint of each system, and the steps after it, on the CPU platform."""
+    """Train each system on the CPU platform; each run logs into the folder of its checkpoints."""
     folder: Path = tmp_path_factory.mktemp("cpu")
     runs = {}
-    bf16 = {system for system, _ in selected(request, "system", "variant")}
-    fp32 = {system for (system,) in selected(request, "fp32_system")}
-    seeds = {"--bf16": bf16 | {DRAWN}, "": _systems_in_layouts(request)}
-    for (precision, systems), compared in zip(seeds.items(), (bf16, fp32), strict=True):
+    bf16 = {system for system, _ in selected(request, "system", "variant")} | {DRAWN}
+    for precision, systems in {"--bf16": bf16, "": _systems_in_layouts(request)}.items():
         for system in sorted(systems):
-            flags, seed = f"{SYSTEMS[system]} {precision}", folder / f"{system}{precision}"
-            runs[f"seed_{seed.name}"] = _until(SAVED, f"{flags} --save {seed}")
-            if system in compared:
-                runs[f"steps_{seed.name}"] = _until(END, f"{flags} --load {seed}")
+            name = f"{system}{precision}"
+            saving = f"--save {folder / name} --save-interval 1"
+            runs[name] = _until(END, f"{SYSTEMS[system]} {precision} {saving}")
     # Plugins last: in this one process, a checkpoint records those that any earlier run named.
     in_order = dict(sorted(runs.items(), key=lambda run: "--plugin" in run[1]))
     launch(in_order, processes=1, folder=folder)
@@ -129,7 +126,8 @@ def device(
 def _add_resumed(runs: dict[str, str], name: str, flags: str, seed: Path, folder: Path) -> None:
     own = folder / f"checkpoint_{name}"
     saving = f"--save {own} {'--async-save' if DISTRIBUTED in flags else ''}"
-    runs[f"first_{name}"] = _until(RESUMED, f"{flags} --load {seed} {saving}")
+    start = f"--load {seed} --ckpt-step {SAVED}"
+    runs[f"first_{name}"] = _until(RESUMED, f"{flags} {start} {saving}")
     runs[f"second_{name}"] = _until(END, f"{flags} --load {own} {EVALUATES}")
 
 
@@ -147,11 +145,11 @@ def _assert_alike(ours: list[Step], expected: list[Step], tolerances: tuple[floa
 @pytest.mark.parametrize(("system", "variant"), slow_unless_in(FAST, CASES))
 def test_it_trains_and_resumes_as_on_a_cpu(system: str, variant: str, cpu: Path, device: Path):
     ours = _resumed(device, f"{system}_{variant}")
-    _assert_alike(ours, steps(cpu / f"steps_{system}--bf16"), ROUNDED)
+    _assert_alike(ours, steps(cpu / f"{system}--bf16")[SAVED:], ROUNDED)
 
 
 def test_weights_drawn_on_the_cpu_are_a_cpus(cpu: Path, device: Path):
-    (ours,), (expected,) = steps(device / "drawn_on_the_cpu"), steps(cpu / f"seed_{DRAWN}--bf16")
+    (ours,), (expected, *_) = steps(device / "drawn_on_the_cpu"), steps(cpu / f"{DRAWN}--bf16")
     assert ours.loss == pytest.approx(expected.loss, rel=ROUNDED[0])
 
 
@@ -166,5 +164,5 @@ def test_layouts_train_and_resume_as_one_process(layout: str, device: Path):
 def test_fp32_is_as_on_a_cpu(fp32_system: str, cpu: Path, device: Path):
     """BASE's assignment differs there, though it is as good: device_assignment.py."""
     tolerances = ROUNDED if "base" in SYSTEMS[fp32_system] else EXACT
-    ours, expected = _resumed(device, f"{fp32_system}_fp32"), steps(cpu / f"steps_{fp32_system}")
+    ours, expected = _resumed(device, f"{fp32_system}_fp32"), steps(cpu / fp32_system)[SAVED:]
     _assert_alike(ours, expected, tolerances)
