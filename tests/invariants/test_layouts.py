@@ -96,9 +96,6 @@ BARE_SPEC = """
     --position-embedding-type none --train-iters 1
 """
 
-# 512 entries are padded to 768, as another tensor parallel size may do.
-PADDED = "--make-vocab-size-divisible-by 384 --save-interval 100 --save"
-
 
 # For architectures that share all but one part with others, the layouts that this part could break.
 FEWER = {
@@ -211,13 +208,12 @@ def one(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     compared = {name for (name,) in selected(request, "architecture")}
     halved = {name for (name,) in selected(request, "in_bf16")}
     # Seeds also of those that tests without these parameters look at.
-    seeded = compared | halved | {PRICED, "gmlp_1_head", "transformer_hash"}
+    seeded = compared | halved | {PRICED, "gmlp_1_head"}
     seeds = {f"seeds/{name}": runs.seed(name) for name in sorted(seeded)}
     plain = {k: v for name in sorted(compared) for k, v in runs.plan(name, "plain").items()}
     halves = {f"{name}/bf16": f"{runs.fresh(name)} --train-iters 1 --bf16" for name in halved}
     bare = {"bare/spec": f"{MODEL} {NUMBERS} {BARE_SPEC}"}
-    padded = {"padded/hash": runs.resumed("transformer_hash", f"{PADDED} {runs.folder}/padded/run")}
-    launch(seeds | plain | halves | bare | padded, processes=1, folder=runs.folder)
+    launch(seeds | plain | halves | bare, processes=1, folder=runs.folder)
     return runs
 
 
@@ -320,12 +316,3 @@ def test_bf16_follows_fp32(one: Runs, in_bf16: str):
 def test_a_bare_spec_trains_as_our_flag(one: Runs):
     """`--spec megatron_smlp.architectures gmlp` is `--architecture gmlp` with its defaults."""
     assert one.steps("bare", "spec") == one.steps("seeds", "gmlp_1_head")
-
-
-def test_a_hash_table_is_loaded_into_a_longer_one(one: Runs):
-    """Padding depends on the layout: the load must succeed, and real tokens keep their experts."""
-    name = "decoder.layers.0.mlp.router.table"
-    saved = checkpoint_tensors(one.folder / "seeds" / "transformer_hash", 1)[name]
-    longer = checkpoint_tensors(one.folder / "padded" / "run", NUM_STEPS)[name]
-    assert (len(saved), len(longer)) == (512, 768)
-    assert torch.equal(longer[:512], saved)

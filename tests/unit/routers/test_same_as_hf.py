@@ -26,6 +26,7 @@ from megatron_smlp.training.forward import ForwardStep
 pytestmark = pytest.mark.usefixtures("megatron")
 
 LENGTH = 13  # odd, and shorter than the model's 16
+LONG = {"toeplitz": 23}  # its matrices go on behind it
 LAYERS = {
     "transformer": "--architecture transformer --num-attention-heads 4 --moe-layer-freq 2",
     "smlp": "--architecture smlp --num-dense-layers 2 --feature-router deterministic "
@@ -52,6 +53,9 @@ MIXERS = {
     "modern": MODERN,
     "gmlp_rms_norm": "--architecture gmlp --spatial-heads 2 --normalization RMSNorm",
     "mixer": "--architecture mixer --spatial-heads 2 --mixer-expansion",
+    "toeplitz": "--architecture gmlp --spatial-heads 2 --toeplitz",
+    "partial_toeplitz": "--architecture smlp --feature-router partial --num-feature-experts 4 "
+    "--toeplitz",
     "no_positions": "--architecture transformer --num-attention-heads 4 "
     "--position-embedding-type none --group-query-attention --num-query-groups 1 --qk-layernorm",
 }
@@ -127,7 +131,6 @@ def drawn(layer: int, gates: Tensor) -> Tensor:
 STARTS = {
     **{rule: f"{LAYERS['transformer']} {ROUTERS[rule]}" for rule in TOKEN_ROUTERS},
     **{mixer: f"{MIXERS[mixer]} --token-router base" for mixer in MIXERS},
-    "toeplitz": f"{MIXERS['gmlp']} --toeplitz --token-router base",
     "modern": f"{MIXERS['modern']} {ROUTERS['topk_sigmoid_shared']}",
 }
 CASES = [("transformer", router) for router in ROUTERS]
@@ -149,9 +152,9 @@ def both(args: Any) -> tuple[Any, SMLPForCausalLM]:
     return model, reference_of(model, args)
 
 
-def batch(vocab_size: int) -> tuple[Tensor, Tensor]:
-    tokens = torch.randint(vocab_size, (3, LENGTH))
-    return tokens, torch.arange(LENGTH).expand_as(tokens)
+def batch(vocab_size: int, length: int = LENGTH) -> tuple[Tensor, Tensor]:
+    tokens = torch.randint(vocab_size, (3, length))
+    return tokens, torch.arange(length).expand_as(tokens)
 
 
 def gradient_of(parameter: Tensor) -> Tensor:
@@ -165,7 +168,7 @@ def test_logits_and_then_losses_and_gradients(layers: str, router: str, parse: C
     experts = "" if router == "none" else f"--num-experts 4 {ROUTERS[router]}"
     args = parse(f"{(LAYERS | MIXERS)[layers]} {experts}")
     model, reference = both(args)
-    tokens, positions = batch(args.padded_vocab_size)
+    tokens, positions = batch(args.padded_vocab_size, LONG.get(layers, LENGTH))
     with torch.no_grad():
         expected = reference.eval()(tokens).logits
         torch.testing.assert_close(model(tokens, positions, None), expected, rtol=0, atol=1e-5)
