@@ -47,7 +47,7 @@ class Drawing:
         self.factors = factors
         self.styles = _styles(self.systems)
         self.styles[self.study.subject]["zorder"] = 3  # on top of the others
-        self.run, self.mean, self.interval = (
+        self.run_word, self.mean_word, self.interval_words = (
             ("rate", "fitted minimum", "its 95 % interval")
             if self.study.design
             else ("seed", "mean", f"95 % interval of the mean, of {ENOUGH_FOR_BANDS} seeds or more")
@@ -91,7 +91,7 @@ class Drawing:
             tidy(panel)
         panels[0].set_ylabel(f"validation loss{what}\n(nats per token)")
         there = [name for name in names if self.tables.seeds(name)]
-        note = f"thin: each {self.run}; thick: {self.mean}; band: {self.interval}"
+        note = f"thin: each {self.run_word}; thick: {self.mean_word}; band: {self.interval_words}"
         self._legend(figure, f"{note}, cut where it leaves the panel", there)
         return figure
 
@@ -113,7 +113,8 @@ class Drawing:
         panel.invert_yaxis()  # the lowest loss on top
         panel.set_xlabel(f"validation loss{what} (nats per token)")
         panel.set_title(
-            f"dots: each {self.run}; stroke: {self.mean}; line: {self.interval}", fontsize=9
+            f"dots: each {self.run_word}; stroke: {self.mean_word}; line: {self.interval_words}",
+            fontsize=9,
         )
         tidy(panel)
         return figure

@@ -6,13 +6,12 @@ import json
 import os
 import random
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.launches import TIME_LIMIT, records, start_program
+from support.launches import TIME_LIMIT, records, start_program, wait_for_line
 
 from megatron_smlp.data.prepare import preprocess_cli, train_tokenizer_cli
 from megatron_smlp.errors import UsageError
@@ -87,7 +86,7 @@ def test_interrupted_run_saves_and_the_same_command_goes_on(corpus: Path, tmp_pa
         log = tmp_path / f"{sent.name}.log"
         process = start_program(argv.split(), log=log)
         try:
-            wait_for(f"iteration {reached + 5}/", log, process)
+            wait_for_line(f"iteration {reached + 5}/", log, process)
             os.kill(process.pid, sent)
             process.join(60)
         finally:
@@ -102,13 +101,6 @@ def test_interrupted_run_saves_and_the_same_command_goes_on(corpus: Path, tmp_pa
         last = output.splitlines()[-1]
         assert last.startswith(f"stopped at iteration {saved} (a signal): saved to {tmp_path}")
         reached = saved
-
-
-def wait_for(start: str, log: Path, process: Any) -> None:
-    """Wait until a line of the log begins so; fail if the process ends first."""
-    while not (log.exists() and f"\n{start}" in log.read_text(encoding="utf-8")):
-        assert process.is_alive(), log.read_text(encoding="utf-8")
-        time.sleep(0.05)
 
 
 def test_bad_input_is_one_line_and_exit_code_2(corpus: Path, tmp_path: Path) -> None:

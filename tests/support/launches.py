@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,19 @@ def start_program(argv: Sequence[str], *, log: Path) -> Any:
     )
     process.start()
     return process
+
+
+def wait_for_line(start: str, log: Path, process: Any) -> str:
+    """Wait until the log has a whole line that begins so, and return it; fail if the process ends
+    first."""
+    while True:
+        is_alive = process.is_alive()
+        text = log.read_text(encoding="utf-8") if log.exists() else ""
+        for line in text.splitlines(keepends=True):
+            if line.startswith(start) and line.endswith("\n"):
+                return line.rstrip("\n")
+        assert is_alive, text
+        time.sleep(0.05)
 
 
 def import_benchmarks() -> None:

@@ -3,13 +3,12 @@
 import json
 import os
 import random
-import time
 from pathlib import Path
 
 import pytest
 from support.checkpoints import RUN, carry_on
 from support.in_process import MINIMAL
-from support.launches import start_program
+from support.launches import start_program, wait_for_line
 
 from megatron_smlp.checkpoints.folders import iteration_folder, iterations
 from megatron_smlp.checkpoints.run_record import read_run_record
@@ -82,9 +81,7 @@ def test_a_dataset_cut_short_under_a_run_ends_it_in_one_line(tmp_path: Path):
     flags = f"{_flags(prefix, tmp_path / 'run')} --train-iters 100000"
     process = start_program(flags.split(), log=log)
     try:
-        while not (log.exists() and "\niteration 5/" in log.read_text(encoding="utf-8")):
-            assert process.is_alive(), log.read_text(encoding="utf-8")
-            time.sleep(0.05)
+        wait_for_line("iteration 5/", log, process)
         os.truncate(f"{prefix}.bin", 1000)
         process.join(60)
     finally:

@@ -20,7 +20,7 @@ import pytest
 import torch
 import uvicorn
 from support.language_models import END, greedy, save_language_model
-from support.launches import clean_environment
+from support.launches import clean_environment, wait_for_line
 from support.ranks import forkserver, rank_process
 from support.smlp_systems import LONGEST
 from tokenizers import decoders
@@ -435,12 +435,7 @@ def test_its_flags_are_heeded_and_ctrl_c_ends_it_cleanly(folder: Path, tmp_path:
     server = rank_process(forkserver(), *work, log=log, environment=clean_environment())
     server.start()
     try:
-        while not (log.exists() and log.read_text(encoding="utf-8").endswith("\n")):
-            assert server.is_alive(), log.read_text(encoding="utf-8")
-            time.sleep(0.05)
-        line = log.read_text(encoding="utf-8")
-        assert line.startswith("serving 'm' at http://127.0.0.1:")
-        url = line.split()[3]
+        url = wait_for_line("serving 'm' at http://127.0.0.1:", log, server).split()[3]
         assert httpx.get(f"{url}/models", timeout=60).status_code == 401
         with httpx.Client(headers={"Authorization": "Bearer k"}, timeout=60) as client:
             assert [model["id"] for model in client.get(f"{url}/models").json()["data"]] == ["m"]
@@ -459,6 +454,7 @@ def test_its_flags_are_heeded_and_ctrl_c_ends_it_cleanly(folder: Path, tmp_path:
         server.kill()
     assert server.exitcode == 0
     said = log.read_text(encoding="utf-8").splitlines()
+    assert said[0].startswith("serving ")
     assert said[2:] == [], "but its address, and that a task is cancelled"
 
 
