@@ -55,9 +55,10 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(parse: Parse, yaml):
     assert parse(TRANSFORMER).seed == 1234, "Megatron's default"
 
 
-def test_the_place_of_the_flag_does_not_matter(parse: Parse, yaml):
+@pytest.mark.parametrize("word", ["--config {}", "--config={}"])
+def test_the_place_of_the_flag_does_not_matter(parse: Parse, yaml, word: str):
     path = yaml("architecture: gmlp\nseed: 7\n")
-    assert parse(f"--seed 8 --config {path}").seed == 8
+    assert parse(f"--seed 8 {word.format(path)}").seed == 8
 
 
 def test_a_schedule_of_batches_wins_over_the_files_batch(parse: Parse, yaml):

@@ -124,6 +124,12 @@ def test_the_report_has_the_versions(reports: Callable[[str], dict[str, Any]]):
     assert f"* package: {made_by()['sources']}\n" in printed
 
 
+def test_every_system_and_layout_is_a_case():
+    assert {f"train_{system}" for system in SYSTEMS} < set(CASES)
+    assert set(LAYOUTS) < set(CASES)
+    assert {case for fault in SABOTAGES.values() for case in fault.cases} < set(CASES)
+
+
 def test_a_case_comes_after_what_it_needs():
     assert chosen("serve") == ["environment", "text", "convert", "serve"]
     with_references = ["reference_gmlp", "reference_layouts", "train_gmlp", "dp2"]

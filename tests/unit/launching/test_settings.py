@@ -18,6 +18,12 @@ from megatron_smlp.launching.settings import FILE, SERVER, read
 NODES = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
 
 
+def test_the_defaults():
+    settings = read({}, several=False)
+    assert settings.rendezvous is None
+    assert (settings.max_restarts, settings.shutdown_timeout, settings.processes) == (3, 600, 1)
+
+
 def test_several_machines():
     rendezvous = read(NODES, several=True).rendezvous
     assert rendezvous is not None

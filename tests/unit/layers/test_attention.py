@@ -157,6 +157,15 @@ def test_initial_values_do_not_depend_on_the_tensor_parallel_size():
         assert torch.equal(part[2], whole[2])
 
 
+def test_masks_other_than_causal_are_refused():
+    core = _core(CausalCoreAttention)
+    q, k, v = torch.randn(3, TOKENS, BATCH, HEADS, WIDTH)
+    with pytest.raises(ValueError, match="Only the causal mask is supported"):
+        core(q, k, v, None, attn_mask_type=AttnMaskType.padding)
+    with pytest.raises(ValueError, match="attention bias need Transformer Engine"):
+        core(q, k, v, None, attention_bias=torch.zeros(TOKENS, TOKENS))
+
+
 @pytest.mark.parametrize("changes", [{"window_size": (4, 0)}, {"softmax_type": "off-by-one"}])
 def test_what_it_cannot_do_is_refused_when_the_layer_is_built(changes: dict[str, object]):
     with pytest.raises(ValueError, match=r"--window-size and --softmax-type .* Omit them"):

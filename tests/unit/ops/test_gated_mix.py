@@ -115,6 +115,21 @@ def test_db_is_summed_where_dg_is_made(interpretations: dict[str, list[Any]]):
     assert not of_bias.any()
 
 
+# (programs, serial steps of 64 columns in each) of dM in a gMLP at T = 1,024, with eight samples
+# of 2,048 features; without parts there were 136 programs of 256 steps.
+PROGRAMS = {"80": (216, 43), "89": (252, 37), "90": (252, 37), "100": (288, 32), "120": (360, 26)}
+
+
+@pytest.mark.parametrize("architecture", PROGRAMS)
+def test_programs_of_dm_fill_a_gpu(architecture: str):
+    row, columns = tiles.for_architecture(architecture), 8 * 2048
+    parts = launches.num_parts(1024, 1, columns, row)
+    programs = parts * sum(-(-end // row.weights.columns) for end in range(128, 1025, 128))
+    steps = -(-columns // row.weights.depth // parts)
+    assert (programs, steps) == PROGRAMS[architecture]
+    assert launches.num_parts(1024, 16, 8 * 128, row) == 1, "of 16 matrices there are enough"
+
+
 @pytest.mark.parametrize("name", NORMED)
 def test_the_means_have_gradients_too(name: str, interpretations: dict[str, list[Any]]):
     """Partial prediction routes by the means."""

@@ -189,15 +189,16 @@ class TestFeatureRouter:
 
 
 class TestFeatureRouterInTraining:
-    def test_gradient_of_the_balance_loss(self):
-        """There is only the attached loss; Megatron divides by the tokens, which it counts."""
-        router, means = prefix_router(calculate_per_token_loss=True), chunk_means()
+    @pytest.mark.parametrize("per_token", [False, True])
+    def test_gradient_of_the_balance_loss(self, per_token: bool):
+        """There is only the attached loss; Megatron divides by the tokens if it counts them."""
+        router, means = prefix_router(calculate_per_token_loss=per_token), chunk_means()
         (router(means).scale * 0).sum().backward()
         weight = torch.tensor([[1.0, 0.0]], requires_grad=True)
         probabilities = (means[0, ..., None] * weight[0]).softmax(dim=-1)
         share = torch.tensor([3 / 4, 1 / 4])
         loss = 0.01 * 2 * (share * probabilities.mean(dim=(0, 1))).sum()
-        (loss * means.shape[0] * means.shape[1]).backward()
+        (loss * means.shape[0] * means.shape[1] if per_token else loss).backward()
         torch.testing.assert_close(router.weight.grad, weight.grad)
         assert weight.grad.abs().max() > 1e-4
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from matplotlib.colors import to_rgb
 from support.studies import drawing, loss_of, page_of, page_of_study, pretend
 
 from megatron_smlp.study.figures import speedup
@@ -58,3 +59,11 @@ def test_an_expert_without_tokens_is_drawn_above_the_edge(known: State, tmp_path
     loads = made.measured.tables.loads("switch", known.study.longest).assign(load_min=0.0)
     [panel] = drawing(made).load({"switch": loads}).axes
     assert min(panel.lines[1].get_ydata()) > panel.get_ylim()[0]
+
+
+def test_a_subject_of_ones_own_is_not_gray(tmp_path: Path):
+    mine = {"mine": {"from": "smlp_deterministic"}}
+    made = page_of_study(
+        tmp_path, loss_of, systems=["switch", "mine"], subject="mine", variants=mine
+    )
+    assert len({*to_rgb(drawing(made).styles["mine"]["color"])}) > 1

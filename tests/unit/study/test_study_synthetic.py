@@ -15,7 +15,7 @@ from megatron_smlp.study.measured import Measured
 from megatron_smlp.study.metrics import VALIDATION_LOSS
 from megatron_smlp.study.results import Results
 from megatron_smlp.study.state import DONE, State
-from megatron_smlp.study.statistics import CONFIRMED, LEVEL, REFUTED
+from megatron_smlp.study.statistics import CONFIRMED, LEVEL, REFUTED, UNDECIDED
 from megatron_smlp.study.tables import Tables
 from megatron_smlp.study.verdicts import claims_of, primary_looks
 
@@ -79,7 +79,7 @@ def test_what_is_not_so_is_confirmed_as_seldom_as_alpha_says(planned: State):
 
 @pytest.mark.parametrize(
     ("switch", "hash_", "expected", "share"),
-    [(0.1, 0.06, CONFIRMED, 0.9), (0.1, -0.08, REFUTED, 0.9)],
+    [(0.1, 0.06, CONFIRMED, 0.9), (0.1, -0.08, REFUTED, 0.9), (0.2, 0.02, UNDECIDED, 0.25)],
 )
 def test_what_is_so_is_found_with_power(
     planned: State, switch: float, hash_: float, expected: str, share: float
@@ -88,7 +88,7 @@ def test_what_is_so_is_found_with_power(
     made = itertools.islice(studies(planned, gaps, seed=2), STUDIES // 3)
     said = verdicts(list(made))
     assert said.count(expected) > share * len(said)
-    assert {CONFIRMED: REFUTED, REFUTED: CONFIRMED}[expected] not in said
+    assert {CONFIRMED: REFUTED, REFUTED: CONFIRMED, UNDECIDED: REFUTED}[expected] not in said
 
 
 def test_intervals_cover_and_two_that_differ_by_the_margin_are_seldom_called_level(planned: State):

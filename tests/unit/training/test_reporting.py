@@ -43,10 +43,13 @@ def test_a_step_is_timed_without_what_is_excluded(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("name", "peak"),
     [
+        ("NVIDIA B200", 2250),
         ("NVIDIA H200 NVL", 835),
         ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
         ("NVIDIA H20", 148),
+        ("NVIDIA A10", 125),
         ("NVIDIA A10G", None),
+        ("NVIDIA GeForce RTX 4090", None),
     ],
 )
 def test_the_peak_is_of_the_device_by_its_name(

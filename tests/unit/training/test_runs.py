@@ -2,17 +2,20 @@
 
 import math
 import signal
+from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from megatron.core.distributed import DistributedDataParallel
 from support.in_process import pretrained
 from support.launches import records
 
 from megatron_smlp.errors import NonFiniteLossError
 from megatron_smlp.ops import triton_ready
-from megatron_smlp.training import slow_paths
+from megatron_smlp.training import parts, slow_paths
 from megatron_smlp.training.forward import ForwardStep
 
 GMLP = "--architecture gmlp --log-interval 1"
@@ -226,3 +229,23 @@ def test_weights_and_biases_get_the_loss_without_a_folder_for_tensorboard(
     for name in (b"grad-norm", b"learning-rate", b"lm loss validation", b"run/tokens_per"):
         assert name in sent
     assert list(tmp_path.glob("tensorboard/events*"))
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_parameters_are_gathered_ahead_for_a_training_alone(
+    trains: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """--skip-train builds chunks that DDP does not wrap."""
+    monkeypatch.setattr(parts, "get_timers", lambda: None)
+    args = Namespace(
+        overlap_grad_reduce=True,
+        align_grad_reduce=True,
+        overlap_param_gather=True,
+        align_param_gather=True,
+    )
+    chunk: Any = torch.nn.Identity()
+    if trains:
+        chunk = DistributedDataParallel.__new__(DistributedDataParallel)
+    config = SimpleNamespace()
+    parts._connect(SimpleNamespace(args=args, model=[chunk], config=config, optimizer=None))
+    assert hasattr(config, "param_sync_func") is trains

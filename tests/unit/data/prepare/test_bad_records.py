@@ -165,6 +165,7 @@ def test_a_tokenizer_without_an_unknown_token(run: Run, tmp_path: Path):
     [
         # Like the out-of-memory killer.
         ("os.kill(os.getpid(), signal.SIGKILL)", r"died near \S+:1 \(signal SIGKILL, most likely"),
+        ("os._exit(7)", r"died near \S+:1 \(exit code 7\)"),
         ("raise BaseException('panic')", r"failed near \S+:1: BaseException: panic"),
     ],
 )

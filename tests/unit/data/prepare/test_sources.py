@@ -1,6 +1,8 @@
 """Every input format gives the same documents, and a position to resume from."""
 
 import json
+import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -238,3 +240,14 @@ def test_several_keys_stay_aligned(run: Run, tmp_path: Path):
     assert titles.documents.tolist() == [0, 1, 1, 2, 3]
     assert bodies.documents.tolist() == [0, 1, 2, 2, 3]
     assert bytes(titles.tokens.astype(np.uint8)) == b"t1\0t4\0t5\0"
+
+
+def test_a_pipe_is_read_once(tmp_path: Path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    body = _jsonl(tmp_path / "a.jsonl").read_bytes()
+    writer = threading.Thread(target=pipe.write_bytes, args=(body,), daemon=True)
+    writer.start()
+    assert _texts([pipe]) == DOCUMENTS
+    writer.join(60)
+    assert not writer.is_alive()
