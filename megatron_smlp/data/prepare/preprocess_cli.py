@@ -133,6 +133,8 @@ def _print_summary(summary: "Summary", total_seconds: float) -> None:
     if summary.already_complete:
         print(f"{summary.prefix}: already complete ({made} from {read})")
     else:
+        if kept := counts.text_bytes - summary.text_bytes:
+            read += f" ({kept / 1e6:,.1f} of them kept by --resume)"
         rate = f"{summary.text_bytes / 1e6 / max(summary.seconds, 1e-9):.1f} MB/s"
         start_up = f"start-up {total_seconds - summary.seconds:.1f} s"
         print(f"{summary.prefix}: {made} from {read} by {summary.encoder}, {rate}, {start_up}")

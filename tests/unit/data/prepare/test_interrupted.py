@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 from data_helpers import BYTE_FLAGS, PYTHON, ROOT, Run, make_documents, write_jsonl
 
 from megatron_smlp.data.pairs import writer as pair_writer
-from megatron_smlp.data.prepare import output, preprocessing
+from megatron_smlp.data.prepare import output, preprocess_cli, preprocessing
 from megatron_smlp.data.prepare.output import PartialOutput
 from megatron_smlp.errors import DataError
 
@@ -177,13 +178,20 @@ def test_a_tokenizer_of_other_rules_is_another_one(
         run(source, tmp_path / "data", *flags, "--resume")
 
 
-def test_one_bad_record_does_not_cost_the_work_before_it(run: Run, tmp_path: Path, source: Path):
-    good = [line for line in source.read_text(encoding="utf-8").splitlines() if line != "bad"]
-    source.write_text("\n".join([*good[:300], "bad", *good[300:]]), encoding="utf-8")
+def test_one_bad_record_does_not_cost_the_work_before_it(
+    run: Run, tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]
+):
+    lines = source.read_text(encoding="utf-8").splitlines() * 4
+    good = [line for line in lines if line != "bad"]
+    source.write_text("\n".join([*good[:1000], "bad", *good[1000:]]), encoding="utf-8")
     with pytest.raises(DataError, match=r"shards are kept; add --on-error skip --resume"):
         run(source, tmp_path / "data", *FLAGS, "--on-error", "raise")
-    summary = run(source, tmp_path / "data", *FLAGS, "--resume")
-    assert 0 < summary.text_bytes < summary.counts.text_bytes == source.stat().st_size
+    argv = ["--input", source, "--output-prefix", tmp_path / "data", *FLAGS, "--resume"]
+    preprocess_cli.main([str(word) for word in argv])
+    says = re.search(r"([\d.]+) MB of text \(([\d.]+) of them kept", capsys.readouterr().out)
+    assert says is not None
+    size, kept = map(float, says.groups())
+    assert 0 < kept < size == round(source.stat().st_size / 1e6, 1)
     run(source, tmp_path / "whole", *FLAGS)
     ours, theirs = _outputs(tmp_path / "data"), _outputs(tmp_path / "whole")
     assert ours[:3] == theirs[:3]
