@@ -81,7 +81,7 @@ def imported(args: argparse.Namespace, parse: Callable[..., Any]) -> argparse.Na
 
 
 @pytest.mark.slow  # a hundred flags build a model twice
-@pytest.mark.usefixtures("megatron")
+@pytest.mark.usefixtures("in_one_process")
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_a_flag_that_changes_a_training_step_comes_back(system: str, parse: Callable[..., Any]):
     """Or it is refused, at the start or by the export."""
