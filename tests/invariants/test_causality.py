@@ -1,7 +1,8 @@
 """In evaluation, a token changes no logit before it, whatever else is in the batch.
 
-Bitwise, except for models with token experts: there the number of tokens per expert depends on the
-other tokens of the batch, and the GEMM library may round a different batch size differently.
+Bitwise, except for models whose router chooses by what the tokens are (token experts, and feature
+experts by partial prediction): there the size of an expert's group depends on the rest of the
+batch, and a GEMM library may round a product of another size differently.
 """
 
 from collections.abc import Callable, Iterator
@@ -65,7 +66,11 @@ MODELS = {
     "transformer-minhash": f"{LAYERS['transformer']} {ROUTERS['base']} {MINHASH} --window 0",
     "smlp_partial-toeplitz": f"{LAYERS['smlp_partial']} --toeplitz",
 }
-ROUTED = {name for name, flags in MODELS.items() if EXPERTS in flags}
+ROUTED = {
+    name
+    for name, flags in MODELS.items()
+    if EXPERTS in flags or "--feature-router partial" in flags
+}
 # Not slow: each mixer alone and with BASE, each router with two mixers, and those named above.
 FAST = [
     name
