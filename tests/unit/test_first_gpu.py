@@ -24,7 +24,14 @@ from support.first_gpu.cases import CASES, Case
 from support.first_gpu.launched import KERNELS, check_launches
 from support.first_gpu.model_cases import LAYOUTS, estimated_memory, trains
 from support.first_gpu.notes import Notes, Place
-from support.first_gpu.reference import Reference, Run, compare, distances, reference
+from support.first_gpu.reference import (
+    Reference,
+    Run,
+    compare,
+    distances,
+    reference,
+    unless_by_chance,
+)
 from support.first_gpu.report import Report
 from support.first_gpu.running import run_case
 from support.first_gpu.sabotage import SABOTAGES, VARIABLE
@@ -315,6 +322,13 @@ def test_a_run_may_lie_a_few_roundings_away(ours: Run, verdict: str, said: str):
     compare(notes, "it", ours, known)
     assert notes.verdict == verdict
     assert said in notes.lines[0][1]
+
+
+def test_a_unit_is_not_smaller_than_chance_makes_it():
+    measured = {"loss": 1e-5, "gradient norm": 2e-3, "M": 0.01}
+    assert unless_by_chance(measured, 256) == measured | {"loss": 2**-13}
+    routed = unless_by_chance(measured | {"routers": 0.2}, 256)
+    assert routed == {"loss": 2**-13, "gradient norm": 2e-3, "M": 1 / 16, "routers": 0.2}
 
 
 @pytest.mark.slow

@@ -34,7 +34,12 @@ class Place:
     @property
     def size(self) -> str:
         """Return flags; on a GPU, sequences span several blocks of a triangular product."""
-        return f"--seq-length {32 if self.on_cpu else 1024} --global-batch-size 4"
+        return f"--seq-length {self.tokens // 4} --global-batch-size 4"
+
+    @property
+    def tokens(self) -> int:
+        """Return the tokens of a step."""
+        return 4 * (32 if self.on_cpu else 1024)
 
 
 @dataclass
