@@ -35,7 +35,7 @@ def first_rank_first(rank: int, *, silence: float = SILENCE) -> Iterator[None]:
         silence: seconds without an answer from the store after which rank 0 is given up.
 
     Raises (on the others):
-        DataError: rank 0 failed; carries its message.
+        DataError: a rank failed; carries its message.
         TimeoutError: rank 0's machine does not answer.
     """
     if not torch.distributed.is_initialized():
@@ -44,7 +44,7 @@ def first_rank_first(rank: int, *, silence: float = SILENCE) -> Iterator[None]:
     store, key = _get_default_store(), f"first rank first/{next(ROUNDS)}"
     if rank > 0 and (problem := _awaited(store, key, silence=silence)):
         raise DataError(problem)
-    problem = "rank 0 was interrupted"
+    problem = f"rank {rank} was interrupted"
     try:
         yield
         problem = ""
@@ -54,9 +54,12 @@ def first_rank_first(rank: int, *, silence: float = SILENCE) -> Iterator[None]:
     finally:
         if rank == 0:
             store.set(key, problem)
+        elif problem:
+            store.set(f"{key}/all ready", problem)
     if store.add(f"{key}/ready", 1) == torch.distributed.get_world_size():
         store.set(f"{key}/all ready", "")
-    _awaited(store, f"{key}/all ready", silence=silence)
+    if problem := _awaited(store, f"{key}/all ready", silence=silence):
+        raise DataError(problem)
 
 
 def await_all_ranks(rank: int) -> None:

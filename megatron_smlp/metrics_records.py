@@ -19,6 +19,7 @@ from megatron_smlp.errors import UsageError
 from megatron_smlp.unwritable_log import UnwritableLog
 
 FILE_NAME = "metrics.jsonl"
+DROPPED = f"{FILE_NAME}.dropped"
 HEAD = re.compile(r'\{"iteration": (\d+)[,}]')
 Record = dict[str, Any]
 
@@ -33,17 +34,20 @@ class MetricsFile:
             self.lost = UnwritableLog(self.path)
 
     def drop_after(self, iteration: int) -> Record:
-        """Drop what was written after the checkpoint from which this run resumes.
+        """Move what was written after the checkpoint from which this run resumes to DROPPED.
 
         Returns:
             the last remaining record of a step; empty if there is none.
         """
-        before = self._text()
-        kept = [line for line in before.splitlines() if _iteration_of(line) <= iteration]
-        after = "".join(f"{line}\n" for line in kept)
-        if self.path and after != before:
+        kept: list[str] = []
+        dropped: list[str] = []
+        for line in self._text().splitlines():
+            (kept if _iteration_of(line) <= iteration else dropped).append(line)
+        if self.path and dropped:
             with self.lost.tolerated():
-                write_durably(self.path, after)
+                with self.path.with_name(DROPPED).open("a", encoding="utf-8") as file:
+                    file.writelines(f"{line}\n" for line in dropped)
+                write_durably(self.path, "".join(f"{line}\n" for line in kept))
         records = map(json.loads, reversed(kept))  # records of restarts have no wall time
         return next((record for record in records if "wall_seconds" in record), {})
 

@@ -207,16 +207,20 @@ class Saving:
         )
         return request._replace(async_fn=write)
 
-    def finish(self, *, blocking: bool = False) -> None:
+    def finish(self, *, blocking: bool = False) -> float:
         """Commit what was written in the background; `blocking` waits for all of it. Collective.
+
+        Returns:
+            the seconds that it took, if a save ended; else 0.
 
         Raises:
             SaveError: as `save`.
         """
+        began, open_before = time.perf_counter(), len(self.open)
         while True:
             try:
                 self.queue.maybe_finalize_async_calls(blocking, no_dist=False)
-                return
+                return time.perf_counter() - began if len(self.open) < open_before else 0.0
             except FAILURES as error:
                 self._give_up(self.open[0], error)  # then go on with the next in the queue
 

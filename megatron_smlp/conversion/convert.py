@@ -102,7 +102,7 @@ def torch_dist_to_hf(options: argparse.Namespace, say: Say = print) -> None:
                 has_tokenizer=bool(tokenizer),
             )
             if options.checks:
-                tokens = _tokens(flags)
+                tokens = fixed_tokens(flags)
                 before = _megatron_logits(checkpoint, checkpoint.flags, tokens)
                 after = huggingface.logits(lambda: model, SafetensorsFolder(folder), tokens)
                 say(check(before, after))
@@ -117,7 +117,7 @@ def to_torch_dist(options: argparse.Namespace, say: Say = print) -> None:
         rewriting.check_layout(weights.flags, options.layout)
         with _release(options, weights, weights.flags, weights.source) as folder:
             if options.checks:
-                tokens = _tokens(weights.flags)
+                tokens = fixed_tokens(weights.flags)
                 before, after = weights.logits(tokens), _read_back(folder, tokens)
                 say(check(before, after))
     count = len(weights.source.specs)
@@ -141,7 +141,7 @@ def torch_dist_to_torch_dist(options: argparse.Namespace, say: Say = print) -> N
             rewriting.copy(checkpoint, source, folder, flags, options.layout, record)
             keep_tokenizer(checkpoint.args, folder)
             if options.checks:
-                tokens = _tokens(flags)
+                tokens = fixed_tokens(flags)
                 before = _megatron_logits(checkpoint, checkpoint.flags, tokens)
                 say(check(before, _read_back(folder, tokens)))
     count = len(source.specs)
@@ -160,7 +160,7 @@ def upcycle(options: argparse.Namespace, say: Say = print) -> None:
         sparse = Converted(plan, dense.source, expected, where=dense.where)
         with _release(options, dense, flags, sparse) as folder:
             if options.checks:
-                tokens = _tokens(flags)
+                tokens = fixed_tokens(flags)
                 before = _megatron_logits(dense.source, dense.flags, tokens)
                 reason = upcycling.why_not_exact(dense.flags, flags)
                 say(check_loss(before, _read_back(folder, tokens), tokens, why_not=reason))
@@ -305,10 +305,6 @@ def _whole(options: argparse.Namespace, source: Path) -> Iterator[Path]:
     finally:
         signal.signal(signal.SIGTERM, before)
         shutil.rmtree(hidden, ignore_errors=True)
-
-
-def _tokens(flags: Mapping[str, Any]) -> Tensor:
-    return fixed_tokens(vocab_size=flags["vocab_size"], length=flags["seq_length"])
 
 
 def _megatron_logits(source: Source, flags: Mapping[str, Any], tokens: Tensor) -> Tensor:

@@ -7,25 +7,32 @@ written, in fp32, one at a time.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from megatron_smlp.errors import CheckpointError
+from megatron_smlp.partial_prediction import prefix_length
 
 LIMIT = 1e-4
 """For logits up to LARGE; it grows with larger ones, as rounding does."""
 LARGE = 10.0
 LOSS_LIMIT = 1e-3
 SAMPLES = 2
-MOST_TOKENS = 64
+TOKENS, ROUTED_TOKENS = 64, 16
+"""From the start, and at least from where partial prediction routes."""
 
 
-def fixed_tokens(*, vocab_size: int, length: int) -> Tensor:
-    """Return <int64>[SAMPLES, T], the same on every machine; T is `length`, at most MOST_TOKENS."""
+def fixed_tokens(flags: Mapping[str, Any]) -> Tensor:
+    """Return <int64>[SAMPLES, T] for a model of these flags, the same on every machine."""
+    prefix = prefix_length(SimpleNamespace(**flags), seq_length=flags["seq_length"])
+    length = min(flags["seq_length"], max(TOKENS, prefix + ROUTED_TOKENS))
     generator = torch.Generator().manual_seed(20220314)
-    return torch.randint(vocab_size, (SAMPLES, min(length, MOST_TOKENS)), generator=generator)
+    return torch.randint(flags["vocab_size"], (SAMPLES, length), generator=generator)
 
 
 def check(before: Tensor, after: Tensor) -> str:

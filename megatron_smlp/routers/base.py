@@ -48,6 +48,7 @@ from megatron.core import mpu
 from torch import Tensor, nn
 
 from megatron_smlp.ops.balanced_assignment import priced_assignment
+from megatron_smlp.routers.found import found
 from megatron_smlp.routers.handed import repeats_a_pass
 from megatron_smlp.routers.token_router import Choices, MegatronTokenRouter
 
@@ -125,11 +126,6 @@ class BaseRouter(MegatronTokenRouter):
         return module
 
 
-def _routers(models: Iterable[nn.Module]) -> list[BaseRouter]:
-    modules = (module for model in models for module in model.modules())
-    return [module for module in modules if isinstance(module, BaseRouter)]
-
-
 def update_prices(models: Iterable[nn.Module], *, skipped: bool) -> None:
     """Update every BASE router's prices after a step. Collective over data parallel ranks.
 
@@ -138,7 +134,7 @@ def update_prices(models: Iterable[nn.Module], *, skipped: bool) -> None:
     Args:
         skipped: the step skipped its weight update, and so skips that of the prices.
     """
-    if not (routers := _routers(models)):
+    if not (routers := found(models, BaseRouter)):
         return
     sums = torch.stack([router.of_step for router in routers])
     group = mpu.get_data_parallel_group(with_context_parallel=True)

@@ -17,12 +17,12 @@ from __future__ import annotations
 
 import math
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from megatron_smlp.routers.draws import uniform
+from megatron_smlp.routers.found import found
 from megatron_smlp.routers.handed import Handed
 from megatron_smlp.routers.switch import SwitchRouter
 from megatron_smlp.routers.token_router import Choices
@@ -74,15 +74,8 @@ class GShardRouter(SwitchRouter):
         return math.ceil(2 * factor * math.ceil(num_tokens / self.num_experts))
 
 
-_readers: WeakKeyDictionary[nn.Module, list[Handed]] = WeakKeyDictionary()
-
-
 def attach_samples(model: nn.Module, keys: Tensor) -> None:
     """Hand the next micro-batch's keys, of draws.sample_keys, to the routers of this model, or
-    stage, that have `samples`."""
-    readers = _readers.get(model)
-    if readers is None:  # a walk over thousands of experts takes longer than their launches
-        samples = (getattr(module, "samples", None) for module in model.modules())
-        readers = _readers[model] = [it for it in samples if isinstance(it, Handed)]
-    for reader in readers:
-        reader.hand(keys)
+    stage."""
+    for router in found([model], GShardRouter):
+        router.samples.hand(keys)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from megatron_smlp import plugins
 from megatron_smlp.plugin_weights import alike_on_ranks, on_cpu, own_weights
+from megatron_smlp.routers.found import found
 from megatron_smlp.routers.handed import repeats_a_pass
 from megatron_smlp.routers.prefix import PrefixRouter
 from megatron_smlp.routers.token_router import Choices, MegatronTokenRouter
@@ -133,9 +134,7 @@ def update_rules(models: Iterable[nn.Module], *, skipped: bool) -> None:
     Args:
         skipped: the step skipped its weight update, and so skips those of the rules.
     """
-    modules = (module for model in models for module in model.modules())
-    routers = [module for module in modules if isinstance(module, HostedRouter)]
-    if not routers:
+    if not (routers := found(models, HostedRouter)):
         return
     group = mpu.get_data_parallel_group(with_context_parallel=True)
     for router in routers:

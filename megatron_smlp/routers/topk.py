@@ -32,6 +32,7 @@ from megatron.core.transformer.moe.moe_utils import (
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor, nn
 
+from megatron_smlp.routers.found import found
 from megatron_smlp.routers.token_router import Choices, MegatronTokenRouter
 
 
@@ -100,8 +101,7 @@ def hold_biases(models: Iterable[nn.Module], *, skipped: bool) -> None:
     Args:
         skipped: the step skipped its weight update, and so skips that of the biases.
     """
-    modules = (module for model in models for module in model.modules())
-    for router in (module for module in modules if isinstance(module, TopKTokenRouter)):
+    for router in found(models, TopKTokenRouter):
         before, router.bias_before = router.bias_before, None
         if skipped and before is not None:
             router.expert_bias.copy_(before)

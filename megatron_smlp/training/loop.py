@@ -154,13 +154,16 @@ class Loop:
         if 0 < self.iteration == self.saved_at < self.args.train_iters:
             self.evaluate_if_due()  # skipped if logged; the last run may have had no time for it
         while self.iteration < self.args.train_iters and not self.stopped:
-            self.saving.finish()
+            if seconds := self.saving.finish():
+                self.listeners.held_up(seconds=seconds)
             self.set_batch_size()
             if self.iteration + 1 in self.args.iterations_to_skip:
                 self.skip_data()
                 continue
             self.make_step()
-            scored, evaluated = self.score_if_due(), self.evaluate_if_due()
+            # A resumed run begins with the evaluation that a signal leaves no time for here.
+            hurries = self.iteration < self.args.train_iters and self.agreement.read().ends
+            scored, evaluated = self.score_if_due(), not hurries and self.evaluate_if_due()
             self.upkeep.after_step(self.iteration)
             saved = self.save_if_due()
             if scored or evaluated or saved:
@@ -233,12 +236,10 @@ class Loop:
         return True
 
     def stop_if_due(self) -> None:
-        """Save and stop after a signal, at the run's time limit, or at --exit-interval."""
+        """Stop after a signal, at the run's time limit, or at --exit-interval."""
         goes_on = self.iteration < self.args.train_iters
         is_at_interval = goes_on and is_due(self.args.exit_interval, self.iteration)
         self.stopped = self.agreement.read().ends or ("--exit-interval" if is_at_interval else "")
-        if self.stopped:
-            self.save()
 
     @contextmanager
     def interruption(self) -> Iterator[None]:

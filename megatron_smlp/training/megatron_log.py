@@ -80,7 +80,7 @@ class MegatronLog(Listener):
         if self.writers and outcome.iteration % self.args.tensorboard_log_interval == 0:
             for name, value in self._curves(outcome, params_norm):
                 self._write(name, value, outcome.iteration, twice=not name.startswith(ALONE))
-        experts = self._experts(outcome.iteration)
+        experts = self._experts(outcome)
         if outcome.iteration % self.args.log_interval == 0:
             self._line(outcome, experts, params_norm)
 
@@ -122,8 +122,9 @@ class MegatronLog(Listener):
             yield "mem-max-allocated-bytes", memory["allocated_bytes.all.peak"]
             yield "mem-allocated-count", memory["allocation.all.current"]
 
-    def _experts(self, iteration: int) -> str:
-        """Write the metrics that Megatron's own router tracks, and reset their sums. Collective."""
+    def _experts(self, outcome: Outcome) -> str:
+        """Write the metrics that Megatron's own router tracks, and reset their sums; those of a
+        skipped step count in no mean. Collective."""
         args = self.args
         if args.num_experts is None:
             return ""
@@ -131,7 +132,7 @@ class MegatronLog(Listener):
         tracked = {"load_balancing_loss": "aux_loss" in kinds, "z_loss": args.moe_z_loss_coeff}
         text: str = get_moe_metrics_tracker().report(
             loss_scale=1 / get_num_microbatches(),
-            iteration=iteration,
+            iteration=outcome.iteration,
             writer=self.writers.tensorboard,
             wandb_writer=self.writers.wandb,
             per_layer_logging=args.moe_per_layer_logging,
@@ -140,7 +141,7 @@ class MegatronLog(Listener):
             num_layers=args.num_layers,
             moe_layer_freq=self.have_experts,
             mtp_num_layers=None,
-            total_loss_dict=self.sums,
+            total_loss_dict=None if outcome.skipped else self.sums,
             pg_collection=self.parts.groups,
         )
         return text

@@ -16,7 +16,9 @@ from megatron_smlp.checkpoints import integrity
 from megatron_smlp.checkpoints.folders import checkpoint_of
 from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
 from megatron_smlp.conversion import convert
+from megatron_smlp.errors import CheckpointError
 from megatron_smlp.flags.parse import build_parser
+from megatron_smlp.hf.modeling_smlp import SMLPPartialPrediction
 
 TRAINED = (
     "--architecture smlp --num-dense-layers 1 --num-layers 3 --feature-router partial "
@@ -98,6 +100,17 @@ def test_attention_in_the_layers_of_a_plugin_keeps_what_it_has(tmp_path: Path):
     assert_same(weights(ours), weights(theirs))
     for name in ("num_query_groups", "qk_layernorm", "swiglu", "normalization"):
         assert ours.flags[name] == theirs.flags[name] != build_parser().get_default(name)
+
+
+def test_the_forward_check_reaches_what_partial_prediction_routes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    model = make_model("smlp_partial", seq_length=160, prefix_fraction=0.6)
+    exported = save_exported(model, tmp_path / "hf")
+    of_prefix = SMLPPartialPrediction._of_prefix
+    monkeypatch.setattr(SMLPPartialPrediction, "_of_prefix", lambda *given: -of_prefix(*given))
+    with pytest.raises(CheckpointError, match="logits of 2 x 112 tokens differ by"):
+        run(from_hf, exported, tmp_path / "run")
 
 
 def test_prices_of_base_stay_in_fp32(tmp_path: Path):

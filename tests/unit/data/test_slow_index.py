@@ -33,7 +33,7 @@ def test_ranks_wait_for_an_index(tmp_path: Path, prefixes: list[str], kind: str)
     assert told in log.read_text(encoding="utf-8")
 
 
-def test_a_first_rank_that_fails_says_why_to_the_others(tmp_path: Path, prefixes: list[str]):
+def test_a_rank_that_fails_says_why_to_the_others(tmp_path: Path, prefixes: list[str]):
     launch_calls(_fail, prefixes, str(tmp_path / "c"), processes=2, log=tmp_path / "log")
 
 
@@ -67,11 +67,12 @@ def _fail(blend: list[str], cache: str) -> None:
 
     rank = _join()
     build = WatchedGPTDataset._build_document_sample_shuffle_indices
-    if rank == 0:
-        WatchedGPTDataset._build_document_sample_shuffle_indices = refuses  # type: ignore
-    with pytest.raises(DataError, match="no index today"):
-        _built(blend, cache, rank)
-    WatchedGPTDataset._build_document_sample_shuffle_indices = build
+    for failing in (0, 1):
+        if rank == failing:
+            WatchedGPTDataset._build_document_sample_shuffle_indices = refuses  # type: ignore
+        with pytest.raises(DataError, match="no index today"):
+            _built(blend, cache, rank)
+        WatchedGPTDataset._build_document_sample_shuffle_indices = build
     with pytest.raises(DataError, match="read once without weights"):  # also where none is read
         _built(blend, cache, rank, samples=10**6, reads=rank == 0)
     torch.distributed.barrier()  # rank 0 hosts the store

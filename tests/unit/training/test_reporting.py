@@ -88,6 +88,9 @@ class TestMetricsFile:
         lines = [json.loads(line) for line in metrics.path.read_text().splitlines()]
         expected = [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0)]
         assert [(line["iteration"], line["loss"]) for line in lines] == expected
+        dropped = metrics.path.with_name("metrics.jsonl.dropped").read_text().splitlines()
+        assert [json.loads(line)["iteration"] for line in dropped[:2]] == [4, 5]
+        assert dropped[2:] == ['{"iteration": 3, "routers": [{"layer": 2}']
 
     def test_a_second_restart_from_one_checkpoint_knows_the_time_too(self, tmp_path: Path):
         """The record of the first restart has no time itself."""

@@ -1,6 +1,7 @@
 """Whole runs in this process: what is logged, what is shown, and how a broken loss ends one."""
 
 import math
+import re
 import signal
 from argparse import Namespace
 from pathlib import Path
@@ -19,6 +20,10 @@ from megatron_smlp.training import parts, slow_paths
 from megatron_smlp.training.forward import ForwardStep
 
 GMLP = "--architecture gmlp --log-interval 1"
+SWITCH = (
+    "--architecture transformer --num-attention-heads 4 --token-router switch --num-experts 4 "
+    "--moe-layer-freq 2 --lr 1e-5"
+)
 # Steps are so large that the first ruins the weights: the second step's loss is not finite.
 DIVERGING = f"{GMLP} --lr 1e30 --lr-decay-style constant"
 
@@ -165,6 +170,34 @@ def test_a_signal_ends_a_run_when_its_step_is_done(
         pass
     assert f"stopped at iteration {last} (a signal): saved to {tmp_path}" in capfd.readouterr().out
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == str(last)
+    assert ("validation_loss" in records(tmp_path)[-1]) == ("evaluation" in when)
+
+
+def test_a_resumed_run_evaluates_first_what_a_signal_left_no_time_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from megatron_smlp.training.agreement import StepAgreement
+
+    flags = f"{GMLP} --train-iters 3 --eval-interval 2 --save {tmp_path}"
+    with monkeypatch.context() as patch:
+        patch.setattr(StepAgreement, "_is_late", lambda it: it.args.curr_iteration == 1)
+        with pretrained(flags):
+            pass
+    with pretrained(flags):
+        pass
+    found = [(it["iteration"], "validation_loss" in it) for it in records(tmp_path)[:4]]
+    assert found == [(1, False), (2, False), (2, True), (3, False)]
+
+
+def test_skipped_steps_count_in_no_mean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of two steps, one: the balance loss of a nearly uniform router is close to 1."""
+    from megatron_smlp.training import loop
+
+    monkeypatch.setattr(loop, "may_update", lambda args, *_: args.curr_iteration == 0)
+    with pretrained(f"{SWITCH} --train-iters 2 --log-interval 2 --log-dir {tmp_path}"):
+        pass
+    found, *_ = re.findall(r"load_balancing_loss: (\S+)", (tmp_path / "megatron.log").read_text())
+    assert 0.9 < float(found) < 1.3
 
 
 class TestNonFiniteLoss:
