@@ -123,7 +123,8 @@ def _check_branch(args: argparse.Namespace) -> None:
     if args.train_iters > length:
         raise UsageError(
             f"{flag} with --lr-wsd-decay-iters {args.lr_wsd_decay_iters} ends at iteration "
-            f"{args.train_iters}, past the run's data (--train-iters {length}): lower one of them."
+            f"{args.train_iters}, past the run's data (--train-iters {length}): branch "
+            "earlier, lower --lr-wsd-decay-iters, or raise --train-iters."
         )
 
 

@@ -40,5 +40,6 @@ def _check_processes(args: argparse.Namespace, **sizes: int) -> None:
         layout = " x ".join(f"{flag} {size}" for flag, size in flags.items())
         raise UsageError(
             f"{layout} needs a multiple of {needed} processes, but this run has {args.world_size}: "
-            "set torchrun --nproc-per-node, or lower the sizes."
+            "start that many (torchrun --nproc-per-node; NPROC_PER_NODE of examples/), or lower "
+            "the sizes."
         )

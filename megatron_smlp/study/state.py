@@ -212,8 +212,8 @@ def check_unchanged(before: dict[str, Any], now: dict[str, Any], *, where: Path)
     if changes:
         lines = "\n".join(f"  {change}" for change in changes)
         raise UsageError(
-            f"the study has changed since {where} was begun: revert the changes, or give the "
-            f"new one another `name`, or its own --runs and --results.\n{lines}"
+            f"the study or its data differ from what {where} was begun with: revert the changes, "
+            f"or give the new one another `name`, or its own --runs and --results.\n{lines}"
         )
 
 
