@@ -74,6 +74,12 @@ class FileError(UserError):
     speaker = ""
 
 
+class ServiceError(UserError):
+    """A service such as W&B refuses; the one rank that talks to it is the only one that notices."""
+
+    speaker = ""
+
+
 class DataError(UserError):
     """A problem with data or its tokenizer that the user can fix."""
 

@@ -27,7 +27,7 @@ from megatron_smlp.checkpoints.run_record import read_run_record
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.data.tokenizers.factory import strings_of_tokens
 from megatron_smlp.data.tokenizers.folder import local_gpt2_files
-from megatron_smlp.errors import UsageError
+from megatron_smlp.errors import ServiceError, UsageError
 from megatron_smlp.flags.check_execution import (
     check_cuda_graphs,
     check_fp16,
@@ -178,7 +178,7 @@ def validate(args: argparse.Namespace) -> None:
     from megatron.training.arguments import validate_args
     from megatron.training.global_vars import set_global_variables
 
-    with megatrons_refusals(), local_gpt2_files(args):
+    with _wandb_refusals(args), megatrons_refusals(), local_gpt2_files(args):
         validate_args(args, {"tokenizer_type": "GPT2BPETokenizer"})
         # Makes Megatron fork a process for each save: megatron_patches/checkpoint_files.py.
         args.use_persistent_ckpt_worker = False
@@ -202,6 +202,24 @@ def validate(args: argparse.Namespace) -> None:
         )
     if args.input_projection == "minhash":
         strings_of_tokens(args)
+
+
+@contextlib.contextmanager
+def _wandb_refusals(args: argparse.Namespace) -> Iterator[None]:
+    """Turn an error of W&B's, such as a missing login, into one line; its last rank starts W&B.
+
+    Raises:
+        ServiceError: with W&B's reason.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not type(error).__module__.startswith("wandb."):
+            raise
+        raise ServiceError(
+            f"--wandb-project {args.wandb_project}: {' '.join(str(error).split())} To log without "
+            "the service, set WANDB_MODE=offline."
+        ) from error
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,7 +28,8 @@ def expand_config(
         the argv, and by destination the FILE:LINE of each flag that a file gives.
 
     Raises:
-        UsageError: a file is missing or is not a mapping, or a key is unknown.
+        UsageError: a file is missing or is not a mapping, a key is unknown, or a value is not of
+            its type.
     """
     rest = list(argv)
     flags: list[str] = []
@@ -46,9 +48,20 @@ def expand_config(
         elif actions[key].dest not in replaced:
             flags += _as_flags(actions[key], key, *setting)
             places[actions[key].dest] = setting.place
+    _check_values(parser, flags, places)
     if GOES_ON not in (*flags, *rest):  # else they also drop a checkpoint's flags, added later
         rest = [argument for argument in rest if argument not in undone]
     return flags + rest, places
+
+
+def _check_values(
+    parser: argparse.ArgumentParser, flags: Sequence[str], places: dict[str, str]
+) -> None:
+    try:
+        parser.parse_known_args(flags)
+    except UsageError as error:  # "argument --lr: invalid float value: 'fast'"
+        flag = re.split("[:/]", str(error).removeprefix("argument "))[0]
+        raise UsageError(f"--config {places[actions_of(parser)[flag].dest]}: {error}") from error
 
 
 def _action_of(parser: argparse.ArgumentParser, key: str, place: str) -> argparse.Action:

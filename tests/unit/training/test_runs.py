@@ -14,7 +14,7 @@ from megatron.core.distributed import DistributedDataParallel
 from support.in_process import pretrained
 from support.launches import records
 
-from megatron_smlp.errors import NonFiniteLossError
+from megatron_smlp.errors import NonFiniteLossError, ServiceError
 from megatron_smlp.ops import triton_ready
 from megatron_smlp.training import parts, slow_paths
 from megatron_smlp.training.forward import ForwardStep
@@ -262,6 +262,24 @@ def test_weights_and_biases_get_the_loss_without_a_folder_for_tensorboard(
     for name in (b"grad-norm", b"learning-rate", b"lm loss validation", b"run/tokens_per"):
         assert name in sent
     assert list(tmp_path.glob("tensorboard/events*"))
+
+
+def test_weights_and_biases_without_a_login_are_refused_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    import wandb
+
+    wandb.teardown()
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))  # without a .netrc
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    flags = f"{GMLP} --wandb-project p --wandb-exp-name n --save {tmp_path} --train-iters 1"
+    with (
+        pytest.raises(ServiceError, match=r"--wandb-project p: .*wandb login.*WANDB_MODE=offline"),
+        pretrained(flags),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("trains", [True, False])
