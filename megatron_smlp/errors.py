@@ -25,7 +25,7 @@ class UsageError(UserError):
 
 
 class UnlikeRanksError(UsageError):
-    """A rank's flags, data or packages differ from rank 0's; it may be the only such rank."""
+    """A rank's flags, data, code or packages differ from rank 0's; it may be the only such rank."""
 
     speaker = ""
 

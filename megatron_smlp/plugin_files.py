@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import importlib.machinery
 import importlib.util
 import os
 import sys
@@ -95,10 +96,10 @@ def load(name: str) -> PluginFile:
         why = f"and {known.path} share a name"
     elif path.stem in EXPORTED:
         why = "is named like a file of exported models"
-    elif path.stem in sys.stdlib_module_names:
-        why = "shadows a standard library module"
     elif not path.stem.isidentifier():
         why = "is not a module name"
+    elif path.stem in sys.stdlib_module_names or _is_installed(path):
+        why = "shadows another module of its name"
     if why:
         raise UsageError(f"{FLAG} {name} {why}: rename the file.")
     from megatron_smlp.plugins import register
@@ -153,6 +154,13 @@ def snapshot() -> Callable[[], None]:
             names[:] = were
 
     return take_back
+
+
+def _is_installed(path: Path) -> bool:
+    """Return whether imports of this name mean another file, such as that of a library."""
+    spec = importlib.machinery.PathFinder.find_spec(path.stem)
+    origin = spec.origin if spec else None  # None: nothing, or a folder
+    return origin is not None and Path(origin).resolve() != path.resolve()
 
 
 def _path(name: str) -> Path:

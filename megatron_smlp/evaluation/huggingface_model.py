@@ -9,6 +9,7 @@ from typing import Any
 from lm_eval.models.huggingface import HFLM
 from tokenizers.processors import TemplateProcessing
 
+from megatron_smlp.data.tokenizers.huggingface import probe, surroundings
 from megatron_smlp.evaluation.harness import Request
 from megatron_smlp.generation.language_model import check_with_tokenizer
 
@@ -65,14 +66,10 @@ class ExportedModel(HFLM):
 def _without_end(tokenizer: Any) -> list[int]:
     """Let a tokenizer put nothing after a text, which is to be continued; return the ids that it
     puts before one."""
-    probe = next((text for text in tokenizer.get_vocab() if text.isalnum()), "a")
-    text, around = tokenizer.encode(probe, add_special_tokens=False), tokenizer.encode(probe)
-    if not text:
-        return list(tokenizer.encode(""))
-    places = range(len(around) - len(text) + 1)
-    begin = next(at for at in places if around[at : at + len(text)] == text)
-    start: list[int] = around[:begin]
-    if begin + len(text) < len(around):
+    text = probe(tokenizer.get_vocab())
+    bare, whole = (tokenizer.encode(text, add_special_tokens=adds) for adds in (False, True))
+    start, end = surroundings(bare, whole)
+    if end:
         tokens = tokenizer.convert_ids_to_tokens(start)
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
             single=[*tokens, "$A"], special_tokens=list(zip(tokens, start, strict=True))

@@ -109,7 +109,7 @@ def _load(names: Sequence[str], manager: Any, *, remedy: str) -> Selection:
             raise
         except Exception as error:  # any kind: files, code and network are not ours
             raise UsageError(
-                f"--tasks {name} cannot be loaded ({_in_words(error)}): check "
+                f"task {name} cannot be loaded ({_in_words(error)}): check "
                 f"{_file_of(name, manager)}, {remedy}"
             ) from error
         built += loaded
@@ -141,4 +141,4 @@ def _check_known(name: str, known: Sequence[str], *, include_path: str | None) -
     few = f"known: {', '.join(known)}" if len(known) < 20 else "`lm_eval ls tasks` lists all"
     own = include_path and f"files of {include_path} that are not YAML tasks are ignored"
     text = "; ".join(part for part in (hint, few, own) if part)
-    raise UsageError(f"--tasks {name} is not a task: {text}")
+    raise UsageError(f"{name} is not a task: {text}")

@@ -335,7 +335,8 @@ class SMLPConfig(PreTrainedConfig):
                 self._check_divides(name, width, "the gate width, ffn_hidden_size / 2 = ")
 
     def _check_divides(self, name: str, width: float, what: str) -> None:
-        self._require(name, width % getattr(self, name) == 0, f"divide {what}{width:g}")
+        divisor = getattr(self, name)
+        self._require(name, divisor > 0 and width % divisor == 0, f"divide {what}{width:g}")
 
     def _check_features(self) -> None:
         if self.architecture != "smlp":

@@ -246,8 +246,8 @@ def _of_size(content: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     each system's `variants` are merged; null removes a key."""
     content, own = _flags(content), _flags(own)
     merged = content | own
-    merged["fixed"] = {**_flags(content.get("fixed", {})), **_flags(own.get("fixed", {}))}
-    variants, more = (_variants(side.get("variants", {})) for side in (content, own))
+    merged["fixed"] = {**_flags(content.get("fixed") or {}), **_flags(own.get("fixed") or {})}
+    variants, more = (_variants(side.get("variants") or {}) for side in (content, own))
     titles, systems = _titles(merged.get("titles") or {}), merged.get("systems") or ()
     # Drop the titles and variants of systems that this size does not have.
     merged["titles"] = {name: title for name, title in titles.items() if name in systems}

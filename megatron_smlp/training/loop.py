@@ -163,9 +163,10 @@ class Loop:
             self.make_step()
             # A resumed run begins with the evaluation that a signal leaves no time for here.
             hurries = self.iteration < self.args.train_iters and self.agreement.read().ends
+            saved = hurries and self.save()  # before tasks, which may outlast the notice
             scored, evaluated = self.score_if_due(), not hurries and self.evaluate_if_due()
             self.upkeep.after_step(self.iteration)
-            saved = self.save_if_due()
+            saved = self.save_if_due() or saved
             if scored or evaluated or saved:
                 self.agreement.send()  # much time has passed since the step's message
             self.stop_if_due()

@@ -1,4 +1,4 @@
-"""Refuses ranks whose flags, data or packages differ from rank 0's, before the first collective.
+"""Refuses ranks whose flags, data or code differ from rank 0's, before the first collective.
 
 Each machine has its own command line, configuration file and installation, and possibly its own
 copy of the data. If these differ, ranks hang in collectives that others never enter or, say with
@@ -20,7 +20,7 @@ from torch.distributed import HashStore, PrefixStore, Store
 
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.errors import UnlikeRanksError
-from megatron_smlp.provenance import versions
+from megatron_smlp.provenance import software, versions
 
 OWN = frozenset({"rank", "local_rank", "command_line"})
 """Arguments that differ by rank, or only say where flags come from. Paths are not compared either:
@@ -37,7 +37,7 @@ def run_store(args: argparse.Namespace) -> Any:
     """Return the ranks' rendezvous store, in place of the one that torch would open.
 
     Raises:
-        UnlikeRanksError: this rank's flags, data or packages are not those of rank 0.
+        UnlikeRanksError: this rank's flags, data, code or packages are not those of rank 0.
     """
     if "MASTER_ADDR" not in os.environ:
         return HashStore()  # started without a launcher
@@ -55,7 +55,7 @@ def run_store(args: argparse.Namespace) -> Any:
 
 def what_counts(args: argparse.Namespace) -> dict[str, str]:
     """Return by name what must be the same on all ranks: flags other than paths, the content of
-    each dataset, package versions."""
+    each dataset, the code, package versions."""
     flags = {
         flag_of(name): str(value)
         for name, value in vars(args).items()
@@ -64,7 +64,8 @@ def what_counts(args: argparse.Namespace) -> dict[str, str]:
     contents = args.data_contents.values()  # filled in by check_data
     data = {f"the content of dataset {n}": digest[:12] for n, digest in enumerate(contents, 1)}
     data["the number of datasets"] = str(len(contents))
-    return flags | data | {name: str(version) for name, version in versions().items()}
+    code = {"the code (a hash of the package and plugins)": software()["sources"]}
+    return flags | data | code | {name: str(version) for name, version in versions().items()}
 
 
 def check_same(store: Store, key: str, *, rank: int, what: Mapping[str, str]) -> None:
@@ -83,7 +84,7 @@ def check_same(store: Store, key: str, *, rank: int, what: Mapping[str, str]) ->
     if different:
         raise UnlikeRanksError(
             f"rank {rank} differs from rank 0: {'; '.join(different)}. Give all machines the same "
-            "flags, configuration files, data and packages."
+            "flags, configuration files, data, code and packages."
         )
 
 

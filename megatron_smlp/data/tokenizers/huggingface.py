@@ -8,7 +8,7 @@ import itertools
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -93,8 +93,28 @@ class HuggingFaceTokenizer(WithTexts):
 
 def _surrounding_ids(backend: "tokenizers.Tokenizer") -> tuple[list[int], list[int]]:
     """Return the special ids that the tokenizer's template puts before and after each text."""
-    bare = backend.encode("a", add_special_tokens=False).ids
-    whole = backend.encode("a", add_special_tokens=True).ids
+    text = probe(backend.get_vocab())
+    bare, whole = (backend.encode(text, add_special_tokens=adds).ids for adds in (False, True))
+    return surroundings(bare, whole)
+
+
+def probe(vocabulary: Iterable[str]) -> str:
+    """Return a text that a tokenizer of this vocabulary encodes to something."""
+    return next((text for text in vocabulary if text.isalnum()), "a")
+
+
+def surroundings(bare: list[int], whole: list[int]) -> tuple[list[int], list[int]]:
+    """Return the ids before and after a text's own; without any of its own, all stand before.
+
+    Args:
+        bare: ids of a text alone.
+        whole: ids of the text with those that a template adds.
+
+    Raises:
+        DataError: `bare` is not in `whole`.
+    """
+    if not bare:
+        return whole, []
     for start in range(len(whole) - len(bare) + 1):
         if whole[start : start + len(bare)] == bare:
             return whole[:start], whole[start + len(bare) :]

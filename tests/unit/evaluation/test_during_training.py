@@ -13,6 +13,7 @@ from support.launches import launch, records
 from megatron_smlp.errors import UsageError
 from megatron_smlp.evaluation import during_training
 from megatron_smlp.evaluation.selection import select_tasks
+from megatron_smlp.training.agreement import StepAgreement
 from megatron_smlp.training.speed import StepClock
 
 
@@ -64,6 +65,25 @@ def test_the_training_does_not_notice(
     assert scored[-1]["tasks"] == _afterwards(tmp_path / "scored", tasks)
     assert scored[-1]["tasks"]["copa"]["examples"] == EXAMPLES
     _check_tensorboard(tmp_path / "scored" / "events", scored)
+
+
+def test_an_ending_run_saves_before_it_scores(
+    tasks: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The notice of a signal may be shorter than the tasks."""
+    tracker, found = tmp_path / "latest_checkpointed_iteration.txt", []
+    score = during_training.TaskEvaluation.scores
+
+    def scores(self: Any) -> Any:
+        found.append(tracker.read_text())
+        return score(self)
+
+    monkeypatch.setattr(during_training.TaskEvaluation, "scores", scores)
+    monkeypatch.setattr(StepAgreement, "_is_late", lambda it: it.args.curr_iteration == 1)
+    flags = f"--eval-tasks copa --eval-tasks-interval 2 --eval-tasks-data-dir {tasks}"
+    with pretrained(f"{training('gshard', tokenizer, tmp_path)} {flags}"):
+        pass
+    assert found == ["2"]
 
 
 LAYOUTS = {

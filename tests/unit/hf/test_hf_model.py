@@ -138,6 +138,7 @@ CHUNKED = {"architecture": "smlp", "feature_router": "deterministic", "num_featu
         ({"token_router": "top2"}, "token_router=top2: must be one of none, switch"),
         ({"feature_router": "partial"}, "feature_router=partial is for architecture=smlp"),
         ({"architecture": "transformer", "toeplitz": True}, "toeplitz=True is for architecture="),
+        ({"spatial_heads": 0}, "spatial_heads=0: must divide the gate width"),
         ({"spatial_heads": 5}, "spatial_heads=5: must divide the gate width"),
         ({"architecture": "transformer", "num_attention_heads": 5}, "must divide hidden_size = 32"),
         ({"token_router": "switch", "num_experts": None}, "num_experts=None"),

@@ -1,8 +1,8 @@
 """A faulty plugin gets a one-line error with file and line, and nothing of it stays registered."""
 
 import hashlib
+import importlib
 import json
-import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -157,10 +157,12 @@ def test_two_files_of_one_name(tmp_path: Path):
         plugin_files.load(written(tmp_path / "other", GOOD))
 
 
-def test_a_module_of_pythons_own_stays(tmp_path: Path):
-    with pytest.raises(UsageError, match=r"random.py shadows a standard library module"):
-        plugin_files.load(written(tmp_path, GOOD, "random"))
-    assert sys.modules["random"] is random
+@pytest.mark.parametrize("name", ["random", "tokenizers"])
+def test_a_module_of_pythons_own_or_of_a_library_stays(tmp_path: Path, name: str):
+    module = importlib.import_module(name)
+    with pytest.raises(UsageError, match=f"{name}.py shadows another module of its name: rename"):
+        plugin_files.load(written(tmp_path, GOOD, name))
+    assert sys.modules[name] is module
 
 
 def test_a_module_in_a_linked_folder_is_its_file(tmp_path: Path, monkeypatch):

@@ -80,6 +80,12 @@ def cells(text: str, *begin: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")][len(begin) :]
 
 
+def test_null_removes_what_all_sizes_have(tmp_path: Path):
+    cut = SIZES["D64"] | {"fixed": None, "variants": None}
+    path = write_sizes(tmp_path, sizes=SIZES | {"D64": cut})
+    assert "lr" not in states(path)[0][0].study.fixed
+
+
 def numbers(cell: str) -> list[float]:
     return [float(part) for part in cell.split(" ± ")]
 

@@ -85,6 +85,14 @@ def test_other_packages_are_refused(monkeypatch: pytest.MonkeyPatch):
         stores(monkeypatch)
 
 
+def test_other_code_is_refused(monkeypatch: pytest.MonkeyPatch):
+    """Such as checkouts of two commits, or two texts of a plugin."""
+    hashes = iter(("1f", "2f"))
+    monkeypatch.setattr(same_everywhere, "software", lambda: {"sources": next(hashes)})
+    with pytest.raises(UnlikeRanksError, match=r"the code .* is [12]f here, and [12]f there"):
+        stores(monkeypatch)
+
+
 def test_one_process_needs_no_address(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     store = run_store(argparse.Namespace())

@@ -255,6 +255,16 @@ def test_added_tokens_that_gigatoken_gets_wrong(tokenizer_folder: Path):
     assert encoder.description == "tokenizers (gigatoken gives other ids for this tokenizer)"
 
 
+def test_the_start_of_a_tokenizer_that_knows_no_letter():
+    """Such as one of proteins or notes: what its template adds stands before the text."""
+    from tokenizers.models import BPE
+    from tokenizers.processors import TemplateProcessing
+
+    backend = tokenizers.Tokenizer(BPE({"<s>": 0, "X": 1}, []))
+    backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    assert HuggingFaceTokenizer(backend.to_str(), None, True).start == [0]
+
+
 GENERIC = '{"tokenizer_class": "PreTrainedTokenizerFast"}'
 
 
