@@ -70,22 +70,10 @@ class Need(NamedTuple):
     flags: tuple[str, ...]
 
 
-def _attends(args: argparse.Namespace) -> bool:
-    return ARCHITECTURES[args.architecture].attends
-
-
-def _has_gelu(args: argparse.Namespace) -> bool:
-    return not (args.swiglu or args.quick_geglu or args.squared_relu)
-
-
-def _has_ffn(args: argparse.Namespace) -> bool:
-    return any(slots.channel != "none" for slots in slots_of(args))
-
-
 NEEDS = (
     Need(
         "attention (--architecture transformer)",
-        _attends,
+        lambda args: ARCHITECTURES[args.architecture].attends,
         (
             *("group_query_attention", "num_query_groups", "add_qkv_bias", "qk_layernorm"),
             *("qk_l2_norm", "softmax_type", "window_size", "attention_backend"),
@@ -99,7 +87,7 @@ NEEDS = (
     ),
     Need(
         "a GELU (no --swiglu, --quick-geglu or --squared-relu)",
-        _has_gelu,
+        lambda args: not (args.swiglu or args.quick_geglu or args.squared_relu),
         ("openai_gelu",),
     ),
     Need(
@@ -118,7 +106,7 @@ NEEDS = (
     Need("biases (no --disable-bias-linear)", lambda args: args.add_bias_linear, ("add_qkv_bias",)),
     Need(
         "a layer with an FFN (a Transformer's, or token experts)",
-        _has_ffn,
+        lambda args: any(slots.channel != "none" for slots in slots_of(args)),
         ("swiglu", "quick_geglu"),
     ),
     Need(

@@ -178,22 +178,15 @@ def check_with_tokenizer(folder: Path) -> None:
         )
 
 
-def default_device() -> str:
-    """Return "cuda" where there is a GPU, else "cpu"."""
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def usable_device(name: str | None) -> str:
-    """Return --device, or the default, after checking that it can hold a tensor.
+    """Return --device, or the GPU if there is one, after checking that it can hold a tensor.
 
     Raises:
         UsageError: it cannot.
     """
     import torch
 
-    name = name or default_device()
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0).to(name)
     except (RuntimeError, AssertionError) as error:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from megatron_smlp.layers import spatial_gating
 from megatron_smlp.layers.spatial_gating import gating_spec
 from megatron_smlp.ops.causal_attention import attend
+from megatron_smlp.plugin_weights import alike_on_ranks
 
 
 def gating_and_attention_spec(
@@ -108,17 +109,10 @@ class TinyAttention(nn.Module):
             q, k = (apply_rotary_pos_emb(x, angles, self.config) for x in (q, k))
         q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
         dropout = self.config.attention_dropout if self.training else 0.0
-        with self._same_on_all_ranks() if dropout else contextlib.nullcontext():
+        # All ranks hold the same head.
+        with alike_on_ranks(self.config, self) if dropout else contextlib.nullcontext():
             attended = attend(q, k, v, dropout=dropout, training=self.training)
         return self.linear_proj(attended.squeeze(1).transpose(0, 1))
-
-    def _same_on_all_ranks(self) -> contextlib.AbstractContextManager[None]:
-        """Draw the same numbers on all ranks, which hold the same head: under sequence parallelism
-        Megatron runs a layer on the rank's own generator."""
-        if not self.config.sequence_parallel:
-            return contextlib.nullcontext()
-        tracker = tensor_parallel.get_cuda_rng_tracker()
-        return tracker.fork(tensor_parallel.get_data_parallel_rng_tracker_name())
 
 
 def check_flags(args: Any) -> None:

@@ -43,7 +43,7 @@ from megatron_smlp.training.forward import ForwardStep
 from megatron_smlp.training.nonfinite import may_update
 from megatron_smlp.training.overlaps import ParameterGathering
 from megatron_smlp.training.parameter_count import check_parameters
-from megatron_smlp.training.parts import Parts, build, release
+from megatron_smlp.training.parts import Parts, build
 from megatron_smlp.training.run import Run
 from megatron_smlp.training.step import Step
 from megatron_smlp.training.upkeep import Upkeep, is_due
@@ -94,7 +94,7 @@ def train(
             run.listeners.stopping(iteration, loop.stopped)
         elif not evaluate([*batches.valid, *batches.test], iteration):
             run.reporter.say("no time left to evaluate: rerun the same command to do so")
-        release(parts)
+        gathered(None)  # a rank that ended would break the others' connections
 
 
 def resume(run: Run, parts: Parts) -> int:

@@ -20,7 +20,6 @@ from megatron.core.num_microbatches_calculator import (
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.training import get_timers
-from megatron.training.theoretical_memory_usage import report_theoretical_memory
 from megatron.training.utils import (
     calc_params_l2_norm,
     is_last_rank,
@@ -189,10 +188,6 @@ class MegatronLog(Listener):
             torch.cuda.memory._dump_snapshot(args.memory_snapshot_path)
         interval = args.log_memory_interval
         if self.memory_reports or (interval is not None and iteration % interval == 0):
-            if self.memory_reports and args.rank == 0:
-                report_theoretical_memory(
-                    args, num_microbatches=get_num_microbatches(), verbose=True
-                )
             report_memory(f"(after {iteration} iterations)", process_group=self.parts.groups.dp)
             self.memory_reports = max(0, self.memory_reports - 1)
 

@@ -7,8 +7,6 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from megatron.core import nccl_allocator
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer import get_megatron_optimizer, get_mup_config_overrides
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -160,15 +158,3 @@ def _connect(parts: Parts) -> None:
 
 def per_chunk[T](chunks: list[T]) -> PerChunk[T]:
     return chunks[0] if len(chunks) == 1 else chunks
-
-
-def release(parts: Parts) -> None:
-    """Release what communication libraries hold; otherwise they abort at exit. Collective."""
-    torch.distributed.barrier()
-    for chunk in parts.model:
-        if isinstance(chunk, DistributedDataParallel):
-            for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
-                if buffer.nccl_mem_pool is not None:
-                    nccl_allocator.deregister_mem_pool(
-                        buffer.nccl_mem_pool, buffer.data_parallel_group
-                    )

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
@@ -16,6 +15,7 @@ from support.in_process import layer_config
 from support.launches import launch_calls
 from torch import Tensor
 
+from megatron_smlp import plugin_weights
 from megatron_smlp.layers import attention
 from megatron_smlp.layers.attention import CausalCoreAttention
 from megatron_smlp.layers.tiny_attention import TinyAttention
@@ -130,7 +130,7 @@ def test_one_head_on_all_ranks_draws_alike(
     sequence_parallel: bool, drawn: list[str], monkeypatch: pytest.MonkeyPatch
 ):
     tracker = Tracker()
-    monkeypatch.setattr(tensor_parallel, "get_cuda_rng_tracker", lambda: tracker)
+    monkeypatch.setattr(plugin_weights, "get_cuda_rng_tracker", lambda: tracker)
     config = layer_config(attention_dropout=0.5)
     config.sequence_parallel = sequence_parallel
     group = ProcessGroupCollection.use_mpu_process_groups().tp
