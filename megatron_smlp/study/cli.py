@@ -81,7 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     export = parsers["export"]
     export.add_argument(
-        "--systems", required=True, metavar="A,B", help="of the study, in each of its sizes"
+        "--systems", required=True, metavar="A,B", help="of the study, in each size that has them"
     )
     export.add_argument(
         "--save", type=Path, required=True, metavar="FOLDER", help="for a folder STUDY-SYSTEM each"
@@ -105,6 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     states = read_states(args)
     if args.command == "report":
         return _report(args, states)
+    if args.command == "export":
+        return _export(args, states)
     if args.command == "run" and args.retry:
         for known, _ in states:
             known.retry_failures()
@@ -256,15 +258,20 @@ def _evaluate(args: argparse.Namespace, known: State, results: Results) -> int:
     return 0
 
 
-def _export(args: argparse.Namespace, known: State, _: Results) -> int:
+def _export(args: argparse.Namespace, states: Sequence[tuple[State, Results]]) -> int:
     from megatron_smlp.study.final import export_best
 
     more = ["--overwrite"] if args.overwrite else []
     more += ["--license", args.license] if args.license else []
-    for system in args.systems.split(","):
-        folder = args.save / f"{known.study.name}-{system}"
-        export_best(known, system, folder, more)
-        print(folder)
+    names = args.systems.split(",")
+    known_names = dict.fromkeys(name for known, _ in states for name in known.systems)
+    if unknown := [name for name in names if name not in known_names]:
+        raise UsageError(f"--systems {unknown[0]}: {args.study} has {', '.join(known_names)}.")
+    for known, _ in states:
+        for system in filter(known.systems.__contains__, names):
+            folder = args.save / f"{known.study.name}-{system}"
+            export_best(known, system, folder, more)
+            print(folder)
     return 0
 
 
@@ -306,5 +313,5 @@ def _report(args: argparse.Namespace, states: Sequence[tuple[State, Results]]) -
 
 COMMANDS: dict[str, Callable[[argparse.Namespace, State, Results], int]] = {
     "plan": _plan, "run": _run, "reuse": _reuse,
-    "evaluate": _evaluate, "export": _export, "status": _status,
+    "evaluate": _evaluate, "status": _status,
 }  # fmt: skip

@@ -9,7 +9,7 @@ import pytest
 from support.studies import page_of, pretend, study_argv, write_study
 
 from megatron_smlp.errors import UsageError
-from megatron_smlp.study import cli
+from megatron_smlp.study import cli, final
 from megatron_smlp.study.plan import PlannedRun
 from megatron_smlp.study.results import Results
 from megatron_smlp.study.sizes import Sizes, prediction
@@ -78,6 +78,25 @@ def cells(text: str, *begin: str) -> list[str]:
     """Return the remaining cells of the row that begins with these."""
     [line] = [line for line in text.splitlines() if line.startswith(f"| {' | '.join(begin)} |")]
     return [cell.strip() for cell in line.strip("|").split("|")][len(begin) :]
+
+
+def test_a_system_is_exported_from_the_sizes_that_have_it(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    exported: list[tuple[str, str]] = []
+
+    def export(known: State, system: str, *_: Any) -> None:
+        exported.append((known.study.name, system))
+
+    monkeypatch.setattr(final, "export_best", export)
+    argv = study_argv("export", path.parent, "--save", str(tmp_path / "models"), "--systems")
+    cli.main([*argv, "switch,transformer"])
+    name = read_studies(path)[0]
+    both, last = (f"{name}-D64", f"{name}-D128"), f"{name}-D256"
+    wanted = [(size, system) for size in both for system in ("switch", "transformer")]
+    assert exported == [*wanted, (last, "transformer")]
+    with pytest.raises(UsageError, match=r"--systems swich: .* has .*switch"):
+        cli.main([*argv, "swich"])
 
 
 def test_null_removes_what_all_sizes_have(tmp_path: Path):
