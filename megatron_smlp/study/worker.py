@@ -139,6 +139,7 @@ class Worker:
             self.state.end(
                 run, status=DIVERGED, loss="inf", reason="a loss was not finite", **facts
             )
+            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
             self._remove_checkpoints(run)
         elif not self._is_whole(run):
             lines = last_lines(folder)

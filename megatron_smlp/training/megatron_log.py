@@ -35,8 +35,8 @@ from megatron_smlp.training.speed import StepClock
 from megatron_smlp.training.tensorboard_wandb import Writers
 
 TIMERS = (
-    "forward-backward layernorm-grads-all-reduce embedding-grads-all-reduce all-grads-sync "
-    "params-all-gather optimizer-copy-to-main-grad optimizer-unscale-and-check-inf "
+    "forward-backward non-tensor-parallel-grads-all-reduce embedding-grads-all-reduce "
+    "all-grads-sync params-all-gather optimizer-copy-to-main-grad optimizer-unscale-and-check-inf "
     "optimizer-clip-main-grad optimizer-count-zeros optimizer-inner-step "
     "optimizer-copy-main-to-model-params optimizer",
     "batch-generator forward-compute backward-compute forward-recv forward-send backward-recv "

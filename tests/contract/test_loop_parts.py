@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+import megatron.core
+import megatron.training
 import pytest
 import torch
 from megatron.core.optimizer.optimizer import ChainedOptimizer
@@ -14,7 +18,9 @@ from megatron.training.dist_signal_handler import DistributedSignalHandler
 from megatron.training.utils import common_utils
 from support.in_process import prepare_megatron
 
+import megatron_smlp
 from megatron_smlp.training.agreement import Agreed, StepAgreement
+from megatron_smlp.training.megatron_log import TIMERS
 from megatron_smlp.training.step import GuardedUpdate, _rounded
 
 
@@ -34,6 +40,14 @@ def test_an_optimizer_asks_itself_for_the_norm_and_the_update():
     source = inspect.getsource(ChainedOptimizer.step)
     assert "self.step_with_ready_grads()" in source
     assert "self.get_grad_norm()" in source
+
+
+def test_every_timer_that_is_logged_is_one_of_megatrons_or_ours():
+    """Timers.log leaves out, silently, what nobody started."""
+    roots = [*megatron.core.__path__, *megatron.training.__path__, *megatron_smlp.__path__]
+    source = "".join(path.read_text() for root in roots for path in Path(root).rglob("*.py"))
+    started = re.findall(r"""timers\(\s*["']([\w-]+)""", source)
+    assert set(" ".join(TIMERS).split()) <= set(started)
 
 
 class Optimizer:

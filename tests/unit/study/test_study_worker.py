@@ -142,9 +142,15 @@ def test_what_would_go_on_from_a_trunk_that_diverged_is_of_its_sources(
     path = write_study(tmp_path, systems=["transformer"], subject="transformer", seeds=[11],
                        horizons=["50K", "100K"])  # fmt: skip
     known = state_of(path, runs=tmp_path / "more")
-    monkeypatch.setattr(worker, "run_command", lambda *_, **__: NonFiniteLossError.exit_code)
+
+    def diverges(_: object, *, folder: Path, **__: object) -> int:
+        iteration_folder(folder / CHECKPOINTS, 1).mkdir(parents=True)
+        return NonFiniteLossError.exit_code
+
+    monkeypatch.setattr(worker, "run_command", diverges)
     new_worker(known, tmp_path).work()
     trunk, *branches = known.plan().runs
+    assert not (known.folder_of(trunk) / CHECKPOINTS).exists()
     assert {known.status(run) for run in (trunk, *branches)} == {DIVERGED}
     assert known.made_by(trunk)["sources"]
     assert all(known.made_by(run) == known.made_by(trunk) for run in branches)
