@@ -139,7 +139,6 @@ class Worker:
             self.state.end(
                 run, status=DIVERGED, loss="inf", reason="a loss was not finite", **facts
             )
-            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
             self._remove_checkpoints(run)
         elif not self._is_whole(run):
             lines = last_lines(folder)
@@ -161,8 +160,10 @@ class Worker:
         return reached >= run.end and is_evaluated
 
     def _remove_checkpoints(self, run: PlannedRun) -> None:
-        """Remove checkpoints except at the longest horizon and of trunks that runs still need."""
-        if run.horizon and (run.phase == "tuning" or run.horizon < self.state.study.longest):
+        """Remove checkpoints except at the longest horizon and of trunks that runs still need;
+        nothing needs those of a run that diverged."""
+        is_short = run.horizon and (run.phase == "tuning" or run.horizon < self.state.study.longest)
+        if is_short or self.state.status(run) == DIVERGED:
             shutil.rmtree(self.state.folder_of(run) / CHECKPOINTS, ignore_errors=True)
         if run.parent is None:
             return

@@ -45,7 +45,8 @@ def test_an_optimizer_asks_itself_for_the_norm_and_the_update():
 def test_every_timer_that_is_logged_is_one_of_megatrons_or_ours():
     """Timers.log leaves out, silently, what nobody started."""
     roots = [*megatron.core.__path__, *megatron.training.__path__, *megatron_smlp.__path__]
-    source = "".join(path.read_text() for root in roots for path in Path(root).rglob("*.py"))
+    paths = [path for root in roots for path in Path(root).rglob("*.py")]
+    source = "".join(path.read_text(encoding="utf-8") for path in paths)
     started = re.findall(r"""timers\(\s*["']([\w-]+)""", source)
     assert set(" ".join(TIMERS).split()) <= set(started)
 
