@@ -120,7 +120,7 @@ MEGATRON_FLAGS = named(
         "moe_router_num_groups": MegatronFlag(token_routers=TOP_K, hf=SAME),
         "moe_router_group_topk": MegatronFlag(token_routers=TOP_K, hf=SAME),
         "moe_router_topk_scaling_factor": MegatronFlag(token_routers=TOP_K, hf=SAME),
-        "moe_shared_expert_intermediate_size": MegatronFlag(token_routers=TOP_K, hf=SAME),
+        "moe_shared_expert_intermediate_size": MegatronFlag(hf=SAME),
         "moe_router_load_balancing_type": MegatronFlag(
             default="aux_loss", may_change=True, filled_in=True, token_routers=TOP_K
         ),

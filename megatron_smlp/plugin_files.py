@@ -254,9 +254,12 @@ def _mixer(name: str, kind: Any) -> systems.MixerEntry:
 
 
 def _rule(name: str, kind: Any) -> systems.TokenRouterRule:
+    from megatron_smlp.plugins import TOPK
+
     return systems.TokenRouterRule(
         module="megatron_smlp.routers.hosted:hosting",
-        experts_per_token=kind.experts_per_token,
+        experts_per_token=kind.experts_per_token or TOPK,
+        takes_topk=kind.experts_per_token is None,
         has_balance_loss=True,
         plugin=kind,
     )

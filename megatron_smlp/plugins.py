@@ -50,6 +50,9 @@ Init = Callable[[Tensor], Any]
 """Draws the initial values of a parameter in place: <fp32>, on the CPU."""
 
 
+TOPK = 2
+"""Megatron's default of --moe-router-topk."""
+
 State = dict[str, Tensor] | None
 """What a token mixer keeps between two calls during generation; see TokenMixer."""
 
@@ -181,12 +184,21 @@ class Weight(nn.Module):
 
     @torch.no_grad()
     def draw(self, *, parts: int = 1, part: int = 0) -> None:
-        """Draw the initial values: every rank draws the whole parameter and keeps its part."""
+        """Draw the initial values: every rank draws the whole parameter and keeps its part.
+
+        Raises:
+            ValueError: `init` left some out.
+        """
         shape = list(self.weight.shape)
         if self.cut is not None:
             shape[self.cut] *= parts
-        whole = torch.empty(shape)
+        whole = torch.full(shape, torch.nan)
         self.init(whole)
+        if whole.isnan().any():
+            raise ValueError(
+                f"the init of a parameter {shape} leaves values unset: it must change the tensor "
+                "that it is given, as values.normal_() does; what it returns is not read."
+            )
         kept = whole if self.cut is None else whole.chunk(parts, dim=self.cut)[part]
         self.weight.copy_(kept)
 
@@ -348,9 +360,10 @@ class TokenRouter(_Router):
     `choose` is called without gradients for the whole micro-batch, `weigh` with them.
     """
 
-    experts_per_token: ClassVar[int] = 1
+    experts_per_token: int | None = 1
     """k, the number of experts that a token visits, for counting FLOPs and sending tokens. With
-    `may_skip`, an upper bound on their average number."""
+    `may_skip`, an upper bound on their average number. None: that of --moe-router-topk, 2 by
+    default, which an object then has here."""
     may_skip: ClassVar[bool] = False
     """Whether `choose` also says which choices are visited, so that tokens have fewer or more."""
 
@@ -358,6 +371,8 @@ class TokenRouter(_Router):
         super().__init__()
         self.num_experts = num_experts
         _set_options(self, values, num_experts=num_experts)
+        if self.experts_per_token is None:
+            self.experts_per_token = values.get("moe_router_topk", TOPK)
 
     def scores(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """hidden: <float>[..., D], weight: <float>[E, D] -> scores <fp32>[..., E], with gradient.
@@ -372,7 +387,7 @@ class TokenRouter(_Router):
 
         Default: the k highest scores.
         """
-        return scores.topk(self.experts_per_token, dim=-1).indices
+        return scores.topk(self.experts_per_token or TOPK, dim=-1).indices
 
     def choices(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Return `choose`'s experts and which are visited: all, unless `choose` says so itself."""

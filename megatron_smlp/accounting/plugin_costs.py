@@ -77,7 +77,8 @@ def feature_router_cost(shape: ModelShape, kind: type[FeatureRouter], *, num_exp
 
 def token_rule_parameters(shape: ModelShape, kind: type[TokenRouter]) -> int:
     """Return the number of parameters of a plugin's token router besides W."""
-    rule = kind(num_experts=shape.num_experts, values=values_of(shape, kind))
+    values = values_of(shape, kind) | {"moe_router_topk": shape.moe_router_topk}
+    rule = kind(num_experts=shape.num_experts, values=values)
     return sum(parameter.numel() for parameter in rule.parameters())
 
 

@@ -11,7 +11,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from megatron_smlp.checking.rows import Check, Row, checked, close, gradients, registered, wrong
+from megatron_smlp.checking.rows import (
+    Check,
+    Row,
+    checked,
+    close,
+    gradients,
+    outside,
+    registered,
+    wrong,
+)
 from megatron_smlp.plugins import FeatureRouter, weights_of
 
 BATCH, PREFIX, CHUNKS, EXPERTS = 3, 6, 8, 4
@@ -47,8 +56,8 @@ def _chooses(name: str, kind: type[FeatureRouter]) -> Row:
         advice = f"scores returns {list(scores.shape)}: give [B, C, E]"
     elif experts.dtype != torch.int64 or experts.shape != (BATCH, CHUNKS):
         advice = f"choose returns {experts.dtype} {list(experts.shape)}: give <int64>[B, C]"
-    elif experts.min() < 0 or experts.max() >= EXPERTS:
-        advice = f"choose returns {int(experts.max())} of {EXPERTS} experts: give 0 to E - 1"
+    elif (other := outside(experts, EXPERTS)) is not None:
+        advice = f"choose returns expert {other} of {EXPERTS}: give 0 to E - 1"
     elif weights.shape != experts.shape:
         advice = f"weigh returns {list(weights.shape)}: give [B, C]"
     return Row(subject=name, compared=compared, apart=f"{list(scores.shape)}", advice=advice)

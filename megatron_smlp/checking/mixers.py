@@ -25,7 +25,7 @@ def checks(name: str, kind: type[Mixer]) -> Iterator[Check]:
     """Yield the checks of one class, those whose failures are easiest to fix first."""
     causal = (_causal_in_training, _causal)
     always = (_runs_alone, _repeats, _each_sample, *causal, _shorter, _gradients)
-    split = () if kind.whole else (_split,)
+    split = () if kind.whole else (_split, _starts)
     stateful = (_continues,) if keeps_state(kind) else ()
     whole = [option for option, it in options_of(kind).items() if it.kind is int]
     flags = " and ".join(map(flag_of, whole))
@@ -146,6 +146,9 @@ def _continues(name: str, kind: type[Mixer]) -> Row:
     for call in zip(*(part.split([3, 1, 1, LENGTH - 5], dim=1) for part in given), strict=True):
         mixed.append(mixer(*call, state=state))
         for key, values in state.items():
+            if not isinstance(values, Tensor):
+                advice = f"state[{key!r}] is {values!r}: keep tensors whose axis 0 is the batch"
+                return wrong(name, compared, advice)
             if values.shape[:1] != (BATCH,) or alone.get(key, values[:1]).shape[:1] != (1,):
                 advice = f"state[{key!r}] has {list(values.shape)}: its axis 0 must be the batch"
                 return wrong(name, compared, advice)
@@ -172,6 +175,15 @@ def _gradients(name: str, kind: type[Mixer]) -> Row:
         return mixed
 
     inputs_and_parameters = (*given, *mixer.parameters())
+    names = [*kind.inner, *(key.removesuffix(".weight") for key, _ in mixer.named_parameters())]
+    mixed = function(*inputs_and_parameters).sum()
+    found = torch.autograd.grad(mixed, inputs_and_parameters, allow_unused=True)
+    if unread := [key for key, gradient in zip(names, found, strict=True) if gradient is None]:
+        advice = (
+            f"forward does not read {' and '.join(unread)}: leave out what is not trained, whose "
+            "gradient an overlapped reduction would wait for"
+        )
+        return wrong(name, "gradients of all inputs and parameters", advice)
     return gradients(name, function, inputs_and_parameters, "a gradient does not match the output")
 
 
@@ -202,6 +214,25 @@ def _split(name: str, kind: type[Mixer]) -> Row:
     return close(
         name, "halves of the features, as on two ranks",
         _apart(torch.cat(parts, dim=-1), mixed), 1e-12, advice,
+    )  # fmt: skip
+
+
+def _starts(name: str, kind: type[Mixer]) -> Row:
+    """Compare the initial values that two ranks draw with those that one draws."""
+    whole, apart = built(kind), 0.0
+    for part in range(2):
+        for mine, its in zip(
+            weights_of(built(kind, width=WIDTH // 2)), weights_of(whole), strict=True
+        ):
+            for weight, rank in ((its, {}), (mine, {"parts": 2, "part": part})):
+                torch.manual_seed(5)
+                weight.draw(**rank)
+            cut = its.weight if its.cut is None else its.weight.chunk(2, dim=its.cut)[part]
+            apart = max(apart, _apart(mine.weight, cut))
+    return close(
+        name, "initial values of two ranks and of one", apart, 0.0,
+        "an init draws other values on two ranks: it must read sizes from the tensor that it is "
+        "given, which is the whole parameter, not from `width`",
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from megatron_smlp.checking.rows import Check, Row, checked, close, gradients, registered
+from megatron_smlp.checking.rows import Check, Row, checked, close, gradients, outside, registered
 from megatron_smlp.plugins import TokenRouter
 
 TOKENS, EXPERTS, WIDTH = 24, 4, 8
@@ -19,7 +19,7 @@ TOKENS, EXPERTS, WIDTH = 24, 4, 8
 
 def checks(name: str, kind: type[TokenRouter]) -> Iterator[Check]:
     """Yield the checks of one class."""
-    for check in (_chooses, _alone, _gradients):
+    for check in (_chooses, _alone, _gradients, _trains):
         yield partial(checked, check, name, kind)
 
 
@@ -38,20 +38,18 @@ def _chooses(name: str, kind: type[TokenRouter]) -> Row:
     compared, advice = "choose: [N, E] -> experts [N, k]", ""
     rule = _built(kind).train()
     chosen, visited = rule.choices(_scores())
-    is_expert = chosen.dtype == torch.int64 and chosen.min() >= 0 and chosen.max() < EXPERTS
-    weights = rule.weigh(_scores(), chosen) if is_expert else chosen
     k = chosen.shape[-1]
     if chosen.dtype != torch.int64 or chosen.dim() != 2 or len(chosen) != TOKENS:
         advice = f"choose returns {chosen.dtype} {list(chosen.shape)}: give <int64>[N, k]"
-    elif not is_expert:
-        advice = f"choose returns {int(chosen.max())} of {EXPERTS} experts: give 0 to E - 1"
+    elif (other := outside(chosen, EXPERTS)) is not None:
+        advice = f"choose returns expert {other} of {EXPERTS}: give 0 to E - 1"
     elif any(len(set(row)) < k for row in chosen.tolist()):
         advice = "a token chooses an expert twice: choices must be distinct"
-    elif weights.shape != chosen.shape:
+    elif (weights := rule.weigh(_scores(), chosen)).shape != chosen.shape:
         advice = f"weigh returns {list(weights.shape)} for {list(chosen.shape)} choices"
     elif not visited.all() and not kind.may_skip:
         advice = "tokens skip choices: set may_skip = True, or FLOPs and dispatch are wrong"
-    elif k != kind.experts_per_token and not kind.may_skip:
+    elif k != rule.experts_per_token and not kind.may_skip:
         advice = f"a token has {k} choices: set experts_per_token = {k}, which dispatch uses"
     return Row(subject=name, compared=compared, apart=f"{list(chosen.shape)}", advice=advice)
 
@@ -83,3 +81,22 @@ def _gradients(name: str, kind: type[TokenRouter]) -> Row:
     if not rule.weigh(scores, chosen).requires_grad:  # fixed weights, such as HASH's
         return close(name, "weights, which have no gradient", 0.0, 0.0, "")
     return gradients(name, lambda x: rule.weigh(x, chosen), (scores,), "weigh")
+
+
+def _trains(name: str, kind: type[TokenRouter]) -> Row:
+    """Check that the loss, if there is one, can be trained, and that a step's update runs."""
+    rule = _built(kind).train()
+    scores = _scores().requires_grad_()
+    chosen, visited = rule.choices(scores.detach())
+    loss, advice = rule.loss(scores, chosen), ""
+    if loss is not None and (loss.dim() or not loss.isfinite() or not loss.requires_grad):
+        advice = (
+            f"loss returns {loss.detach().tolist()}: give a finite number <fp32>[] with gradient"
+        )
+    rule.update(chosen[visited].bincount(minlength=EXPERTS).float())
+    return Row(
+        subject=name,
+        compared="loss: [], finite, with gradient; update after a step",
+        apart="no loss" if loss is None else f"{loss.mean().item():.3g}",
+        advice=advice,
+    )

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.gradcheck import GradcheckError
 from torch.overrides import TorchFunctionMode
 
 
@@ -49,13 +50,20 @@ def registered[Part: nn.Module](part: Part) -> Part:
     """Return a plugin's part.
 
     Raises:
-        TypeError: a tensor of it is neither parameter nor buffer. On a CPU it would train.
+        TypeError: a tensor of it is neither parameter nor buffer (on a CPU it would train), or is
+            a complex buffer, of which a cast leaves the real part.
     """
     for name, value in vars(part).items():
         if isinstance(value, Tensor):
             raise TypeError(
                 f"{type(part).__name__}.{name} is a plain tensor, which stays on the CPU and is in "
                 f"no checkpoint: use self.register_buffer({name!r}, ...)."
+            )
+    for name, buffer in part.named_buffers():
+        if buffer.is_complex():
+            raise TypeError(
+                f"{type(part).__name__}.{name} is a complex buffer, of which a model in bf16 keeps "
+                "the real part: register torch.view_as_real of it, and combine in forward."
             )
     return part
 
@@ -70,9 +78,15 @@ def gradients(subject: str, function: Callable[..., Tensor], inputs: Any, advice
     compared = "gradients and finite differences, fp64"
     try:
         torch.autograd.gradcheck(function, inputs, atol=1e-6, rtol=1e-5)
-    except (RuntimeError, AssertionError) as error:
+    except GradcheckError as error:
         return wrong(subject, compared, f"{advice}: {' '.join(str(error).split())[:160]}")
     return Row(subject=subject, compared=compared, apart="under 1e-5")
+
+
+def outside(chosen: Tensor, experts: int) -> int | None:
+    """Return a choice that is not one of so many experts, if there is one."""
+    others = chosen[(chosen < 0) | (chosen >= experts)]
+    return int(others[0]) if len(others) else None
 
 
 def close(subject: str, compared: str, difference: float, limit: float, advice: str) -> Row:

@@ -51,6 +51,8 @@ LIMITS = {"loss": 2e-5, "grad_norm": 2e-4}
 """Relative tolerances in fp32: another layout sums in another order."""
 ERROR = re.compile(r"(\[rank\d+\]: )?[\w.]*(Error|Exception): |error: ")
 """Matches the line of a traceback, or of a program's refusal, that says what is wrong."""
+LOST = re.compile(r"Connection (closed|reset) by peer")
+"""What the other ranks say when one has failed."""
 
 
 class Runs:
@@ -105,6 +107,7 @@ class Runs:
             return ""
         lines = [line.strip() for line in f"{done.stdout}\n{done.stderr}".splitlines()]
         errors = [line for line in lines if ERROR.match(line)] or [line for line in lines if line]
+        errors = [line for line in errors if not LOST.search(line)] or errors
         return errors[-1] if errors else f"exit code {done.returncode}"
 
     def _seed(self) -> Row:

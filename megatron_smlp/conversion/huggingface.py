@@ -35,7 +35,7 @@ from megatron_smlp.hf import modeling_smlp
 from megatron_smlp.hf.configuration_smlp import SMLPConfig
 from megatron_smlp.hf.modeling_smlp import SMLPForCausalLM
 from megatron_smlp.options import DEFAULTS, MODEL_FLAGS, PLUGIN_OPTIONS, model_defaults
-from megatron_smlp.systems import ARCHITECTURES, POSITIONS, TOP_K, experts_of_a_token
+from megatron_smlp.systems import ARCHITECTURES, POSITIONS, TOKEN_ROUTERS, experts_of_a_token
 
 # Megatron's flag -> the configuration's name.
 NAMES = {name: facts.hf for name, facts in MODEL_FLAGS.items() if facts.hf}
@@ -79,12 +79,13 @@ def config_of(flags: Mapping[str, Any]) -> SMLPConfig:
             f"{flags['seq_length']} must be equal for export: they are one setting in the "
             "Hugging Face model."
         )
+    rule = TOKEN_ROUTERS.get(flags["token_router"])
     with impossible("the model's flags"):
         return SMLPConfig(
             **{theirs: flags[ours] for ours, theirs in NAMES.items()},
             plugin=plugin_files.described(flags),
             num_query_groups=flags["num_query_groups"] if flags["group_query_attention"] else None,
-            moe_router_topk=flags["moe_router_topk"] if flags["token_router"] in TOP_K else None,
+            moe_router_topk=flags["moe_router_topk"] if rule and rule.takes_topk else None,
             moe_eval_capacity_factor=None,  # a score must not depend on the rest of its batch
             hidden_act="gelu_new" if flags["openai_gelu"] else "gelu",
             tie_word_embeddings=not flags["untie_embeddings_and_output_weights"],

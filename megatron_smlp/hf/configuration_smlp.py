@@ -46,10 +46,8 @@ _IS_FOR = {
     "mixer_expansion": ("architecture", ("mixer",)),
     **dict.fromkeys(("num_query_groups", "qk_layernorm"), ("architecture", _ATTENTION)),
     **dict.fromkeys(("feature_router", "num_dense_layers"), ("architecture", ("smlp",))),
-    **dict.fromkeys(("moe_router_topk", "moe_router_topk_scaling_factor"), _TOP_K),
+    **dict.fromkeys(("moe_router_enable_expert_bias", "moe_router_topk_scaling_factor"), _TOP_K),
     **dict.fromkeys(("moe_router_num_groups", "moe_router_group_topk"), _TOP_K),
-    "moe_router_enable_expert_bias": _TOP_K,
-    "moe_shared_expert_intermediate_size": _TOP_K,
 }
 
 
@@ -114,7 +112,7 @@ class SMLPConfig(PreTrainedConfig):
         rotary_base: rope: base of the wavelengths.
         num_query_groups: transformer: heads of keys and values, each shared by equally many query
             heads; default: one per head.
-        moe_router_topk: topk: experts per token.
+        moe_router_topk: topk, or a plugin's that leaves it open: experts per token.
         moe_router_num_groups, moe_router_group_topk: topk: experts are chosen from this many
             of the groups, those with the largest sums of best scores; None: from all.
         moe_router_score_function: topk: softmax over the experts, or sigmoid of each.
@@ -123,8 +121,8 @@ class SMLPConfig(PreTrainedConfig):
         moe_router_bias_update_rate: topk: how far a training step in Megatron moves that bias;
             here it stays as it is.
         moe_router_topk_scaling_factor: topk: factor of the weights, whose sum is 1.
-        moe_shared_expert_intermediate_size: topk: width of a shared FFN, which every token
-            visits besides its experts; None: there is none.
+        moe_shared_expert_intermediate_size: width of a shared FFN, which every token visits
+            besides its experts; None: there is none.
 
     Raises:
         StrictDataclassError: a value has the wrong type for its field.
@@ -313,6 +311,9 @@ class SMLPConfig(PreTrainedConfig):
         for name, allowed in _ALLOWED.items():
             what = f"be one of {', '.join(allowed)}"
             self._require(name, getattr(self, name) in allowed or name in plugged, what)
+        if self.token_router in _ALLOWED["token_router"] and self.token_router != "topk":
+            what = f"be None with token_router={self.token_router}, whose number is fixed"
+            self._require("moe_router_topk", self.moe_router_topk is None, what)
         for name, (field, values) in _IS_FOR.items():
             value = getattr(self, name)
             if value and value != "none" and not self._is(field, values):

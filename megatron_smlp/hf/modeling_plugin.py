@@ -117,7 +117,8 @@ class SMLPHostedRouter(nn.Module):
         experts = config.num_experts or 1
         self.loss_coeff = config.moe_aux_loss_coeff
         self.weight = nn.Parameter(torch.empty(experts, config.hidden_size))
-        self.rule = kind(num_experts=experts, values=_values(config, kind))
+        values = _values(config, kind) | {"moe_router_topk": config.moe_router_topk or 1}
+        self.rule = kind(num_experts=experts, values=values)
 
     def forward(self, tokens: Tensor, ids: Tensor | None, *, limited: bool) -> Routing:
         """tokens: <float>[n, D]."""

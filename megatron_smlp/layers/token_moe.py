@@ -84,7 +84,7 @@ def _routes_on_residual(config: TransformerConfig) -> bool:
 
 
 class ResidualRoutedMoELayer(MoELayer):
-    """A layer that is called with x: its router reads x, its experts still read h.
+    """A layer that is called with x: its router reads x, its experts, the shared one too, read h.
 
     The norm stays where all layers, and their checkpoints, have it: SlottedLayer lends it.
     """
@@ -96,6 +96,13 @@ class ResidualRoutedMoELayer(MoELayer):
     ) -> tuple[Tensor, Tensor]:
         """Pass h to the dispatcher, after routing; hidden_states: <float>[T or T / TP, B, D]"""
         return super().preprocess(self.norm(hidden_states), probs, routing_map)
+
+    def shared_experts_compute(self, hidden_states: Tensor) -> Tensor | None:
+        """hidden_states: <float>[T or T / TP, B, D] -> f(h), or None."""
+        if self.use_shared_expert:
+            hidden_states = self.norm(hidden_states)
+        shared: Tensor | None = super().shared_experts_compute(hidden_states)
+        return shared
 
 
 def _has_capacity(config: TransformerConfig) -> bool:

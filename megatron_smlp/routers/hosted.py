@@ -42,7 +42,7 @@ class HostedRouter(MegatronTokenRouter):
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
-        values = plugins.values_in(self.kind, config)
+        values = plugins.values_in(self.kind, config) | {"moe_router_topk": config.moe_router_topk}
         self.rule = on_cpu(lambda: self.kind(num_experts=self.num_experts, values=values))
         self.rule.to(self.weight.device)
         # Under sequence parallelism each rank scores its own tokens; otherwise all do the same.
@@ -68,10 +68,10 @@ class HostedRouter(MegatronTokenRouter):
             chosen, visited = self.rule.choices(scores)
         for buffer, value in zip(buffers, before, strict=False):
             buffer.copy_(value)  # the original pass has already updated them
-        if not self.skips and chosen.shape[1] != self.kind.experts_per_token:
+        if not self.skips and chosen.shape[1] != self.rule.experts_per_token:
             raise ValueError(
                 f"{self.kind.__name__}.choose gives a token {chosen.shape[1]} experts, but "
-                f"experts_per_token is {self.kind.experts_per_token}: set it to match."
+                f"experts_per_token is {self.rule.experts_per_token}: set it to match."
             )
         if self.training and not repeats_a_pass():
             self.loads = self.loads.to(chosen.device)

@@ -34,7 +34,8 @@ def check_parameters(
         return
     message = (
         f"the model has {built:,} parameters, but accounting/costs.py counts {counted:,}: sizes, "
-        "FLOPs and MFU of this run are wrong. Correct the cost that systems.py names for its mixer"
+        "FLOPs and MFU of this run are wrong. Correct the cost that systems.py names for its mixer "
+        "(that of a plugin: each layer has its own parameters, all made in `build`)"
     )
     if args.strict_accounting:
         raise AccountingError(f"{message}, or leave --strict-accounting out.")

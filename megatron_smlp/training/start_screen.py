@@ -22,7 +22,7 @@ from megatron_smlp.accounting.costs import (
     model_cost,
 )
 from megatron_smlp.accounting.ranks import updates_by_layers
-from megatron_smlp.systems import MIXERS, TOP_K, LayerSlots
+from megatron_smlp.systems import MIXERS, TOKEN_ROUTERS, LayerSlots
 
 PRECISIONS = ("bf16", "fp16")
 WIDTH = 40
@@ -85,11 +85,11 @@ def describe(args: argparse.Namespace, slots: LayerSlots) -> tuple[str, str]:
     if router == "hash":
         table = "random" if args.hash_table is None else "balanced"
         router = f"hash, {"the checkpoint's" if args.load else table} table"
-    shared = ""
-    if router in TOP_K:
+    rule = TOKEN_ROUTERS.get(args.token_router)
+    if rule and rule.takes_topk:
         router += f", {args.moe_router_topk} a token"
-        if args.moe_shared_expert_intermediate_size:
-            shared = f", a shared one of width {args.moe_shared_expert_intermediate_size}"
+    width = args.moe_shared_expert_intermediate_size
+    shared = f", a shared one of width {width}" if width else ""
     channels = {
         "mlp": f"MLP, width {args.ffn_hidden_size}",
         "token_moe": f"token MoE ({router}), experts: {args.num_experts}{shared}",

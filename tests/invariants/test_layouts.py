@@ -45,7 +45,8 @@ ARCHITECTURES = {
     "transformer_switch": f"{ATTENTION} --token-router switch {EXPERTS} --moe-layer-freq 2",
     "transformer_hash": f"{ATTENTION} --token-router hash {EXPERTS}",
     "transformer_gshard": f"{ATTENTION} --token-router gshard {EXPERTS} --moe-layer-freq 2 "
-    "--moe-train-capacity-factor 1 --moe-token-drop-policy position",
+    "--moe-train-capacity-factor 1 --moe-token-drop-policy position "
+    "--moe-shared-expert-intermediate-size 32",
     "transformer_topk": f"{ATTENTION} --token-router topk {EXPERTS} --moe-layer-freq 2 "
     "--moe-router-score-function sigmoid --moe-router-enable-expert-bias "
     "--moe-shared-expert-intermediate-size 32 --group-query-attention --num-query-groups 2 "
@@ -60,7 +61,7 @@ ARCHITECTURES = {
     "amlp_rope": "--architecture amlp --spatial-heads 2 --tiny-attention-width 16 "
     "--position-embedding-type rope",
     "smlp": f"{SMLP} --feature-router deterministic --token-router base {EXPERTS} "
-    "--base-gate price",
+    "--base-gate price --moe-shared-expert-intermediate-size 32",
     "smlp_partial": f"{SMLP} --feature-router partial --token-router base {EXPERTS}",
     "mixer": "--architecture mixer --mixer-expansion",
     "mixer_switch": f"--architecture mixer --spatial-heads 4 --toeplitz --token-router switch "

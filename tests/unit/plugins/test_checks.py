@@ -8,6 +8,7 @@ from support.launches import REPOSITORY
 
 from megatron_smlp import plugin_files, plugins
 from megatron_smlp.checking import cli
+from megatron_smlp.checking.runs import Runs
 from megatron_smlp.errors import UsageError
 
 GOOD = (REPOSITORY / "plugins" / "gated_conv.py").read_text(encoding="utf-8")
@@ -101,6 +102,13 @@ def test_what_is_right_passes(registry: plugins.Registry, tmp_path: Path, text: 
 @pytest.mark.parametrize(
     ("right", "wrong", "said"),
     [
+        pytest.param("normal(0.5)", "lambda values: values * 0 + 1", "leaves values unset",
+                     id="init in vain"),
+        pytest.param("normal(0.5)", "lambda values: values.fill_(width)", "from `width`",
+                     id="init by rank"),
+        pytest.param("        self.kernel =", "        self.more = self.parameter(2, cut=None, "
+                     "init=normal(1.0))\n        self.kernel =", "does not read more", id="unread"),
+        pytest.param("gate.sigmoid() * mixed", "mixed", "does not read gate", id="unread input"),
         pytest.param("before, 0))", "before - 1, 1))", "reads a later", id="leak"),
         pytest.param("range(self.taps))\n", "range(self.taps)) - value.mean(0)\n",
                      "other samples", id="mean over B"),
@@ -114,6 +122,8 @@ def test_what_is_right_passes(registry: plugins.Registry, tmp_path: Path, text: 
                      "forward returns", id="shape"),
         pytest.param("gate.sigmoid() * mixed\n", "gate.log() * mixed\n", "NaN", id="not finite"),
         pytest.param("return gate", "return gate.missing", "it raises", id="raises"),
+        pytest.param("return gate", "value.sin_()\n        return gate", "RuntimeError: a leaf",
+                     id="in place"),
         pytest.param("return gate.sigmoid() *", "return (gate * 300 + 1e4 - 1e4).sin() *",
                      "bf16", id="bf16"),
         pytest.param("late = cat", "value = value * length\n        late = cat",
@@ -122,6 +132,7 @@ def test_what_is_right_passes(registry: plugins.Registry, tmp_path: Path, text: 
                      id="another state"),
         pytest.param("late[:, length:]\n", "late[:, length:].transpose(0, 1)\n", "axis 0",
                      id="batch of a state"),
+        pytest.param("late[:, length:]\n", "1\n", "keep tensors", id="number in a state"),
         pytest.param("late[:, length:]\n", "late[:, max(0, length - 9) :]\n", "grows with",
                      id="size of a state"),
     ],
@@ -181,6 +192,13 @@ def test_a_tensor_that_is_no_buffer(
     assert "use self.register_buffer('stray'" in said
 
 
+def test_a_complex_buffer(registry: plugins.Registry, tmp_path: Path):
+    text = GOOD.replace("self.kernel =", 'self.register_buffer("turns", zeros(2) * 1j)\n'
+                        "        self.kernel =")  # fmt: skip
+    text = text.replace("from torch import", "from torch import zeros,")
+    assert "GatedConv.turns is a complex buffer" in advice(registry, tmp_path, text)
+
+
 @pytest.mark.parametrize("share", [1, 10])
 def test_a_cost_is_counted_again(registry: plugins.Registry, tmp_path: Path, share: int):
     text = textwrap.dedent(f"""
@@ -209,8 +227,16 @@ def test_a_cost_is_counted_again(registry: plugins.Registry, tmp_path: Path, sha
                      "super().scores(hidden - hidden.mean(0), weight)\n    def choose",
                      "depend on the rest", id="scores see the batch"),
         pytest.param(RULE, "may_skip = True", "may_skip = False", "may_skip", id="skips"),
-        pytest.param(RULE, "torch.arange(self", "1 + torch.arange(self", "of 4 experts",
+        pytest.param(RULE, "torch.arange(self", "1 + torch.arange(self", "expert 4 of 4",
                      id="no expert"),
+        pytest.param(RULE, "torch.arange(self", "-1 + torch.arange(self", "expert -1 of 4",
+                     id="below 0"),
+        pytest.param(RULE, "/ self.count", "/ self.counts", "no attribute 'counts'", id="update"),
+        pytest.param(TWO, "    def choose", "    def loss(self, scores, chosen):\n        return "
+                     "scores.mean(0)\n    def choose", "give a finite number", id="loss"),
+        pytest.param(TWO, "    def choose", "    def loss(self, scores, chosen):\n        return "
+                     "scores.detach().mean()\n    def choose", "with gradient",
+                     id="loss without gradient"),
         pytest.param(RULE, "gather(1, chosen)", "gather(1, chosen)[:, :1]", "weigh returns",
                      id="shape"),
         pytest.param(TWO, "per_token = 2", "per_token = 1", "set experts_per_token = 2",
@@ -222,6 +248,16 @@ def test_a_router_that_is_wrong(
 ):
     assert right in rule
     assert said in advice(registry, tmp_path, rule.replace(right, wrong, 1))
+
+
+def test_a_failed_runs_error_is_that_of_the_rank_that_failed(tmp_path: Path):
+    lines = [
+        "[rank0]: ValueError: no such thing",
+        "[rank1]: RuntimeError: [gloo] Connection closed by peer [127.0.0.1]:1",
+    ]
+    run = Runs("mine", plugins=[], model=[], folder=tmp_path)
+    for given, said in ((lines, lines[0]), (lines[1:], lines[1])):
+        assert run._command(["-c", f"raise SystemExit({chr(10).join(given)!r})"]) == said
 
 
 def test_a_file_without_a_part_of_a_model_has_nothing_to_check(

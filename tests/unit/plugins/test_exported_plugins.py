@@ -58,6 +58,18 @@ class Level(TokenRouter):
         return 0 * super().scores(hidden, weight) + 1
 """
 
+OPEN = """
+from megatron_smlp.plugins import TokenRouter, register
+
+
+@register("open")
+class Open(TokenRouter):
+    experts_per_token = None
+
+    def weigh(self, scores, chosen):
+        return scores.gather(1, chosen).softmax(dim=-1) / self.experts_per_token
+"""
+
 
 def load(folder: Path, text: str, name: str = "mine") -> None:
     path = folder / f"{name}.py"
@@ -129,6 +141,34 @@ def test_a_checkpoint_generates_what_its_export_does(tmp_path: Path):
     exported = type(model).from_pretrained(tmp_path / "hf").eval()
     ids = make_ids(2, 9) % 100
     torch.testing.assert_close(exported(ids).logits, model(ids).logits)
+
+
+def test_k_of_an_open_rule_is_a_flag_and_part_of_the_export(tmp_path: Path):
+    """So is the width of a shared expert, which goes with any router."""
+    from megatron_smlp.conversion import cli
+
+    load(tmp_path, OPEN)
+    run, exported = str(tmp_path / "run"), str(tmp_path / "hf")
+    flags = "--architecture transformer --num-attention-heads 4 --token-router open --num-experts 4"
+    flags += " --moe-router-topk 3 --moe-shared-expert-intermediate-size 24 --train-iters 2"
+    with pretrained(f"{flags} --save {run}", base=MINIMAL):
+        pass
+    argv = ["--load", run, "--save", exported, "--to", "hf"]
+    assert cli.main(argv) in (None, 0)  # its forward check compares with Megatron's model
+    made = SMLPConfig.from_pretrained(exported)
+    assert (made.moe_router_topk, made.moe_shared_expert_intermediate_size) == (3, 24)
+    argv = ["--load", exported, "--save", str(tmp_path / "back"), "--from", "hf"]
+    assert cli.main([*argv, "--to", "torch_dist"]) in (None, 0)
+
+
+@pytest.mark.parametrize(("router", "is_possible"), [("topk", True), ("switch", False)])
+def test_k_of_a_configuration_is_that_of_its_rule(router: str, is_possible: bool):
+    made = {"token_router": router, "num_experts": 4, "moe_router_topk": 3}
+    if is_possible:
+        assert SMLPConfig(**made).moe_router_topk == 3
+        return
+    with pytest.raises(ValueError, match="moe_router_topk=3: must be None with token_router=swi"):
+        SMLPConfig(**made)
 
 
 def test_buffers_of_a_routers_rule_stay_in_fp32(tmp_path: Path):

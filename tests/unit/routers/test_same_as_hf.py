@@ -64,12 +64,15 @@ ROUTERS = {
     "switch": "--token-router switch",
     "switch_limited": f"--token-router switch {CAPACITY} --moe-token-drop-policy position "
     "--moe-z-loss-coeff 0.3",
+    "switch_limited_shared": f"--token-router switch {CAPACITY} "
+    "--moe-shared-expert-intermediate-size 24",
     "switch_limited_by_probability": f"--token-router switch {CAPACITY}",
     "gshard": "--token-router gshard",
     "gshard_all": "--token-router gshard --gshard-second-expert all --moe-z-loss-coeff 0.3",
     "gshard_raw": "--token-router gshard --gshard-second-expert raw",
     "gshard_limited": f"--token-router gshard {CAPACITY}",
     "base": "--token-router base --moe-z-loss-coeff 0.3",
+    "base_shared": "--token-router base --moe-shared-expert-intermediate-size 24",
     "base_on_the_norm": "--token-router base --base-routing-input norm --moe-z-loss-coeff 0.3",
     "base_with_priced_gates": "--token-router base --base-gate price",
     "hash": "--token-router hash --hash-seed 5",
