@@ -12,7 +12,7 @@ source examples/common.sh
 
 python=${PYTHON_BIN:-.venv/bin/python}
 run=runs/quickstart
-config=configs/cpu/smlp_switch.yaml
+config=configs/cpu/smlp_toeplitz.yaml
 vocabulary=4096
 processes=2
 gpus=$(count_gpus)

@@ -66,7 +66,7 @@ SHORTER = {
     "--max-new-tokens 60": "--max-new-tokens 4",
     "--train-iters 20000 --lr 5e-4": "--train-iters 4 --lr 5e-4",
     "--eval-tasks-interval 1000": "--eval-tasks-interval 2",
-    "smlp_switch.yaml --data-path": f"smlp_switch.yaml {STEPS} --data-path",
+    "smlp_toeplitz.yaml --data-path": f"smlp_toeplitz.yaml {STEPS} --data-path",
     "--tasks hellaswag": "--tasks copa --data-dir tasks",  # the others are downloaded
     "--tasks piqa\n": "--tasks copa --include_path megatron_smlp/evaluation/tasks "
     '--metadata \'{"data_dir": "tasks"}\'\n',

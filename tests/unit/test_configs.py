@@ -75,7 +75,14 @@ def test_a_gpu_holds_it_and_recomputes_only_what_it_must(folder: str, system: st
     assert "recompute_granularity" not in values
 
 
-STAGES = {"gmlp": 2, "amlp": 1, "smlp_deterministic": 3, "smlp_partial": 3, "smlp_switch": 3}
+STAGES = {
+    "gmlp": 2,
+    "amlp": 1,
+    "smlp_deterministic": 3,
+    "smlp_partial": 3,
+    "smlp_switch": 3,
+    "smlp_toeplitz": 3,
+}
 """Pipeline stages into which a system's layers can be cut; four for systems not listed."""
 RANKS = 96
 
