@@ -75,15 +75,8 @@ def test_a_gpu_holds_it_and_recomputes_only_what_it_must(folder: str, system: st
     assert "recompute_granularity" not in values
 
 
-STAGES = {
-    "gmlp": 2,
-    "amlp": 1,
-    "smlp_deterministic": 3,
-    "smlp_partial": 3,
-    "smlp_switch": 3,
-    "smlp_toeplitz": 3,
-}
-"""Pipeline stages into which a system's layers can be cut; four for systems not listed."""
+STAGES = {"gmlp": 2, "amlp": 1, "smlp": 3, "transformer": 4}
+"""Pipeline stages into which an architecture's layers can be cut."""
 RANKS = 96
 
 
@@ -104,8 +97,9 @@ def test_shards_of_the_large_models(
     parse: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, system: str, of: str
 ):
     """Megatron builds the shard of each rank, without storage; each has the expected size."""
-    has_experts = "num-experts" in read_yaml(config("paper/large", system))
-    stages = STAGES.get(system, 4)
+    values = read_yaml(config("paper/large", system))
+    has_experts = "num-experts" in values
+    stages = STAGES[values["architecture"]]
     layout = {
         "tensor_model_parallel_size": 2,
         "pipeline_model_parallel_size": stages,
